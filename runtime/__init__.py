@@ -1,0 +1,1 @@
+"""Real-time rollout of a bundle: ``Pipeline.load(...)``, ``pipe.session(...)``, ``session.stream(...)``."""
