@@ -1,0 +1,1 @@
+"""The model in plain PyTorch: the truth with which every engine is compared."""

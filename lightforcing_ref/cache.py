@@ -1,0 +1,174 @@
+"""The reference key-value cache: sink frames, a window of recent frames, and the chunk in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .attention import hsa_attention, qk_prepare
+from .config import DiTConfig
+from .model import QKVParams
+from .rope import apply_rope, rope_angles
+from .sparsity import BlockGeometry, HSAConfig
+
+__all__ = ["AttentionSpec", "CachedAttention", "FrameCache", "LayerKV", "SinkPositions"]
+
+SinkPositions = Literal["absolute", "window"]
+"""Where sink frames sit: at their own positions (LongLive), or just before the window (Light Forcing long)."""
+
+LayerKV = tuple[Tensor, Tensor, Tensor]
+"""Keys, values and key block means of one layer."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Constants of the self-attention operators of one model variant."""
+
+    heads: int
+    geometry: BlockGeometry
+    hsa: HSAConfig
+    keep_q20: tuple[int, ...]
+    scale: float
+
+    def prepare_attributes(self) -> dict[str, int]:
+        """Integer attributes of QKPrepare."""
+        geometry = self.geometry
+        return {
+            "heads": self.heads,
+            "frame_tokens": geometry.frame_tokens,
+            "block_q": geometry.block_q,
+            "block_k": geometry.block_k,
+        }
+
+    def attend_attributes(self) -> dict[str, int | float | list[int]]:
+        """Attributes of HierarchicalSparseAttention."""
+        return {
+            "frame_tokens": self.geometry.frame_tokens,
+            "block_q": self.geometry.block_q,
+            "block_k": self.geometry.block_k,
+            "keep_frames": self.hsa.keep_frames,
+            "sink_frames": self.hsa.sink_frames,
+            "near_frames": self.hsa.near_frames,
+            "scale": self.scale,
+            "keep_q20": list(self.keep_q20),
+        }
+
+
+@dataclass
+class CachedAttention:
+    """A `SelfAttentionCore` that attends to cached frames and collects the chunk's own keys and values.
+
+    `prepare` and `attend` are the two operators: the oracle by default, exportable ones when tracing.
+
+    Args:
+        cos, sin: float32 `[T, D/2]` of the chunk.
+        past: per layer (k, v, k block means), each with frame slots first.
+        frame_slots: int32 `[F]`.
+        chunk: index into the sparsity table; a 0-dim tensor when tracing.
+    """
+
+    spec: AttentionSpec
+    cos: Tensor
+    sin: Tensor
+    past: Sequence[LayerKV]
+    frame_slots: Tensor
+    chunk: Tensor | int
+    prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = qk_prepare
+    attend: Callable[..., Tensor] = hsa_attention
+    new: list[LayerKV] = field(default_factory=list)
+    """Per layer, keys and values `[T, H, D]` and key block means `[frames, blocks, H, D]` of the chunk."""
+
+    def __call__(self, layer: int, qkv: Tensor, params: QKVParams) -> Tensor:
+        q, k, v, q_mean, k_mean = self.prepare(
+            qkv[0],
+            params.bias,
+            params.norm_q,
+            params.norm_k,
+            self.cos,
+            self.sin,
+            **self.spec.prepare_attributes(),
+            eps=params.eps,
+        )
+        self.new.append((k, v, k_mean))
+        out = self.attend(
+            q,
+            k,
+            v,
+            q_mean,
+            k_mean,
+            *self.past[layer],
+            self.frame_slots,
+            self.chunk,
+            **self.spec.attend_attributes(),
+        )
+        return out.flatten(1)[None]
+
+
+@dataclass
+class FrameCache:
+    """Keys and values of past frames, one entry per frame and layer, oldest first.
+
+    Keys are stored roped at absolute positions. With `sink_positions="window"` the sink frames are shown to the
+    model at the positions just before the oldest recent frame, which reproduces upstream's window-relative
+    positions (RoPE is relative): their keys are rotated from the copy stored at commit.
+
+    Args:
+        window_frames: frames visible to a chunk, sink and current chunk included; None = unlimited.
+        sink_frames: oldest frames that are never evicted.
+    """
+
+    config: DiTConfig
+    geometry: BlockGeometry
+    window_frames: int | None
+    sink_frames: int
+    sink_positions: SinkPositions = "absolute"
+    frames: dict[int, list[LayerKV]] = field(default_factory=dict)
+    """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`)."""
+
+    def resident(self) -> list[int]:
+        """Absolute indices of the cached frames, oldest first."""
+        return sorted(self.frames)
+
+    def make_room(self, frames: int) -> None:
+        """Evict the oldest non-sink frames until `frames` more fit into the window."""
+        if self.window_frames is None:
+            return
+        while len(self.frames) > self.window_frames - frames:
+            evictable = [frame for frame in self.resident() if frame >= self.sink_frames]
+            del self.frames[evictable[0]]
+
+    def commit(self, first_frame: int, new: Sequence[LayerKV], *, only: Sequence[int] | None = None) -> None:
+        """Store the frames of a chunk that starts at `first_frame`; `only` restricts which ones."""
+        count = new[0][2].shape[0]
+        for index in range(count):
+            frame = first_frame + index
+            if only is None or frame in only:
+                tokens = slice(index * self.geometry.frame_tokens, (index + 1) * self.geometry.frame_tokens)
+                self.frames[frame] = [(k[tokens], v[tokens], means[index]) for k, v, means in new]
+
+    def past(self, layer: int, frames: Sequence[int], window: Sequence[int]) -> LayerKV:
+        """Stacked keys, values and means of `frames`, with sinks placed before the resident `window`."""
+        entries = [self.frames[frame][layer] for frame in frames]
+        recent = [frame for frame in window if frame >= self.sink_frames]
+        keys, values, means = [], [], []
+        for frame, (k, v, mean) in zip(frames, entries, strict=True):
+            if self.sink_positions == "window" and frame < self.sink_frames and recent:
+                shown = recent[0] - self.sink_frames + frame
+                k, mean = (self._shift(x, shown - frame) for x in (k, mean))
+            keys.append(k)
+            values.append(v)
+            means.append(mean)
+        if not entries:
+            heads, head_dim = self.config.heads, self.config.head_dim
+            empty = torch.zeros(0, self.geometry.frame_tokens, heads, head_dim)
+            return empty, empty, torch.zeros(0, self.geometry.k_blocks, heads, head_dim)
+        return torch.stack(keys), torch.stack(values), torch.stack(means)
+
+    def _shift(self, x: Tensor, frames: int) -> Tensor:
+        """Rotate `x` `[rows, H, D]` by `frames` in time; all rows lie in one frame, so one rotation serves all."""
+        angles = rope_angles(torch.tensor([frames]), (1, 1), self.config.head_dim, theta=self.config.rope_theta)
+        return apply_rope(x.float(), angles.cos().float(), angles.sin().float()).to(x.dtype)
