@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .attention import hsa_attention
 from .cache import AttentionSpec, CachedAttention, FrameCache, LayerKV, SinkPositions
 from .config import CHUNK_FRAMES
 from .model import CausalWanModel, CrossKV
@@ -45,6 +46,8 @@ class Rollout:
     sink_frames: int = 0
     sink_positions: SinkPositions = "absolute"
     schedule: FlowSchedule = field(default_factory=FlowSchedule.warped)
+    attend: Callable[..., Tensor] = hsa_attention
+    """The attention operator; the oracle unless another execution or policy is under study."""
 
     def __post_init__(self) -> None:
         self.cache = FrameCache(
@@ -94,6 +97,7 @@ class Rollout:
             [self.cache.past(layer, frames, resident) for layer in range(config.layers)],
             torch.arange(len(frames), dtype=torch.int32),
             chunk,
+            attend=self.attend,
         )
         t = torch.full((1, CHUNK_FRAMES), self.schedule.timesteps[step], dtype=torch.float64)
         with torch.no_grad():

@@ -1,0 +1,166 @@
+"""The modules that are traced: one forward of one chunk, and the prompt conditioning.
+
+They drive the reference model's own blocks, so what is exported is the oracle with another attention callable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightforcing_ref.cache import AttentionSpec, CachedAttention
+from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.model import CausalWanModel, SelfAttention
+from lightforcing_ref.schedule import FlowSchedule
+
+__all__ = ["ConditionerModule", "StepModule", "layer_names", "merge_qkv"]
+
+
+def layer_names(stem: str, layers: int) -> list[str]:
+    """Tensor names of one quantity in every layer: `stem.0`, `stem.1`, ..."""
+    return [f"{stem}.{layer}" for layer in range(layers)]
+
+
+def merge_qkv(model: CausalWanModel) -> None:
+    """Give every self-attention one merged projection, in place, one layer at a time (peak: one layer twice)."""
+    for block in model.blocks:
+        attention: SelfAttention = block.self_attn
+        attention.merge()
+
+
+class StepModule(nn.Module):
+    """One forward of one chunk and its scheduler step, for every chunk and every timestep.
+
+    The timesteps are constants, so their modulations (time embedding, projection, and each block's own addend) are
+    folded into tables that `step` indexes.
+
+    Args:
+        model: with merged projections; its time embedding is evaluated here and not exported.
+        prepare, attend: the two operators, usually the exportable ones.
+    """
+
+    def __init__(
+        self,
+        model: CausalWanModel,
+        spec: AttentionSpec,
+        schedule: FlowSchedule,
+        *,
+        prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+        attend: Callable[..., Tensor],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.prepare, self.attend = prepare, attend
+        with torch.no_grad():
+            e, e0 = model.modulations(torch.tensor(schedule.timesteps, dtype=torch.float64))
+            for layer, block in enumerate(model.blocks):
+                self.register_buffer(f"modulation_{layer}", block.modulation + e0)
+            self.register_buffer("head_modulation", model.head.modulation + e[:, None])
+        following = [*schedule.sigmas[1:-1], 0.0, 0.0]
+        self.register_buffer("sigmas", torch.tensor([schedule.sigmas, following], dtype=torch.float32))
+
+    def forward(
+        self,
+        latent: Tensor,
+        noise: Tensor,
+        step: Tensor,
+        chunk: Tensor,
+        frame_slots: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        cross_k: Sequence[Tensor],
+        cross_v: Sequence[Tensor],
+        past_k: Sequence[Tensor],
+        past_v: Sequence[Tensor],
+        past_kmean: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Shapes are those of the `step` component; see docs/bundle.md."""
+        index = step.reshape(1).long()
+        core = CachedAttention(
+            self.spec,
+            rope_cos,
+            rope_sin,
+            list(zip(past_k, past_v, past_kmean, strict=True)),
+            frame_slots,
+            chunk,
+            prepare=self.prepare,
+            attend=self.attend,
+        )
+        model = self.model
+        tokens = model.tokens(latent[None])
+        for layer, block in enumerate(model.blocks):
+            modulation = getattr(self, f"modulation_{layer}").index_select(0, index)[0].unbind(0)
+            cross = cross_k[layer][None], cross_v[layer][None]
+            tokens = block(tokens, modulation, cross, layer, core)
+        out = model.head(tokens, self.head_modulation.index_select(0, index)[0].unbind(0))
+        flow = model.latents(out, CHUNK_FRAMES, latent.shape[-2], latent.shape[-1])[0].float()
+        sigma, following = self.sigmas.index_select(1, index).unbind(0)
+        x0 = latent - sigma * flow
+        following_latent = (1 - following) * x0 + following * noise
+        k, v, kmean = (list(part) for part in zip(*core.new, strict=True))
+        return following_latent, x0, k, v, kmean
+
+    @property
+    def input_names(self) -> list[str]:
+        layers = self.model.config.layers
+        names = ["latent", "noise", "step", "chunk", "frame_slots", "rope_cos", "rope_sin"]
+        for stem in ("cross_k", "cross_v", "past_k", "past_v", "past_kmean"):
+            names += layer_names(stem, layers)
+        return names
+
+    @property
+    def output_names(self) -> list[str]:
+        layers = self.model.config.layers
+        names = ["next_latent", "x0"]
+        for stem in ("k", "v", "kmean"):
+            names += layer_names(stem, layers)
+        return names
+
+    def example_inputs(self, latent_size: tuple[int, int], past_frames: int, slots: int) -> tuple:
+        """Inputs with the right shapes and types, for tracing."""
+        config, geometry = self.model.config, self.spec.geometry
+        dtype = self.model.head.head.weight.dtype
+        heads, head_dim, layers = config.heads, config.head_dim, config.layers
+        tokens = CHUNK_FRAMES * geometry.frame_tokens
+
+        def per_layer(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
+
+        latent = torch.zeros(config.channels, CHUNK_FRAMES, *latent_size)
+        scalar = torch.zeros((), dtype=torch.int32)
+        rope = torch.zeros(tokens, head_dim // 2)
+        return (
+            latent,
+            latent.clone(),
+            scalar,
+            scalar.clone(),
+            torch.full((past_frames,), -1, dtype=torch.int32),
+            rope,
+            rope.clone(),
+            per_layer(config.text_len, heads, head_dim),
+            per_layer(config.text_len, heads, head_dim),
+            per_layer(slots, geometry.frame_tokens, heads, head_dim),
+            per_layer(slots, geometry.frame_tokens, heads, head_dim),
+            per_layer(slots, geometry.k_blocks, heads, head_dim, dtype=torch.float32),
+        )
+
+
+class ConditionerModule(nn.Module):
+    """Cross-attention keys and values of every layer, computed once per prompt."""
+
+    def __init__(self, model: CausalWanModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Map text-encoder output `[text_len, text_dim]` float32 to per-layer `[text_len, H, D]`."""
+        pairs = self.model.embed_text(text[None])
+        return [k[0] for k, _ in pairs], [v[0] for _, v in pairs]
+
+    @property
+    def output_names(self) -> list[str]:
+        layers = self.model.config.layers
+        return layer_names("cross_k", layers) + layer_names("cross_v", layers)
