@@ -42,7 +42,8 @@ def clean_graph(step: ir.Model, clean_step: int) -> ir.Model:
     """
     constant_input(step, "step", np.array(clean_step, dtype=np.int32))
     keep_outputs(
-        step, [value.name for value in step.graph.outputs if (value.name or "").startswith(("k.", "v.", "kmean."))]
+        step,
+        [value.name for value in step.graph.outputs if (value.name or "").startswith(("k.", "v.", "kmean."))],
     )
     return step
 

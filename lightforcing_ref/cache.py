@@ -150,19 +150,23 @@ class FrameCache:
                 tokens = slice(index * self.geometry.frame_tokens, (index + 1) * self.geometry.frame_tokens)
                 self.frames[frame] = [(k[tokens], v[tokens], means[index]) for k, v, means in new]
 
-    def past(self, layer: int, frames: Sequence[int], window: Sequence[int]) -> LayerKV:
-        """Stacked keys, values and means of `frames`, with sinks placed before the resident `window`."""
-        entries = [self.frames[frame][layer] for frame in frames]
-        recent = [frame for frame in window if frame >= self.sink_frames]
+    def past(self, layer: int, frames: Sequence[int], first_recent: int) -> LayerKV:
+        """Stacked keys, values and means of `frames`.
+
+        Args:
+            first_recent: oldest visible frame that is no sink (the chunk's own first frame if there is none);
+                sinks with window positions sit just before it.
+        """
         keys, values, means = [], [], []
-        for frame, (k, v, mean) in zip(frames, entries, strict=True):
-            if self.sink_positions == "window" and frame < self.sink_frames and recent:
-                shown = recent[0] - self.sink_frames + frame
+        for frame in frames:
+            k, v, mean = self.frames[frame][layer]
+            if self.sink_positions == "window" and frame < self.sink_frames:
+                shown = first_recent - self.sink_frames + frame
                 k, mean = (self._shift(x, shown - frame) for x in (k, mean))
             keys.append(k)
             values.append(v)
             means.append(mean)
-        if not entries:
+        if not keys:
             heads, head_dim = self.config.heads, self.config.head_dim
             empty = torch.zeros(0, self.geometry.frame_tokens, heads, head_dim)
             return empty, empty, torch.zeros(0, self.geometry.k_blocks, heads, head_dim)
@@ -170,5 +174,7 @@ class FrameCache:
 
     def _shift(self, x: Tensor, frames: int) -> Tensor:
         """Rotate `x` `[rows, H, D]` by `frames` in time; all rows lie in one frame, so one rotation serves all."""
-        angles = rope_angles(torch.tensor([frames]), (1, 1), self.config.head_dim, theta=self.config.rope_theta)
+        angles = rope_angles(
+            torch.tensor([frames]), (1, 1), self.config.head_dim, theta=self.config.rope_theta
+        )
         return apply_rope(x.float(), angles.cos().float(), angles.sin().float()).to(x.dtype)

@@ -62,7 +62,10 @@ class Preset:
             ConfigError: the size is no multiple of 16 pixels (8 per latent pixel, 2 latent pixels per token).
         """
         height, width = height or self.height, width or self.width
-        for name, value, patch in (("height", height, self.dit.patch[1]), ("width", width, self.dit.patch[2])):
+        for name, value, patch in (
+            ("height", height, self.dit.patch[1]),
+            ("width", width, self.dit.patch[2]),
+        ):
             step = VAE_STRIDE * patch
             if value < step or value % step:
                 below = max(value // step, 1) * step

@@ -87,6 +87,8 @@ class Rollout:
         """One forward of one chunk: (flow `[channels, frames, h, w]`, new keys and values per layer)."""
         resident = self.cache.resident()
         frames = resident if past_frames is None else past_frames
+        visible = [frame for frame in resident if frame >= self.sink_frames]
+        first_recent = visible[0] if visible else chunk * CHUNK_FRAMES
         config = self.model.config
         positions = torch.arange(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
@@ -94,7 +96,7 @@ class Rollout:
             self.spec,
             cos,
             sin,
-            [self.cache.past(layer, frames, resident) for layer in range(config.layers)],
+            [self.cache.past(layer, frames, first_recent) for layer in range(config.layers)],
             torch.arange(len(frames), dtype=torch.int32),
             chunk,
             attend=self.attend,

@@ -14,9 +14,7 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def rope_angles(
-    positions: Tensor, grid: tuple[int, int], head_dim: int, *, theta: float = 10000.0
-) -> Tensor:
+def rope_angles(positions: Tensor, grid: tuple[int, int], head_dim: int, *, theta: float = 10000.0) -> Tensor:
     """Rotation angles of whole frames.
 
     Args:

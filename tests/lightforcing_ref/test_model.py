@@ -33,7 +33,9 @@ def small_model(seed: int = 0) -> CausalWanModel:
 
 
 def spec(keep_q20=DENSE, hsa=HSAConfig(32, 0, 0), block=4) -> AttentionSpec:
-    return AttentionSpec(SMALL.heads, BlockGeometry(FRAME, block, block), hsa, tuple(keep_q20), SMALL.head_dim**-0.5)
+    return AttentionSpec(
+        SMALL.heads, BlockGeometry(FRAME, block, block), hsa, tuple(keep_q20), SMALL.head_dim**-0.5
+    )
 
 
 def noise(chunk: int, step: int) -> torch.Tensor:
@@ -73,7 +75,8 @@ def test_rope_rotates_interleaved_pairs_as_complex_numbers():
     x = torch.randn(4, 2, 24)
     angles = torch.rand(4, 12, dtype=torch.float64)
     expected = torch.view_as_real(
-        torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
     ).flatten(-2)
     assert torch.allclose(apply_rope(x.double(), angles.cos(), angles.sin()), expected)
 
