@@ -21,6 +21,7 @@ GRID = (3, 4)
 FRAME = GRID[0] * GRID[1]
 SMALL = DiTConfig(dim=48, ffn_dim=96, heads=2, layers=3, text_dim=20, text_len=5)
 DENSE = SparsityTable.dense().keep_q20(())
+ANY_FRAME = HSAConfig(32, 0, 0)
 
 
 def small_model(seed: int = 0) -> CausalWanModel:
@@ -32,7 +33,7 @@ def small_model(seed: int = 0) -> CausalWanModel:
     return model
 
 
-def spec(keep_q20=DENSE, hsa=HSAConfig(32, 0, 0), block=4) -> AttentionSpec:
+def spec(keep_q20=DENSE, hsa=ANY_FRAME, block=4) -> AttentionSpec:
     return AttentionSpec(
         SMALL.heads, BlockGeometry(FRAME, block, block), hsa, tuple(keep_q20), SMALL.head_dim**-0.5
     )
