@@ -1,0 +1,260 @@
+"""Cut a graph into segments at its kernel nodes, and merge segments that differ in their weights only.
+
+Engines that take no plugins run the segments; the runtime launches the kernels in between. Weights are passed by
+reference: a segment's initializers are the tensors of the whole graph, nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .errors import ExportError
+
+__all__ = ["Partition", "RepeatedSegment", "Segment", "merge_repeated", "partition"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the graph without kernel nodes. Tensor names are those of the whole graph."""
+
+    model: ir.Model
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Segments and the kernel stages between them: segment 0, kernels 0, segment 1, kernels 1, ..."""
+
+    segments: tuple[Segment, ...]
+    kernels: tuple[tuple[ir.Node, ...], ...]
+
+
+@dataclass(frozen=True)
+class RepeatedSegment:
+    """One model that stands for several segments, its weights being inputs.
+
+    Args:
+        inputs, outputs: tensor names of the model, weights left out.
+        weights: names of the weight inputs.
+        activations: per repetition, the whole graph's names for `inputs` and `outputs`, in their order.
+        bindings: per repetition, the initializer of the whole graph for each of `weights`.
+    """
+
+    model: ir.Model
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: tuple[str, ...]
+    activations: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    bindings: tuple[tuple[str, ...], ...]
+
+
+def _name(value: ir.Value) -> str:
+    if value.name is None:
+        raise ExportError("the graph has an unnamed tensor; run onnx_ir's NameFixPass before cutting it")
+    return value.name
+
+
+def _stages(graph: ir.Graph, is_kernel: Callable[[ir.Node], bool]) -> dict[ir.Node, int]:
+    """Stage of every node: segment s runs before kernel stage s, which runs before segment s + 1."""
+    stage: dict[ir.Node, int] = {}
+    for node in graph:
+        if not is_kernel(node) and any(
+            attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+        ):
+            raise ExportError(
+                f"node {node.name!r} ({node.op_type}) holds a subgraph, which cannot be cut; inline it first"
+            )
+        after = is_kernel(node)
+        stage[node] = max(
+            (
+                stage[producer] + (is_kernel(producer) and not after)
+                for value in node.inputs
+                if value is not None and (producer := value.producer()) is not None
+            ),
+            default=0,
+        )
+    # Nodes that depend on nothing computed (table look-ups, say) move to where they are first needed, so that
+    # their results need not travel from segment to segment.
+    sources: set[ir.Node] = set()
+    for node in graph:
+        producers = [value.producer() for value in node.inputs if value is not None]
+        if not is_kernel(node) and all(producer is None or producer in sources for producer in producers):
+            sources.add(node)
+    for node in reversed(graph):
+        users = [use.node for value in node.outputs for use in value.uses()]
+        if node in sources and users and not any(value.is_graph_output() for value in node.outputs):
+            stage[node] = min(stage[user] for user in users)
+    return stage
+
+
+def partition(model: ir.Model, is_kernel: Callable[[ir.Node], bool]) -> Partition:
+    """Cut `model` at the nodes for which `is_kernel` holds.
+
+    Every ordinary node ends up in exactly one segment. A segment's outputs are what later segments, kernels or the
+    whole graph's outputs take from it.
+
+    Raises:
+        ExportError: a node holds a subgraph, or a tensor has no name.
+    """
+    graph = model.graph
+    stage = _stages(graph, is_kernel)
+    count = max(stage.values(), default=0) + 1
+    ordinary: list[list[ir.Node]] = [[] for _ in range(count)]
+    kernels: list[list[ir.Node]] = [[] for _ in range(count)]
+    for node in graph:
+        (kernels if is_kernel(node) else ordinary)[stage[node]].append(node)
+    segments = tuple(_segment(model, nodes, f"segment_{index}") for index, nodes in enumerate(ordinary))
+    return Partition(segments, tuple(tuple(stage_kernels) for stage_kernels in kernels if stage_kernels))
+
+
+def _segment(model: ir.Model, nodes: Sequence[ir.Node], name: str) -> Segment:
+    inside = set(nodes)
+    produced = {value for node in nodes for value in node.outputs}
+    taken = [value for node in nodes for value in node.inputs if value is not None and value not in produced]
+    weights = {value: None for value in taken if value.is_initializer()}
+    inputs = {value: None for value in taken if not value.is_initializer()}
+    outputs = [
+        value
+        for node in nodes
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in inside for use in value.uses())
+    ]
+    copies: dict[ir.Value, ir.Value] = {}
+    for value in (*inputs, *weights):
+        copies[value] = ir.Value(
+            name=_name(value), shape=value.shape, type=value.type, const_value=value.const_value
+        )
+    segment = _build(model, nodes, copies, list(inputs), outputs, list(weights), name)
+    return Segment(segment, tuple(_name(v) for v in inputs), tuple(_name(v) for v in outputs))
+
+
+def _build(
+    model: ir.Model,
+    nodes: Sequence[ir.Node],
+    copies: dict[ir.Value, ir.Value],
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    weights: Sequence[ir.Value],
+    name: str,
+) -> ir.Model:
+    """A model of copies of `nodes`; `copies` maps values from outside and receives those produced inside."""
+    cloned = []
+    for node in nodes:
+        new = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if value is None else copies[value] for value in node.inputs],
+            node.attributes.values(),
+            num_outputs=len(node.outputs),
+            version=node.version,
+            name=node.name,
+        )
+        for old_value, new_value in zip(node.outputs, new.outputs, strict=True):
+            new_value.name, new_value.shape, new_value.type = (
+                _name(old_value),
+                old_value.shape,
+                old_value.type,
+            )
+            copies[old_value] = new_value
+        cloned.append(new)
+    graph = ir.Graph(
+        [copies[value] for value in inputs],
+        [copies[value] for value in outputs],
+        nodes=cloned,
+        initializers=[copies[value] for value in weights],
+        opset_imports={node.domain: model.opset_imports[node.domain] for node in nodes}
+        or dict(model.opset_imports),
+        name=name,
+    )
+    return ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+
+
+def _signature(model: ir.Model) -> list[object]:
+    """What two segments must share to be one model: operators, attributes, wiring, types; names do not count."""
+    graph = model.graph
+    index: dict[ir.Value, int] = {}
+    for value in (*graph.inputs, *graph.initializers.values()):
+        index[value] = len(index)
+
+    def kind(value: ir.Value) -> tuple[str, str]:
+        return str(value.dtype), str(value.shape)
+
+    signature: list[object] = [[kind(value) for value in graph.inputs]]
+    signature.append([kind(value) for value in graph.initializers.values()])
+    for node in graph:
+        attributes = sorted((key, str(attribute.value)) for key, attribute in node.attributes.items())
+        wiring = [None if value is None else index[value] for value in node.inputs]
+        signature.append((node.domain, node.op_type, attributes, wiring))
+        for value in node.outputs:
+            index[value] = len(index)
+    signature.append([index[value] for value in graph.outputs])
+    return signature
+
+
+def merge_repeated(segments: Sequence[Segment], *, name: str, shared_bytes: int = 1024) -> RepeatedSegment:
+    """One model for `segments` that differ in tensor names and weights only.
+
+    Initializers smaller than `shared_bytes` that are equal in all segments (shapes, scales) stay constants; all
+    others become inputs.
+
+    Raises:
+        ExportError: the segments differ in more than their weights; names the first one that does.
+    """
+    models = [segment.model for segment in segments]
+    first = _signature(models[0])
+    for position, other in enumerate(models[1:], start=1):
+        if _signature(other) != first:
+            raise ExportError(
+                f"segment {position} of {len(models)} differs from the first in more than its weights; "
+                "they cannot share one engine (use --weights embedded)"
+            )
+    columns = list(zip(*(model.graph.initializers.values() for model in models), strict=True))
+    constant = [all(_same_small(column[0], value, shared_bytes) for value in column) for column in columns]
+    template = models[0].graph
+    weights, constants, copies = [], [], {}
+    for is_constant, value in zip(constant, template.initializers.values(), strict=True):
+        if is_constant:
+            constants.append(value)
+            copies[value] = ir.Value(
+                name=_name(value), shape=value.shape, type=value.type, const_value=value.const_value
+            )
+        else:
+            weights.append(value)
+            copies[value] = ir.Value(name=f"weight.{len(weights) - 1}", shape=value.shape, type=value.type)
+    for value in template.inputs:
+        copies[value] = ir.Value(name=_name(value), shape=value.shape, type=value.type)
+    merged = _build(
+        models[0],
+        list(template),
+        copies,
+        [*template.inputs, *weights],
+        list(template.outputs),
+        constants,
+        name,
+    )
+    return RepeatedSegment(
+        model=merged,
+        inputs=segments[0].inputs,
+        outputs=segments[0].outputs,
+        weights=tuple(f"weight.{index}" for index in range(len(weights))),
+        activations=tuple((segment.inputs, segment.outputs) for segment in segments),
+        bindings=tuple(
+            tuple(
+                _name(column[position])
+                for is_constant, column in zip(constant, columns, strict=True)
+                if not is_constant
+            )
+            for position in range(len(models))
+        ),
+    )
+
+
+def _same_small(a: ir.Value, b: ir.Value, limit: int) -> bool:
+    left, right = a.const_value, b.const_value
+    if left is None or right is None or left.nbytes >= limit or right.nbytes != left.nbytes:
+        return False
+    return left is right or left.tobytes() == right.tobytes()

@@ -1,0 +1,151 @@
+"""Where a bundle is built: a hidden folder beside its destination, renamed when complete.
+
+An interrupted build leaves only that folder, which does not load (it has no manifest) and from which the same build
+resumes: finished components are recorded with the hashes of their files and taken over if they still match.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.bundle import FileEntry, Manifest, file_entry, hash_file, write_manifest
+
+from .errors import BuildError
+
+__all__ = ["Workspace", "open_workspace"]
+
+_STATE = ".finished.json"
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is too large",
+}
+
+
+@dataclass
+class Workspace:
+    """The folder of one build in progress.
+
+    Args:
+        key: identifies what is being built; components of another key are not reused.
+    """
+
+    folder: Path
+    destination: Path
+    key: str
+
+    def _finished(self) -> dict[str, list[FileEntry]]:
+        try:
+            state = json.loads((self.folder / _STATE).read_text())
+            if state["key"] != self.key:
+                return {}
+            return {
+                name: [FileEntry.model_validate(entry) for entry in entries]
+                for name, entries in state["components"].items()
+            }
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def _intact(self, entries: Sequence[FileEntry]) -> bool:
+        paths = [self.folder / entry.path for entry in entries]
+        return all(
+            path.is_file() and path.stat().st_size == entry.bytes and hash_file(path) == entry.sha256
+            for path, entry in zip(paths, entries, strict=True)
+        )
+
+    def component(self, name: str, build: Callable[[Path], Sequence[str]]) -> tuple[list[FileEntry], bool]:
+        """Build the component `name` unless an interrupted build finished it.
+
+        Args:
+            build: writes into the folder it is given and returns the paths of its files, relative to it.
+
+        Returns:
+            the component's files, and whether they were taken over.
+
+        Raises:
+            BuildError: the disk is full; names the component, and what to do.
+        """
+        finished = self._finished()
+        if name in finished and self._intact(finished[name]):
+            return finished[name], True
+        try:
+            entries = [file_entry(self.folder, path) for path in build(self.folder)]
+            finished[name] = entries
+            self._write_state(finished)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            free = shutil.disk_usage(self.folder).free
+            raise BuildError(
+                f"{_FULL[error.errno]} while writing {name!r} to {self.folder} ({free / 2**30:.2f} GiB free); make "
+                "room or choose another --out, then run the same command again: it resumes"
+            ) from error
+        return entries, False
+
+    def _write_state(self, finished: dict[str, list[FileEntry]]) -> None:
+        state = {
+            "key": self.key,
+            "components": {n: [e.model_dump() for e in es] for n, es in finished.items()},
+        }
+        temporary = self.folder / f"{_STATE}.tmp"
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self.folder / _STATE)
+
+    def publish(self, manifest: Manifest) -> Path:
+        """Write the manifest, drop everything it does not list, and move the folder to its destination.
+
+        An existing bundle of that name is replaced only now.
+        """
+        listed = {entry.path for entry in manifest.files}
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(self.folder).as_posix() not in listed:
+                path.unlink()
+            elif path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        write_manifest(self.folder, manifest)
+        replaced = self.destination.with_name(f".{self.destination.name}.replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        if self.destination.exists():
+            os.replace(self.destination, replaced)
+        os.replace(self.folder, self.destination)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return self.destination
+
+
+@contextmanager
+def open_workspace(out: Path, name: str, key: str) -> Iterator[Workspace]:
+    """The workspace of the bundle `out/name`, locked against a second build of the same bundle.
+
+    Raises:
+        BuildError: another process builds this bundle, or the destination is no bundle and must not be replaced.
+    """
+    destination = out / name
+    if destination.exists() and not (destination / "manifest.json").is_file():
+        raise BuildError(
+            f"{destination} exists and is no bundle (it has no manifest.json); choose another --name or --out, or "
+            "move it away"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BuildError(f"{out} is not a folder; choose another --out") from error
+    lock_path = out / f".{name}.lock"
+    with lock_path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(
+                f"another process is building {destination}; wait for it, or choose another --name"
+            ) from error
+        folder = out / f".{name}.partial"
+        folder.mkdir(exist_ok=True)
+        yield Workspace(folder, destination, key)
