@@ -1,0 +1,268 @@
+"""The contract of both operators: names, attributes and shapes. No dependencies.
+
+The meaning of every input, output and attribute is defined in docs/operators.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from .errors import ContractError
+
+__all__ = [
+    "DENSE_Q20",
+    "DOMAIN",
+    "HIERARCHICAL_SPARSE_ATTENTION",
+    "HSA_INPUTS",
+    "HSA_OUTPUTS",
+    "QK_PREPARE",
+    "QK_PREPARE_INPUTS",
+    "QK_PREPARE_OUTPUTS",
+    "VERSION",
+    "HSAAttributes",
+    "QKPrepareAttributes",
+    "hsa_output_shapes",
+    "qk_prepare_output_shapes",
+]
+
+DOMAIN: Final = "lightforcing"
+"""ONNX domain and PyTorch namespace of both operators."""
+
+VERSION: Final = 1
+"""Version of the domain; it changes when the meaning of an existing graph would."""
+
+HIERARCHICAL_SPARSE_ATTENTION: Final = "HierarchicalSparseAttention"
+QK_PREPARE: Final = "QKPrepare"
+
+HSA_INPUTS: Final = (
+    "q",
+    "k",
+    "v",
+    "q_mean",
+    "k_mean",
+    "past_k",
+    "past_v",
+    "past_kmean",
+    "frame_slots",
+    "chunk",
+)
+HSA_OUTPUTS: Final = ("out",)
+QK_PREPARE_INPUTS: Final = ("qkv", "bias", "norm_q", "norm_k", "cos", "sin")
+QK_PREPARE_OUTPUTS: Final = ("q", "k", "v", "q_mean", "k_mean")
+
+DENSE_Q20: Final = 1 << 20
+"""The kept fraction 1.0 in the fixed-point form of `keep_q20`: every block is kept."""
+
+Dim = Any
+"""An int, or PyTorch's symbolic int while a graph is traced."""
+Shape = Sequence[Dim]
+
+
+def _require_int(owner: str, name: str, value: object, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ContractError(f"{owner}: {name} is {value!r}; expected an integer of at least {minimum}")
+    if value < minimum:
+        raise ContractError(f"{owner}: {name} is {value}; expected at least {minimum}")
+
+
+def _require_positive(owner: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise ContractError(f"{owner}: {name} is {value!r}; expected a positive finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlockAttributes:
+    """Geometry that both operators share: frames of `frame_tokens` tokens, cut into frame-aligned blocks."""
+
+    frame_tokens: int
+    block_q: int
+    block_k: int
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks per frame; the last one is shorter where the block size does not divide the frame."""
+        return -(-self.frame_tokens // self.block_q)
+
+    @property
+    def k_blocks(self) -> int:
+        """Key blocks per frame; the last one is shorter where the block size does not divide the frame."""
+        return -(-self.frame_tokens // self.block_k)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Attribute name -> value, in the order of the operator's schema."""
+        return asdict(self)
+
+    def _check_geometry(self, owner: str) -> None:
+        for name in ("frame_tokens", "block_q", "block_k"):
+            _require_int(owner, name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSAAttributes(_BlockAttributes):
+    """Attributes of `HierarchicalSparseAttention`.
+
+    Attributes:
+        frame_tokens: tokens of one latent frame.
+        block_q, block_k: tokens of a query block and of a key block.
+        keep_frames: past frames that stay eligible once there are more than this many; sink and near included.
+        sink_frames: oldest past frames that are always eligible.
+        near_frames: newest past frames that are always eligible.
+        scale: factor on the logits of the softmax, usually 1/sqrt(head_dim). Block scores are not scaled.
+        keep_q20: per chunk, the kept fraction of the resident key blocks times 2^20.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    keep_frames: int
+    sink_frames: int
+    near_frames: int
+    scale: float
+    keep_q20: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        owner = HIERARCHICAL_SPARSE_ATTENTION
+        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
+        self._check_geometry(owner)
+        _require_int(owner, "keep_frames", self.keep_frames, 1)
+        _require_int(owner, "sink_frames", self.sink_frames, 0)
+        _require_int(owner, "near_frames", self.near_frames, 0)
+        if self.keep_frames < self.sink_frames + self.near_frames:
+            raise ContractError(
+                f"{owner}: keep_frames {self.keep_frames} is smaller than sink_frames + near_frames = "
+                f"{self.sink_frames} + {self.near_frames}; raise keep_frames or lower the other two"
+            )
+        _require_positive(owner, "scale", self.scale)
+        if not self.keep_q20:
+            raise ContractError(
+                f"{owner}: keep_q20 is empty; expected one entry per chunk (one entry of {DENSE_Q20} is dense)"
+            )
+        for index, entry in enumerate(self.keep_q20):
+            _require_int(owner, f"keep_q20[{index}]", entry, 0)
+            if entry > DENSE_Q20:
+                raise ContractError(
+                    f"{owner}: keep_q20[{index}] is {entry}; expected a kept fraction times 2^20, at most "
+                    f"{DENSE_Q20} (every block)"
+                )
+
+    def kept_blocks(self, chunk: int, past_frames: int, chunk_frames: int) -> int:
+        """Key blocks that each query block may see, before eligibility; integer arithmetic only."""
+        total = (past_frames + chunk_frames) * self.k_blocks
+        if past_frames == 0:
+            return total
+        entry = self.keep_q20[min(max(chunk, 0), len(self.keep_q20) - 1)]
+        return min(max(1, (entry * total) >> 20), total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKPrepareAttributes(_BlockAttributes):
+    """Attributes of `QKPrepare`.
+
+    Attributes:
+        heads: attention heads; the width of `qkv` is 3 * heads * head_dim.
+        frame_tokens: tokens of one latent frame.
+        block_q, block_k: tokens of a query block and of a key block.
+        eps: added to the mean square inside the RMS norm.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    heads: int
+    eps: float
+
+    def __post_init__(self) -> None:
+        self._check_geometry(QK_PREPARE)
+        _require_int(QK_PREPARE, "heads", self.heads, 1)
+        _require_positive(QK_PREPARE, "eps", self.eps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Attribute name -> value, in the order of the operator's schema."""
+        return {"heads": self.heads, **{k: v for k, v in asdict(self).items() if k != "heads"}}
+
+
+def _expect(owner: str, shapes: Mapping[str, Shape], name: str, expected: Sequence[Dim | str]) -> None:
+    """Check one shape; a string stands for a dimension of any size."""
+    found = tuple(shapes[name])
+    fits = len(found) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(found, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(dim) for dim in expected)
+        raise ContractError(f"{owner}: {name} has shape {list(found)}; expected [{wanted}]")
+
+
+def _frames(owner: str, name: str, tokens: Dim, frame_tokens: int) -> Dim:
+    if tokens == 0 or tokens % frame_tokens:
+        raise ContractError(
+            f"{owner}: {name} has {tokens} tokens; expected whole frames, a positive multiple of frame_tokens = "
+            f"{frame_tokens}"
+        )
+    return tokens // frame_tokens
+
+
+def hsa_output_shapes(attributes: HSAAttributes, shapes: Mapping[str, Shape]) -> dict[str, tuple[Dim, ...]]:
+    """Check the input shapes of `HierarchicalSparseAttention` and derive its output shapes.
+
+    The number of slots may be symbolic and is not compared between the three caches.
+
+    Args:
+        shapes: shape of every input in `HSA_INPUTS`.
+
+    Raises:
+        ContractError: a shape does not fit; the message names the input and both shapes.
+    """
+    owner = HIERARCHICAL_SPARSE_ATTENTION
+    _expect(owner, shapes, "q", ("tokens", "heads", "head_dim"))
+    tokens, heads, dim = shapes["q"]
+    frames = _frames(owner, "q", tokens, attributes.frame_tokens)
+    for name in ("k", "v"):
+        _expect(owner, shapes, name, (tokens, heads, dim))
+    _expect(owner, shapes, "q_mean", (frames, attributes.q_blocks, heads, dim))
+    _expect(owner, shapes, "k_mean", (frames, attributes.k_blocks, heads, dim))
+    for name in ("past_k", "past_v"):
+        _expect(owner, shapes, name, ("slots", attributes.frame_tokens, heads, dim))
+    _expect(owner, shapes, "past_kmean", ("slots", attributes.k_blocks, heads, dim))
+    _expect(owner, shapes, "frame_slots", ("past frames",))
+    _expect(owner, shapes, "chunk", ())
+    return {"out": (tokens, heads, dim)}
+
+
+def qk_prepare_output_shapes(
+    attributes: QKPrepareAttributes, shapes: Mapping[str, Shape]
+) -> dict[str, tuple[Dim, ...]]:
+    """Check the input shapes of `QKPrepare` and derive its output shapes.
+
+    Args:
+        shapes: shape of every input in `QK_PREPARE_INPUTS`.
+
+    Raises:
+        ContractError: a shape does not fit; the message names the input and both shapes.
+    """
+    owner = QK_PREPARE
+    _expect(owner, shapes, "qkv", ("tokens", "3 * heads * head_dim"))
+    tokens, width = shapes["qkv"]
+    frames = _frames(owner, "qkv", tokens, attributes.frame_tokens)
+    heads = attributes.heads
+    if width == 0 or width % (6 * heads):
+        raise ContractError(
+            f"{owner}: qkv has width {width}; expected 3 * heads * head_dim with heads = {heads} and an even "
+            "head_dim (RoPE rotates pairs)"
+        )
+    dim = width // (3 * heads)
+    _expect(owner, shapes, "bias", (width,))
+    for name in ("norm_q", "norm_k"):
+        _expect(owner, shapes, name, (heads * dim,))
+    for name in ("cos", "sin"):
+        _expect(owner, shapes, name, (tokens, dim // 2))
+    head = (tokens, heads, dim)
+    return {
+        "q": head,
+        "k": head,
+        "v": head,
+        "q_mean": (frames, attributes.q_blocks, heads, dim),
+        "k_mean": (frames, attributes.k_blocks, heads, dim),
+    }
