@@ -1,0 +1,1 @@
+"""Targets and variants (TOML, package data). Built bundles go to `built/`, which is not part of the package."""

@@ -1,0 +1,184 @@
+"""The backends an engine can be built for, and the choice among them before any long work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import get_args
+
+from .errors import InputError
+from .machine import GpuReport, find_gpus, importable
+from .targets import BackendName, Precision, Target, unknown_name
+
+__all__ = ["BACKENDS", "Backend", "BackendChoice", "build_problem", "choose_backend", "missing_modules"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can do.
+
+    Attributes:
+        available: whether this version of the export tools builds it.
+        capabilities: compute capabilities it builds for; None = any machine, with or without a GPU.
+        precisions: what it can be built in.
+        on_target: whether it builds on the target GPU itself and nowhere else.
+        build_modules, run_modules: what must be importable to build and to run.
+    """
+
+    name: BackendName
+    available: bool
+    capabilities: frozenset[str] | None
+    precisions: frozenset[Precision]
+    on_target: bool
+    build_modules: tuple[str, ...]
+    run_modules: tuple[str, ...]
+
+
+_EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
+_REDUCED: frozenset[Precision] = frozenset({"bf16", "fp8", "nvfp4"})
+
+BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
+    {
+        "onnxruntime": Backend(
+            name="onnxruntime",
+            available=True,
+            capabilities=None,
+            precisions=frozenset({"fp32"}),
+            on_target=False,
+            build_modules=_EXPORT,
+            run_modules=("onnxruntime",),
+        ),
+        "tensorrt-rtx": Backend(
+            name="tensorrt-rtx",
+            available=False,
+            capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}),
+            precisions=_REDUCED,
+            on_target=False,
+            build_modules=(*_EXPORT, "tensorrt_rtx"),
+            run_modules=("tensorrt_rtx", "cuda.core"),
+        ),
+        "tensorrt": Backend(
+            name="tensorrt",
+            available=False,
+            capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
+            precisions=_REDUCED,
+            on_target=True,
+            build_modules=(*_EXPORT, "tensorrt"),
+            run_modules=("tensorrt", "cuda.core"),
+        ),
+        "inductor": Backend(
+            name="inductor",
+            available=False,
+            capabilities=frozenset({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
+            precisions=_REDUCED,
+            on_target=True,
+            build_modules=("torch", "triton"),
+            run_modules=("torch", "triton"),
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend to build, its precision, and why this one, in a sentence."""
+
+    backend: BackendName
+    precision: Precision
+    reason: str
+
+
+def missing_modules(modules: tuple[str, ...]) -> list[str]:
+    """Those of `modules` that cannot be imported."""
+    return [module for module in modules if not importable(module)]
+
+
+def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | None:
+    """Why `backend` cannot be built for `target` on this machine; None where it can."""
+    supported = backend.capabilities
+    if supported is not None and target.compute_capability not in supported:
+        return (
+            f"builds for compute capability {', '.join(sorted(supported, key=_order))}, and {target.name} is "
+            f"{target.compute_capability or 'no GPU'}"
+        )
+    problems = []
+    if not backend.available:
+        problems.append("is not available in this version")
+    if backend.on_target and not any(g.compute_capability == target.compute_capability for g in gpus.gpus):
+        here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
+        problems.append(f"builds only on the target GPU itself (found {here})")
+    return ", and ".join(problems) or None
+
+
+def choose_backend(
+    target: Target,
+    backend: str = "auto",
+    precision: str | None = None,
+    *,
+    gpus: GpuReport | None = None,
+) -> BackendChoice:
+    """The backend to build for `target`.
+
+    Args:
+        backend: a backend's name, or "auto" for the first of the target's preferences that works here.
+        precision: fp32, bf16, fp8 or nvfp4; None = the best that target and backend both have.
+        gpus: the GPUs of this machine, by default asked from the driver.
+
+    Raises:
+        InputError: what is asked for cannot be built; says why and names the alternative.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise unknown_name("backend", backend, ["auto", *BACKENDS])
+    if precision is not None and precision not in get_args(Precision):
+        raise unknown_name("precision", precision, get_args(Precision))
+    if precision is not None and precision not in target.precisions:
+        raise InputError(
+            f"{target.name} ({target.sm or 'a CPU'}) does not compute in {precision}; use --precision "
+            f"{' or '.join(target.precisions)}, or another --gpu"
+        )
+    gpus = find_gpus() if gpus is None else gpus
+    asked = [name for name in BACKENDS if name == backend]
+    rejected: dict[str, list[str]] = {}
+    for name in asked or target.backends:
+        chosen, problem = _precision(target, name, precision, gpus)
+        if chosen is not None:
+            reason = "it was asked for" if asked else "it is the target's first choice"
+            return BackendChoice(name, chosen, f"not possible: {_list(rejected)}" if rejected else reason)
+        rejected.setdefault(problem, []).append(name)
+    raise InputError(
+        f"cannot build for {target.name}{f' in {precision}' if precision else ''}: {_list(rejected)}; "
+        f"{_alternative(target, gpus)}"
+    )
+
+
+def _precision(
+    target: Target, name: BackendName, precision: str | None, gpus: GpuReport
+) -> tuple[Precision | None, str]:
+    """The precision to build backend `name` in; or None and why it cannot be built."""
+    backend = BACKENDS[name]
+    if problem := build_problem(backend, target, gpus):
+        return None, problem
+    common = [p for p in target.precisions if p in backend.precisions]
+    for candidate in reversed(common):
+        if precision in (None, candidate):
+            return candidate, ""
+    return (
+        None,
+        f"has no {precision or ' or '.join(target.precisions)} (it has {', '.join(backend.precisions)})",
+    )
+
+
+def _list(rejected: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names)} {problem}" for problem, names in rejected.items())
+
+
+def _alternative(target: Target, gpus: GpuReport) -> str:
+    for name in target.backends:
+        if chosen := _precision(target, name, None, gpus)[0]:
+            return f"use --backend {name} --precision {chosen}"
+    return "use --gpu cpu, which builds everywhere"
+
+
+def _order(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
