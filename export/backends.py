@@ -29,14 +29,14 @@ class Backend:
     name: BackendName
     available: bool
     capabilities: frozenset[str] | None
-    precisions: frozenset[Precision]
+    precisions: tuple[Precision, ...]
     on_target: bool
     build_modules: tuple[str, ...]
     run_modules: tuple[str, ...]
 
 
 _EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
-_REDUCED: frozenset[Precision] = frozenset({"bf16", "fp8", "nvfp4"})
+_REDUCED: tuple[Precision, ...] = ("bf16", "fp8", "nvfp4")
 
 BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
     {
@@ -44,7 +44,7 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             name="onnxruntime",
             available=True,
             capabilities=None,
-            precisions=frozenset({"fp32"}),
+            precisions=("fp32",),
             on_target=False,
             build_modules=_EXPORT,
             run_modules=("onnxruntime",),
@@ -99,16 +99,16 @@ def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | No
     supported = backend.capabilities
     if supported is not None and target.compute_capability not in supported:
         return (
-            f"builds for compute capability {', '.join(sorted(supported, key=_order))}, and {target.name} is "
-            f"{target.compute_capability or 'no GPU'}"
+            f"only for compute capability {', '.join(sorted(supported, key=_order))}, which {target.name} "
+            f"({target.compute_capability or 'no GPU'}) is not"
         )
     problems = []
     if not backend.available:
-        problems.append("is not available in this version")
+        problems.append("not available in this version")
     if backend.on_target and not any(g.compute_capability == target.compute_capability for g in gpus.gpus):
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
-        problems.append(f"builds only on the target GPU itself (found {here})")
-    return ", and ".join(problems) or None
+        problems.append(f"built on the target GPU itself only, and here there is {here}")
+    return ", ".join(problems) or None
 
 
 def choose_backend(
@@ -165,12 +165,12 @@ def _precision(
             return candidate, ""
     return (
         None,
-        f"has no {precision or ' or '.join(target.precisions)} (it has {', '.join(backend.precisions)})",
+        f"no {precision or ' or '.join(target.precisions)}, only {', '.join(backend.precisions)}",
     )
 
 
 def _list(rejected: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{', '.join(names)} {problem}" for problem, names in rejected.items())
+    return "; ".join(f"{' and '.join(names)} ({problem})" for problem, names in rejected.items())
 
 
 def _alternative(target: Target, gpus: GpuReport) -> str:

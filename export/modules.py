@@ -78,7 +78,7 @@ class StepModule(nn.Module):
         past_kmean: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """Shapes are those of the `step` component; see docs/bundle.md."""
-        index = step.reshape(1).long()
+        index = step.reshape(1)
         core = CachedAttention(
             self.spec,
             rope_cos,
@@ -92,12 +92,12 @@ class StepModule(nn.Module):
         model = self.model
         tokens = model.tokens(latent[None])
         for layer, block in enumerate(model.blocks):
-            modulation = getattr(self, f"modulation_{layer}").index_select(0, index)[0].unbind(0)
+            modulation = getattr(self, f"modulation_{layer}").index_select(0, index).chunk(6, dim=1)
             cross = cross_k[layer][None], cross_v[layer][None]
             tokens = block(tokens, modulation, cross, layer, core)
-        out = model.head(tokens, self.head_modulation.index_select(0, index)[0].unbind(0))
+        out = model.head(tokens, self.head_modulation.index_select(0, index).chunk(2, dim=1))
         flow = model.latents(out, CHUNK_FRAMES, latent.shape[-2], latent.shape[-1])[0].float()
-        sigma, following = self.sigmas.index_select(1, index).unbind(0)
+        sigma, following = self.sigmas.index_select(1, index).chunk(2, dim=0)
         x0 = latent - sigma * flow
         following_latent = (1 - following) * x0 + following * noise
         k, v, kmean = (list(part) for part in zip(*core.new, strict=True))

@@ -77,52 +77,80 @@ def _stages(graph: ir.Graph, is_kernel: Callable[[ir.Node], bool]) -> dict[ir.No
             ),
             default=0,
         )
-    # Nodes that depend on nothing computed (table look-ups, say) move to where they are first needed, so that
-    # their results need not travel from segment to segment.
-    sources: set[ir.Node] = set()
-    for node in graph:
-        producers = [value.producer() for value in node.inputs if value is not None]
-        if not is_kernel(node) and all(producer is None or producer in sources for producer in producers):
-            sources.add(node)
-    for node in reversed(graph):
-        users = [use.node for value in node.outputs for use in value.uses()]
-        if node in sources and users and not any(value.is_graph_output() for value in node.outputs):
-            stage[node] = min(stage[user] for user in users)
     return stage
+
+
+def _early(graph: ir.Graph, is_kernel: Callable[[ir.Node], bool]) -> dict[ir.Node, bool]:
+    """Nodes that no kernel comes before, and whether they depend on scalar inputs and weights only (look-ups)."""
+    early: dict[ir.Node, bool] = {}
+    for node in graph:
+        values = [value for value in node.inputs if value is not None]
+        producers = [value.producer() for value in values if value.producer() is not None]
+        if is_kernel(node) or not all(producer in early for producer in producers):
+            continue
+        scalars = all(
+            value.is_initializer() or (value.shape is not None and value.shape.rank() == 0)
+            for value in values
+            if value.producer() is None
+        )
+        early[node] = scalars and all(early[producer] for producer in producers)
+    return early
 
 
 def partition(model: ir.Model, is_kernel: Callable[[ir.Node], bool]) -> Partition:
     """Cut `model` at the nodes for which `is_kernel` holds.
 
-    Every ordinary node ends up in exactly one segment. A segment's outputs are what later segments, kernels or the
-    whole graph's outputs take from it.
+    Every ordinary node ends up in one segment: the earliest possible one, or, where it depends on no kernel, the one
+    that uses it. Look-ups by scalar inputs are repeated in each segment that uses them, so that their results need
+    not travel. A segment's outputs are what later segments, kernels or the whole graph's outputs take from it.
 
     Raises:
         ExportError: a node holds a subgraph, or a tensor has no name.
     """
     graph = model.graph
     stage = _stages(graph, is_kernel)
-    count = max(stage.values(), default=0) + 1
-    ordinary: list[list[ir.Node]] = [[] for _ in range(count)]
+    places: dict[ir.Node, set[int]] = {node: {index} for node, index in stage.items()}
+    early = _early(graph, is_kernel)
+    for node in reversed(graph):
+        if node in early and not any(value.is_graph_output() for value in node.outputs):
+            # A kernel takes its operands from the segments before it: the last of them will do.
+            users = {index for value in node.outputs for use in value.uses() for index in places[use.node]}
+            if users and (early[node] or len(users) == 1):
+                places[node] = users
+    count = max((index for indices in places.values() for index in indices), default=0) + 1
     kernels: list[list[ir.Node]] = [[] for _ in range(count)]
+    ordinary: list[list[ir.Node]] = [[] for _ in range(count)]
     for node in graph:
-        (kernels if is_kernel(node) else ordinary)[stage[node]].append(node)
-    segments = tuple(_segment(model, nodes, f"segment_{index}") for index, nodes in enumerate(ordinary))
+        for index in sorted(places[node]):
+            (kernels if is_kernel(node) else ordinary)[index].append(node)
+
+    def leaves(value: ir.Value, index: int) -> bool:
+        """Whether something outside segment `index` takes `value` from it."""
+        if value.is_graph_output():
+            return True
+        home = places[value.producer()] if value.producer() is not None else set()
+        for use in value.uses():
+            if is_kernel(use.node) and (index in places[use.node] or len(home) == 1):
+                return True
+            if not is_kernel(use.node) and not places[use.node] <= home:
+                return True
+        return False
+
+    segments = tuple(
+        _segment(model, nodes, lambda value, index=index: leaves(value, index), f"segment_{index}")
+        for index, nodes in enumerate(ordinary)
+    )
     return Partition(segments, tuple(tuple(stage_kernels) for stage_kernels in kernels if stage_kernels))
 
 
-def _segment(model: ir.Model, nodes: Sequence[ir.Node], name: str) -> Segment:
-    inside = set(nodes)
+def _segment(
+    model: ir.Model, nodes: Sequence[ir.Node], leaves: Callable[[ir.Value], bool], name: str
+) -> Segment:
     produced = {value for node in nodes for value in node.outputs}
     taken = [value for node in nodes for value in node.inputs if value is not None and value not in produced]
     weights = {value: None for value in taken if value.is_initializer()}
     inputs = {value: None for value in taken if not value.is_initializer()}
-    outputs = [
-        value
-        for node in nodes
-        for value in node.outputs
-        if value.is_graph_output() or any(use.node not in inside for use in value.uses())
-    ]
+    outputs = [value for node in nodes for value in node.outputs if leaves(value)]
     copies: dict[ir.Value, ir.Value] = {}
     for value in (*inputs, *weights):
         copies[value] = ir.Value(

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lightforcing_ref.sparsity import SparsityTable
+
 from .errors import InputError
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
 
 CHUNK_FRAMES = 3
 """Latent frames per chunk."""
+
+_MAX_BASE = 0.999
 
 BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
@@ -191,11 +195,26 @@ class Variant(_Spec):
             return Blocks(query=self.block, key=self.block)
         return target.blocks or Blocks(query=preset_block, key=preset_block)
 
+    def table(self) -> SparsityTable:
+        """Sparsity of every chunk.
+
+        Raises:
+            ConfigError: target and base are so far apart that a chunk's sparsity would be negative.
+        """
+        return SparsityTable.chunk_aware(
+            self.sparsity.target,
+            self.sparsity.base,
+            table_frames=self.sparsity.table_frames,
+            chunk_frames=CHUNK_FRAMES,
+            window_frames=self.cache.window_frames,
+        )
+
     def changed(self, **changes: int | float | None) -> Variant:
         """This variant with other values, called `NAME-custom`; itself where every value is None.
 
         Args:
-            changes: fields of `sparsity`, and `window_frames`.
+            changes: fields of `sparsity`, and `window_frames`. A `target` without a `base` takes the base along at
+                the variant's own distance (target 0 is dense: base 0).
 
         Raises:
             InputError: the values do not go together.
@@ -203,6 +222,9 @@ class Variant(_Spec):
         given = {name: value for name, value in changes.items() if value is not None}
         if not given:
             return self
+        if "target" in given and "base" not in given:
+            target, distance = given["target"], self.sparsity.base - self.sparsity.target
+            given["base"] = min(round(target + distance, 6), _MAX_BASE) if target else 0.0
         document = self.model_dump()
         for name, value in given.items():
             document["cache" if name == "window_frames" else "sparsity"][name] = value

@@ -12,6 +12,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 
 from lightforcing_ref.attention import hsa_attention, qk_prepare
@@ -24,7 +26,6 @@ OPSET = 23
 
 EXTERNAL_BYTES = 1024
 """Initializers of at least this size go into the weights file; smaller ones (shapes, scales) stay in the graph."""
-
 
 ops.bind("cpu", hsa=hsa_attention, qk_prepare=qk_prepare)
 
@@ -44,6 +45,31 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _keep_weights(node: ir.Node) -> bool | None:
+    """Fold constants, but leave the transposition of weights: they keep their names and their [out, in] layout."""
+    weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
+    return False if weight is not None and weight.is_initializer() else None
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, fuse, and tidy up.
+
+    The exporter's own optimisation would also merge initializers that happen to be equal; the graph must not depend
+    on the values of the weights, or another checkpoint could not be swapped in.
+    """
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_keep_weights)
+    rewriter.rewrite(model)
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    onnx_fusions.fuse(model)
+    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.NameFixPass())(model)
 
 
 def trace(
@@ -73,10 +99,11 @@ def trace(
             input_names=list(input_names),
             output_names=list(output_names),
             dynamic_shapes=dynamic_shapes,
+            optimize=False,
         )
     assert program is not None  # only with `f` given does the exporter return None
     model = program.model
-    passes.ClearMetadataAndDocStringPass()(model)
+    _simplify(model)
     if attention is not None:
         functions.attach(model, attention)
     model.producer_name = "lightforcing-deploy"
