@@ -135,7 +135,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=1).to(x.dtype) * self.scale * self.gamma
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min(1e-12)
+        return (wide / length).to(x.dtype) * (self.gamma * self.scale)
 
 
 class ResidualBlock(nn.Module):
@@ -246,7 +247,10 @@ class Decoder(nn.Module):
 
 def _stream_through(layers: Iterable[nn.Module], x: Tensor, tape: _Tape) -> Tensor:
     for layer in layers:
-        x = layer.stream(x, tape) if hasattr(layer, "stream") else layer(x)
+        if isinstance(layer, CausalConv3d | ResidualBlock | Upsample):
+            x = layer.stream(x, tape)
+        else:
+            x = layer(x)
     return x
 
 
@@ -271,7 +275,7 @@ class VAEDecoder(nn.Module):
         """Decode the first latent frame `[16, 1, h, w]` of a clip.
 
         Returns:
-            The single pixel frame `[1, 3, 8h, 8w]`, and every cache of `cache_specs` in order; those that the first
+            The single pixel frame `[1, 3, 8h, 8w]`, and every cache of `cache_shapes` in order; those that the first
             frame does not write are zeros.
         """
         return self._stream(latent, None)
@@ -284,7 +288,7 @@ class VAEDecoder(nn.Module):
         """
         return self._stream(latent, caches)
 
-    def cache_specs(self, height: int, width: int) -> list[CacheSpec]:
+    def cache_shapes(self, height: int, width: int) -> list[CacheSpec]:
         """The caches `cache.0`, `cache.1`, ... for latents of `height` x `width`, in the order of the calls above."""
         specs: list[CacheSpec] = []
 

@@ -1,0 +1,223 @@
+"""Strict loading of the public checkpoints.
+
+Each loader returns a state dict with exactly the keys and shapes of the model it is for, or raises a `CheckpointError`
+that says what differs. Tensors are mapped from the file until they are used; load them with
+`model.load_state_dict(state, assign=True)` into a model built on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint_files import checkpoint_sha256, read_checkpoint
+from .checkpoint_spec import (
+    CheckpointKind,
+    Expectation,
+    Shapes,
+    check_state,
+    dit_shapes,
+    kind_of,
+    lora_targets,
+    umt5_shapes,
+    vae_decoder_shapes,
+)
+from .config import DiTConfig
+from .errors import CheckpointError
+from .text import UMT5Config, umt5_keys
+from .vae import WAN_VAE, VAEConfig
+
+__all__ = [
+    "CheckpointKind",
+    "checkpoint_kind",
+    "checkpoint_sha256",
+    "load_dit_state",
+    "load_lora",
+    "load_umt5_state",
+    "load_vae_state",
+    "merge_lora",
+    "vae_config_of",
+]
+
+_SECTIONS = ("generator_ema", "generator", "generator_lora")
+"""Groups of a training checkpoint that hold a model for inference, best first."""
+
+_VAE_ENCODER = ("encoder.", "conv1.")
+_UMT5_DECODER = ("decoder.", "lm_head.")
+"""Known parts of the public files that are not needed here."""
+
+LoRA = dict[str, tuple[Tensor, Tensor]]
+"""By the key of the matrix it changes: A `[rank, in]` and B `[out, rank]`."""
+
+
+def checkpoint_kind(path: str | Path) -> CheckpointKind:
+    """What a checkpoint holds, by its keys.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    return kind_of(_read_state(path))
+
+
+def load_dit_state(
+    path: str | Path,
+    config: DiTConfig,
+    *,
+    lora: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The transformer out of a Self-Forcing, LongLive, Light Forcing or Wan-AI checkpoint.
+
+    Args:
+        path: file, shard index, or folder. `generator_ema` is preferred to `generator`.
+        config: the model that the state is for.
+        lora: a LoRA to merge into the weights.
+        dtype: type to convert to; None leaves each tensor as stored.
+
+    Raises:
+        CheckpointError: a file cannot be read, or does not hold this model.
+    """
+    state = _read_state(path)
+    model = f"a causal Wan transformer of dim {config.dim} with {config.layers} layers"
+    expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config))
+    check_state(state, expected, str(path))
+    if lora is not None:
+        state = merge_lora(state, load_lora(lora, config), dtype=dtype)
+    return _arrange(state, expected, dtype)
+
+
+def load_lora(path: str | Path, config: DiTConfig) -> LoRA:
+    """The LoRA of a transformer of size `config`, of any rank, complete for every matrix it is expected to change.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no such LoRA.
+    """
+    state = {key.removeprefix("base_model.model."): value for key, value in _read_state(path).items()}
+    shapes: Shapes = {}
+    for target, (out_dim, in_dim) in lora_targets(config).items():
+        key_a, key_b = (target.replace(".weight", f".lora_{half}.weight") for half in "AB")
+        rank = state[key_a].shape[0] if key_a in state and state[key_a].ndim else 0
+        shapes |= {key_a: (rank, in_dim), key_b: (out_dim, rank)}
+    model = f"a LoRA for a causal Wan transformer of dim {config.dim} with {config.layers} layers"
+    check_state(state, Expectation(CheckpointKind.LORA, model, shapes), str(path))
+    halves = list(shapes)
+    return {
+        target: (state[key_a], state[key_b])
+        for target, key_a, key_b in zip(lora_targets(config), halves[::2], halves[1::2], strict=True)
+    }
+
+
+def merge_lora(
+    state: Mapping[str, Tensor], lora: LoRA, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A copy of a state dict with `W + B A` in place of each matrix of the LoRA; every other tensor is shared.
+
+    The sum is computed in float32 at least and rounded once, to `dtype` or to the type of W. The scale alpha / rank
+    is 1, as LongLive trains it.
+    """
+    merged = dict(state)
+    for key, (a, b) in lora.items():
+        weight = state[key]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged[key] = torch.addmm(weight.to(wide), b.to(wide), a.to(wide)).to(dtype or weight.dtype)
+    return merged
+
+
+def load_vae_state(
+    path: str | Path, config: VAEConfig, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The decoder out of `Wan2.1_VAE.pth` or `lightvaew2_1.pth`; the encoder is left out.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold this decoder.
+    """
+    state, expected = _vae_decoder(_read_state(path), config, path)
+    return _arrange(state, expected, dtype)
+
+
+def vae_config_of(path: str | Path) -> VAEConfig:
+    """The size of the decoder in a checkpoint: full, light, or another width of the same network.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no Wan VAE.
+    """
+    state = _read_state(path)
+    head = state.get("decoder.head.2.weight")
+    config = WAN_VAE if head is None or head.ndim < 2 else VAEConfig(dim=head.shape[1])
+    _vae_decoder(state, config, path)
+    return config
+
+
+def load_umt5_state(
+    path: str | Path, config: UMT5Config, *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The text encoder out of Wan's `models_t5_umt5-xxl-enc-bf16.pth` or a Hugging Face UMT5, under our names.
+
+    The names are those of `text.umt5_keys`; `text.build_encoder` takes the result.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold this encoder.
+    """
+    state = _read_state(path)
+    is_wan = "token_embedding.weight" in state
+    if not is_wan:
+        state = _without(state, _UMT5_DECODER, CheckpointKind.UMT5)
+        # The table has two names in memory; a safetensors file keeps only one of them.
+        tied = state.pop("encoder.embed_tokens.weight", None)
+        if tied is not None:
+            state.setdefault("shared.weight", tied)
+    shapes = umt5_shapes(config)
+    names = {key.wan if is_wan else key.hf: key.name for key in umt5_keys(config.layers)}
+    model = f"a UMT5 encoder of dim {config.d_model} with {config.layers} layers"
+    expected = Expectation(
+        CheckpointKind.UMT5, model, {public: shapes[name] for public, name in names.items()}
+    )
+    check_state(state, expected, str(path))
+    return {names[public]: value for public, value in _arrange(state, expected, dtype).items()}
+
+
+def _read_state(path: str | Path) -> dict[str, Tensor]:
+    """The flat state dict of a checkpoint, freed of the section it lies in and of wrappers' prefixes."""
+    content: Mapping[str, Any] = read_checkpoint(path)
+    section = next((content[name] for name in _SECTIONS if content.get(name)), content)
+    if not isinstance(section, Mapping):
+        section = content
+    state: dict[str, Tensor] = {}
+    for raw_key, value in section.items():
+        if not isinstance(value, Tensor):
+            found = ", ".join(f"{key} ({type(item).__name__})" for key, item in list(content.items())[:6])
+            raise CheckpointError(
+                f"{path} holds {found}; expected tensors by name, or such tensors under one of {', '.join(_SECTIONS)}"
+            )
+        key = str(raw_key).replace("_fsdp_wrapped_module.", "").removeprefix("model.")
+        if key in state:
+            raise CheckpointError(f"{path} holds {key!r} twice, with and without a prefix; expected it once")
+        state[key] = value
+    return state
+
+
+def _vae_decoder(
+    state: dict[str, Tensor], config: VAEConfig, path: str | Path
+) -> tuple[dict[str, Tensor], Expectation]:
+    state = _without(state, _VAE_ENCODER, CheckpointKind.VAE)
+    model = f"a Wan video decoder of width {config.dim}"
+    expected = Expectation(CheckpointKind.VAE, model, vae_decoder_shapes(config))
+    check_state(state, expected, str(path))
+    return state, expected
+
+
+def _without(state: dict[str, Tensor], prefixes: tuple[str, ...], kind: CheckpointKind) -> dict[str, Tensor]:
+    """A copy without the parts that a file of this kind is known to hold besides; files of other kinds stay whole."""
+    if kind_of(state) != kind:
+        return dict(state)
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def _arrange(
+    state: Mapping[str, Tensor], expected: Expectation, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    return {key: state[key] if dtype is None else state[key].to(dtype) for key in expected.shapes}
