@@ -1,0 +1,149 @@
+"""Bookkeeping of the frame cache, in plain Python: no arrays, no model.
+
+    [ sink frames | ring of recent frames | in-flight chunk ]
+
+A session owns a fixed set of physical *slots*, each holding one frame's keys and values in every layer. The
+table maps frames (absolute index from the start of the rollout) to slots; eviction changes the table and never
+copies. The chunk in flight lives in the engine's staging buffers until it is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["ABSENT", "FrameTable", "LatentRing", "Move"]
+
+ABSENT = -1
+"""Entry of ``frame_slots`` that stands for no frame."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """Commit frame ``offset`` of the in-flight chunk to ``slot``; ``frame`` is its absolute index."""
+
+    offset: int
+    slot: int
+    frame: int
+
+
+class FrameTable:
+    """Which frame of one session lies in which slot.
+
+    Frames below ``sink_frames`` are never evicted; of the others the oldest goes first. There is one chunk in
+    flight at a time: :meth:`begin`, then :meth:`commit` once its clean keys and values exist.
+    """
+
+    def __init__(self, slots: Sequence[int], *, chunk_frames: int, sink_frames: int) -> None:
+        if sink_frames > len(slots):
+            raise ValueError(f"{sink_frames} sink frames do not fit into {len(slots)} slots")
+        self._capacity = len(slots)
+        self._chunk_frames = chunk_frames
+        self._sink_frames = sink_frames
+        self._free = list(slots)
+        self._slots: dict[int, int] = {}  # frame -> slot; insertion order is oldest first
+        self._next = 0
+        self._in_flight: int | None = None
+
+    @property
+    def next_chunk(self) -> int:
+        """Index of the chunk that :meth:`begin` starts next."""
+        return self._next
+
+    @property
+    def in_flight(self) -> int | None:
+        """Index of the chunk begun and not yet committed."""
+        return self._in_flight
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        """Committed frames that are resident, oldest first."""
+        return tuple(self._slots)
+
+    def begin(self) -> int:
+        """Put the next chunk in flight and return its index."""
+        if self._in_flight is not None:
+            raise ValueError(f"chunk {self._in_flight} is still in flight; commit it first")
+        self._in_flight = self._next
+        self._next += 1
+        return self._in_flight
+
+    def commit(self) -> tuple[Move, ...]:
+        """Make the in-flight chunk's frames resident, evicting the oldest; say which frame goes where.
+
+        Where the window is shorter than a chunk, only the chunk's last frames (and sinks) become resident.
+        """
+        if self._in_flight is None:
+            raise ValueError("no chunk is in flight; begin one first")
+        first = self._in_flight * self._chunk_frames
+        new = range(first, first + self._chunk_frames)
+        frames = [*self._slots, *new]
+        recent = [frame for frame in frames if frame >= self._sink_frames]
+        evicted = set(recent[: max(0, len(frames) - self._capacity)])
+        for frame in [frame for frame in self._slots if frame in evicted]:
+            self._free.append(self._slots.pop(frame))
+        moves = []
+        for frame in new:
+            if frame not in evicted:
+                slot = self._free.pop(0)
+                self._slots[frame] = slot
+                moves.append(Move(offset=frame - first, slot=slot, frame=frame))
+        self._in_flight = None
+        return tuple(moves)
+
+    def frame_slots(self, before: int | None = None) -> tuple[int, ...]:
+        """Slots of the resident frames (those below frame ``before``), oldest first, padded with -1."""
+        present = [slot for frame, slot in self._slots.items() if before is None or frame < before]
+        return tuple(present + [ABSENT] * (self._capacity - len(present)))
+
+    def moves(self, chunk: int, *, sinks: bool) -> tuple[Move, ...]:
+        """Where the resident frames of a committed ``chunk`` lie; ``sinks=False`` leaves sink frames out."""
+        first = chunk * self._chunk_frames
+        return tuple(
+            Move(offset=frame - first, slot=self._slots[frame], frame=frame)
+            for frame in range(first, first + self._chunk_frames)
+            if frame in self._slots and (sinks or frame >= self._sink_frames)
+        )
+
+    def resident_chunks(self) -> tuple[int, ...]:
+        """Chunks with at least one resident frame, oldest first."""
+        return tuple(dict.fromkeys(frame // self._chunk_frames for frame in self._slots))
+
+    def sink_slots(self) -> tuple[int, ...]:
+        """Slots of the resident sink frames, in order."""
+        return tuple(slot for frame, slot in self._slots.items() if frame < self._sink_frames)
+
+    def sink_shift(self) -> int:
+        """How far window-relative sinks lie from where they were committed, in frames.
+
+        Sink j then sits at the first recent frame - sinks + j. With no recent frame resident, the next chunk's
+        first frame takes its place.
+        """
+        sinks = len(self.sink_slots())
+        recent = next((frame for frame in self._slots if frame >= self._sink_frames), None)
+        first = self._next * self._chunk_frames if recent is None else recent
+        return max(0, first - sinks) if sinks else 0
+
+
+class LatentRing:
+    """Where a session keeps the clean latents of its chunks.
+
+    A prompt switch recomputes keys and values from them, so the latent of every chunk with a resident frame is
+    kept, besides the one being written and the one being decoded: chunks that hold sinks for good, the others in
+    a ring.
+    """
+
+    def __init__(self, *, chunk_frames: int, sink_frames: int, past_frames: int) -> None:
+        recent = past_frames - sink_frames
+        self._fixed = -(-sink_frames // chunk_frames)
+        # A run of frames that starts anywhere in a chunk touches up to one chunk more than its length would fill.
+        self._ring = (-(-recent // chunk_frames) + 1 if recent else 0) + 2
+
+    @property
+    def slots(self) -> int:
+        """Number of latent slots."""
+        return self._fixed + self._ring
+
+    def slot(self, chunk: int) -> int:
+        """The slot of a chunk's latent."""
+        return chunk if chunk < self._fixed else self._fixed + (chunk - self._fixed) % self._ring

@@ -1,0 +1,85 @@
+"""What an execution backend offers the rollout: forwards, and the buffers they read and write.
+
+The rollout owns the order of things and knows no buffer; the engine owns the buffers and knows no order. Frames
+are named by pool slot, chunk latents by latent slot, sessions by number. Everything that changes from chunk to
+chunk enters through :meth:`Engine.begin`, once per chunk, so that the forwards themselves take no host data: an
+engine may record them once and replay them.
+
+Threads: one thread calls ``condition`` to ``place_sinks``, another calls ``decode``; both may run at once, also
+for one session, but never on the same latent slot. ``encode_text_layer`` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import Move
+
+__all__ = ["Engine", "Placement"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a chunk stands.
+
+    ``chunk`` is its index (into the sparsity table), ``first_frame`` the temporal position of its first frame,
+    ``frame_slots`` the pool slots of the frames it may attend to, oldest first, padded with -1, and ``latent``
+    the latent slot that holds its clean latent (written by the last denoising forward, read by the clean one).
+    """
+
+    chunk: int
+    first_frame: int
+    frame_slots: tuple[int, ...]
+    latent: int
+
+
+class Engine(Protocol):
+    """Executes the components of one bundle for a fixed number of sessions.
+
+    Methods that return a float return the seconds spent in the backend itself, so that the caller can tell them
+    from its own overhead. All raise :class:`~runtime.errors.EngineError` when a forward fails.
+    """
+
+    def warmup(self) -> None:
+        """Run every component once, so that the first chunk costs what the others do."""
+
+    def reset(self, session: int) -> None:
+        """Prepare the buffers of ``session`` for a new rollout."""
+
+    def condition(self, session: int, embedding: NDArray[np.float32]) -> float:
+        """Compute the cross-attention keys and values from a prompt embedding ``[text_len, dim]``."""
+
+    def begin(self, session: int, placement: Placement, noise: NDArray[np.float32] | None) -> None:
+        """Set what the next forwards of ``session`` work on.
+
+        ``noise`` is ``[denoising steps, channels, frames, h, w]``: the initial latent, then what re-noises it
+        before each further forward. ``None`` if only the clean forward follows.
+        """
+
+    def denoise(self, session: int, step: int) -> float:
+        """One denoising forward. The steps of a chunk run in order, starting with 0."""
+
+    def clean(self, session: int) -> float:
+        """The forward on the clean latent whose only results are the chunk's keys and values."""
+
+    def commit(self, session: int, moves: Sequence[Move]) -> None:
+        """Copy keys, values and block means of the last clean forward into the pool."""
+
+    def place_sinks(self, session: int, slots: Sequence[int], shift: int) -> None:
+        """Rewrite the sink frames' keys in ``slots``, moved by ``shift`` frames from where they were committed."""
+
+    def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
+        """Decode a chunk's latent into ``out`` ``[frames, H, W, 3]``; ``first`` for the first of a rollout."""
+
+    def encode_text_layer(
+        self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """One layer of the text encoder. ``hidden`` ``[text_len, dim]``, ``mask`` 1 where there is a token."""
+
+    def close(self) -> None:
+        """Free everything. No other method may be running."""

@@ -1,0 +1,190 @@
+"""Every buffer of a pipeline, sized from the manifest before anything is allocated.
+
+An engine allocates exactly the buffers listed here, so the sizes that are checked are the sizes that are used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from .cache import LatentRing
+from .errors import BundleError, CapacityError
+
+__all__ = ["Buffer", "BufferPlan", "available_memory", "check_memory", "plan_buffers"]
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array: its name, element type and shape."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """The buffers of a pipeline that serves ``sessions`` sessions.
+
+    ``pool`` holds the frame slots of all sessions, ``shared`` what one chunk needs while it is computed (the
+    session that is served uses it), and ``session`` what each session keeps for itself.
+    """
+
+    sessions: int
+    pool: tuple[Buffer, ...]
+    shared: tuple[Buffer, ...]
+    session: tuple[Buffer, ...]
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes one more session costs: its buffers and its part of the pool."""
+        return _total(self.session) + _total(self.pool) // self.sessions
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all buffers together."""
+        return _total(self.pool) + _total(self.shared) + self.sessions * _total(self.session)
+
+
+def pool_slots(manifest: Manifest, sessions: int) -> int:
+    """Frame slots in the pool that ``sessions`` sessions share."""
+    return max(1, sessions * manifest.cache.max_past_frames)
+
+
+def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
+    """Plan the buffers for ``sessions`` sessions. Raises :class:`BundleError` if a component's I/O is unusable."""
+    slots = pool_slots(manifest, sessions)
+    step, clean = manifest.components["step"], manifest.components["clean"]
+    conditioner = manifest.components["conditioner"]
+    vae_first, vae_next = manifest.components["vae_first"], manifest.components["vae_next"]
+    inputs, outputs = _named(step.inputs), _named(step.outputs)
+    latent = _require(inputs, "latent", step)
+    steps = manifest.schedule.denoise_steps
+    cache = manifest.cache
+    ring = LatentRing(
+        chunk_frames=manifest.model.chunk_frames,
+        sink_frames=cache.sink_frames,
+        past_frames=cache.max_past_frames,
+    )
+
+    pool = [_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("past_")]
+    shared = [
+        Buffer("noise", latent.dtype, (steps, *_fixed(latent))),
+        Buffer("denoised", latent.dtype, (steps, *_fixed(latent))),
+        _renamed(latent, "clean_latent"),
+        *(
+            _resolve(_require(inputs, name, step), slots)
+            for name in ("chunk", "frame_slots", "rope_cos", "rope_sin")
+        ),
+        *(_resolve(spec, slots) for name, spec in outputs.items() if name != "next_latent"),
+        _resolve(_require(_named(conditioner.inputs), "text", conditioner), slots),
+        _renamed(_require(_named(vae_next.inputs), "latent", vae_next), "vae_latent"),
+        _renamed(_require(_named(vae_first.outputs), "frames", vae_first), "frames_first"),
+        _renamed(_require(_named(vae_next.outputs), "frames", vae_next), "frames_next"),
+    ]
+    _require(outputs, "next_latent", step)
+    _require(_named(clean.inputs), "latent", clean)
+    session = [
+        Buffer("latents", latent.dtype, (ring.slots, *_fixed(latent))),
+        *(_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("cross_")),
+        *(
+            Buffer(f"cache.{index}.{side}", decoder_cache.dtype, decoder_cache.shape)
+            for side in ("a", "b")
+            for index, decoder_cache in enumerate(manifest.vae.caches)
+        ),
+    ]
+    if cache.sink_positions == "window":
+        session += [
+            Buffer(
+                buffer.name.replace("past_", "sink_"), buffer.dtype, (cache.sink_frames, *buffer.shape[1:])
+            )
+            for buffer in pool
+            if not buffer.name.startswith("past_v.")
+        ]
+    return BufferPlan(sessions=sessions, pool=tuple(pool), shared=tuple(shared), session=tuple(session))
+
+
+def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
+    """:class:`CapacityError` if engines and buffers do not fit into ``free`` bytes; ``None`` means unknown.
+
+    The engines are counted with the size of their files; the text encoder's weights are streamed and not
+    counted.
+    """
+    manifest = bundle.manifest
+    engines = sum(entry.bytes for entry in manifest.files if entry.path != manifest.text.weights)
+    needed = engines + plan.total_bytes
+    if free is None or needed <= free:
+        return
+    raise CapacityError(
+        f"{plan.sessions} session(s) of {manifest.name!r} need {needed:,} bytes ({engines:,} for engines, "
+        f"{plan.total_bytes:,} for buffers, of which {plan.session_bytes:,} per session), but {free:,} are free; "
+        f"load fewer sessions or free memory",
+        needed=needed,
+        free=free,
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that can be allocated now, or ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return available
+    if limit == "max":
+        return available
+    room = max(0, int(limit) - used)
+    return room if available is None else min(room, available)
+
+
+def _total(buffers: tuple[Buffer, ...]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def _named(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in specs}
+
+
+def _require(specs: dict[str, TensorSpec], name: str, component: Component) -> TensorSpec:
+    if name not in specs:
+        raise BundleError(
+            f"component {component.file!r} has no tensor {name!r} (it has: {', '.join(specs)}); rebuild the bundle"
+        )
+    return specs[name]
+
+
+def _resolve(spec: TensorSpec, slots: int) -> Buffer:
+    shape = []
+    for dim in spec.shape:
+        if isinstance(dim, str) and dim != "slots":
+            raise BundleError(
+                f"tensor {spec.name!r} has the symbolic dimension {dim!r}, expected sizes or 'slots'; rebuild "
+                f"the bundle"
+            )
+        shape.append(slots if isinstance(dim, str) else dim)
+    return Buffer(spec.name, spec.dtype, tuple(shape))
+
+
+def _fixed(spec: TensorSpec) -> tuple[int, ...]:
+    return _resolve(spec, slots=0).shape
+
+
+def _renamed(spec: TensorSpec, name: str) -> Buffer:
+    return Buffer(name, spec.dtype, _fixed(spec))

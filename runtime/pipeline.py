@@ -1,0 +1,181 @@
+"""A loaded bundle: its engines, its pool of frame slots, and the workers that serve its sessions."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .bundle import Bundle, Manifest, load_bundle
+from .engine import Engine
+from .errors import CapacityError, ClosedError, InputError
+from .memory import BufferPlan, available_memory, check_memory, plan_buffers
+from .noise import check_seed
+from .rollout import PromptSwitch, Rollout
+from .scheduler import Lane, Scheduler
+from .session import Session
+from .text import TextEncoder, check_embedding
+
+__all__ = ["Pipeline", "TextEncoderMode"]
+
+TextEncoderMode = Literal["on-demand", "resident", "external"]
+_TEXT_ENCODER_MODES: tuple[TextEncoderMode, ...] = ("on-demand", "resident", "external")
+
+
+class Pipeline:
+    """Serves rollouts of one bundle. Create it with :meth:`load`; close it, or use it in a ``with`` statement."""
+
+    def __init__(
+        self, bundle: Bundle, plan: BufferPlan, engine: Engine, text_encoder: TextEncoder | None
+    ) -> None:
+        self._bundle = bundle
+        self._plan = plan
+        self._engine = engine
+        self._text_encoder = text_encoder
+        self._scheduler = Scheduler()
+        self._lock = threading.Lock()
+        self._free = list(range(plan.sessions))
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        sessions: int = 1,
+        warmup: bool = True,
+        threads: int | None = None,
+        text_encoder: TextEncoderMode = "on-demand",
+        verify: bool = True,
+        memory_limit: int | None = None,
+    ) -> Pipeline:
+        """Load a bundle for up to ``sessions`` rollouts at a time.
+
+        Args:
+            path: folder of the bundle.
+            sessions: how many sessions may be open at once; each has its own cache.
+            warmup: run every engine once now, so that the first chunk costs what the others do.
+            threads: CPU threads per forward; by default ``OMP_NUM_THREADS``, else all cores.
+            text_encoder: read its weights for each prompt (``"on-demand"``), keep them after the first
+                (``"resident"``), or do without it (``"external"``: sessions then take embeddings only).
+            verify: check the SHA-256 of every file.
+            memory_limit: bytes the pipeline may use; by default what the system has available.
+
+        Raises:
+            BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
+            CapacityError: it does not fit into memory; raised before anything is allocated.
+            EngineError: an engine does not load.
+            InputError: an argument is out of range.
+        """
+        for name, value in (("sessions", sessions), ("threads", threads)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} is {value!r}; expected a whole number, 1 or more")
+        if text_encoder not in _TEXT_ENCODER_MODES:
+            raise InputError(
+                f"text_encoder is {text_encoder!r}; expected one of {', '.join(_TEXT_ENCODER_MODES)}"
+            )
+        bundle = load_bundle(path, verify=verify)
+        plan = plan_buffers(bundle.manifest, sessions)
+        check_memory(bundle, plan, available_memory() if memory_limit is None else memory_limit)
+
+        from .onnxruntime_engine import OnnxRuntimeEngine
+
+        engine = OnnxRuntimeEngine(bundle, plan, threads=threads)
+        encoder = None
+        if text_encoder != "external":
+            encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
+        if warmup:
+            engine.warmup()
+        return cls(bundle, plan, engine, encoder)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says about itself."""
+        return self._bundle.manifest
+
+    @property
+    def memory(self) -> BufferPlan:
+        """The buffers that were allocated."""
+        return self._plan
+
+    def session(
+        self, prompt: str | None = None, *, seed: int = 0, embedding: ArrayLike | None = None
+    ) -> Session:
+        """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
+
+        The same seed gives the same bits on the same backend.
+
+        Raises:
+            CapacityError: all sessions that the pipeline was loaded for are open.
+            InputError: neither or both of prompt and embedding, or an argument that is not usable.
+        """
+        seed = check_seed(seed)
+        first = PromptSwitch(self.embed(prompt, embedding), recache="none")
+        with self._lock:
+            self._require_open()
+            if not self._free:
+                raise CapacityError(
+                    f"all {self._plan.sessions} session(s) of this pipeline are open: another needs "
+                    f"{self._plan.session_bytes:,} bytes, 0 are free; close one, or load the pipeline with more "
+                    f"sessions",
+                    needed=self._plan.session_bytes,
+                    free=0,
+                )
+            number = self._free.pop(0)
+            lane = Lane(Rollout(self._engine, number, self.manifest, seed=seed), switches=[(0, first)])
+            self._scheduler.add(lane)
+        return Session(
+            scheduler=self._scheduler,
+            lane=lane,
+            manifest=self.manifest,
+            embed=self.embed,
+            release=lambda: self._release(number),
+        )
+
+    def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
+        """The embedding ``[text_len, dim]`` of a prompt, or a checked copy of the one given."""
+        self._require_open()
+        if (prompt is None) == (embedding is None):
+            raise InputError(
+                "expected either a prompt or an embedding, found " + ("neither" if prompt is None else "both")
+            )
+        if embedding is not None:
+            return check_embedding(embedding, self.manifest.text)
+        if self._text_encoder is None:
+            raise InputError(
+                "the pipeline was loaded with text_encoder='external': pass embedding= instead of a prompt, or "
+                "load it with 'on-demand' or 'resident'"
+            )
+        assert prompt is not None
+        return self._text_encoder.encode(prompt)
+
+    def close(self) -> None:
+        """End all sessions and free everything; waits for the forwards that are running. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._scheduler.stop()
+        if self._text_encoder is not None:
+            self._text_encoder.close()
+        self._engine.close()
+
+    def _release(self, number: int) -> None:
+        with self._lock:
+            self._free.append(number)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,157 @@
+"""The order of one session's forwards: clean and commit the last chunk, switch the prompt, denoise the next.
+
+The clean forward of a chunk runs when the next chunk is asked for, never after the last, so a chunk's latent
+leaves one forward earlier.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Manifest
+from .cache import FrameTable, LatentRing
+from .engine import Engine, Placement
+from .errors import SessionCancelledError
+from .noise import fill_noise
+
+__all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_pixel_frames"]
+
+Recache = Literal["window", "all", "none"]
+RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSwitch:
+    """A new prompt embedding ``[text_len, dim]`` and which cached frames are recomputed with it."""
+
+    embedding: NDArray[np.float32]
+    recache: Recache
+
+
+def chunk_pixel_frames(manifest: Manifest, chunk: int) -> int:
+    """Pixel frames of a chunk: the first latent frame of a rollout gives one, every other ``temporal_factor``."""
+    frames = manifest.model.chunk_frames * manifest.vae.temporal_factor
+    return frames - manifest.vae.temporal_factor + 1 if chunk == 0 else frames
+
+
+class Rollout:
+    """One session's rollout. :meth:`advance` and :meth:`decode` may run at once, on two threads."""
+
+    def __init__(self, engine: Engine, session: int, manifest: Manifest, *, seed: int) -> None:
+        model, cache = manifest.model, manifest.cache
+        past = cache.max_past_frames
+        slots = range(session * past, (session + 1) * past)
+        self._engine = engine
+        self._session = session
+        self._manifest = manifest
+        self._seed = seed
+        self._table = FrameTable(slots, chunk_frames=model.chunk_frames, sink_frames=cache.sink_frames)
+        self._latents = LatentRing(
+            chunk_frames=model.chunk_frames, sink_frames=cache.sink_frames, past_frames=past
+        )
+        shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
+        self._noise = np.empty((manifest.schedule.denoise_steps, *shape), dtype=np.float32)
+        self._warned = False
+        engine.reset(session)
+
+    def advance(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
+        """Denoise the next chunk, with a new prompt if there is one; the seconds spent in the backend.
+
+        ``cancelled`` is asked between forwards; :class:`SessionCancelledError` ends the rollout for good.
+        """
+        seconds = self._finish_last(switch, cancelled)
+        chunk = self._table.begin()
+        self._warn_past_table(chunk)
+        for step in range(len(self._noise)):
+            fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)
+        self._engine.begin(self._session, self._placement(chunk), self._noise)
+        for step in range(len(self._noise)):
+            _check(cancelled)
+            seconds += self._engine.denoise(self._session, step)
+        return seconds
+
+    def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:
+        """Frames of a chunk, uint8 ``[N, H, W, 3]`` in an array of the caller's, and the backend's seconds.
+
+        Chunks must be decoded in order, at most one behind the chunk that :meth:`advance` works on.
+        """
+        model = self._manifest.model
+        count = chunk_pixel_frames(self._manifest, chunk)
+        frames = np.empty((count, model.video_height, model.video_width, 3), dtype=np.uint8)
+        seconds = self._engine.decode(self._session, self._latents.slot(chunk), first=chunk == 0, out=frames)
+        return frames, seconds
+
+    def _finish_last(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
+        """Commit the chunk in flight, if any, and apply the prompt switch, if any."""
+        chunk, recache = self._table.in_flight, switch.recache if switch else "none"
+        seconds = 0.0
+        if chunk is not None:
+            # Recomputing makes the clean forward with the old prompt pointless, unless it is what fills the sinks.
+            sinks_pending = chunk * self._manifest.model.chunk_frames < self._manifest.cache.sink_frames
+            if recache == "none" or (recache == "window" and sinks_pending):
+                _check(cancelled)
+                seconds += self._clean(self._placement(chunk))
+                self._engine.commit(self._session, self._table.commit())
+            else:
+                self._table.commit()
+            if recache != "all":
+                self._place_sinks()
+        if switch is not None:
+            seconds += self._engine.condition(self._session, switch.embedding)
+            if recache != "none":
+                seconds += self._recache(recache, cancelled)
+        return seconds
+
+    def _recache(self, recache: Recache, cancelled: Callable[[], bool]) -> float:
+        """Recompute resident frames block-causally, oldest chunk first; each sees only frames before it."""
+        seconds = 0.0
+        for chunk in self._table.resident_chunks():
+            moves = self._table.moves(chunk, sinks=recache == "all")
+            if moves:
+                _check(cancelled)
+                seconds += self._clean(
+                    self._placement(chunk, before=chunk * self._manifest.model.chunk_frames)
+                )
+                self._engine.commit(self._session, moves)
+                if moves[0].frame < self._manifest.cache.sink_frames:
+                    self._place_sinks()
+        return seconds
+
+    def _clean(self, placement: Placement) -> float:
+        self._engine.begin(self._session, placement, None)
+        return self._engine.clean(self._session)
+
+    def _placement(self, chunk: int, *, before: int | None = None) -> Placement:
+        return Placement(
+            chunk=chunk,
+            first_frame=chunk * self._manifest.model.chunk_frames,
+            frame_slots=self._table.frame_slots(before),
+            latent=self._latents.slot(chunk),
+        )
+
+    def _place_sinks(self) -> None:
+        shift = self._table.sink_shift()
+        if self._manifest.cache.sink_positions == "window" and shift:
+            self._engine.place_sinks(self._session, self._table.sink_slots(), shift)
+
+    def _warn_past_table(self, chunk: int) -> None:
+        table = self._manifest.sparsity.table_frames
+        past_table = (chunk + 1) * self._manifest.model.chunk_frames > table
+        if past_table and self._manifest.cache.window_frames is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the rollout is past the {table} frames that this bundle was planned for: the window slides and "
+                f"the last sparsity is kept; for long videos use a bundle of a long variant",
+                stacklevel=2,
+            )
+
+
+def _check(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise SessionCancelledError("the session was cancelled")

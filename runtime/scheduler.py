@@ -1,0 +1,291 @@
+"""Two workers that serve all sessions of a pipeline: one denoises, one decodes.
+
+Sessions take turns by chunk. A session may be at most one chunk ahead of what its consumer asked for, and the
+decoding of chunk i overlaps the denoising of chunk i + 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ClosedError, InputError, SessionCancelledError, SessionFailedError
+from .rollout import PromptSwitch, Rollout
+
+__all__ = ["Chunk", "ChunkTimes", "Lane", "Scheduler", "StreamEndedError"]
+
+
+class StreamEndedError(Exception):
+    """A stream has delivered all its chunks. Streams turn it into the end of the iteration."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Frames of one chunk and what they cost.
+
+    ``frames`` is uint8 ``[N, H, W, 3]`` and belongs to the caller. ``latency`` is the time in seconds from the
+    start of the chunk's work (a prompt switch and the last chunk's clean forward included) until its frames were
+    there. ``denoise`` and ``decode`` are the seconds spent inside the transformer's and the decoder's engines,
+    ``other`` the runtime's own work around them.
+    """
+
+    index: int
+    frames: NDArray[np.uint8]
+    latency: float
+    denoise: float
+    decode: float
+    other: float
+
+
+@dataclass(frozen=True)
+class ChunkTimes:
+    """What a chunk cost, without its frames; see :class:`Chunk`."""
+
+    index: int
+    frames: int
+    latency: float
+    denoise: float
+    decode: float
+    other: float
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> ChunkTimes:
+        """The times of ``chunk``."""
+        return cls(chunk.index, len(chunk.frames), chunk.latency, chunk.denoise, chunk.decode, chunk.other)
+
+
+@dataclass(eq=False)
+class Lane:
+    """What the scheduler knows of one session. Guarded by the scheduler's lock."""
+
+    rollout: Rollout
+    asked: int = 0
+    """Chunks that the consumer has asked for, received or not."""
+    end: int | None = 0
+    """Chunk at which the consumer's stream ends; ``None`` for never."""
+    started: int = 0
+    delivered: int = 0
+    done: deque[Chunk] = field(default_factory=deque)
+    switches: list[tuple[int, PromptSwitch]] = field(default_factory=list)
+    """Prompt switches not yet applied, with the first chunk each may apply to, in the order they came."""
+    active: int = 0
+    """Workers that use the rollout at this moment."""
+    cancelled: bool = False
+    closed: bool = False
+    error: Exception | None = None
+    failed_at: int = 0
+    """Chunk that ``error`` belongs to; those before it are still delivered."""
+    listeners: list[Callable[[], None]] = field(default_factory=list)
+    """Called once when something changed that a consumer may wait for."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next chunk may start: asked for, or one ahead of what was."""
+        if self.is_over() or self.error is not None:
+            return False
+        return self.started <= self.asked and (self.end is None or self.started < self.end)
+
+    def is_over(self) -> bool:
+        """Whether nobody wants this lane's work any more."""
+        return self.cancelled or self.closed
+
+    def take_switch(self) -> PromptSwitch | None:
+        """The newest prompt switch that is due for the chunk about to start."""
+        due = [switch for at, switch in self.switches if at <= self.started]
+        self.switches = [(at, switch) for at, switch in self.switches if at > self.started]
+        return due[-1] if due else None
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    lane: Lane
+    chunk: int
+    begun: float
+    denoise: float
+    other: float
+
+
+class Scheduler:
+    """Owns the two worker threads and the lock that guards every lane."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._lanes: deque[Lane] = deque()
+        self._decodings: deque[_Decoding] = deque()
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._denoise_forever, name="lightforcing-denoise", daemon=True),
+            threading.Thread(target=self._decode_forever, name="lightforcing-decode", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, lane: Lane) -> None:
+        """Serve ``lane`` from now on."""
+        with self._changed:
+            self._lanes.append(lane)
+
+    def remove(self, lane: Lane) -> bool:
+        """Stop serving ``lane``; returns when no worker uses its rollout. False if it was removed before."""
+        with self._changed:
+            lane.closed = True
+            lane.done.clear()
+            self._notify(lane)
+            self._changed.wait_for(lambda: not lane.active)
+            if lane not in self._lanes:
+                return False
+            self._lanes.remove(lane)
+            return True
+
+    def cancel(self, lane: Lane) -> None:
+        """Stop ``lane`` at its next forward and wake whoever waits for it."""
+        with self._changed:
+            lane.cancelled = True
+            lane.done.clear()
+            self._notify(lane)
+
+    def switch(self, lane: Lane, switch: PromptSwitch, at: int | None) -> int:
+        """Queue a prompt switch; the index of the chunk where it applies."""
+        with self._changed:
+            self._raise_if_over(lane)
+            if at is not None and at < lane.started:
+                raise InputError(
+                    f"chunk {at} has already started; the first that can still change is {lane.started}"
+                )
+            first = lane.started if at is None else at
+            lane.switches.append((first, switch))
+            return first
+
+    def request(self, lane: Lane, end: int | None, listener: Callable[[], None]) -> Chunk | None:
+        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends).
+
+        Returns the chunk, or ``None`` if it is not there yet; ``listener`` is then called once, from a worker, as
+        soon as it pays to ask again. Raises :class:`StreamEndedError`, or what ended the lane, if something did;
+        chunks finished before that come first.
+        """
+        with self._changed:
+            chunk = self._request(lane, end)
+            if chunk is None:
+                lane.listeners.append(listener)
+            return chunk
+
+    def wait(self, lane: Lane, end: int | None) -> Chunk:
+        """Like :meth:`request`, but waits for the chunk."""
+        with self._changed:
+            while (chunk := self._request(lane, end)) is None:
+                self._changed.wait()
+            return chunk
+
+    def stop(self) -> None:
+        """End the workers; they finish the forward they are in."""
+        with self._changed:
+            self._stopping = True
+            for lane in self._lanes:
+                lane.closed = True
+                self._notify(lane)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _request(self, lane: Lane, end: int | None) -> Chunk | None:
+        if end is not None and lane.delivered >= end:
+            raise StreamEndedError
+        if not lane.done:
+            self._raise_if_over(lane)
+        lane.asked = max(lane.asked, lane.delivered + 1)
+        lane.end = end
+        self._changed.notify_all()
+        if lane.done:
+            lane.delivered += 1
+            return lane.done.popleft()
+        return None
+
+    def _raise_if_over(self, lane: Lane) -> None:
+        if lane.closed:
+            raise ClosedError("the session is closed; open another with Pipeline.session()")
+        if lane.cancelled:
+            raise SessionCancelledError("the session was cancelled; open another with Pipeline.session()")
+        if lane.error is not None and lane.delivered >= lane.failed_at:
+            raise SessionFailedError(
+                f"chunk {lane.failed_at} failed: {lane.error}; this session is over, the pipeline can open others"
+            ) from lane.error
+
+    def _notify(self, lane: Lane) -> None:
+        listeners, lane.listeners = lane.listeners, []
+        for listener in listeners:
+            listener()
+        self._changed.notify_all()
+
+    def _next_lane(self) -> Lane | None:
+        for _ in range(len(self._lanes)):
+            lane = self._lanes[0]
+            self._lanes.rotate(-1)
+            if lane.ready:
+                return lane
+        return None
+
+    def _denoise_forever(self) -> None:
+        while True:
+            with self._changed:
+                lane = None
+                while not self._stopping and (lane := self._next_lane()) is None:
+                    self._changed.wait()
+                if lane is None or self._stopping:
+                    return
+                chunk, switch = lane.started, lane.take_switch()
+                lane.started += 1
+                lane.active += 1
+            with self._serving(lane, chunk):
+                begun = time.perf_counter()
+                seconds = lane.rollout.advance(switch, lane.is_over)
+                other = time.perf_counter() - begun - seconds
+                with self._changed:
+                    self._decodings.append(_Decoding(lane, chunk, begun, seconds, other))
+
+    def _decode_forever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._decodings or self._stopping)
+                if self._stopping:
+                    return
+                job = self._decodings.popleft()
+                lane = job.lane
+                if lane.is_over():
+                    continue
+                lane.active += 1
+            with self._serving(lane, job.chunk):
+                begun = time.perf_counter()
+                frames, seconds = lane.rollout.decode(job.chunk)
+                end = time.perf_counter()
+                chunk = Chunk(
+                    index=job.chunk,
+                    frames=frames,
+                    latency=end - job.begun,
+                    denoise=job.denoise,
+                    decode=seconds,
+                    other=job.other + end - begun - seconds,
+                )
+                with self._changed:
+                    if not lane.is_over():
+                        lane.done.append(chunk)
+
+    @contextlib.contextmanager
+    def _serving(self, lane: Lane, chunk: int) -> Iterator[None]:
+        """Let go of the lane at the end. An error ends the lane, never the worker."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        with self._changed:
+            lane.active -= 1
+            if error is not None and (lane.error is None or chunk < lane.failed_at):
+                lane.error, lane.failed_at = error, chunk
+            self._notify(lane)

@@ -1,0 +1,159 @@
+"""From a prompt to a prompt embedding: cleaning, tokenising, and the text encoder run layer by layer.
+
+The encoder's weights stay in their file: rows of the token table are gathered one by one and each layer's
+weights are read when its turn comes, so that an encoder of 5.7 billion parameters never has to be in memory at
+once.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .bundle import Bundle, Text
+from .errors import BundleError, ClosedError, InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["TextEncoder", "check_embedding", "clean_prompt"]
+
+_WHITE_SPACE = re.compile(r"\s+")
+_LAYER_WEIGHTS = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
+
+
+class _LayerEngine(Protocol):
+    def encode_text_layer(
+        self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]: ...
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repair mojibake, unescape HTML twice, and collapse white space, as the text encoder was trained with.
+
+    Raises :class:`InputError` if ``prompt`` is not a string of valid Unicode. It may be empty.
+    """
+    import ftfy
+
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt is a {type(prompt).__name__}; expected a string")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt is not valid Unicode ({error}); pass it as UTF-8") from None
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return _WHITE_SPACE.sub(" ", text).strip()
+
+
+def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
+    """A prompt embedding as a float32 copy ``[text_len, dim]``; :class:`InputError` if it is anything else."""
+    array = np.asarray(embedding)
+    expected = (text.text_len, text.dim)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise InputError(f"embedding has dtype {array.dtype}; expected floating point of shape {expected}")
+    if array.shape != expected:
+        raise InputError(
+            f"embedding has shape {array.shape}; expected {expected}, with zero rows past the prompt's end"
+        )
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError("embedding holds values that are not finite; expected finite numbers")
+    return array
+
+
+class TextEncoder:
+    """Encodes prompts with a bundle's tokenizer and text encoder. Safe to call from several threads.
+
+    ``resident=True`` keeps the layers' weights in memory after the first prompt instead of reading them again.
+    """
+
+    def __init__(self, bundle: Bundle, engine: _LayerEngine, *, resident: bool = False) -> None:
+        self._text = bundle.manifest.text
+        self._engine = engine
+        self._weights = bundle.path(self._text.weights)
+        self._tokenizer = _load_tokenizer(bundle.path(self._text.tokenizer))
+        component = bundle.component("text_encoder")
+        self._dtypes = {spec.name: np.dtype(spec.dtype) for spec in component.inputs}
+        self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, cleaned, ended by the end token, cut to ``text_len`` with a warning."""
+        limit = self._text.text_len
+        ids = list(self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids)
+        if len(ids) > limit - 1:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens, the model reads {limit - 1}: the rest was cut off; shorten it",
+                stacklevel=2,
+            )
+        return [*ids[: limit - 1], self._text.eos_id]
+
+    def encode(self, prompt: str) -> NDArray[np.float32]:
+        """The embedding of a prompt, ``[text_len, dim]`` float32, zero past its last token."""
+        import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which the weights may be stored in
+        from safetensors import SafetensorError, safe_open
+
+        ids = self.tokenize(prompt)
+        text = self._text
+        mask = np.zeros(text.text_len, dtype=np.float32)
+        mask[: len(ids)] = 1
+        padded = ids + [text.pad_id] * (text.text_len - len(ids))
+        try:
+            with self._lock, safe_open(self._weights, framework="np") as weights:
+                if self._closed:
+                    raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
+                table = weights.get_slice("token_embedding")
+                rows = {token: table[token : token + 1][0].astype(np.float32) for token in set(padded)}
+                hidden = np.stack([rows[token] for token in padded])
+                for layer in range(text.layers):
+                    hidden = self._engine.encode_text_layer(hidden, mask, self._layer(weights, layer))
+                scale = weights.get_tensor("norm").astype(np.float32)
+        except (SafetensorError, OSError, IndexError) as error:
+            raise BundleError(
+                f"the text encoder's weights {self._weights.name} cannot be read: {error}; rebuild the bundle"
+            ) from error
+        mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True, dtype=np.float32)
+        embedding = hidden / np.sqrt(mean_square + np.float32(text.eps)) * scale
+        embedding[len(ids) :] = 0
+        return np.asarray(embedding, dtype=np.float32)
+
+    def close(self) -> None:
+        """Refuse further prompts; waits for one that is being encoded."""
+        with self._lock:
+            self._closed = True
+            self._resident = None
+
+    def _layer(self, weights: Any, layer: int) -> dict[str, NDArray[Any]]:
+        if self._resident is not None and layer in self._resident:
+            return self._resident[layer]
+        arrays = {
+            name: weights.get_tensor(f"layers.{layer}.{name}").astype(self._dtypes[name], copy=False)
+            for name in _LAYER_WEIGHTS
+        }
+        if self._resident is not None:
+            self._resident[layer] = arrays
+        return arrays
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise BundleError(
+            f"the tokenizer {path.name} cannot be read: {error}; expected a tokenizer.json of the tokenizers "
+            f"library; rebuild the bundle"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

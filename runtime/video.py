@@ -1,0 +1,124 @@
+"""Video files and contact sheets. Both appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
+
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "VideoWriter",
+    "atomic_output",
+    "check_output",
+    "open_video",
+    "write_contact_sheet",
+]
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+_CRF = "18"
+_SHEET_COLUMNS = 6
+_SHEET_GAP = 4
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; renamed to ``path`` on success, removed on any error."""
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class VideoWriter:
+    """Appends frames to an open video; made by :func:`open_video`."""
+
+    def __init__(self, container: OutputContainer, stream: VideoStream, size: tuple[int, int]) -> None:
+        self._container = container
+        self._stream = stream
+        self._shape = (*size, 3)
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append frames, uint8 ``[N, H, W, 3]``."""
+        from av import VideoFrame
+
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
+            raise InputError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (N, *{self._shape})")
+        height, width, _ = self._shape
+        padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        for image in padded:
+            self._container.mux(self._stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
+
+
+@contextmanager
+def open_video(path: str | os.PathLike[str], *, fps: int, height: int, width: int) -> Iterator[VideoWriter]:
+    """Open an H.264 file (yuv420p), to be written while frames arrive.
+
+    The file is there when the block ends; if it ends with an exception, nothing is left. H.264 needs even sizes:
+    an odd last row or column is repeated once. Raises :class:`InputError` if ``path`` cannot be written.
+    """
+    import av
+
+    target = check_output(path, VIDEO_SUFFIXES)
+    with atomic_output(target) as temporary, av.open(str(temporary), "w") as container:
+        stream: VideoStream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.height, stream.width = height + height % 2, width + width % 2
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": _CRF}
+        yield VideoWriter(container, stream, (height, width))
+        container.mux(stream.encode(None))
+
+
+def write_contact_sheet(
+    path: str | os.PathLike[str], frames: Sequence[NDArray[np.uint8]], *, columns: int = _SHEET_COLUMNS
+) -> None:
+    """Write frames, each uint8 ``[H, W, 3]``, as a PNG grid, row by row."""
+    from PIL import Image
+
+    target = check_output(path, (".png",))
+    if not frames:
+        raise InputError("a contact sheet needs at least one frame, found none")
+    height, width = frames[0].shape[:2]
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+    sheet = np.full(
+        (rows * (height + _SHEET_GAP) - _SHEET_GAP, columns * (width + _SHEET_GAP) - _SHEET_GAP, 3),
+        255,
+        np.uint8,
+    )
+    for index, frame in enumerate(frames):
+        top, left = (index // columns) * (height + _SHEET_GAP), (index % columns) * (width + _SHEET_GAP)
+        sheet[top : top + height, left : left + width] = frame
+    with atomic_output(target) as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")
+
+
+def check_output(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
+    """``path`` if a file of one of the ``suffixes`` can be written there; :class:`InputError` otherwise."""
+    target = Path(path)
+    if target.suffix.lower() not in suffixes:
+        raise InputError(f"output file {str(path)!r} must end in {' or '.join(suffixes)}")
+    if not target.parent.is_dir():
+        raise InputError(f"folder {str(target.parent)!r} of the output file does not exist; create it first")
+    if target.is_dir():
+        raise InputError(f"output file {str(path)!r} is a folder; expected the name of a file")
+    return target

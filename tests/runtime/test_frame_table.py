@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.cache import FrameTable, LatentRing
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
+    """(chunk frames, sink frames, slots)."""
+    slots = draw(st.integers(0, 12))
+    return draw(st.integers(1, 4)), draw(st.integers(0, min(4, slots))), slots
+
+
+def naive_residents(chunks: int, chunk_frames: int, sinks: int, capacity: int) -> list[int]:
+    """Resident frames after committing ``chunks`` chunks: append everything, delete the oldest non-sink."""
+    resident: list[int] = []
+    for chunk in range(chunks):
+        resident += [chunk * chunk_frames + i for i in range(chunk_frames)]
+        while len(resident) > capacity:
+            oldest = min(frame for frame in resident if frame >= sinks)
+            resident.remove(oldest)
+    return resident
+
+
+@given(shape=shapes(), chunks=st.integers(0, 12), first_slot=st.integers(0, 50))
+def test_eviction_order_against_a_list(shape: tuple[int, int, int], chunks: int, first_slot: int) -> None:
+    chunk_frames, sinks, capacity = shape
+    own = range(first_slot, first_slot + capacity)
+    table = FrameTable(own, chunk_frames=chunk_frames, sink_frames=sinks)
+    stored: dict[int, int] = {}  # slot -> frame, what the engine's memory would hold
+    for chunk in range(chunks):
+        assert table.begin() == chunk == table.in_flight
+        before = table.frames
+        for move in table.commit():
+            assert move.frame == chunk * chunk_frames + move.offset
+            stored[move.slot] = move.frame
+        assert set(table.frames) <= set(before) | set(range(chunk * chunk_frames, (chunk + 1) * chunk_frames))
+    expected = naive_residents(chunks, chunk_frames, sinks, capacity)
+    assert list(table.frames) == expected
+    slots = table.frame_slots()
+    assert len(slots) == capacity
+    assert [stored[slot] for slot in slots[: len(expected)]] == expected
+    assert slots[len(expected) :] == (-1,) * (capacity - len(expected))
+    assert set(stored) <= set(own)
+    assert [stored[slot] for slot in table.sink_slots()] == [frame for frame in expected if frame < sinks]
+    assert list(table.resident_chunks()) == sorted({frame // chunk_frames for frame in expected})
+    for chunk in range(chunks):
+        mine = [frame for frame in expected if frame // chunk_frames == chunk]
+        assert [move.frame for move in table.moves(chunk, sinks=True)] == mine
+        assert [move.frame for move in table.moves(chunk, sinks=False)] == [f for f in mine if f >= sinks]
+        older = [frame for frame in expected if frame < chunk * chunk_frames]
+        visible = table.frame_slots(before=chunk * chunk_frames)
+        assert [stored[slot] for slot in visible if slot >= 0] == older
+        assert len(visible) == capacity
+
+
+def test_light_forcing_long_window() -> None:
+    """1 sink + 8 recent + 3 current: the sink moves up as the window slides."""
+    table = FrameTable(range(9), chunk_frames=3, sink_frames=1)
+    shifts, frames = [], []
+    for _ in range(5):
+        table.begin()
+        table.commit()
+        shifts.append(table.sink_shift())
+        frames.append(table.frames)
+    assert frames[2] == (0, 1, 2, 3, 4, 5, 6, 7, 8)
+    assert frames[3] == (0, 4, 5, 6, 7, 8, 9, 10, 11)
+    assert frames[4] == (0, 7, 8, 9, 10, 11, 12, 13, 14)
+    assert shifts == [0, 0, 0, 3, 6]
+
+
+def test_sinks_stand_before_the_next_chunk_if_nothing_is_recent() -> None:
+    table = FrameTable(range(2), chunk_frames=3, sink_frames=2)
+    for expected in (1, 4, 7):  # the next chunk starts at 3, 6, 9
+        table.begin()
+        table.commit()
+        assert table.frames == (0, 1)
+        assert table.sink_shift() == expected
+
+
+def test_no_sinks_no_shift() -> None:
+    table = FrameTable(range(3), chunk_frames=3, sink_frames=0)
+    for _ in range(4):
+        table.begin()
+        table.commit()
+    assert table.sink_shift() == 0 and table.sink_slots() == ()
+
+
+def test_one_chunk_in_flight_at_a_time() -> None:
+    table = FrameTable(range(3), chunk_frames=3, sink_frames=0)
+    with pytest.raises(ValueError, match="no chunk is in flight"):
+        table.commit()
+    table.begin()
+    with pytest.raises(ValueError, match="chunk 0 is still in flight"):
+        table.begin()
+    with pytest.raises(ValueError, match="do not fit"):
+        FrameTable(range(1), chunk_frames=3, sink_frames=2)
+
+
+@given(shape=shapes(), chunks=st.integers(1, 30))
+def test_no_latent_that_is_needed_is_overwritten(shape: tuple[int, int, int], chunks: int) -> None:
+    chunk_frames, sinks, capacity = shape
+    ring = LatentRing(chunk_frames=chunk_frames, sink_frames=sinks, past_frames=capacity)
+    table = FrameTable(range(capacity), chunk_frames=chunk_frames, sink_frames=sinks)
+    for chunk in range(chunks):
+        if chunk:
+            table.commit()
+        table.begin()
+        # Written: this chunk. Still read: what is resident (a prompt switch), and the one before (being decoded).
+        needed = {*table.resident_chunks(), chunk} | ({chunk - 1} if chunk else set())
+        slots = [ring.slot(index) for index in needed]
+        assert len(set(slots)) == len(slots)
+        assert all(0 <= slot < ring.slots for slot in slots)
