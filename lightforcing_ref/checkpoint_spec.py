@@ -172,7 +172,7 @@ def umt5_shapes(config: UMT5Config) -> Shapes:
     inner = config.heads * config.d_kv
     parts: Shapes = {
         "norm1": (config.d_model,),
-        **{name: (inner, config.d_model) for name in "qkv"},
+        **dict.fromkeys("qkv", (inner, config.d_model)),
         "o": (config.d_model, inner),
         "rel_bias": (config.buckets, config.heads),
         "norm2": (config.d_model,),

@@ -245,12 +245,13 @@ class Decoder(nn.Module):
         return _stream_through((self.conv1, *self.middle, *self.upsamples, *self.head), x, tape)
 
 
+_STREAMING = (CausalConv3d, ResidualBlock, Upsample)
+"""Layers with a past. Every other layer treats each frame on its own."""
+
+
 def _stream_through(layers: Iterable[nn.Module], x: Tensor, tape: _Tape) -> Tensor:
     for layer in layers:
-        if isinstance(layer, CausalConv3d | ResidualBlock | Upsample):
-            x = layer.stream(x, tape)
-        else:
-            x = layer(x)
+        x = layer.stream(x, tape) if isinstance(layer, _STREAMING) else layer(x)
     return x
 
 
