@@ -276,7 +276,7 @@ class VAEDecoder(nn.Module):
         """Decode the first latent frame `[16, 1, h, w]` of a clip.
 
         Returns:
-            The single pixel frame `[1, 3, 8h, 8w]`, and every cache of `cache_shapes` in order; those that the first
+            The single pixel frame `[1, 3, 8h, 8w]`, and every cache of `cache_specs` in order; those that the first
             frame does not write are zeros.
         """
         return self._stream(latent, None)
@@ -289,7 +289,7 @@ class VAEDecoder(nn.Module):
         """
         return self._stream(latent, caches)
 
-    def cache_shapes(self, height: int, width: int) -> list[CacheSpec]:
+    def cache_specs(self, height: int, width: int) -> list[CacheSpec]:
         """The caches `cache.0`, `cache.1`, ... for latents of `height` x `width`, in the order of the calls above."""
         specs: list[CacheSpec] = []
 
