@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.bundle import FileEntry, Manifest, file_entry, hash_file, write_manifest
+from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_file, write_manifest
 
 from .errors import BuildError
 
@@ -99,21 +99,21 @@ class Workspace:
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self.folder / _STATE)
 
-    def publish(self, manifest: Manifest) -> Path:
-        """Write the manifest, drop everything it does not list, and move the folder to its destination.
+    def publish(self, files: Sequence[FileEntry], manifest: Manifest | None = None) -> Path:
+        """Drop everything that is not among `files`, write the manifest, and move the folder to its destination.
 
-        An existing bundle of that name is replaced only now.
+        What was there under that name is replaced only now.
         """
-        listed = {entry.path for entry in manifest.files}
+        listed = {entry.path for entry in files}
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_file() and path.relative_to(self.folder).as_posix() not in listed:
                 path.unlink()
             elif path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-        write_manifest(self.folder, manifest)
+        if manifest is not None:
+            write_manifest(self.folder, manifest)
         replaced = self.destination.with_name(f".{self.destination.name}.replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
         if self.destination.exists():
             os.replace(self.destination, replaced)
         os.replace(self.folder, self.destination)
@@ -122,17 +122,20 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(out: Path, name: str, key: str) -> Iterator[Workspace]:
-    """The workspace of the bundle `out/name`, locked against a second build of the same bundle.
+def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAME) -> Iterator[Workspace]:
+    """The workspace of `out/name`, locked against a second build under the same name.
+
+    Args:
+        marker: file by which an older result is told from a folder that must not be replaced.
 
     Raises:
         BuildError: another process builds this bundle, or the destination is no bundle and must not be replaced.
     """
     destination = out / name
-    if destination.exists() and not (destination / "manifest.json").is_file():
+    if destination.exists() and not (destination / marker).is_file():
         raise BuildError(
-            f"{destination} exists and is no bundle (it has no manifest.json); choose another --name or --out, or "
-            "move it away"
+            f"{destination} exists and is no result of an earlier build (it has no {marker}); choose another --name "
+            "or --out, or move it away"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,213 @@
+"""The components of a bundle as ONNX files: step, clean, conditioner, text encoder, video decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
+from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
+from runtime.bundle import Component, TensorSpec
+
+from .graphs import clean_graph, per_chunk_graph
+from .modules import ConditionerModule, StepModule, merge_qkv
+from .plan import StepPlan
+from .tracing import attend, prepare, save_model, trace
+
+__all__ = [
+    "TEXT_WEIGHTS",
+    "TOKENIZER",
+    "component_of",
+    "per_chunk_name",
+    "write_conditioner",
+    "write_step",
+    "write_text_encoder",
+    "write_vae",
+]
+
+TEXT_WEIGHTS = "text_encoder.safetensors"
+TOKENIZER = "tokenizer.json"
+
+_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+}
+
+
+def component_of(folder: Path, file: str) -> Component:
+    """The manifest entry of the graph `folder/file`, read from the graph itself."""
+    graph = ir.load(folder / file).graph
+
+    def spec(value: ir.Value) -> TensorSpec:
+        assert value.name is not None and value.dtype is not None and value.shape is not None
+        shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+        return TensorSpec.model_validate({"name": value.name, "dtype": _DTYPES[value.dtype], "shape": shape})
+
+    return Component(
+        file=file,
+        inputs=tuple(spec(value) for value in graph.inputs),
+        outputs=tuple(spec(value) for value in graph.outputs),
+    )
+
+
+def per_chunk_name(chunk: int) -> str:
+    """Component name of the step graph specialised for one chunk."""
+    return f"step_chunk{chunk}"
+
+
+def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk: bool) -> list[str]:
+    """Write the step graph, the clean graph derived from it, and if wanted one graph per planned chunk.
+
+    All share one weights file. `model` is used up: its projections are merged in place.
+    """
+    merge_qkv(model)
+    module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
+    layers = plan.preset.dit.layers
+    slots = torch.export.Dim("slots", min=1)
+    cache: list[object] = [[{0: slots}] * layers] * 3
+    step = trace(
+        module,
+        module.example_inputs(plan.latent_size, plan.max_past_frames, plan.max_past_frames + 1),
+        input_names=module.input_names,
+        output_names=module.output_names,
+        dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
+        attention="dense" if _fits(plan) else "scan",
+        metadata={"lightforcing.component": "step"},
+    )
+    _name_dimension(step, "slots")
+    save_model(step, folder / "step.onnx", "step.weights")
+    files = ["step.onnx", "step.weights", "clean.onnx"]
+    save_model(clean_graph(ir.load(folder / "step.onnx"), plan.schedule.clean_step), folder / "clean.onnx")
+    for chunk in range(plan.planned_chunks if per_chunk else 0):
+        files.append(f"{per_chunk_name(chunk)}.onnx")
+        graph = per_chunk_graph(ir.load(folder / "step.onnx"), chunk, plan.past_frames(chunk))
+        save_model(graph, folder / files[-1])
+    return files
+
+
+DENSE_SCORE_BYTES = 1 << 28
+"""Largest score matrix of one layer that the plain function body may materialise."""
+
+
+def _fits(plan: StepPlan) -> bool:
+    queries = 3 * plan.geometry.frame_tokens
+    keys = plan.variant.window_frames * plan.geometry.frame_tokens
+    return 4 * plan.spec.heads * queries * keys <= DENSE_SCORE_BYTES
+
+
+def _name_dimension(model: ir.Model, name: str) -> None:
+    """Give the one symbolic dimension its public name; the exporter invents one."""
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            for axis, dim in enumerate(value.shape):
+                if not isinstance(dim, int):
+                    value.shape[axis] = ir.SymbolicDim(name)
+
+
+def write_conditioner(folder: Path, model: CausalWanModel) -> list[str]:
+    """Write the graph that turns a prompt's embedding into every layer's cross-attention keys and values."""
+    module = ConditionerModule(model)
+    config = model.config
+    graph = trace(
+        module,
+        (torch.zeros(config.text_len, config.text_dim),),
+        input_names=["text"],
+        output_names=module.output_names,
+        metadata={"lightforcing.component": "conditioner"},
+    )
+    save_model(graph, folder / "conditioner.onnx", "conditioner.weights")
+    return ["conditioner.onnx", "conditioner.weights"]
+
+
+def write_text_encoder(folder: Path, plan: StepPlan, weights: dict[str, Tensor]) -> list[str]:
+    """Write the graph of one encoder layer, whose weights are inputs, and the weights of all layers."""
+    config, length = plan.preset.text, plan.preset.dit.text_len
+    dim, inner = config.d_model, config.heads * config.d_kv
+    shapes = {
+        "norm1": (dim,),
+        **dict.fromkeys("qkv", (inner, dim)),
+        "o": (dim, inner),
+        "rel_bias": (config.buckets, config.heads),
+        "norm2": (dim,),
+        "gate": (config.d_ff, dim),
+        "fc1": (config.d_ff, dim),
+        "fc2": (dim, config.d_ff),
+    }
+    graph = trace(
+        UMT5Layer(config, length),
+        (
+            torch.zeros(length, dim),
+            torch.ones(length),
+            *(torch.zeros(shapes[name]) for name in LAYER_WEIGHTS),
+        ),
+        input_names=["hidden", "mask", *LAYER_WEIGHTS],
+        output_names=["hidden_out"],
+        metadata={"lightforcing.component": "text_encoder"},
+    )
+    save_model(graph, folder / "text_encoder.onnx", "text_encoder.constants")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / TEXT_WEIGHTS)
+    files = ["text_encoder.onnx", TEXT_WEIGHTS]
+    return [*files, "text_encoder.constants"] if (folder / "text_encoder.constants").exists() else files
+
+
+class _VAEFirst(nn.Module):
+    """Decoding of the first latent frame, to pixels; returns the caches that it writes."""
+
+    def __init__(self, decoder: VAEDecoder, caches: Sequence[CacheSpec]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.written = [index for index, cache in enumerate(caches) if cache.written_by_first]
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        video, caches = self.decoder.decode_first(latent)
+        return to_uint8(video), [caches[index] for index in self.written]
+
+
+class _VAENext(nn.Module):
+    """Decoding of a later latent frame, to pixels."""
+
+    def __init__(self, decoder: VAEDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        video, caches = self.decoder.decode_next(latent, caches)
+        return to_uint8(video), caches
+
+
+def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
+    """Write the two graphs of the streaming decoder: first frame and later ones."""
+    height, width = plan.latent_size
+    caches = decoder.cache_specs(height, width)
+    latent = torch.zeros(plan.preset.vae.z_dim, 1, height, width)
+    later = trace(
+        _VAENext(decoder),
+        (latent, [torch.zeros(cache.shape) for cache in caches]),
+        input_names=["latent", *(cache.name for cache in caches)],
+        output_names=["frames", *(_out(cache) for cache in caches)],
+        metadata={"lightforcing.component": "vae_next"},
+    )
+    save_model(later, folder / "vae_next.onnx", "vae_next.weights")
+    first = trace(
+        _VAEFirst(decoder, caches),
+        (latent,),
+        input_names=["latent"],
+        output_names=["frames", *(_out(cache) for cache in caches if cache.written_by_first)],
+        metadata={"lightforcing.component": "vae_first"},
+    )
+    save_model(first, folder / "vae_first.onnx", "vae_first.weights")
+    return ["vae_next.onnx", "vae_next.weights", "vae_first.onnx", "vae_first.weights"]
+
+
+def _out(cache: CacheSpec) -> str:
+    return cache.name.replace("cache.", "cache_out.")

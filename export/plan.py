@@ -1,0 +1,129 @@
+"""What a build request means in numbers: geometry, budgets, cache, schedule. Checked before any long work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightforcing_ref.cache import AttentionSpec
+from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.rope import rope_axes
+from lightforcing_ref.schedule import FlowSchedule
+from lightforcing_ref.sparsity import BlockGeometry, HSAConfig, SparsityTable
+from runtime import bundle
+
+from .targets import Variant
+
+__all__ = ["StepPlan"]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything about one variant of one model at one resolution that its graphs and its manifest depend on."""
+
+    preset: Preset
+    variant: Variant
+    height: int
+    width: int
+    geometry: BlockGeometry
+    table: SparsityTable
+    spec: AttentionSpec
+    schedule: FlowSchedule
+
+    @classmethod
+    def of(
+        cls, preset: Preset, variant: Variant, height: int, width: int, *, block_q: int, block_k: int
+    ) -> StepPlan:
+        """Resolve a variant for a preset.
+
+        Raises:
+            ConfigError: the resolution does not divide, or the sparsity has no exact fixed-point form.
+        """
+        geometry = BlockGeometry(preset.frame_tokens(height, width), block_q, block_k)
+        policy, table = variant.sparsity, variant.table()
+        resident = range(CHUNK_FRAMES, variant.window_frames + 1)
+        spec = AttentionSpec(
+            heads=preset.dit.heads,
+            geometry=geometry,
+            hsa=HSAConfig(variant.keep_frames, policy.sink_frames, policy.near_frames),
+            keep_q20=table.keep_q20(frames * geometry.k_blocks for frames in resident),
+            scale=preset.dit.head_dim**-0.5,
+        )
+        return cls(preset, variant, height, width, geometry, table, spec, FlowSchedule.warped())
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent (height, width)."""
+        return self.preset.latent_size(self.height, self.width)
+
+    @property
+    def max_past_frames(self) -> int:
+        """Frame slots of a rollout: what the window holds besides the current chunk."""
+        return self.variant.max_past_frames
+
+    def past_frames(self, chunk: int) -> int:
+        """Past frames that are resident when `chunk` runs."""
+        return min(chunk * CHUNK_FRAMES, self.max_past_frames)
+
+    @property
+    def planned_chunks(self) -> int:
+        """Chunks of the clip that the sparsity table was planned for."""
+        return self.variant.sparsity.table_frames // CHUNK_FRAMES
+
+    def manifest_sections(self) -> dict[str, object]:
+        """The manifest's model, schedule, attention, sparsity and cache sections."""
+        dit, policy, cache = self.preset.dit, self.variant.sparsity, self.variant.cache
+        latent_height, latent_width = self.latent_size
+        return {
+            "model": bundle.Model(
+                preset=self.preset.name,
+                layers=dit.layers,
+                heads=dit.heads,
+                head_dim=dit.head_dim,
+                dim=dit.dim,
+                latent_channels=dit.channels,
+                latent_height=latent_height,
+                latent_width=latent_width,
+                patch=dit.patch,
+                chunk_frames=CHUNK_FRAMES,
+                frame_tokens=self.geometry.frame_tokens,
+                rope=bundle.Rope(theta=dit.rope_theta, dims_thw=rope_axes(dit.head_dim)),
+                video_height=self.height,
+                video_width=self.width,
+                fps=self.preset.fps,
+            ),
+            "schedule": bundle.Schedule(timesteps=self.schedule.timesteps, sigmas=self.schedule.sigmas),
+            "attention": bundle.Attention(
+                block_q=self.geometry.block_q,
+                block_k=self.geometry.block_k,
+                keep_frames=self.spec.hsa.keep_frames,
+                sink_frames=self.spec.hsa.sink_frames,
+                near_frames=self.spec.hsa.near_frames,
+                scale=self.spec.scale,
+            ),
+            "sparsity": bundle.Sparsity(
+                table_frames=policy.table_frames,
+                target=policy.target,
+                base=policy.base,
+                values=self.table.values,
+                keep_q20=self.spec.keep_q20,
+            ),
+            "cache": bundle.Cache(
+                window_frames=cache.window_frames,
+                max_past_frames=self.max_past_frames,
+                sink_frames=cache.sink_frames,
+                sink_positions=cache.sink_positions,
+            ),
+        }
+
+    def fingerprint(self) -> Sequence[object]:
+        """What distinguishes this plan's graphs from another's."""
+        return (
+            self.preset,
+            self.variant.model_dump(),
+            self.height,
+            self.width,
+            self.geometry,
+            self.spec,
+            self.schedule,
+        )

@@ -1,0 +1,115 @@
+"""The models a bundle is made of, from checkpoints or from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightforcing_ref.checkpoint import (
+    checkpoint_sha256,
+    load_dit_state,
+    load_umt5_state,
+    load_vae_state,
+    vae_config_of,
+)
+from lightforcing_ref.config import Preset
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.text import build_encoder, byte_tokenizer, encoder_weights, load_tokenizer
+from lightforcing_ref.vae import VAEDecoder
+
+from .errors import InputError
+
+__all__ = ["Weights"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights come from: a seed, or a file for each model.
+
+    Args:
+        seed: draws all weights; None = from the files.
+        checkpoint, lora: transformer, and a LoRA to merge into it.
+    """
+
+    preset: Preset
+    seed: int | None = None
+    checkpoint: Path | None = None
+    lora: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+
+    def dit(self, dtype: torch.dtype) -> CausalWanModel:
+        """The transformer, in evaluation mode and without gradients.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not hold this model.
+        """
+        if self.checkpoint is None:
+            model = self._drawn(lambda: CausalWanModel(self.preset.dit), dtype)
+        else:
+            with torch.device("meta"):
+                model = CausalWanModel(self.preset.dit)
+            state = load_dit_state(self.checkpoint, self.preset.dit, lora=self.lora, dtype=dtype)
+            model.load_state_dict(state, strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def vae_decoder(self, dtype: torch.dtype = torch.float32) -> VAEDecoder:
+        """The video decoder, of whatever width the checkpoint has."""
+        if self.vae is None:
+            self._require_seed("vae")
+            model = self._drawn(lambda: VAEDecoder(self.preset.vae), dtype)
+        else:
+            config = vae_config_of(self.vae)
+            with torch.device("meta"):
+                model = VAEDecoder(config)
+            model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def text_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The text encoder's weights under the names of the bundle's weights file."""
+        if self.text_encoder is None:
+            self._require_seed("text-encoder")
+            return encoder_weights(build_encoder(self.preset.text, seed=self.seed or 0))
+        return load_umt5_state(self.text_encoder, self.preset.text, dtype=dtype)
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Write `tokenizer.json` to `path`."""
+        if self.tokenizer is None:
+            byte_tokenizer().save(str(path))
+        else:
+            load_tokenizer(self.tokenizer).save(str(path))
+
+    def files(self) -> dict[str, Path]:
+        """The checkpoints in use, by role."""
+        roles = ("checkpoint", "lora", "vae", "text_encoder", "tokenizer")
+        return {role: path for role in roles if (path := getattr(self, role)) is not None}
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file in use, by role."""
+        return {role: checkpoint_sha256(path) for role, path in self.files().items()}
+
+    def _require_seed(self, option: str) -> None:
+        if self.seed is None:
+            raise InputError(
+                f"no {option} was given; pass --{option}, or build with random weights (--init random)"
+            )
+
+    def _drawn(self, make: Callable[[], ModelT], dtype: torch.dtype) -> ModelT:
+        """A model with weights from the seed; each model draws from its own stream, in its own type."""
+        self._require_seed("checkpoint")
+        default = torch.get_default_dtype()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed or 0)
+            torch.set_default_dtype(dtype)
+            try:
+                return make()
+            finally:
+                torch.set_default_dtype(default)
