@@ -13,6 +13,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
+from ..errors import PluginError
+
 __all__ = [
     "ARCHS",
     "DTYPES",
@@ -23,6 +25,7 @@ __all__ = [
     "Problem",
     "Variant",
     "find_variant",
+    "image_arch",
     "kernel_function",
     "variants",
 ]
@@ -40,7 +43,7 @@ _COMMIT_TILE = 4096
 _SCORE_Q, _SCORE_K = 32, 64
 
 
-class KernelError(ValueError):
+class KernelError(PluginError, ValueError):
     """No kernel serves what was asked for."""
 
 
@@ -373,6 +376,21 @@ def variants(arch: int) -> tuple[Variant, ...]:
     return (*_other_variants(), *_attend_variants(arch))
 
 
+def image_arch(capability: int) -> int:
+    """The architecture whose specialisations suit a device of compute capability `capability` (e.g. 87 -> 80).
+
+    Raises:
+        KernelError: the device is older than all of them, or of an unknown generation.
+    """
+    same = [arch for arch in ARCHS if arch // 10 == capability // 10 and arch <= capability]
+    if not same:
+        known = ", ".join(f"sm_{arch}" for arch in ARCHS)
+        raise KernelError(
+            f"no kernels suit sm_{capability}; expected a device of one of {known} or a minor revision"
+        )
+    return same[-1]
+
+
 def find_variant(kernel: str, problem: Problem, arch: int) -> Variant:
     """The preferred specialisation of `kernel` for `problem` on compute capability `arch`.
 
@@ -384,7 +402,11 @@ def find_variant(kernel: str, problem: Problem, arch: int) -> Variant:
         if variant.fits(problem):
             return variant
     served = "; ".join(
-        f"{v.name} ({', '.join([f'{k} in {list(s)}' for k, s in v.serves.items()] + [f'{k} <= {m}' for k, m in v.limits.items()])})"  # noqa: E501
+        f"{v.name}: "
+        + ", ".join(
+            [f"{key} in {list(values)}" for key, values in v.serves.items()]
+            + [f"{key} <= {limit}" for key, limit in v.limits.items()]
+        )
         for v in offered
     )
-    raise KernelError(f"no specialisation of {kernel!r} for sm_{arch} serves {problem}; there are: {served}")
+    raise KernelError(f"no specialisation of {kernel!r} for sm_{arch} serves {problem}; there are {served}")
