@@ -67,12 +67,18 @@ class Build(Command):
         parser.add_argument(
             "--text-encoder", type=_existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
         )
-        parser.add_argument("--tokenizer", type=_existing, metavar="PATH", help="tokenizer.json, or its folder")
-        parser.add_argument("--precision", metavar="NAME", help="fp32, bf16, fp8 or nvfp4 (default: the backend's)")
+        parser.add_argument(
+            "--tokenizer", type=_existing, metavar="PATH", help="tokenizer.json, or its folder"
+        )
+        parser.add_argument(
+            "--precision", metavar="NAME", help="fp32, bf16, fp8 or nvfp4 (default: the backend's)"
+        )
         parser.add_argument(
             "--backend", default="auto", metavar="NAME", help="onnxruntime, tensorrt-rtx, ... (default: auto)"
         )
-        parser.add_argument("--name", type=_bundle_name, help="of the bundle (default: TARGET-PRESET-VARIANT)")
+        parser.add_argument(
+            "--name", type=_bundle_name, help="of the bundle (default: TARGET-PRESET-VARIANT)"
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         from rich.console import Console
@@ -132,13 +138,17 @@ class Compare(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("bundle", type=Path, help="folder of the bundle")
         parser.add_argument("--chunks", type=_positive, default=3, help="length of the rollout (default: 3)")
-        parser.add_argument("--tolerance", type=_tolerance, help="largest relative L2 error (default: the precision's)")
+        parser.add_argument(
+            "--tolerance", type=_tolerance, help="largest relative L2 error (default: the precision's)"
+        )
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
 
     def run(self, args: argparse.Namespace) -> int:
         from .compare import compare_bundle
 
-        passed = compare_bundle(args.bundle, chunks=args.chunks, tolerance=args.tolerance, json_path=args.json)
+        passed = compare_bundle(
+            args.bundle, chunks=args.chunks, tolerance=args.tolerance, json_path=args.json
+        )
         return 0 if passed else 1
 
 
@@ -157,7 +167,10 @@ class Targets(Command):
         targets = list_targets() if args.target is None else (load_target(args.target),)
         variants = list_variants()
         if args.json:
-            document = {"targets": [t.model_dump() for t in targets], "variants": [v.model_dump() for v in variants]}
+            document = {
+                "targets": [t.model_dump() for t in targets],
+                "variants": [v.model_dump() for v in variants],
+            }
             print(json.dumps(document, indent=1))
             return 0
         from rich.console import Console
@@ -243,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)")
+    parser.add_argument(
+        "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
+    )
     parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
     parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
     parser.add_argument("--seed", type=_natural, help="of the random weights (default: 0)")
@@ -254,14 +269,18 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sparse = parser.add_argument_group("attention")
     sparse.add_argument("--variant", metavar="NAME", help="name or TOML file (default: the target's)")
-    sparse.add_argument("--sparsity", type=_fraction, metavar="S", help="average fraction of key blocks to skip")
+    sparse.add_argument(
+        "--sparsity", type=_fraction, metavar="S", help="average fraction of key blocks to skip"
+    )
     sparse.add_argument(
         "--sparsity-base",
         type=_fraction,
         metavar="S",
         help="the fraction in the limit of a long history (default: --sparsity plus the variant's own distance)",
     )
-    sparse.add_argument("--keep-frames", type=_positive, metavar="N", help="past frames the first stage keeps")
+    sparse.add_argument(
+        "--keep-frames", type=_positive, metavar="N", help="past frames the first stage keeps"
+    )
     sparse.add_argument("--sink", type=_natural, metavar="N", help="first frames that are always kept")
     sparse.add_argument("--near", type=_natural, metavar="N", help="latest frames that are always kept")
     sparse.add_argument("--window", type=_positive, metavar="N", help="latent frames attention may see")
@@ -324,13 +343,21 @@ def _variant(args: argparse.Namespace, variant: Variant) -> Variant:
 
 def _check_sources(args: argparse.Namespace) -> None:
     """Weights come from files or from a seed, never partly from either."""
-    files = {name: getattr(args, name) for name in ("checkpoint", "vae", "text_encoder", "tokenizer") if hasattr(args, name)}
+    files = {
+        name: getattr(args, name)
+        for name in ("checkpoint", "vae", "text_encoder", "tokenizer")
+        if hasattr(args, name)
+    }
     missing = [_flag(name) for name, path in files.items() if path is None]
     given = [_flag(name) for name, path in files.items() if path is not None]
     if given and (args.init or args.seed is not None):
-        raise InputError(f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}")
+        raise InputError(
+            f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}"
+        )
     if given and missing:
-        raise InputError(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none for random weights")
+        raise InputError(
+            f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none for random weights"
+        )
     if args.lora and not args.checkpoint:
         raise InputError("--lora needs the --checkpoint it belongs to")
 
@@ -380,7 +407,9 @@ def _resolution(text: str) -> tuple[int, int]:
     step = PIXELS_PER_TOKEN
     if height % step or width % step or not height or not width:
         near = f"{max(round(height / step), 1) * step}x{max(round(width / step), 1) * step}"
-        raise argparse.ArgumentTypeError(f"{text} does not divide by {step} in both directions; the nearest is {near}")
+        raise argparse.ArgumentTypeError(
+            f"{text} does not divide by {step} in both directions; the nearest is {near}"
+        )
     return height, width
 
 

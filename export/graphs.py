@@ -20,7 +20,9 @@ def constant_input(model: ir.Model, name: str, value: np.ndarray) -> None:
     graph.inputs.remove(old)
     old.name = f"{name}_input"
     tensor = ir.tensor(value, name=name)
-    new = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    new = ir.Value(
+        name=name, shape=ir.Shape(value.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     old.replace_all_uses_with(new)
     graph.register_initializer(new)
 
@@ -43,7 +45,11 @@ def clean_graph(step: ir.Model, clean_step: int) -> ir.Model:
     constant_input(step, "step", np.array(clean_step, dtype=np.int32))
     keep_outputs(
         step,
-        [value.name for value in step.graph.outputs if (value.name or "").startswith(("k.", "v.", "kmean."))],
+        [
+            name
+            for output in step.graph.outputs
+            if (name := output.name or "").startswith(("k.", "v.", "kmean."))
+        ],
     )
     return step
 
@@ -66,11 +72,13 @@ def per_chunk_graph(step: ir.Model, chunk: int, past_frames: int) -> ir.Model:
         if name == "frame_slots":
             value.shape = ir.Shape([past_frames])
         elif name.rpartition(".")[0] in _CACHE_STEMS:
-            assert value.shape is not None and value.dtype is not None
+            assert value.shape is not None
             value.shape = ir.Shape([past_frames, *value.shape[1:]])
         else:
             continue
+        dtype = value.dtype
+        assert dtype is not None and value.shape is not None
         if past_frames == 0:
-            constant_input(step, name, np.empty(value.shape.numpy(), dtype=value.dtype.numpy()))
+            constant_input(step, name, np.empty(value.shape.numpy(), dtype=dtype.numpy()))
     step.metadata_props["lightforcing.chunk"] = str(chunk)
     return step

@@ -6,13 +6,14 @@ They drive the reference model's own blocks, so what is exported is the oracle w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightforcing_ref.cache import AttentionSpec, CachedAttention
 from lightforcing_ref.config import CHUNK_FRAMES
-from lightforcing_ref.model import CausalWanModel, SelfAttention
+from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 
 __all__ = ["ConditionerModule", "StepModule", "layer_names", "merge_qkv"]
@@ -25,9 +26,8 @@ def layer_names(stem: str, layers: int) -> list[str]:
 
 def merge_qkv(model: CausalWanModel) -> None:
     """Give every self-attention one merged projection, in place, one layer at a time (peak: one layer twice)."""
-    for block in model.blocks:
-        attention: SelfAttention = block.self_attn
-        attention.merge()
+    for block in model.layers:
+        block.self_attn.merge()
 
 
 class StepModule(nn.Module):
@@ -40,6 +40,10 @@ class StepModule(nn.Module):
         model: with merged projections; its time embedding is evaluated here and not exported.
         prepare, attend: the two operators, usually the exportable ones.
     """
+
+    model: CausalWanModel
+    sigmas: Tensor
+    head_modulation: Tensor
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class StepModule(nn.Module):
         self.prepare, self.attend = prepare, attend
         with torch.no_grad():
             e, e0 = model.modulations(torch.tensor(schedule.timesteps, dtype=torch.float64))
-            for layer, block in enumerate(model.blocks):
+            for layer, block in enumerate(model.layers):
                 self.register_buffer(f"modulation_{layer}", block.modulation + e0)
             self.register_buffer("head_modulation", model.head.modulation + e[:, None])
         following = [*schedule.sigmas[1:-1], 0.0, 0.0]
@@ -91,7 +95,7 @@ class StepModule(nn.Module):
         )
         model = self.model
         tokens = model.tokens(latent[None])
-        for layer, block in enumerate(model.blocks):
+        for layer, block in enumerate(model.layers):
             modulation = getattr(self, f"modulation_{layer}").index_select(0, index).chunk(6, dim=1)
             cross = cross_k[layer][None], cross_v[layer][None]
             tokens = block(tokens, modulation, cross, layer, core)
@@ -119,10 +123,10 @@ class StepModule(nn.Module):
             names += layer_names(stem, layers)
         return names
 
-    def example_inputs(self, latent_size: tuple[int, int], past_frames: int, slots: int) -> tuple:
+    def example_inputs(self, latent_size: tuple[int, int], past_frames: int, slots: int) -> tuple[Any, ...]:
         """Inputs with the right shapes and types, for tracing."""
         config, geometry = self.model.config, self.spec.geometry
-        dtype = self.model.head.head.weight.dtype
+        dtype = self.model.dtype
         heads, head_dim, layers = config.heads, config.head_dim, config.layers
         tokens = CHUNK_FRAMES * geometry.frame_tokens
 
@@ -150,6 +154,8 @@ class StepModule(nn.Module):
 
 class ConditionerModule(nn.Module):
     """Cross-attention keys and values of every layer, computed once per prompt."""
+
+    model: CausalWanModel
 
     def __init__(self, model: CausalWanModel) -> None:
         super().__init__()

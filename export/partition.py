@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -85,7 +86,7 @@ def _early(graph: ir.Graph, is_kernel: Callable[[ir.Node], bool]) -> dict[ir.Nod
     early: dict[ir.Node, bool] = {}
     for node in graph:
         values = [value for value in node.inputs if value is not None]
-        producers = [value.producer() for value in values if value.producer() is not None]
+        producers = [producer for value in values if (producer := value.producer()) is not None]
         if is_kernel(node) or not all(producer in early for producer in producers):
             continue
         scalars = all(
@@ -128,7 +129,8 @@ def partition(model: ir.Model, is_kernel: Callable[[ir.Node], bool]) -> Partitio
         """Whether something outside segment `index` takes `value` from it."""
         if value.is_graph_output():
             return True
-        home = places[value.producer()] if value.producer() is not None else set()
+        producer = value.producer()
+        home = places[producer] if producer is not None else set()
         for use in value.uses():
             if is_kernel(use.node) and (index in places[use.node] or len(home) == 1):
                 return True
@@ -137,7 +139,7 @@ def partition(model: ir.Model, is_kernel: Callable[[ir.Node], bool]) -> Partitio
         return False
 
     segments = tuple(
-        _segment(model, nodes, lambda value, index=index: leaves(value, index), f"segment_{index}")
+        _segment(model, nodes, partial(leaves, index=index), f"segment_{index}")
         for index, nodes in enumerate(ordinary)
     )
     return Partition(segments, tuple(tuple(stage_kernels) for stage_kernels in kernels if stage_kernels))

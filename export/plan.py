@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
@@ -70,7 +71,7 @@ class StepPlan:
         """Chunks of the clip that the sparsity table was planned for."""
         return self.variant.sparsity.table_frames // CHUNK_FRAMES
 
-    def manifest_sections(self) -> dict[str, object]:
+    def manifest_sections(self) -> dict[str, Any]:
         """The manifest's model, schedule, attention, sparsity and cache sections."""
         dit, policy, cache = self.preset.dit, self.variant.sparsity, self.variant.cache
         latent_height, latent_width = self.latent_size

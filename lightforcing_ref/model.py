@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,9 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Self-attention whose three input projections act as one merged matrix product."""
 
+    qkv: nn.Linear
+    qkv_bias: Tensor
+
     def merge(self) -> None:
         """Replace q, k, v by one bias-free `qkv` linear and a `qkv_bias`, in place, as deployment wants them.
 
@@ -74,15 +77,15 @@ class SelfAttention(Attention):
         """
         parts = (self.q, self.k, self.v)
         weight = torch.cat([part.weight.detach() for part in parts])
-        qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        qkv.weight = nn.Parameter(weight, requires_grad=False)
+        self.qkv = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.qkv.weight = nn.Parameter(weight, requires_grad=False)
         self.qkv_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
-        self.qkv = qkv
         del self.q, self.k, self.v
 
     def forward(self, x: Tensor, layer: int, core: SelfAttentionCore) -> Tensor:
         if hasattr(self, "qkv"):
-            qkv, bias = self.qkv(x), self.qkv_bias
+            qkv: Tensor = self.qkv(x)
+            bias = self.qkv_bias
         else:
             parts = (self.q, self.k, self.v)
             qkv = F.linear(x, torch.cat([part.weight for part in parts]))
@@ -153,6 +156,9 @@ class CausalWanModel(nn.Module):
     `latents`. `forward` composes them.
     """
 
+    text_embedding: nn.Sequential
+    time_embedding: nn.Sequential
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -166,19 +172,29 @@ class CausalWanModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, as what they are."""
+        return cast(list[Block], list(self.blocks))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which the model computes."""
+        return self.head.head.weight.dtype
+
     def modulations(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding e `[..., dim]` and its projection e0 `[..., 6, dim]` for timesteps `t` `[...]`."""
         half = self.config.freq_dim // 2
         exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
         angles = t.double()[..., None] * torch.pow(10000.0, -exponents)
-        sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.time_embedding[0].weight.dtype)
+        sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.dtype)
         e = self.time_embedding(sinusoid)
         return e, self.time_projection(e).unflatten(-1, (6, -1))
 
     def embed_text(self, text: Tensor) -> list[CrossKV]:
         """Cross-attention keys and values of every layer for text-encoder output `[B, text_len, text_dim]`."""
-        context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-        return [block.cross_attn.keys_values(context) for block in self.blocks]
+        context = self.text_embedding(text.to(self.dtype))
+        return [block.cross_attn.keys_values(context) for block in self.layers]
 
     def tokens(self, x: Tensor) -> Tensor:
         """Latent frames `[B, channels, F, h, w]` to tokens `[B, T, dim]`, frame by frame in raster order.
@@ -190,7 +206,7 @@ class CausalWanModel(nn.Module):
         _, ph, pw = self.config.patch
         patches = x.reshape(batch, channels, frames, height // ph, ph, width // pw, pw)
         patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+        return F.linear(patches.to(self.dtype), weight.flatten(1), self.patch_embedding.bias)
 
     def latents(self, tokens: Tensor, frames: int, height: int, width: int) -> Tensor:
         """Head output `[B, T, patch * channels]` (channels innermost) to `[B, channels, F, height, width]`."""
@@ -219,7 +235,7 @@ class CausalWanModel(nn.Module):
             """`[B, F, n, dim]` to n tensors `[B, T, dim]`."""
             return list(modulation.repeat_interleave(per_frame, dim=1).unbind(2))
 
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             tokens = block(tokens, spread(block.modulation + e0), cross[layer], layer, core)
         out = self.head(tokens, spread(self.head.modulation + e[:, :, None]))
         return self.latents(out, frames, height, width)
