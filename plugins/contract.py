@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from .errors import ContractError
@@ -16,9 +16,11 @@ __all__ = [
     "DENSE_Q20",
     "DOMAIN",
     "HIERARCHICAL_SPARSE_ATTENTION",
+    "HSA_ATTRIBUTES",
     "HSA_INPUTS",
     "HSA_OUTPUTS",
     "QK_PREPARE",
+    "QK_PREPARE_ATTRIBUTES",
     "QK_PREPARE_INPUTS",
     "QK_PREPARE_OUTPUTS",
     "VERSION",
@@ -37,7 +39,7 @@ VERSION: Final = 1
 HIERARCHICAL_SPARSE_ATTENTION: Final = "HierarchicalSparseAttention"
 QK_PREPARE: Final = "QKPrepare"
 
-HSA_INPUTS: Final = (
+HSA_INPUTS: Final[tuple[str, ...]] = (
     "q",
     "k",
     "v",
@@ -49,9 +51,21 @@ HSA_INPUTS: Final = (
     "frame_slots",
     "chunk",
 )
-HSA_OUTPUTS: Final = ("out",)
-QK_PREPARE_INPUTS: Final = ("qkv", "bias", "norm_q", "norm_k", "cos", "sin")
-QK_PREPARE_OUTPUTS: Final = ("q", "k", "v", "q_mean", "k_mean")
+HSA_OUTPUTS: Final[tuple[str, ...]] = ("out",)
+QK_PREPARE_INPUTS: Final[tuple[str, ...]] = ("qkv", "bias", "norm_q", "norm_k", "cos", "sin")
+QK_PREPARE_OUTPUTS: Final[tuple[str, ...]] = ("q", "k", "v", "q_mean", "k_mean")
+
+HSA_ATTRIBUTES: Final[tuple[str, ...]] = (
+    "frame_tokens",
+    "block_q",
+    "block_k",
+    "keep_frames",
+    "sink_frames",
+    "near_frames",
+    "scale",
+    "keep_q20",
+)
+QK_PREPARE_ATTRIBUTES: Final[tuple[str, ...]] = ("heads", "frame_tokens", "block_q", "block_k", "eps")
 
 DENSE_Q20: Final = 1 << 20
 """The kept fraction 1.0 in the fixed-point form of `keep_q20`: every block is kept."""
@@ -90,10 +104,6 @@ class _BlockAttributes:
     def k_blocks(self) -> int:
         """Key blocks per frame; the last one is shorter where the block size does not divide the frame."""
         return -(-self.frame_tokens // self.block_k)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Attribute name -> value, in the order of the operator's schema."""
-        return asdict(self)
 
     def _check_geometry(self, owner: str) -> None:
         for name in ("frame_tokens", "block_q", "block_k"):
@@ -148,6 +158,10 @@ class HSAAttributes(_BlockAttributes):
                     f"{DENSE_Q20} (every block)"
                 )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Attribute name -> value, in the order of the operator's schema."""
+        return {name: getattr(self, name) for name in HSA_ATTRIBUTES}
+
     def kept_blocks(self, chunk: int, past_frames: int, chunk_frames: int) -> int:
         """Key blocks that each query block may see, before eligibility; integer arithmetic only."""
         total = (past_frames + chunk_frames) * self.k_blocks
@@ -181,7 +195,7 @@ class QKPrepareAttributes(_BlockAttributes):
 
     def as_dict(self) -> dict[str, Any]:
         """Attribute name -> value, in the order of the operator's schema."""
-        return {"heads": self.heads, **{k: v for k, v in asdict(self).items() if k != "heads"}}
+        return {name: getattr(self, name) for name in QK_PREPARE_ATTRIBUTES}
 
 
 def _expect(owner: str, shapes: Mapping[str, Shape], name: str, expected: Sequence[Dim | str]) -> None:
