@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a comparison or check failed, 2 bad input (one line on std
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import shlex
@@ -242,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m export", description="Checkpoint -> ONNX -> engines -> bundle.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
-        doc = (type(command).__doc__ or "").strip()
+        doc = inspect.getdoc(type(command)) or ""
         sub = commands.add_parser(
             command.name,
             help=doc.splitlines()[0].rstrip("."),

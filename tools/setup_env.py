@@ -51,7 +51,7 @@ def main() -> int:
     if stamp.exists() and stamp.read_text() == wanted:
         return 0
     python = environment_python(venv)
-    if code := subprocess.run([python, ROOT / "tools/install_torch.py"], check=False).returncode:
+    if code := subprocess.run([str(python), str(ROOT / "tools/install_torch.py")], check=False).returncode:
         return code
     version = subprocess.check_output(
         [python, "-c", "from importlib.metadata import version; print(version('torch'))"], text=True
@@ -59,17 +59,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "constraints.txt")
         constraints.write_text(f"torch=={version}\n")  # so that nothing else replaces the CPU build
-        command = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--quiet",
-            "--quiet",
-        ]
-        command += ["--constraint", str(constraints), "--editable", f"{ROOT}[{extras}]"]
+        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-qq"]
+        command = [*pip, "--constraint", str(constraints), "--editable", f"{ROOT}[{extras}]"]
         print(f"installing the dependencies ({extras}); this takes a few minutes the first time", flush=True)
         if code := subprocess.run(command, check=False).returncode:
             return code
