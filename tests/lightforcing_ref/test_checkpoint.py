@@ -1,0 +1,533 @@
+"""Loading every public checkpoint format, from small real files, and refusing everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightforcing_ref.checkpoint import (
+    CheckpointKind,
+    checkpoint_kind,
+    checkpoint_sha256,
+    load_dit_state,
+    load_lora,
+    load_umt5_state,
+    load_vae_state,
+    vae_config_of,
+)
+from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.errors import CheckpointError
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.text import UMT5_TINY
+from lightforcing_ref.vae import VAEConfig, VAEDecoder
+from tests.lightforcing_ref import checkpoint_fixtures as fixtures
+
+DIT = DiTConfig(dim=16, ffn_dim=24, heads=2, layers=2, text_dim=12, text_len=4)
+VAE = VAEConfig(dim=2)
+
+State = dict[str, Tensor]
+
+
+def dit_state(seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
+    return fixtures.tensors(fixtures.dit(fixtures.DIT_SMALL), seed, dtype)
+
+
+def assert_same(loaded: State, expected: State) -> None:
+    assert set(loaded) == set(expected)
+    for key, value in expected.items():
+        assert loaded[key].dtype == value.dtype, key
+        assert torch.equal(loaded[key], value), key
+
+
+# ---- the transformer ----
+
+
+def self_forcing(folder: Path, state: State) -> Path:
+    torch.save({"generator_ema": fixtures.prefixed(state, "model.")}, folder / "self_forcing_dmd.pt")
+    return folder / "self_forcing_dmd.pt"
+
+
+def longlive(folder: Path, state: State) -> Path:
+    torch.save({"generator": fixtures.prefixed(state, "model.")}, folder / "longlive_base.pt")
+    return folder / "longlive_base.pt"
+
+
+def light_forcing(folder: Path, state: State) -> Path:
+    other = {key: value + 1 for key, value in state.items()}
+    content = {
+        "generator": fixtures.prefixed(other, "model."),
+        "critic": fixtures.prefixed(other, "model."),
+        "step": 1000,
+        "generator_ema": fixtures.prefixed(state, "model._fsdp_wrapped_module."),
+    }
+    torch.save(content, folder / "short_video_gen.pt")
+    return folder / "short_video_gen.pt"
+
+
+def light_forcing_without_ema(folder: Path, state: State) -> Path:
+    wrapped = {
+        f"model.{key.replace('blocks.1.', 'blocks.1._fsdp_wrapped_module.')}": value
+        for key, value in state.items()
+    }
+    torch.save({"generator_ema": None, "generator": wrapped}, folder / "long_video_gen.pt")
+    return folder / "long_video_gen.pt"
+
+
+def legacy_torch(folder: Path, state: State) -> Path:
+    torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
+    return folder / "old.pth"
+
+
+def wan_file(folder: Path, state: State) -> Path:
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def wan_folder(folder: Path, state: State) -> Path:
+    return wan_file(folder, state).parent
+
+
+def wan_shards(folder: Path, state: State) -> Path:
+    return fixtures.write_shards(folder, state)
+
+
+def wan_shards_folder(folder: Path, state: State) -> Path:
+    return fixtures.write_shards(folder, state).parent
+
+
+WRITERS: list[Callable[[Path, State], Path]] = [
+    self_forcing,
+    longlive,
+    light_forcing,
+    light_forcing_without_ema,
+    legacy_torch,
+    wan_file,
+    wan_folder,
+    wan_shards,
+    wan_shards_folder,
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_dit_loads_from_every_release(write: Callable[[Path, State], Path], tmp_path: Path) -> None:
+    state = dit_state(dtype=torch.bfloat16)
+    path = write(tmp_path, state)
+    loaded = load_dit_state(path, DIT)
+    assert_same(loaded, state)
+    assert checkpoint_kind(path) is CheckpointKind.DIT
+    with torch.device("meta"):
+        model = CausalWanModel(DIT)
+    model.load_state_dict(loaded, strict=True, assign=True)
+    assert torch.equal(model.get_parameter("blocks.1.ffn.2.weight"), state["blocks.1.ffn.2.weight"])
+
+
+def test_dtype_converts_every_tensor(tmp_path: Path) -> None:
+    state = dit_state(dtype=torch.bfloat16)
+    loaded = load_dit_state(wan_file(tmp_path, state), DIT, dtype=torch.float32)
+    assert_same(loaded, {key: value.float() for key, value in state.items()})
+
+
+@pytest.mark.parametrize("section", [None, "generator_lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_adds_b_a_to_each_of_its_matrices(
+    section: str | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = dit_state(dtype=dtype)
+    lora = fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, rank=3), seed=1)
+    torch.save({section: lora} if section else lora, tmp_path / "lora.pt")
+    merged = load_dit_state(longlive(tmp_path, base), DIT, lora=tmp_path / "lora.pt")
+
+    changed = set()
+    for key, b in lora.items():
+        if key.endswith(".lora_B.weight"):
+            stem = key.removesuffix(".lora_B.weight")
+            a = lora[f"{stem}.lora_A.weight"]
+            target = stem.removeprefix("base_model.model.") + ".weight"
+            delta = b.numpy().astype(np.float64) @ a.numpy().astype(np.float64)
+            expected = torch.from_numpy(base[target].double().numpy() + delta)
+            torch.testing.assert_close(
+                merged[target].double(), expected.to(dtype).double(), rtol=1e-2, atol=1e-5
+            )
+            if dtype == torch.float32:
+                torch.testing.assert_close(merged[target].double(), expected, rtol=1e-5, atol=1e-5)
+            assert merged[target].dtype == dtype
+            changed.add(target)
+    assert len(changed) == 2 * 10
+    assert_same(
+        {key: value for key, value in merged.items() if key not in changed},
+        {key: value for key, value in base.items() if key not in changed},
+    )
+
+
+def test_lora_sum_is_rounded_once(tmp_path: Path) -> None:
+    """1 + 2^-8 is lost in bfloat16, so a sum that starts from a rounded weight cannot come out right."""
+    key = "blocks.0.ffn.0.weight"
+    base = dit_state()
+    base[key] = torch.full_like(base[key], 1 + 2**-8)
+    lora = {name: torch.zeros(shape) for name, shape in fixtures.lora(fixtures.DIT_SMALL, rank=1).items()}
+    lora["base_model.model.blocks.0.ffn.0.lora_A.weight"] += 1
+    lora["base_model.model.blocks.0.ffn.0.lora_B.weight"] += 2**-8
+    torch.save(lora, tmp_path / "lora.pt")
+    merged = load_dit_state(wan_file(tmp_path, base), DIT, lora=tmp_path / "lora.pt", dtype=torch.bfloat16)
+    assert torch.equal(merged[key], torch.full_like(merged[key], 1 + 2**-7))
+
+
+# ---- decoder and text encoder ----
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "lightvaew2_1.safetensors"])
+def test_vae_loads_and_leaves_the_encoder_out(name: str, tmp_path: Path) -> None:
+    decoder = fixtures.tensors(fixtures.vae(fixtures.VAE_SMALL))
+    whole = decoder | fixtures.tensors(fixtures.expand(fixtures.VAE_ENCODER, fixtures.VAE_SMALL), seed=1)
+    path = tmp_path / name
+    save_file(whole, path) if path.suffix == ".safetensors" else torch.save(whole, path)
+    loaded = load_vae_state(path, VAE)
+    assert_same(loaded, decoder)
+    assert vae_config_of(path) == VAE
+    assert checkpoint_kind(path) is CheckpointKind.VAE
+    with torch.device("meta"):
+        model = VAEDecoder(VAE)
+    model.load_state_dict(loaded, strict=True, assign=True)
+    assert model.decode(torch.zeros(1, 16, 2, 2)).shape == (1, 3, 16, 16)
+
+
+def test_vae_without_encoder_loads(tmp_path: Path) -> None:
+    decoder = fixtures.tensors(fixtures.vae(fixtures.VAE_SMALL))
+    torch.save(decoder, tmp_path / "vae.pth")
+    assert_same(load_vae_state(tmp_path / "vae.pth", VAE), decoder)
+
+
+def test_vae_config_tells_the_widths_apart(tmp_path: Path) -> None:
+    state = fixtures.tensors(fixtures.vae({"top": 16, "half": 8, "quarter": 4}))
+    save_file(state, tmp_path / "vae.safetensors")
+    assert vae_config_of(tmp_path / "vae.safetensors") == VAEConfig(dim=4)
+    with pytest.raises(
+        CheckpointError, match=r"width 2: .*decoder\.conv1\.weight is \[16, 16, 3, 3, 3\], expected \[8, "
+    ):
+        load_vae_state(tmp_path / "vae.safetensors", VAE)
+
+
+def umt5_states() -> tuple[State, State, State]:
+    """The same weights under Wan's names, Hugging Face's, and the canonical ones."""
+    wan = fixtures.tensors(fixtures.umt5_wan(fixtures.UMT5_SMALL_SIZES))
+    hf = dict(zip(fixtures.umt5_hf(fixtures.UMT5_SMALL_SIZES), wan.values(), strict=True))
+    parts = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
+    names = ["token_embedding", "norm", *(f"layers.{i}.{part}" for i in range(2) for part in parts)]
+    return wan, hf, dict(zip(names, wan.values(), strict=True))
+
+
+def test_umt5_loads_from_wans_layout(tmp_path: Path) -> None:
+    wan, _, ours = umt5_states()
+    path = tmp_path / "models_t5_umt5-xxl-enc-bf16.pth"
+    torch.save(wan, path)
+    assert_same(load_umt5_state(path, UMT5_TINY), ours)
+    assert checkpoint_kind(path) is CheckpointKind.UMT5
+    half = load_umt5_state(path, UMT5_TINY, dtype=torch.float16)
+    assert_same(half, {key: value.half() for key, value in ours.items()})
+
+
+@pytest.mark.parametrize("tied", ["shared", "embed_tokens", "both"])
+def test_umt5_loads_from_hugging_faces_layout(tied: str, tmp_path: Path) -> None:
+    _, hf, ours = umt5_states()
+    if tied != "shared":
+        hf["encoder.embed_tokens.weight"] = hf["shared.weight"].clone()
+    if tied == "embed_tokens":
+        del hf["shared.weight"]
+    save_file(hf, tmp_path / "model.safetensors")
+    assert_same(load_umt5_state(tmp_path, UMT5_TINY), ours)
+
+
+def test_umt5_leaves_the_decoder_of_a_full_release_out(tmp_path: Path) -> None:
+    _, hf, ours = umt5_states()
+    hf["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(64, 64)
+    hf["lm_head.weight"] = torch.zeros(259, 64)
+    index = fixtures.write_shards(tmp_path, hf, suffix="bin")
+    assert_same(load_umt5_state(index, UMT5_TINY), ours)
+    assert_same(load_umt5_state(tmp_path, UMT5_TINY), ours)
+
+
+# ---- the wrong checkpoint ----
+
+
+def write_kind(kind: str, folder: Path) -> Path:
+    states: dict[str, State] = {
+        "dit": dit_state(),
+        "vae": fixtures.tensors(fixtures.vae_file(fixtures.VAE_SMALL)),
+        "umt5": umt5_states()[0],
+        "lora": fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, 2)),
+        "other": {"resnet.conv1.weight": torch.zeros(2)},
+    }
+    save_file(states[kind], folder / f"{kind}.safetensors")
+    return folder / f"{kind}.safetensors"
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "dit": lambda path: load_dit_state(path, DIT),
+    "vae": lambda path: load_vae_state(path, VAE),
+    "umt5": lambda path: load_umt5_state(path, UMT5_TINY),
+    "lora": lambda path: load_lora(path, DIT),
+}
+ADVICE = {
+    "dit": "a Wan diffusion transformer; pass it as --checkpoint",
+    "vae": "a Wan VAE; pass it as --vae",
+    "umt5": "a UMT5 text encoder; pass it as --text-encoder",
+    "lora": "a LoRA; pass it as --lora",
+    "other": "nothing that is known here",
+}
+
+
+@pytest.mark.parametrize("given", ADVICE)
+@pytest.mark.parametrize("wanted", LOADERS)
+def test_a_file_of_another_kind_is_recognised(given: str, wanted: str, tmp_path: Path) -> None:
+    path = write_kind(given, tmp_path)
+    if given == wanted:
+        LOADERS[wanted](path)
+        return
+    with pytest.raises(CheckpointError) as caught:
+        LOADERS[wanted](path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert ADVICE[given] in message
+    assert "missing (" in message
+    assert "unexpected (" in message
+
+
+def test_vae_config_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="pass it as --text-encoder"):
+        vae_config_of(write_kind("umt5", tmp_path))
+
+
+def test_differences_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    state = dit_state()
+    for layer in range(2):
+        for part in "qkv":
+            del state[f"blocks.{layer}.self_attn.{part}.bias"]
+    state["blocks.0.cross_attn.k_img.weight"] = torch.zeros(16, 16)
+    state["head.head.weight"] = torch.zeros(64, 32)
+    with pytest.raises(CheckpointError) as caught:
+        load_dit_state(wan_file(tmp_path, state), DIT)
+    message = str(caught.value)
+    assert "6 missing (blocks.0.self_attn.q.bias, blocks.0.self_attn.k.bias, " in message
+    assert "blocks.1.self_attn.v.bias" not in message
+    assert "1 unexpected (blocks.0.cross_attn.k_img.weight)" in message
+    assert "1 of another shape (head.head.weight is [64, 32], expected [64, 16])" in message
+    assert "a Wan diffusion transformer of another size or release" in message
+
+
+def test_a_transformer_of_another_size(tmp_path: Path) -> None:
+    larger = fixtures.tensors(fixtures.dit(fixtures.DIT_SMALL | {"dim": 32, "layers": 3}))
+    with pytest.raises(
+        CheckpointError, match=r"dim 16 with 2 layers: 27 unexpected .* of another shape \(.*another size"
+    ):
+        load_dit_state(wan_file(tmp_path, larger), DIT)
+
+
+def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
+    state = dit_state()
+    state["blocks.0.ffn.0.weight"] = state["blocks.0.ffn.0.weight"].to(torch.float8_e4m3fn)
+    state["blocks.1.ffn.0.weight"] = state["blocks.1.ffn.0.weight"].to(torch.int8)
+    with pytest.raises(
+        CheckpointError,
+        match=r"blocks\.0\.ffn\.0\.weight is float8_e4m3fn, blocks\.1\.ffn\.0\.weight is int8",
+    ):
+        load_dit_state(wan_file(tmp_path, state), DIT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lora: lora.popitem(), r"1 missing \(blocks\.1\.ffn\.2\.lora_B\.weight\)"),
+        (
+            lambda lora: lora.update(
+                {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(5, 16)}
+            ),
+            "q.lora_B",
+        ),
+        (
+            lambda lora: lora.update(
+                {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(3, 17)}
+            ),
+            "q.lora_A",
+        ),
+        (
+            lambda lora: lora.update(
+                {"base_model.model.blocks.2.self_attn.q.lora_A.weight": torch.zeros(3, 16)}
+            ),
+            "unexpected",
+        ),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused(
+    change: Callable[[State], object], message: str, tmp_path: Path
+) -> None:
+    lora = fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, rank=3))
+    change(lora)
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_dit_state(wan_file(tmp_path, dit_state()), DIT, lora=tmp_path / "lora.pt")
+
+
+# ---- files that are no checkpoints, or no longer ----
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF"),
+        (b"just some text", "neither a safetensors nor a torch file"),
+        (b"PK\x03\x04 and then nothing of a zip file", "truncated or damaged"),
+        (b"\x80\x02}q\x00", "truncated or damaged"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_files_that_are_no_checkpoints(content: bytes, message: str, name: str, tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / name, content)
+    in_doubt = "truncated or damaged" if name.endswith("safetensors") else message
+    with pytest.raises(CheckpointError, match=f"{message}|{in_doubt}"):
+        load_dit_state(path, DIT)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_dit_state(tmp_path / "missing.pt", DIT)
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors or \.bin checkpoint"):
+        load_dit_state(tmp_path, DIT)
+
+
+def test_an_ambiguous_folder(tmp_path: Path) -> None:
+    write_kind("dit", tmp_path)
+    write_kind("vae", tmp_path)
+    with pytest.raises(CheckpointError, match=r"several checkpoints \(dit.safetensors, vae.safetensors\)"):
+        load_dit_state(tmp_path, DIT)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kept=st.floats(0, 1, exclude_max=True), write=st.sampled_from([self_forcing, legacy_torch, wan_file]))
+def test_every_truncated_file_is_refused(
+    kept: float, write: Callable[[Path, State], Path], tmp_path: Path
+) -> None:
+    whole = write(tmp_path, dit_state()).read_bytes()
+    path = write_bytes(tmp_path / "cut.bin", whole[: int(kept * len(whole))])
+    with pytest.raises(CheckpointError, match=r"truncated or damaged|is empty|neither a safetensors nor"):
+        load_dit_state(path, DIT)
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    index = wan_shards(tmp_path, dit_state())
+    shard = tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    write_bytes(shard, shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.safetensors \(\d+ bytes\) is truncated"):
+        load_dit_state(index, DIT)
+
+
+class Payload:
+    """Would create a file if it were ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_checkpoint_does_not_run(zipped: bool, tmp_path: Path) -> None:
+    content = {"generator": dit_state(), "config": Payload(tmp_path / "ran")}
+    torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        CheckpointError, match=r"more than tensors and plain data .*convert it to safetensors"
+    ):
+        load_dit_state(tmp_path / "bad.pt", DIT)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"lr": 1.0}, "step": 3}, r"holds optimizer \(dict\), step \(int\); expected"),
+        ([torch.zeros(1)], "holds a list; expected tensors by name"),
+        (
+            {"model.head.modulation": torch.zeros(1), "head.modulation": torch.zeros(1)},
+            "holds 'head.modulation' twice",
+        ),
+    ],
+)
+def test_torch_files_with_other_content(content: object, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_dit_state(tmp_path / "model.pt", DIT)
+
+
+def test_shards_outside_the_folder_are_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    wan_file(tmp_path, dit_state())
+    for name in (
+        "../diffusion_pytorch_model.safetensors",
+        str(tmp_path / "diffusion_pytorch_model.safetensors"),
+    ):
+        index = inside / "diffusion_pytorch_model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"head.modulation": name}}))
+        with pytest.raises(CheckpointError, match="expected plain file names beside the index"):
+            load_dit_state(index, DIT)
+
+
+def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
+    index = wan_shards(tmp_path, dit_state())
+    content = json.loads(index.read_text())
+    first = content["weight_map"]["head.modulation"]
+    moved = next(name for name in content["weight_map"].values() if name != first)
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {"head.modulation": moved}}))
+    with pytest.raises(CheckpointError, match=f"lists 'head.modulation' in {moved}, which lacks it"):
+        load_dit_state(index, DIT)
+    (tmp_path / first).unlink()
+    with pytest.raises(CheckpointError, match=f"names the shard '{first}', which is not beside it"):
+        load_dit_state(index, DIT)
+
+
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": {}, "x": 1}', "\xff"]
+)
+def test_a_damaged_index(text: str, tmp_path: Path) -> None:
+    index = write_bytes(tmp_path / "model.safetensors.index.json", text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match="is no index of a sharded checkpoint"):
+        load_dit_state(index, DIT)
+
+
+# ---- identity ----
+
+
+def test_sha256_of_a_file_is_the_usual_one(tmp_path: Path) -> None:
+    path = write_kind("vae", tmp_path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert checkpoint_sha256(path) == digest
+    assert checkpoint_sha256(tmp_path) == digest
+
+
+def test_sha256_of_shards_covers_every_file(tmp_path: Path) -> None:
+    index = wan_shards(tmp_path, dit_state())
+    files = [index, *sorted(tmp_path.glob("*.safetensors"))]
+    listing = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    whole = checkpoint_sha256(index)
+    assert whole == hashlib.sha256(listing.encode()).hexdigest()
+    last = files[-1]
+    write_bytes(last, last.read_bytes()[:-1] + b"\x01")
+    assert checkpoint_sha256(index) != whole
