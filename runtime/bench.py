@@ -121,7 +121,7 @@ def _drain(session: Session, chunks: int) -> list[ChunkTimes]:
 
 def _environment() -> dict[str, Any]:
     # Not asked by distribution name: several distributions provide this module.
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     return {
         "python": platform.python_version(),

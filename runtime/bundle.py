@@ -437,6 +437,8 @@ def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundl
         )
     root = root.resolve()
     manifest = _parse(root / MANIFEST_NAME)
+    for entry in manifest.files:
+        _require_contained(root, entry.path)
     _check_components(root, manifest)
     for entry in manifest.files:
         _check_file(root, entry, verify=verify)
@@ -516,7 +518,7 @@ def _require_contained(root: Path, relative: str) -> Path:
 
 
 def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
-    path = _require_contained(root, entry.path)
+    path = root / entry.path
     if not path.is_file():
         raise BundleIntegrityError(
             f"bundle {root}: {entry.path!r} is missing; copy the bundle again or rebuild it"

@@ -24,7 +24,7 @@ from .memory import Buffer, BufferPlan
 from .rope import RopeTables
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding  # type: ignore[import-untyped]
+    from onnxruntime import InferenceSession, IOBinding
 
 __all__ = ["OnnxRuntimeEngine", "default_threads"]
 

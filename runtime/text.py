@@ -63,7 +63,8 @@ def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
         raise InputError(
             f"embedding has shape {array.shape}; expected {expected}, with zero rows past the prompt's end"
         )
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite and is refused below
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise InputError("embedding holds values that are not finite; expected finite numbers")
     return array

@@ -92,8 +92,13 @@ def _rope(g: Graph, x: str, cos: str, sin: str) -> str:
     return g.shape(both, TOKENS, DIM)
 
 
-def transformer(rng: np.random.Generator, past: int, *, clean: bool) -> Graph:
-    """The ``step`` component, or the ``clean`` one; the same ``rng`` state gives both the same weights."""
+def transformer(
+    rng: np.random.Generator, past: int, *, clean: bool, fail_at_chunk: int | None = None
+) -> Graph:
+    """The ``step`` component, or the ``clean`` one; the same ``rng`` state gives both the same weights.
+
+    From ``fail_at_chunk`` on its forwards fail: they look up a table that ends there.
+    """
     g = Graph()
     latent = g.input("latent", CHANNELS, CHUNK, SIZE, SIZE)
     noise = "" if clean else g.input("noise", CHANNELS, CHUNK, SIZE, SIZE)
@@ -107,6 +112,8 @@ def transformer(rng: np.random.Generator, past: int, *, clean: bool) -> Graph:
     x = g.op("Add", x, g.op("Gather", g.const(rng.normal(size=(len(SIGMAS), DIM))), step))
     growth = g.op("Div", g.op("Cast", chunk, to=TensorProto.FLOAT), g.const(50.0))
     x = g.op("Add", x, g.op("Tanh", growth))
+    if fail_at_chunk is not None:
+        x = g.op("Add", x, g.op("Gather", g.const(np.zeros(fail_at_chunk)), chunk))
 
     present = g.op("Cast", g.op("GreaterOrEqual", frame_slots, g.const(0, np.int32)), to=TensorProto.FLOAT)
     slots = g.op("Max", frame_slots, g.const(0, np.int32))
@@ -193,8 +200,9 @@ def decoder(*, first: bool) -> Graph:
     """Pixels from the latent and, after the first frame, from caches of earlier ones."""
     g = Graph()
     latent = g.input("latent", CHANNELS, 1, SIZE, SIZE)
-    base, cache = latent, g.const(np.zeros(_CACHES["cache.0"]))
-    if not first:
+    if first:
+        base, cache = latent, g.const(np.zeros(_CACHES["cache.0"]))
+    else:
         cache = g.input("cache.0", *_CACHES["cache.0"])
         previous = g.input("cache.1", *_CACHES["cache.1"])
         history = g.op("Add", g.mean(cache, 1), g.op("Mul", previous, g.const(0.25)))
@@ -230,12 +238,13 @@ def build_bundle(
     sink_frames: int = 1,
     sink_positions: str = "window",
     table_frames: int = 21,
+    fail_at_chunk: int | None = None,
 ) -> Manifest:
     """Write a complete bundle into ``folder`` and return its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     past = (window_frames or table_frames) - CHUNK
     graphs = {
-        "step": transformer(np.random.default_rng(0), past, clean=False),
+        "step": transformer(np.random.default_rng(0), past, clean=False, fail_at_chunk=fail_at_chunk),
         "clean": transformer(np.random.default_rng(0), past, clean=True),
         "conditioner": conditioner(np.random.default_rng(1)),
         "text_encoder": text_layer(),

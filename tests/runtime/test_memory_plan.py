@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime import BundleError
+from runtime.bundle import Manifest, load_bundle
+from runtime.memory import available_memory, plan_buffers
+from tests.runtime.conftest import MakeBundle
+
+FLOAT = 4
+LATENT = 2 * 3 * 4 * 4 * FLOAT
+SLOT = 2 * (2 * 4 * 8 + 8) * FLOAT  # per layer: keys and values of 4 tokens of 8, one block mean
+
+
+def test_sizes_added_up_by_hand(bundle: Path) -> None:
+    """Window 8, one window-relative sink: 5 slots, latents of 1 + 3 + 2 chunks."""
+    manifest = load_bundle(bundle).manifest
+    one, three = plan_buffers(manifest, 1), plan_buffers(manifest, 3)
+    cross = 2 * 2 * 6 * 8 * FLOAT
+    decoder = 2 * (2 * 2 * 16 + 2 * 16) * FLOAT
+    sink_copy = 2 * (4 * 8 + 8) * FLOAT
+    assert one.session_bytes == 5 * SLOT + 6 * LATENT + cross + decoder + sink_copy
+    assert three.session_bytes == one.session_bytes
+    assert three.total_bytes - one.total_bytes == 2 * one.session_bytes
+    staging = 2 * (2 * 12 * 8 + 3 * 8) * FLOAT  # k, v and means of both layers
+    tables = 2 * 12 * 4 * FLOAT + 5 * 4 + 4
+    pixels = (1 + 4) * 32 * 32 * 3
+    shared = 10 * LATENT + staging + tables + 6 * 8 * FLOAT + 2 * 16 * FLOAT + pixels
+    assert one.total_bytes - one.session_bytes == shared
+
+
+def test_absolute_sinks_need_no_copies(make_bundle: MakeBundle) -> None:
+    plan = plan_buffers(load_bundle(make_bundle(sink_positions="absolute")).manifest, 1)
+    assert not [buffer for buffer in plan.session if buffer.name.startswith("sink_")]
+
+
+def edited(manifest: Manifest, component: str, **changes: object) -> Manifest:
+    parts = dict(manifest.components)
+    parts[component] = parts[component].model_copy(update=changes)
+    return manifest.model_copy(update={"components": parts})
+
+
+def test_missing_tensor_and_unknown_dimension_are_named(bundle: Path) -> None:
+    manifest = load_bundle(bundle).manifest
+    step = manifest.components["step"]
+    without = edited(manifest, "step", inputs=tuple(spec for spec in step.inputs if spec.name != "rope_cos"))
+    with pytest.raises(BundleError, match=r"component 'step\.onnx' has no tensor 'rope_cos'"):
+        plan_buffers(without, 1)
+    strange = tuple(
+        spec.model_copy(update={"shape": ("batch", 4, 1, 8)}) if spec.name == "past_k.1" else spec
+        for spec in step.inputs
+    )
+    with pytest.raises(BundleError, match=r"tensor 'past_k\.1' has the symbolic dimension 'batch'"):
+        plan_buffers(edited(manifest, "step", inputs=strange), 1)
+
+
+def test_the_system_says_what_is_free() -> None:
+    free = available_memory()
+    assert free is None or free > 1 << 20

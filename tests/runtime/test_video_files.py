@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.errors import InputError
+from runtime.video import atomic_output, open_video, write_contact_sheet
+
+
+def ramp(count: int, height: int, width: int) -> np.ndarray:
+    """Smooth frames that get brighter, with colours that differ."""
+    x = np.linspace(0, 60, width)[None, None, :, None]
+    t = np.linspace(20, 120, count)[:, None, None, None]
+    tint = np.array([1.0, 1.2, 0.8])
+    return np.broadcast_to((x + t) * tint, (count, height, width, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 47)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_video_reads_back(tmp_path: Path, height: int, width: int, suffix: str) -> None:
+    frames = ramp(10, height, width)
+    path = tmp_path / f"clip{suffix}"
+    with open_video(path, fps=16, height=height, width=width) as video:
+        video.write(frames[:3])
+        assert not path.exists()
+        video.write(frames[3:])
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate == 16
+        found = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert found.shape == (10, height + height % 2, width + width % 2, 3)
+    difference = np.abs(found[:, :height, :width].astype(int) - frames)
+    assert difference.mean() < 3 and difference.max() < 25
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_video(tmp_path / "clip.mp4", fps=16, height=32, width=32) as video,
+    ):
+        video.write(ramp(3, 32, 32))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    with (
+        pytest.raises(InputError, match="expected uint8"),
+        open_video(path, fps=16, height=32, width=32) as video,
+    ):
+        video.write(ramp(3, 32, 34))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip.gif", r"must end in \.mp4 or \.mov or \.mkv"),
+        ("clip", "must end in"),
+        ("no/such/folder/clip.mp4", "does not exist; create it first"),
+        ("folder.mp4", "is a folder"),
+    ],
+)
+def test_unusable_output(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(InputError, match=message), open_video(tmp_path / name, fps=16, height=32, width=32):
+        pass
+    assert [item.name for item in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_contact_sheet_shows_the_frames_in_order(tmp_path: Path) -> None:
+    colours = [(10 * i, 255 - 10 * i, 7 * i) for i in range(8)]
+    frames = [np.full((20, 30, 3), colour, dtype=np.uint8) for colour in colours]
+    write_contact_sheet(tmp_path / "sheet.png", frames, columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (3 * 24 - 4, 3 * 34 - 4, 3)
+    for index, colour in enumerate(colours):
+        top, left = index // 3 * 24, index % 3 * 34
+        assert (sheet[top : top + 20, left : left + 30] == colour).all()
+    assert (sheet[48:, 68:] == 255).all()  # the ninth place is empty
+
+
+def test_contact_sheet_of_few_frames_and_none(tmp_path: Path) -> None:
+    write_contact_sheet(tmp_path / "sheet.png", [np.zeros((4, 4, 3), np.uint8)])
+    assert Image.open(tmp_path / "sheet.png").size == (4, 4)
+    with pytest.raises(InputError, match="at least one frame"):
+        write_contact_sheet(tmp_path / "none.png", [])
+    with pytest.raises(InputError, match=r"must end in \.png"):
+        write_contact_sheet(tmp_path / "sheet.jpg", [np.zeros((4, 4, 3), np.uint8)])
+
+
+def test_atomic_output_replaces_only_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    target.write_text("old")
+    with pytest.raises(OSError), atomic_output(target) as temporary:
+        temporary.write_text("half")
+        raise OSError("no space left on device")
+    assert target.read_text() == "old"
+    with atomic_output(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
