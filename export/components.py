@@ -23,6 +23,8 @@ from .tracing import attend, prepare, save_model, trace
 __all__ = [
     "TEXT_WEIGHTS",
     "TOKENIZER",
+    "VAEFirst",
+    "VAENext",
     "component_of",
     "per_chunk_name",
     "write_conditioner",
@@ -160,7 +162,7 @@ def write_text_encoder(folder: Path, plan: StepPlan, weights: dict[str, Tensor])
     return [*files, "text_encoder.constants"] if (folder / "text_encoder.constants").exists() else files
 
 
-class _VAEFirst(nn.Module):
+class VAEFirst(nn.Module):
     """Decoding of the first latent frame, to pixels; returns the caches that it writes."""
 
     def __init__(self, decoder: VAEDecoder, caches: Sequence[CacheSpec]) -> None:
@@ -173,7 +175,7 @@ class _VAEFirst(nn.Module):
         return to_uint8(video), [caches[index] for index in self.written]
 
 
-class _VAENext(nn.Module):
+class VAENext(nn.Module):
     """Decoding of a later latent frame, to pixels."""
 
     def __init__(self, decoder: VAEDecoder) -> None:
@@ -191,7 +193,7 @@ def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
     caches = decoder.cache_specs(height, width)
     latent = torch.zeros(plan.preset.vae.z_dim, 1, height, width)
     later = trace(
-        _VAENext(decoder),
+        VAENext(decoder),
         (latent, [torch.zeros(cache.shape) for cache in caches]),
         input_names=["latent", *(cache.name for cache in caches)],
         output_names=["frames", *(_out(cache) for cache in caches)],
@@ -199,7 +201,7 @@ def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
     )
     save_model(later, folder / "vae_next.onnx", "vae_next.weights")
     first = trace(
-        _VAEFirst(decoder, caches),
+        VAEFirst(decoder, caches),
         (latent,),
         input_names=["latent"],
         output_names=["frames", *(_out(cache) for cache in caches if cache.written_by_first)],

@@ -56,7 +56,7 @@ class Rollout:
         self.latents: dict[int, Tensor] = {}
         self.next_chunk = 0
         self._pending: Tensor | None = None
-        self._cross = self._condition(self.text)
+        self.cross = self._condition(self.text)
 
     def _condition(self, text: Tensor) -> list[CrossKV]:
         with torch.no_grad():
@@ -68,7 +68,7 @@ class Rollout:
         Returns the index of the chunk where the new prompt applies.
         """
         self._commit_pending()
-        self._cross = self._condition(text)
+        self.cross = self._condition(text)
         if recache == "none" or self.next_chunk == 0:
             return self.next_chunk
         self.cache.make_room(CHUNK_FRAMES)
@@ -81,14 +81,18 @@ class Rollout:
             self.cache.commit(first, new, only=renewed)
         return self.next_chunk
 
+    def past(self, layer: int, chunk: int, frames: list[int] | None = None) -> LayerKV:
+        """Keys, values and block means that `chunk` sees in `layer`: those of `frames`, by default all resident."""
+        resident = self.cache.resident()
+        recent = [frame for frame in resident if frame >= self.sink_frames]
+        first_recent = recent[0] if recent else chunk * CHUNK_FRAMES
+        return self.cache.past(layer, resident if frames is None else frames, first_recent)
+
     def forward(
         self, x: Tensor, step: int, chunk: int, past_frames: list[int] | None = None
     ) -> tuple[Tensor, list[LayerKV]]:
         """One forward of one chunk: (flow `[channels, frames, h, w]`, new keys and values per layer)."""
-        resident = self.cache.resident()
-        frames = resident if past_frames is None else past_frames
-        visible = [frame for frame in resident if frame >= self.sink_frames]
-        first_recent = visible[0] if visible else chunk * CHUNK_FRAMES
+        frames = self.cache.resident() if past_frames is None else past_frames
         config = self.model.config
         positions = torch.arange(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
@@ -96,14 +100,14 @@ class Rollout:
             self.spec,
             cos,
             sin,
-            [self.cache.past(layer, frames, first_recent) for layer in range(config.layers)],
+            [self.past(layer, chunk, frames) for layer in range(config.layers)],
             torch.arange(len(frames), dtype=torch.int32),
             chunk,
             attend=self.attend,
         )
         t = torch.full((1, CHUNK_FRAMES), self.schedule.timesteps[step], dtype=torch.float64)
         with torch.no_grad():
-            flow = self.model(x[None], t, self._cross, core)[0]
+            flow = self.model(x[None], t, self.cross, core)[0]
         return flow, core.new
 
     def step(self, x: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -118,11 +122,14 @@ class Rollout:
     def _commit_pending(self) -> None:
         if self._pending is None:
             return
-        chunk = self.next_chunk - 1
-        _, new = self.forward(self._pending, self.schedule.clean_step, chunk)
-        self.cache.commit(chunk * CHUNK_FRAMES, new)
-        self.latents[chunk] = self._pending
+        self.commit(self._pending, self.next_chunk - 1)
         self._pending = None
+
+    def commit(self, x0: Tensor, chunk: int) -> None:
+        """Run the clean pass of `chunk` on its latents and cache what it leaves."""
+        _, new = self.forward(x0, self.schedule.clean_step, chunk)
+        self.cache.commit(chunk * CHUNK_FRAMES, new)
+        self.latents[chunk] = x0
 
     def generate_chunk(self) -> Tensor:
         """Clean latents of the next chunk, `[channels, CHUNK_FRAMES, h, w]` float32."""
