@@ -1,0 +1,82 @@
+"""Command line of the kernels: `python -m plugins build --arch sm_90,sm_120`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ALL_ARCHS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"
+NO_SPILL = ("sm_90", "sm_120")
+
+
+def _build(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from .build import BuildError, build, parse_archs, spilling
+
+    console = Console()
+    start = time.monotonic()
+    try:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("compiling", total=None)
+            compiled = 0
+
+            def show(done: int, total: int) -> None:
+                nonlocal compiled
+                compiled = total
+                bar.update(task, completed=done, total=total)
+
+            built = build(parse_archs(args.arch), args.out, cache=args.cache, jobs=args.jobs, progress=show)
+    except BuildError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 1
+
+    table = Table(title="Registers per thread (bytes spilled)", box=None)
+    table.add_column("kernel", no_wrap=True)
+    for image_set in built.values():
+        table.add_column(image_set.arch, justify="right")
+    by_arch = [{image.name: image for image in image_set.images} for image_set in built.values()]
+    for name in dict.fromkeys(name for of_arch in by_arch for name in of_arch):
+        cells = (of_arch[name] for of_arch in by_arch)
+        table.add_row(
+            name, *(f"{i.registers}" + (f" ({i.spill_stores})" if i.spill_stores else "") for i in cells)
+        )
+    console.print(table)
+    count = sum(len(image_set.images) for image_set in built.values())
+    console.print(
+        f"{count} images in {args.out}, {compiled} compiled and {count - compiled} from the cache, "
+        f"{time.monotonic() - start:.0f} s",
+        highlight=False,
+    )
+    bad = [line for line in spilling(built) if line.startswith(NO_SPILL)]
+    if bad:
+        console.print("[red]error:[/red] these images must not spill registers:", *bad, sep="\n  ")
+    return 1 if bad else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m plugins", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser(
+        "build",
+        help="compile the GPU kernels to cubins (no GPU needed)",
+        description="Compile every kernel for each architecture into OUT/sm_XX/, with an index kernels.json. Needs "
+        "Triton, no GPU and no network. Fails if a kernel spills registers on sm_90 or sm_120.",
+    )
+    build.add_argument("--arch", default=ALL_ARCHS, help="comma-separated, default %(default)s")
+    build.add_argument("--out", type=Path, default=Path("build/kernels"), help="default %(default)s")
+    build.add_argument("--cache", type=Path, help="compiled kernels are kept here between builds")
+    build.add_argument("--jobs", type=int, help="worker processes, default: one per processor")
+    build.set_defaults(run=_build)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

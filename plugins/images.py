@@ -1,0 +1,203 @@
+"""The kernel-image format: a folder of cubins per architecture and one JSON index that says how to launch them.
+
+Everything a launcher must know is in the index, so a loader needs no compiler, and a kernel from any other source
+(CUDA C++ through nvcc or NVRTC) replaces one of ours by taking its place in the index. docs/kernels.md explains the
+fields and lists the vocabulary of buffers, options and sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import PluginError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "Argument",
+    "GridAxis",
+    "Image",
+    "ImageError",
+    "ImageSet",
+    "read_images",
+    "write_images",
+]
+
+FORMAT_VERSION: Final = 1
+INDEX_NAME: Final = "kernels.json"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class ImageError(PluginError):
+    """A folder of kernel images is incomplete, altered, or of another format."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Argument(_Part):
+    """One kernel argument, in launch order.
+
+    `source` says who supplies the value: a `buffer` (device address) or `option` (operator attribute) of the caller,
+    a `size` of the problem, or `null`: a pointer that is always zero (Triton's two trailing scratch pointers).
+    """
+
+    name: Name
+    type: Literal["pointer", "int32", "float32"]
+    element: Literal["bfloat16", "float16", "float32", "int32", "int16"] | None = None
+    source: Literal["buffer", "option", "size", "null"]
+
+    @model_validator(mode="after")
+    def _pointers_have_elements(self) -> Argument:
+        if (self.element is not None) != (self.source == "buffer"):
+            raise ValueError(f"argument {self.name!r}: `element` belongs to buffers, and only to them")
+        if (self.type == "pointer") != (self.source in ("buffer", "null")):
+            raise ValueError(
+                f"argument {self.name!r}: type {self.type!r} does not go with source {self.source!r}"
+            )
+        return self
+
+
+class GridAxis(_Part):
+    """`ceil(size / tile)` thread blocks."""
+
+    size: Name
+    tile: Positive
+
+
+class Image(_Part):
+    """One compiled kernel specialisation.
+
+    It serves a problem if each size (or `dtype`) named in `serves` has one of the listed values and none exceeds its
+    entry in `limits`. Among several that do, the first in the index is used.
+    """
+
+    name: FileName
+    kernel: Name
+    file: FileName
+    sha256: Sha256
+    bytes: Positive
+    entry: str
+    threads: Annotated[int, Field(gt=0, le=1024, multiple_of=32)]
+    shared_memory: NonNegative
+    grid: tuple[GridAxis | Positive, GridAxis | Positive, GridAxis | Positive]
+    arguments: Annotated[tuple[Argument, ...], Field(min_length=1)]
+    serves: dict[Name, tuple[int | str, ...]]
+    limits: dict[Name, Positive]
+    registers: Positive
+    stack: NonNegative
+    spill_stores: NonNegative
+    spill_loads: NonNegative
+    source_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _unique_arguments(self) -> Image:
+        names = [argument.name for argument in self.arguments]
+        if len(set(names)) != len(names):
+            raise ValueError(f"image {self.name!r} has two arguments of one name: {names}")
+        return self
+
+
+class ImageSet(_Part):
+    """The index of one folder.
+
+    `arch` is the compute capability the images run on (`sm_90`), `target` what they were compiled for (`sm_90a`). A
+    target with a letter runs on exactly that capability, one without also on later minor revisions.
+    """
+
+    format_version: Literal[1] = 1
+    arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
+    target: Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
+    compiler: dict[str, str]
+    images: tuple[Image, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ImageSet:
+        names = [image.name for image in self.images]
+        if len(set(names)) != len(names):
+            raise ValueError("two images have the same name")
+        if self.target.rstrip("af") != self.arch:
+            raise ValueError(f"target {self.target!r} is not one of {self.arch!r}")
+        return self
+
+
+def read_images(folder: Path) -> tuple[ImageSet, dict[str, bytes]]:
+    """Read and verify a folder of images.
+
+    Returns:
+        The index, and the cubins by image name.
+
+    Raises:
+        ImageError: no index, one of another format, or a cubin that is missing or differs from its hash.
+    """
+    index = folder / INDEX_NAME
+    try:
+        images = ImageSet.model_validate_json(index.read_bytes())
+    except FileNotFoundError as error:
+        raise ImageError(f"{index} does not exist; build it with `python -m plugins build`") from error
+    except ValidationError as error:
+        raise ImageError(
+            f"{index} is not an index of format {FORMAT_VERSION}; rebuild it: {error}"
+        ) from error
+    cubins = {}
+    for image in images.images:
+        try:
+            cubin = (folder / image.file).read_bytes()
+        except FileNotFoundError as error:
+            raise ImageError(f"{folder / image.file} is missing; rebuild the images") from error
+        digest = hashlib.sha256(cubin).hexdigest()
+        if digest != image.sha256 or len(cubin) != image.bytes:
+            raise ImageError(
+                f"{folder / image.file} has SHA-256 {digest} and {len(cubin)} bytes, the index says "
+                f"{image.sha256} and {image.bytes}; rebuild the images"
+            )
+        cubins[image.name] = cubin
+    return images, cubins
+
+
+def write_images(folder: Path, images: ImageSet, cubins: Mapping[str, bytes]) -> None:
+    """Write a folder of images so that a reader finds the old set or the new one, never a mixture.
+
+    Cubin files are named by their content and the index is replaced last, in one step. Cubins that the new index
+    does not name are deleted then; writers of one folder must take turns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in images.images:
+        if not (folder / image.file).exists():
+            replace_file(folder / image.file, cubins[image.name])
+    replace_file(folder / INDEX_NAME, (images.model_dump_json(indent=1) + "\n").encode())
+    named = {image.file for image in images.images}
+    for stale in folder.glob("*.cubin"):
+        if stale.name not in named:
+            stale.unlink()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path` in one step: a reader sees all of it or what was there before."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the index."""
+    return ImageSet.model_json_schema()
