@@ -197,11 +197,8 @@ class KernelLibrary:
             fits = all(facts.get(key) in values for key, values in image.serves.items())
             if fits and all(sizes.get(key, limit + 1) <= limit for key, limit in image.limits.items()):
                 return image
-        served = (
-            "; ".join(f"{image.name}: {image.serves} up to {image.limits}" for image in offered) or "nothing"
-        )
         raise EngineError(
-            f"no {kernel!r} kernel for {self.index.arch} serves {problem}; there is {served}. Build the missing "
+            f"no {kernel!r} kernel for {self.index.arch} serves {problem}; {_served(offered)}. Build the missing "
             "specialisation or change the block sizes"
         )
 
@@ -307,6 +304,21 @@ def _allow_shared_memory(kernel: Any, size: int, device_id: int) -> None:
         raise EngineError(
             f"device {device_id} does not give a kernel {size} bytes of shared memory: {status!r}"
         )
+
+
+def _served(images: Sequence[Image]) -> str:
+    """What a kernel's images serve between them, for messages."""
+    if not images:
+        return "there are no images of this kernel"
+    values = [
+        f"{key} {', '.join(sorted({str(v) for image in images for v in image.serves.get(key, ())}))}"
+        for key in dict.fromkeys(key for image in images for key in image.serves)
+    ]
+    limits = [
+        f"{key} up to {max(image.limits.get(key, 0) for image in images)}"
+        for key in dict.fromkeys(key for image in images for key in image.limits)
+    ]
+    return "its images serve (not in every combination) " + "; ".join(values + limits)
 
 
 def _grid(axes: tuple[GridAxis | int, ...], sizes: Mapping[str, int]) -> tuple[int, int, int]:

@@ -401,12 +401,15 @@ def find_variant(kernel: str, problem: Problem, arch: int) -> Variant:
     for variant in offered:
         if variant.fits(problem):
             return variant
-    served = "; ".join(
-        f"{v.name}: "
-        + ", ".join(
-            [f"{key} in {list(values)}" for key, values in v.serves.items()]
-            + [f"{key} <= {limit}" for key, limit in v.limits.items()]
-        )
-        for v in offered
+    served = [
+        f"{key} {', '.join(sorted({str(v) for variant in offered for v in variant.serves.get(key, ())}))}"
+        for key in dict.fromkeys(key for variant in offered for key in variant.serves)
+    ]
+    served += [
+        f"{key} up to {max(variant.limits.get(key, 0) for variant in offered)}"
+        for key in dict.fromkeys(key for variant in offered for key in variant.limits)
+    ]
+    raise KernelError(
+        f"no specialisation of {kernel!r} for sm_{arch} serves {problem}; its specialisations serve (not in every "
+        f"combination) {'; '.join(served)}"
     )
-    raise KernelError(f"no specialisation of {kernel!r} for sm_{arch} serves {problem}; there are {served}")
