@@ -22,8 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .bundle import Model
 from .errors import InputError
+from .manifest import Model
 from .pipeline import Pipeline
 from .scheduler import ChunkTimes
 from .session import ChunkStream, Session

@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from .bundle import Bundle
 from .cache import LatentRing
 from .errors import BundleError, CapacityError
+from .manifest import Component, Dtype, Manifest, TensorSpec
 
 __all__ = ["Buffer", "BufferPlan", "available_memory", "check_memory", "plan_buffers"]
 

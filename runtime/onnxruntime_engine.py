@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle, TensorSpec
+from .bundle import Bundle
 from .cache import ABSENT, Move
 from .engine import Placement
 from .errors import BundleError, EngineError
+from .manifest import TensorSpec
 from .memory import Buffer, BufferPlan
 from .rope import RopeTables
 

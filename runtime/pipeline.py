@@ -10,9 +10,10 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Bundle, Manifest, load_bundle
+from .bundle import Bundle, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, InputError
+from .manifest import Manifest
 from .memory import BufferPlan, available_memory, check_memory, plan_buffers
 from .noise import check_seed
 from .rollout import PromptSwitch, Rollout

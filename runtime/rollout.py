@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Manifest
 from .cache import FrameTable, LatentRing
 from .engine import Engine, Placement
 from .errors import SessionCancelledError
+from .manifest import Manifest
 from .noise import fill_noise
 
 __all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_pixel_frames"]

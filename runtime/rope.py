@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Model
+from .manifest import Model
 
 __all__ = ["RopeTables"]
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Bundle, Text
+from .bundle import Bundle
 from .errors import BundleError, ClosedError, InputError
+from .manifest import Text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

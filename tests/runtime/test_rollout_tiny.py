@@ -1,0 +1,123 @@
+"""The runtime on the real thing: the `tiny` preset, built for the CPU."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from runtime import Pipeline
+from runtime.bench import measure
+from runtime.cli import main
+from runtime.session import Session
+from tests.runtime.conftest import MakeBundle
+from tests.runtime.naive import NaiveRollout
+
+CHUNKS = 3
+PROMPTS = ("a red fox in fresh snow", "a lighthouse in a storm")
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Path) -> Iterator[Pipeline]:
+    """Room for two sessions."""
+    with Pipeline.load(tiny_bundle, sessions=2, threads=1) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def alone(pipe: Pipeline) -> list[list[bytes]]:
+    """The clip of each prompt, made by itself."""
+    clips = []
+    for seed, prompt in enumerate(PROMPTS):
+        with pipe.session(prompt, seed=seed) as session:
+            clips.append(take(session))
+    return clips
+
+
+def take(session: Session) -> list[bytes]:
+    return [chunk.frames.tobytes() for chunk in session.stream(chunks=CHUNKS)]
+
+
+def test_sessions_side_by_side_equal_each_alone(pipe: Pipeline, alone: list[list[bytes]]) -> None:
+    with pipe.session(PROMPTS[0], seed=0) as one, pipe.session(PROMPTS[1], seed=1) as two:
+        pairs = zip(one.stream(chunks=CHUNKS), two.stream(chunks=CHUNKS), strict=True)
+        together = [(a.frames.tobytes(), b.frames.tobytes()) for a, b in pairs]
+    assert together == list(zip(*alone, strict=True))
+    assert alone[0] != alone[1]
+
+
+def test_against_the_plain_rollout_with_a_prompt_switch(
+    pipe: Pipeline, tiny_bundle: Path, alone: list[list[bytes]]
+) -> None:
+    naive = NaiveRollout(tiny_bundle, pipe.embed(PROMPTS[0]), seed=0)
+    expected = [naive.next_chunk().tobytes() for _ in range(CHUNKS - 1)]
+    assert expected == alone[0][:-1]
+    naive.set_prompt(pipe.embed(PROMPTS[1]), "window")
+    expected.append(naive.next_chunk().tobytes())
+    with pipe.session(PROMPTS[0], seed=0) as session:
+        session.set_prompt(PROMPTS[1], at=CHUNKS - 1)
+        assert take(session) == expected
+    assert expected[-1] != alone[0][-1]
+
+
+def test_overhead_is_at_most_3_percent(pipe: Pipeline) -> None:
+    result = measure(pipe, {"prompt": PROMPTS[0]}, chunks=3, warmup_chunks=1, sessions=1, seed=0)
+    assert result.overhead_percent <= 3
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; Linux only."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def assert_flat(folder: Path, chunks: int, settled: int, slack_bytes: int) -> None:
+    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory and time per chunk stay where they are."""
+    memory, times = [], []
+    with Pipeline.load(folder, threads=1) as pipe, pipe.session(embedding=pipe.embed("a"), seed=1) as session:
+        for chunk in session.stream(chunks=chunks):
+            if chunk.index >= settled:
+                gc.collect()
+                memory.append(resident_bytes())
+                times.append(chunk.denoise + chunk.decode + chunk.other)
+    assert max(memory) - memory[0] <= slack_bytes
+    quarter = len(times) // 4
+    assert median(times[-quarter:]) <= 1.5 * median(times[:quarter])
+
+
+needs_statm = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
+
+
+@needs_statm
+def test_200_chunks_are_flat(make_bundle: MakeBundle) -> None:
+    """On the hand-made bundle; see the slow test below for `tiny`."""
+    assert_flat(make_bundle(), chunks=200, settled=20, slack_bytes=4 << 20)
+
+
+@needs_statm
+@pytest.mark.slow
+def test_200_chunks_of_tiny_in_long_mode_are_flat(tmp_path: Path) -> None:
+    from export.cli import main as export
+
+    assert (
+        export(["build", "--preset", "tiny", "--variant", "long", "--name", "long", "--out", str(tmp_path)])
+        == 0
+    )
+    assert_flat(tmp_path / "long", chunks=200, settled=20, slack_bytes=16 << 20)
+
+
+@pytest.mark.slow
+def test_five_seconds_from_the_command_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    clip, bench = tmp_path / "clip.mp4", tmp_path / "bench.json"
+    assert main(["generate", str(tiny_bundle), "--prompt", PROMPTS[0], "--out", str(clip)]) == 0
+    assert clip.stat().st_size > 10_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # longer than the clip the bundle was planned for
+        assert main(["bench", str(tiny_bundle), "--chunks", "8", "--json", str(bench)]) == 0
+    assert json.loads(bench.read_text())["overhead_percent"] <= 3
