@@ -92,7 +92,11 @@ class Build(Command):
         console.print(f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({choice.reason})")
         with progress_bars(console) as progress:
             folder = build_bundle(request, progress)
-        console.print(f"built [bold]{folder}[/]; try: python -m runtime generate {folder} --prompt '...'")
+        console.print(f"built [bold]{folder}[/]; try:")
+        console.print(
+            f"  python -m runtime generate {folder} --prompt 'a red fox in snow' --out clip.mp4",
+            soft_wrap=True,
+        )
         return 0
 
 
