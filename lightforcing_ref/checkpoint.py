@@ -97,18 +97,21 @@ def load_lora(path: str | Path, config: DiTConfig) -> LoRA:
         CheckpointError: the file cannot be read, or is no such LoRA.
     """
     state = {key.removeprefix("base_model.model."): value for key, value in _read_state(path).items()}
+    keys = {target: _lora_keys(target) for target in lora_targets(config)}
     shapes: Shapes = {}
     for target, (out_dim, in_dim) in lora_targets(config).items():
-        key_a, key_b = (target.replace(".weight", f".lora_{half}.weight") for half in "AB")
-        rank = state[key_a].shape[0] if key_a in state and state[key_a].ndim else 0
+        key_a, key_b = keys[target]
+        known = state[key_a].shape[:1] if key_a in state else state[key_b].shape[1:] if key_b in state else ()
+        rank = known[0] if known else 0
         shapes |= {key_a: (rank, in_dim), key_b: (out_dim, rank)}
     model = f"a LoRA for a causal Wan transformer of dim {config.dim} with {config.layers} layers"
     check_state(state, Expectation(CheckpointKind.LORA, model, shapes), str(path))
-    halves = list(shapes)
-    return {
-        target: (state[key_a], state[key_b])
-        for target, key_a, key_b in zip(lora_targets(config), halves[::2], halves[1::2], strict=True)
-    }
+    return {target: (state[key_a], state[key_b]) for target, (key_a, key_b) in keys.items()}
+
+
+def _lora_keys(target: str) -> tuple[str, str]:
+    stem = target.removesuffix(".weight")
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def merge_lora(

@@ -5,7 +5,7 @@ Source: the published state dicts of Self-Forcing, LongLive, Light Forcing, Wan2
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -73,7 +73,7 @@ _MARKS: tuple[tuple[CheckpointKind, tuple[str, ...]], ...] = (
 )
 
 
-def kind_of(keys: Sequence[str] | Mapping[str, object]) -> CheckpointKind:
+def kind_of(keys: Collection[str]) -> CheckpointKind:
     """Recognise a checkpoint by its keys, with wrappers' prefixes removed."""
     if any(".lora_A." in key or ".lora_B." in key for key in keys):
         return CheckpointKind.LORA

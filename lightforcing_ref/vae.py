@@ -98,7 +98,7 @@ class _Tape:
     def prepend_history(self, x: Tensor) -> Tensor:
         """`x` `[1, C, t, h, w]` behind the two frames that came before it; remembers the last two of the result."""
         x = torch.cat([self._zeros(x) if self.is_first else next(self._old), x], dim=2)
-        self.new.append(x[:, :, -HISTORY:])
+        self.new.append(x[:, :, -HISTORY:].clone())  # a view would keep all of `x` in memory
         return x
 
     def bypass(self, x: Tensor) -> None:

@@ -346,7 +346,11 @@ def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lora: lora.popitem(), r"1 missing \(blocks\.1\.ffn\.2\.lora_B\.weight\)"),
+        (lambda lora: lora.popitem(), r"layers: 1 missing \(blocks\.1\.ffn\.2\.lora_B\.weight\)\. "),
+        (
+            lambda lora: lora.pop("base_model.model.blocks.0.ffn.0.lora_A.weight"),
+            r"layers: 1 missing \(blocks\.0\.ffn\.0\.lora_A\.weight\)\. ",
+        ),
         (
             lambda lora: lora.update(
                 {"base_model.model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(5, 16)}
