@@ -159,13 +159,13 @@ class _Attention:
         query = b("Transpose", b("Reshape", self.q_mean, self.rows_heads_dim), perm=[1, 0, 2])
         keys = b("Transpose", b("Reshape", means, self.rows_heads_dim), perm=[1, 2, 0])
         scores = b("Reshape", b("MatMul", query, keys), b.vector(0, 0, -1, self.k_blocks))  # [H, C*QB, N, KB]
-        scores = b("Add", scores, b("Unsqueeze", self._frame_bias(query, means), b.int_list(-1)))
+        scores = b("Where", b("Unsqueeze", self._eligible(query, means), b.int_list(-1)), scores, self.lowest)
         scores = b("Reshape", scores, b.int_list(0, 0, -1))
         values, indices = b.multi("TopK", [scores, self._kept_blocks()], 2, axis=-1)
         return values, indices, scores
 
-    def _frame_bias(self, query: ir.Value, means: ir.Value) -> ir.Value:
-        """0 for eligible frames and -inf for others, [H, C*QB, N].
+    def _eligible(self, query: ir.Value, means: ir.Value) -> ir.Value:
+        """Which frames are eligible, bool [H, C*QB, N].
 
         Sink, near and current frames win every comparison, and keep_frames + C frames win in all: that many are
         eligible in the second stage, and all of them as long as there is only one.
@@ -173,14 +173,16 @@ class _Attention:
         b = self.b
         frame_means = b("ReduceMean", means, b.int_list(1), keepdims=0)
         scores = b("MatMul", query, b("Transpose", frame_means, perm=[1, 2, 0]))
-        frame = b("Range", b.scalar(0), b("Squeeze", self.frames), b.scalar(1))
+        frames = b("Squeeze", self.frames)
+        frame = b("Range", b.scalar(0), frames, b.scalar(1))
         sink = b("Less", frame, b.attribute("sink_frames"))
         near = b("GreaterOrEqual", frame, b("Sub", self.past, b.attribute("near_frames")))
         contest = b("Where", b("Or", sink, near), b.number(float("inf")), scores)
         count = b("Min", b("Add", self.current, b.attribute("keep_frames")), self.frames)
         _, winners = b.multi("TopK", [contest, count], 2, axis=-1)
-        in_out = b("Constant", value_floats=ir.AttrFloat32s("value_floats", [float("-inf"), 0.0]))
-        return b("ReduceMax", b("OneHot", winners, self.frames, in_out), b.int_list(2), keepdims=0)
+        off_on = b("Constant", value_floats=ir.AttrFloat32s("value_floats", [0.0, 1.0]))
+        chosen = b("ReduceMax", b("OneHot", winners, frames, off_on), b.int_list(2), keepdims=0)
+        return b("Cast", chosen, to=ir.DataType.BOOL.value)
 
     def _kept_blocks(self) -> ir.Value:
         """Number of blocks to keep, [1]."""

@@ -218,6 +218,14 @@ def selection_errors(
     return errors
 
 
+def is_ambiguous(selection: Selection, tolerance: float = 1e-5) -> bool:
+    """Whether rounding could change the selection: two compared scores differ by at most `tolerance`, but differ."""
+    return any(
+        0 < choice.frame_gap <= tolerance or 0 < choice.block_gap <= tolerance
+        for choice in selection.values()
+    )
+
+
 def mask_to_sets(mask: Array) -> dict[Pair, frozenset[int]]:
     """bool `[H, query blocks, key blocks]` -> what each (head, query block) sees."""
     return {
