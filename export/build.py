@@ -85,7 +85,7 @@ def _source_digest() -> str:
     """Digest of the code that decides what a graph holds, so that a resumed build never mixes two versions."""
     digest = hashlib.sha256()
     for package in (lightforcing_ref, plugins):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
             digest.update(path.read_bytes())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
