@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
@@ -79,7 +80,7 @@ def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk
     cache: list[object] = [[{0: slots}] * layers] * 3
     step = trace(
         module,
-        module.example_inputs(plan.latent_size, plan.max_past_frames, plan.max_past_frames + 1),
+        module.example_inputs(plan.latent_size, plan.max_past_frames),
         input_names=module.input_names,
         output_names=module.output_names,
         dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
@@ -134,17 +135,8 @@ def write_conditioner(folder: Path, model: CausalWanModel) -> list[str]:
 def write_text_encoder(folder: Path, plan: StepPlan, weights: dict[str, Tensor]) -> list[str]:
     """Write the graph of one encoder layer, whose weights are inputs, and the weights of all layers."""
     config, length = plan.preset.text, plan.preset.dit.text_len
-    dim, inner = config.d_model, config.heads * config.d_kv
-    shapes = {
-        "norm1": (dim,),
-        **dict.fromkeys("qkv", (inner, dim)),
-        "o": (dim, inner),
-        "rel_bias": (config.buckets, config.heads),
-        "norm2": (dim,),
-        "gate": (config.d_ff, dim),
-        "fc1": (config.d_ff, dim),
-        "fc2": (dim, config.d_ff),
-    }
+    shapes = umt5_shapes(config)
+    layer = [torch.zeros(shapes[f"layers.0.{name}"]) for name in LAYER_WEIGHTS]
     graph = trace(
         UMT5Layer(config, length),
         (

@@ -123,8 +123,9 @@ class StepModule(nn.Module):
             names += layer_names(stem, layers)
         return names
 
-    def example_inputs(self, latent_size: tuple[int, int], past_frames: int, slots: int) -> tuple[Any, ...]:
+    def example_inputs(self, latent_size: tuple[int, int], past_frames: int) -> tuple[Any, ...]:
         """Inputs with the right shapes and types, for tracing."""
+        slots = 2  # a size of its own, which stands for any number of slots and costs little memory
         config, geometry = self.model.config, self.spec.geometry
         dtype = self.model.dtype
         heads, head_dim, layers = config.heads, config.head_dim, config.layers

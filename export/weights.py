@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,15 @@ class Weights:
             model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
-    def text_weights(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """The text encoder's weights under the names of the bundle's weights file."""
+    def text_weights(self) -> dict[str, Tensor]:
+        """The text encoder's weights under the names of the bundle's weights file, in the type they are stored in.
+
+        They are mapped from the file, not read: UMT5-XXL does not fit into memory twice.
+        """
         if self.text_encoder is None:
             self._require_seed("text-encoder")
             return encoder_weights(build_encoder(self.preset.text, seed=self.seed or 0))
-        return load_umt5_state(self.text_encoder, self.preset.text, dtype=dtype)
+        return load_umt5_state(self.text_encoder, self.preset.text)
 
     def write_tokenizer(self, path: Path) -> None:
         """Write `tokenizer.json` to `path`."""
@@ -87,14 +91,16 @@ class Weights:
         else:
             load_tokenizer(self.tokenizer).save(str(path))
 
-    def files(self) -> dict[str, Path]:
-        """The checkpoints in use, by role."""
-        roles = ("checkpoint", "lora", "vae", "text_encoder", "tokenizer")
-        return {role: path for role in roles if (path := getattr(self, role)) is not None}
-
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file in use, by role."""
-        return {role: checkpoint_sha256(path) for role, path in self.files().items()}
+        roles = ("checkpoint", "lora", "vae", "text_encoder")
+        digests = {
+            role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
+        }
+        if self.tokenizer is not None:
+            text = load_tokenizer(self.tokenizer).to_str()
+            digests["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
+        return digests
 
     def _require_seed(self, option: str) -> None:
         if self.seed is None:
