@@ -145,7 +145,8 @@ def attend(
                 v_tile = v_tile.to(tl.float32)
             acc_high = tl.dot(weights, v_tile, acc_high * decay[:, None])
 
-    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)[:, None]
+    # An empty list leaves zeros.
+    inverse = 1.0 / tl.where(norm > 0, norm, 1.0)[:, None]
     o_pointers = out + query_base + query[:, None] * stride + value_column[None, :]
     _store_rows(o_pointers, (acc * inverse).to(out.dtype.element_ty), query_inside, EVEN)
     if V_TILE < HEAD_DIM:

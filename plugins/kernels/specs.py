@@ -300,7 +300,7 @@ def _attend_variants(arch: int) -> Iterator[Variant]:
                             "dtype": (dtype,),
                             "head_dim": (head_dim,),
                             "block_q": (block_q,),
-                            "block_k": (32,) if block_q == 32 else (64, 128),
+                            "block_k": (32, 64, 128) if block_q == 32 else (64, 128),
                             "even": (1,) if even else (0, 1),
                         },
                         {"past_frames": MAX_FRAMES},
