@@ -22,6 +22,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .backends import BackendChoice
     from .build import BuildRequest
+    from .reference import Reference
     from .targets import Variant
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -64,13 +65,7 @@ class Build(Command):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         _add_model_arguments(parser)
-        parser.add_argument("--vae", type=_existing, metavar="FILE", help="video decoder (lightvaew2_1.pth)")
-        parser.add_argument(
-            "--text-encoder", type=_existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
-        )
-        parser.add_argument(
-            "--tokenizer", type=_existing, metavar="PATH", help="tokenizer.json, or its folder"
-        )
+        _add_decoder_and_text_files(parser)
         parser.add_argument(
             "--precision", metavar="NAME", help="fp32, bf16, fp8 or nvfp4 (default: the backend's)"
         )
@@ -147,12 +142,22 @@ class Compare(Command):
             "--tolerance", type=_tolerance, help="largest relative L2 error (default: the precision's)"
         )
         parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+        files = parser.add_argument_group(
+            "the files the bundle was built from, unless its weights are random"
+        )
+        _add_transformer_files(files)
+        _add_decoder_and_text_files(files)
 
     def run(self, args: argparse.Namespace) -> int:
+        _check_sources(args)
         from .compare import compare_bundle
 
         passed = compare_bundle(
-            args.bundle, chunks=args.chunks, tolerance=args.tolerance, json_path=args.json
+            args.bundle,
+            chunks=args.chunks,
+            tolerance=args.tolerance,
+            json_path=args.json,
+            reference=_reference(args) if args.checkpoint else None,
         )
         return 0 if passed else 1
 
@@ -260,6 +265,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_transformer_files(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--checkpoint", type=_existing, metavar="FILE", help="weights of the transformer")
+    parser.add_argument("--lora", type=_existing, metavar="FILE", help="LoRA to merge into the checkpoint")
+
+
+def _add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--vae", type=_existing, metavar="FILE", help="video decoder, e.g. lightvaew2_1.pth")
+    parser.add_argument(
+        "--text-encoder", type=_existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
+    )
+    parser.add_argument("--tokenizer", type=_existing, metavar="PATH", help="tokenizer.json, or its folder")
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
@@ -267,8 +285,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
     parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
     parser.add_argument("--seed", type=_natural, help="of the random weights (default: 0)")
-    parser.add_argument("--checkpoint", type=_existing, metavar="FILE", help="weights of the transformer")
-    parser.add_argument("--lora", type=_existing, metavar="FILE", help="LoRA to merge into the checkpoint")
+    _add_transformer_files(parser)
     parser.add_argument(
         "--resolution", type=_resolution, metavar="HxW", help="of the video in pixels (default: the preset's)"
     )
@@ -332,6 +349,27 @@ def _request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice]:
     return request, choice
 
 
+def _reference(args: argparse.Namespace) -> Reference:
+    """The reference model of a bundle that was built from files."""
+    from lightforcing_ref.config import preset
+    from runtime.bundle import load_bundle
+
+    from .reference import Reference
+    from .weights import Weights
+
+    manifest = load_bundle(args.bundle, verify=False).manifest
+    return Reference(
+        Weights(
+            preset(manifest.model.preset),
+            checkpoint=args.checkpoint,
+            lora=args.lora,
+            vae=args.vae,
+            text_encoder=args.text_encoder,
+            tokenizer=args.tokenizer,
+        )
+    )
+
+
 def _variant(args: argparse.Namespace, variant: Variant) -> Variant:
     changed = variant.changed(
         target=args.sparsity,
@@ -355,7 +393,7 @@ def _check_sources(args: argparse.Namespace) -> None:
     }
     missing = [_flag(name) for name, path in files.items() if path is None]
     given = [_flag(name) for name, path in files.items() if path is not None]
-    if given and (args.init or args.seed is not None):
+    if given and (getattr(args, "init", None) or getattr(args, "seed", None) is not None):
         raise InputError(
             f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}"
         )

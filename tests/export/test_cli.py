@@ -1,0 +1,200 @@
+"""The command line: what is refused at the door and how, and every command end to end on a tiny bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.cli import COMMANDS, _parser, _request, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must be refused; returns its error line."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("--gpu rtx509", ("unknown target 'rtx509'", "did you mean rtx5090", "cpu", "h200")),
+        ("--gpu nowhere/mine.toml", ("no target file at nowhere/mine.toml",)),
+        ("--preset huge", ("unknown preset 'huge'", "tiny", "wan-1.3b")),
+        ("--variant sparse", ("unknown variant 'sparse'", "dense, hopper, long, longlive, short")),
+        ("--backend tensort", ("unknown backend 'tensort'", "did you mean tensorrt")),
+        ("--backend tensorrt-rtx", ("cannot build for cpu", "--backend onnxruntime")),
+        ("--gpu h200 --backend tensorrt-rtx", ("only for compute capability", "--backend onnxruntime")),
+        ("--gpu a100 --precision fp8", ("a100 (sm_80) does not compute in fp8", "fp32 or bf16")),
+        ("--precision fp16", ("unknown precision 'fp16'",)),
+        ("--sparsity 1", ("--sparsity", "1 is outside [0, 1)")),
+        ("--sparsity -0.1", ("--sparsity", "-0.1 is outside [0, 1)")),
+        ("--sparsity nan", ("--sparsity", "nan is outside [0, 1)")),
+        ("--sparsity much", ("'much' is no number",)),
+        ("--sparsity 0.8 --sparsity-base 0.7", ("base is 0.7, below the target 0.8",)),
+        ("--sparsity 0.1 --sparsity-base 0.98", ("bring base and target closer together",)),
+        ("--keep-frames 2", ("keep_frames is 2; expected at least sink + near = 3",)),
+        ("--keep-frames 0", ("0 is too small",)),
+        ("--sink -1", ("'-1' is no whole number",)),
+        ("--table-frames 22", ("whole number of chunks of 3 frames",)),
+        ("--window 3", ("cache.sink_frames is 1",)),
+        ("--resolution 120x128", ("120x128 does not divide by 16", "the nearest is 128x128")),
+        ("--resolution 0x128", ("does not divide", "16x128")),
+        ("--resolution 512", ("'512' is no HEIGHTxWIDTH",)),
+        (
+            "--init random --checkpoint pyproject.toml",
+            ("--checkpoint and random weights exclude each other",),
+        ),
+        ("--seed 1 --vae pyproject.toml", ("--vae and random weights exclude each other",)),
+        ("--checkpoint pyproject.toml", ("without --vae, --text-encoder, --tokenizer",)),
+        ("--checkpoint no-such-file", ("no-such-file does not exist",)),
+        ("--lora pyproject.toml", ("--lora needs the --checkpoint",)),
+        ("--name ../elsewhere", ("is no plain name",)),
+        ("--seed first", ("'first' is no whole number",)),
+        ("--colour red", ("unrecognized arguments: --colour red", "--help")),
+    ],
+)
+def test_bad_build_arguments(
+    arguments: str, messages: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    error = refused(capsys, "build", "--out", str(out), *arguments.split())
+    for message in messages:
+        assert message in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("bulid", "invalid choice: 'bulid'"),
+        ("inspect", "the following arguments are required: bundle"),
+        ("inspect no-such-folder", "no bundle at no-such-folder"),
+        ("compare no-such-folder", "no bundle at no-such-folder"),
+        ("compare x --tolerance 0", "0 is no positive number"),
+        ("compare x --checkpoint pyproject.toml", "without --vae, --text-encoder, --tokenizer"),
+        ("targets rtx6090", "unknown target 'rtx6090'; did you mean rtx"),
+    ],
+)
+def test_bad_arguments_of_the_other_commands(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments.split())
+
+
+def test_debug_shows_the_traceback() -> None:
+    command = [sys.executable, "-m", "export", "targets", "rtx6090", "--debug"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" in result.stderr
+    assert "unknown target 'rtx6090'" in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_is_the_docstring(command: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command.name, "--help"])  # type: ignore[attr-defined]
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    summary = (type(command).__doc__ or "").strip().splitlines()[0]
+    assert summary in " ".join(text.split())
+    assert "--debug" in text
+
+
+def test_targets_as_tables_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets"]) == 0
+    text = capsys.readouterr().out
+    assert "rtx5090" in text
+    assert "longlive" in text
+    assert main(["targets", "--json"]) == 0
+    everything = json.loads(capsys.readouterr().out)
+    assert len(everything["targets"]) == 9
+    assert len(everything["variants"]) == 5
+    assert main(["targets", "h200", "--json"]) == 0
+    (h200,) = json.loads(capsys.readouterr().out)["targets"]
+    assert h200["compute_capability"] == "9.0"
+    assert h200["peak"]["memory_gb_s"] == 4800
+
+
+def test_build_passes_its_settings_on(tmp_path: Path) -> None:
+    command = (
+        "build --gpu rtx4090 --resolution 256x384 --seed 5 --variant long --sparsity 0.5 --keep-frames 4"
+    )
+    args = _parser().parse_args([*command.split(), "--window", "9", "--per-chunk", "--out", str(tmp_path)])
+    args.command_line = command
+    request, choice = _request(args)
+    assert choice.backend == request.backend == "onnxruntime"
+    assert "tensorrt-rtx (not available in this version)" in choice.reason
+    assert (request.target.name, request.preset.name, request.precision) == ("rtx4090", "tiny", "fp32")
+    assert (request.height, request.width, request.seed, request.per_chunk) == (256, 384, 5, True)
+    assert (request.out, request.name, request.command) == (tmp_path, "rtx4090-tiny-long-custom", command)
+    assert (request.checkpoint, request.lora, request.vae, request.text_encoder, request.tokenizer) == (
+        None,
+    ) * 5
+    sparsity, cache = request.variant.sparsity, request.variant.cache
+    assert (sparsity.target, sparsity.base, sparsity.keep_frames) == (0.5, pytest.approx(0.6), 4)
+    assert (cache.window_frames, cache.sink_positions) == (9, "window")
+
+
+def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("checkpoint", "lora", "vae", "text_encoder", "tokenizer")}
+    flags: list[str] = []
+    for name, path in paths.items():
+        path.touch()
+        flags += [f"--{name.replace('_', '-')}", str(path)]
+    args = _parser().parse_args(["build", "--preset", "wan-1.3b", "--gpu", "h200", *flags, "--name", "mine"])
+    args.command_line = ""
+    request, _ = _request(args)
+    assert {name: getattr(request, name) for name in paths} == paths
+    assert (request.seed, request.name, request.variant.name) == (None, "mine", "hopper")
+    assert (request.height, request.width) == (512, 768)
+
+
+def test_onnx_writes_the_step_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["onnx", "--resolution", "32x32", "--out", str(tmp_path)]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    assert folder.parent == tmp_path
+    assert (folder / "step.onnx").is_file()
+
+
+def test_inspect_prints_tables_and_json(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle)]) == 0
+    assert "vae_next" in capsys.readouterr().out
+    assert main(["inspect", str(tiny_bundle), "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_compare_exits_with_1_past_its_tolerance(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.json"
+    command = ["compare", str(tiny_bundle), "--chunks", "1", "--tolerance", "1e-12", "--json", str(table)]
+    assert main(command) == 1
+    assert json.loads(table.read_text())["passed"] is False
+    assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_leaves_no_bundle_and_exits_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "export", "build", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "cpu-tiny-short" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors == "interrupted; a build resumes when the same command runs again\n"
+    assert not list(tmp_path.rglob("manifest.json"))
