@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -123,18 +123,15 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     """
     root = Path(folder)
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=False) + "\n"
-    handle, temporary = tempfile.mkstemp(prefix=".manifest-", dir=root)
+    temporary = root / f".manifest-{secrets.token_hex(6)}.json"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, root / MANIFEST_NAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return root / MANIFEST_NAME
+        return temporary.replace(root / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundle:

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

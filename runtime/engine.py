@@ -6,7 +6,9 @@ chunk enters through :meth:`Engine.begin`, once per chunk, so that the forwards 
 engine may record them once and replay them.
 
 Threads: one thread calls ``condition`` to ``place_sinks``, another calls ``decode``; both may run at once, also
-for one session, but never on the same latent slot. ``encode_text_layer`` may be called from any thread.
+for one session, but never on the same latent slot. ``reset`` and ``encode_text_layer`` may be called from any
+thread, ``reset`` only while nothing else uses that session. Only ``decode`` must have finished its work when it
+returns (and must wait for the latent it reads); the others may return as soon as the work is queued.
 """
 
 from __future__ import annotations

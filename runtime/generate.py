@@ -6,6 +6,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import mean
 from typing import Any
 
@@ -27,7 +28,7 @@ from .manifest import Model
 from .pipeline import Pipeline
 from .scheduler import ChunkTimes
 from .session import ChunkStream, Session
-from .video import VIDEO_SUFFIXES, check_output, open_video, write_contact_sheet
+from .video import VIDEO_SUFFIXES, atomic_output, check_output, open_video, write_contact_sheet
 
 __all__ = ["parse_switch", "read_prompt", "run_generate"]
 
@@ -113,15 +114,21 @@ def _record(
     sheet: list[NDArray[np.uint8]] = []
     times: list[ChunkTimes] = []
     written = 0
-    with open_video(options.out, fps=model.fps, height=model.video_height, width=model.video_width) as video:
+    size = {"height": model.video_height, "width": model.video_width}
+    with ExitStack() as stack:
+        # Opened first, hence renamed last: if the video fails, there is no contact sheet either.
+        sheet_file = (
+            stack.enter_context(atomic_output(options.contact_sheet)) if options.contact_sheet else None
+        )
+        video = stack.enter_context(open_video(options.out, fps=model.fps, **size))
         for chunk in stream:
             video.write(chunk.frames)
             sheet += [frame for number, frame in enumerate(chunk.frames, written) if number in picked]
             times.append(ChunkTimes.of(chunk))
             written += len(chunk.frames)
             advance(len(chunk.frames))
-        if options.contact_sheet is not None:
-            write_contact_sheet(options.contact_sheet, sheet)
+        if sheet_file is not None:
+            write_contact_sheet(sheet_file, sheet)
     return times
 
 
