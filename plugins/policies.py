@@ -121,8 +121,8 @@ class WindowPolicy:
     """A window in time and space that slides with the query block, whatever the data: sliding-tile attention (STA).
 
     The window is a box around the query block, of the same proportions as all resident tokens, grown until it holds
-    the number of blocks that the table keeps; the last ring is filled in index order. Space is the position in raster
-    order. The frame of the query is the centre even though no later frame exists.
+    the number of blocks that the table keeps; its last ring is filled from the nearest block outwards. Space is the
+    position in raster order.
     """
 
     keep_q20: tuple[int, ...]
@@ -138,8 +138,11 @@ class WindowPolicy:
         query_centre = (2 * (query % sizes["q_blocks"]) + 1) * problem.block_q
         key_centre = (2 * (key % sizes["k_blocks"]) + 1) * problem.block_k
         space = query_centre[:, None] - key_centre[None, :]
-        distance = torch.maximum(time.abs() * 2 * problem.frame_tokens, space.abs() * frames)
-        nearest = distance.sort(dim=1, stable=True).indices[:, : _kept(chunk, self.keep_q20, past)]
+        # Both in the same unit: the fraction of the resident tokens' extent, times 2 frames frame_tokens.
+        time, space = time.abs() * 2 * problem.frame_tokens, space.abs() * frames
+        ring = torch.maximum(time, space)
+        order = ring * (4 * frames * problem.frame_tokens) + time + space
+        nearest = order.sort(dim=1, stable=True).indices[:, : _kept(chunk, self.keep_q20, past)]
         return _static_lists(chunk, nearest.sort(dim=1).values)
 
 
