@@ -85,7 +85,7 @@ def _difference(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) 
     return _Difference(relative, float(np.abs(wide - reference).max(initial=0.0)), tolerance)
 
 
-class TorchRunner(BaseRunner):
+class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
     """Polygraphy runner for a PyTorch callable.
 
     Args:

@@ -139,11 +139,7 @@ def write_text_encoder(folder: Path, plan: StepPlan, weights: dict[str, Tensor])
     layer = [torch.zeros(shapes[f"layers.0.{name}"]) for name in LAYER_WEIGHTS]
     graph = trace(
         UMT5Layer(config, length),
-        (
-            torch.zeros(length, dim),
-            torch.ones(length),
-            *(torch.zeros(shapes[name]) for name in LAYER_WEIGHTS),
-        ),
+        (torch.zeros(length, config.d_model), torch.ones(length), *layer),
         input_names=["hidden", "mask", *LAYER_WEIGHTS],
         output_names=["hidden_out"],
         metadata={"lightforcing.component": "text_encoder"},

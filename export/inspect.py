@@ -54,6 +54,8 @@ def _gib(size: int) -> str:
 def _summary(bundle: Bundle) -> Table:
     manifest, memory = bundle.manifest, plan_buffers(bundle.manifest, 1)
     model, cache, attention = manifest.model, manifest.cache, manifest.attention
+    shared = memory.total_bytes - memory.session_bytes
+    size = f"{model.video_width}x{model.video_height}, {model.fps} FPS"
     origin = manifest.provenance.checkpoint
     weights = (
         f"random, seed {origin.random}"
@@ -67,14 +69,14 @@ def _summary(bundle: Bundle) -> Table:
         "backend": f"{manifest.backend} in {manifest.precision}",
         "status": manifest.status,
         "model": f"{model.preset}: {model.layers} layers of {model.heads} x {model.head_dim}",
-        "video": f"{model.video_width}x{model.video_height}, {model.fps} FPS, {model.frame_tokens} tokens per latent frame",
+        "video": f"{size}, {model.frame_tokens} tokens per latent frame",
         "attention": (
             f"blocks of {attention.block_q} x {attention.block_k}, keep {attention.keep_frames} frames "
             f"(sink {attention.sink_frames}, near {attention.near_frames})"
         ),
         "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
         "weights": weights,
-        "memory": f"{_gib(memory.session_bytes)} per session, {_gib(memory.total_bytes - memory.session_bytes)} shared buffers",
+        "memory": f"{_gib(memory.session_bytes)} per session, {_gib(shared)} shared buffers",
         "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
     }

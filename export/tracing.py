@@ -16,8 +16,9 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 
+import plugins.functions as functions
+import plugins.ops as ops
 from lightforcing_ref.attention import hsa_attention, qk_prepare
-from plugins import functions, ops
 
 __all__ = ["OPSET", "attend", "prepare", "save_model", "trace"]
 
