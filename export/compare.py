@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def _difference(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) 
     return _Difference(relative, float(np.abs(wide - reference).max(initial=0.0)), tolerance)
 
 
-class TorchRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy is untyped
+class TorchRunner(BaseRunner):
     """Polygraphy runner for a PyTorch callable.
 
     Args:
@@ -294,12 +294,14 @@ def _rollout_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: 
     yield Row("rollout", f"{chunks} chunks", 1, "frames", difference.relative, difference.largest, allowed)
 
 
+_FIGURES = ("runs", "relative L2", "largest", "tolerance")
+
+
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Bundle against PyTorch", title_justify="left")
     for heading in ("scope", "name", "runs", "worst output", "relative L2", "largest", "tolerance", ""):
-        table.add_column(
-            heading, justify="right" if heading in ("runs", "relative L2", "largest", "tolerance") else "left"
-        )
+        justify: Literal["left", "right"] = "right" if heading in _FIGURES else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for row in rows:
         verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
         figures = f"{row.relative:.1e}", f"{row.largest:.1e}", f"{row.tolerance:.0e}"
