@@ -89,7 +89,10 @@ def _check_node(node: ir.Node) -> None:
         attributes, names = QKPrepareAttributes, contract.QK_PREPARE_ATTRIBUTES
         inputs, outputs = contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS
     else:
-        raise ContractError(f"node {node.name!r} is {node.domain}::{node.op_type}, which has no body")
+        raise ContractError(
+            f"node {node.name!r} is {node.domain}::{node.op_type}, which has no body; expected "
+            f"{contract.HIERARCHICAL_SPARSE_ATTENTION} or {contract.QK_PREPARE}"
+        )
     who = f"{node.op_type} node {node.name!r}"
     if len(node.inputs) != len(inputs) or None in node.inputs:
         raise ContractError(f"{who} has {len(node.inputs)} inputs; expected {', '.join(inputs)}")
@@ -108,8 +111,7 @@ def _schema(
     schema = onnx.defs.OpSchema
 
     def parameter(name: str) -> onnx.defs.OpSchema.FormalParameter:
-        mean = name.endswith("_mean")
-        return schema.FormalParameter(name, "tensor(float)" if mean else _OTHER_TYPES.get(name, "T"))
+        return schema.FormalParameter(name, _OTHER_TYPES.get(name, "T"))
 
     return schema(
         op_type,

@@ -23,15 +23,17 @@ OPSET: Final = 23
 AttentionForm = Literal["dense", "scan"]
 """How the attention body computes.
 
-- `"dense"`: all scores of all heads at once, masked. No loop, so that every parser takes it; memory grows with
-  heads * tokens * keys.
+- `"dense"`: all scores of all heads at once, masked. No control flow; memory grows with heads * tokens * keys.
 - `"scan"`: gathers the selected blocks, one head and query block at a time. Work and memory follow the kept blocks, so
   that full-size layers fit.
 """
 
 
 class _Body:
-    """Records nodes. Every value gets a name of its own, so that subgraphs never shadow the values around them."""
+    """Records the nodes of a body: `b("Op", *inputs, **attributes)` returns the node's output.
+
+    Every value gets a name of its own, so that subgraphs never shadow the values around them.
+    """
 
     def __init__(self, numbers: Iterator[int] | None = None) -> None:
         self._tape = tape.Tape()
@@ -68,12 +70,15 @@ class _Body:
         return self._constants[key]
 
     def scalar(self, value: int) -> ir.Value:
+        """An int64 constant without dimensions."""
         return self._constant(("int", value), ir.AttrInt64("value_int", value))
 
     def int_list(self, *values: int) -> ir.Value:
+        """An int64 constant with one dimension."""
         return self._constant(("ints", *values), ir.AttrInt64s("value_ints", values))
 
     def number(self, value: float) -> ir.Value:
+        """A float32 constant without dimensions."""
         return self._constant(("float", value), ir.AttrFloat32("value_float", value))
 
     def attribute(self, name: str, kind: ir.AttributeType = ir.AttributeType.INT) -> ir.Value:
@@ -137,11 +142,10 @@ class _Attention:
         self.dim = b.shape(self.q, 2, 3)
         self.heads_dim = b.shape(self.q, 1, 3)
         present = b("GreaterOrEqual", frame_slots, b("CastLike", b.scalar(0), frame_slots))
-        self.slots = b("Compress", frame_slots, present, axis=0)  # [P], any order of -1 entries
+        self.slots = b("Compress", frame_slots, present, axis=0)  # [P]
         self.past = b("Shape", self.slots)
         self.current = b.shape(self.q_mean, 0, 1)
         self.frames = b("Add", self.past, self.current)
-        self.tiles_count = b("Mul", self.current, self.q_blocks)
         self.rows_heads_dim = b("Concat", b.int_list(-1), self.heads_dim, axis=0)
         self.frames_rows_heads_dim = b("Concat", b.vector(-1, self.frame_tokens), self.heads_dim, axis=0)
 
@@ -198,20 +202,15 @@ class _Attention:
 
     def keys_values(self, row_shape: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keys and values of all N frames, oldest first, reshaped; in the compute type."""
-        b = self.b
-        return tuple(  # type: ignore[return-value]
-            b(
-                "Reshape",
-                b(
-                    "Concat",
-                    b("Gather", cache, self.slots, axis=0),
-                    b("Reshape", chunk, self.frames_rows_heads_dim),
-                    axis=0,
-                ),
-                row_shape,
-            )
-            for cache, chunk in ((self.past_k, self.k), (self.past_v, self.v))
+        return self._frames_of(self.past_k, self.k, row_shape), self._frames_of(
+            self.past_v, self.v, row_shape
         )
+
+    def _frames_of(self, cache: ir.Value, chunk: ir.Value, row_shape: ir.Value) -> ir.Value:
+        b = self.b
+        past = b("Gather", cache, self.slots, axis=0)
+        current = b("Reshape", chunk, self.frames_rows_heads_dim)
+        return b("Reshape", b("Concat", past, current, axis=0), row_shape)
 
     def query_tiles(self) -> ir.Value:
         """q as float32 [H, C*QB, block_q, D], the rows of ragged tiles filled up with zeros."""
@@ -252,15 +251,15 @@ class _Attention:
 
         block = b("Where", b("IsInf", values), self.k_blocks, b("Mod", indices, self.k_blocks))
         first = b("Mul", b("Div", indices, self.k_blocks), self.frame_tokens)
-        tokens = b(
-            "Add", b("Unsqueeze", first, b.int_list(-1)), b("Gather", token, block)
-        )  # [H, C*QB, keep, block_k]
+        # Token in the whole sequence, [H, C*QB, keep, block_k].
+        tokens = b("Add", b("Unsqueeze", first, b.int_list(-1)), b("Gather", token, block))
         head = b("Range", b.scalar(0), b("Squeeze", self.heads), one)
         rows = b("Add", b("Mul", tokens, self.heads), b("Reshape", head, b.int_list(-1, 1, 1, 1)))
         rows = b("Reshape", rows, b.int_list(0, 0, -1))
         return rows, b("Reshape", b("Gather", inside, block), b.int_list(0, 0, 1, -1))
 
     def dense(self) -> ir.Value:
+        """The output [T, H, D], from all scores with a bias of -inf on tokens that are not selected."""
         b = self.b
         values, indices, scores = self.select()
         seen = b("Where", b("IsInf", values), self.lowest, b.number(0.0))
@@ -275,7 +274,8 @@ class _Attention:
         tiles = self.query_tiles()
         q = b("Reshape", tiles, b("Concat", b.int_list(0, -1), self.dim, axis=0))
         logits = b("Mul", b("MatMul", q, b("Transpose", k, perm=[1, 2, 0])), self.scale)
-        by_tile = b("Concat", self.heads, self.tiles_count, b.vector(self.block_q, -1), axis=0)
+        tile_count = b("Mul", self.current, self.q_blocks)
+        by_tile = b("Concat", self.heads, tile_count, b.vector(self.block_q, -1), axis=0)
         weights = b("Softmax", b("Add", b("Reshape", logits, by_tile), bias), axis=-1)
         weights = b(
             "Reshape",
@@ -286,6 +286,7 @@ class _Attention:
         return self.output(b("Reshape", out, by_tile))
 
     def scan(self) -> ir.Value:
+        """The output [T, H, D], from the selected rows only, in a loop over heads and query blocks."""
         b = self.b
         values, indices, _ = self.select()
         rows, bias = self.selected_rows(values, indices)
@@ -310,7 +311,7 @@ class _Attention:
 
 
 def hierarchical_sparse_attention(form: AttentionForm) -> ir.Function:
-    """The body of `HierarchicalSparseAttention` in one of its forms; all forms compute the same."""
+    """The body of `HierarchicalSparseAttention` in one of its forms; both compute the same."""
     attention = _Attention()
     out = attention.dense() if form == "dense" else attention.scan()
     kinds = {"scale": ir.AttributeType.FLOAT, "keep_q20": ir.AttributeType.INTS}

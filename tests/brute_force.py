@@ -21,12 +21,17 @@ Pair = tuple[int, int]
 DENSE = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HSACase:
     """One call of HierarchicalSparseAttention: inputs by name, in the operator's order, and attributes by name."""
 
     inputs: dict[str, Array]
     attributes: dict[str, Any]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.inputs.items())
+        chunk, slots = int(self.inputs["chunk"]), self.inputs["frame_slots"].tolist()
+        return f"HSACase({shapes}; chunk {chunk}, frame_slots {slots}, {self.attributes})"
 
     @property
     def heads(self) -> int:

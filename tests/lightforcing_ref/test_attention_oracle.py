@@ -48,7 +48,7 @@ def test_selection_and_both_forms_equal_the_definition(case: HSACase) -> None:
     assert brute_force.selection_errors(case, selection, selected(case)) == []
     assume(not brute_force.is_ambiguous(selection))
     for form in FORMS:
-        np.testing.assert_allclose(run(case, form).numpy(), expected, atol=2e-6, rtol=2e-6, err_msg=form)
+        np.testing.assert_allclose(run(case, form).numpy(), expected, atol=1e-5, rtol=1e-5, err_msg=form)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
