@@ -6,7 +6,7 @@ before Triton is imported, everything here runs on CPU tensors in Triton's inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .kernels.specs import KernelError, Problem, find_variant, image_arch, kernel_function
+from .kernels.specs import KernelError, Problem, Variant, find_variant, image_arch, kernel_function
 
 __all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
 
@@ -52,6 +52,10 @@ class Launcher(Protocol):
 class TritonLauncher:
     """Compiles kernels just in time (or interprets them) and launches them."""
 
+    def __init__(self, adjust: Callable[[Variant], Variant] = lambda variant: variant) -> None:
+        """`adjust` may change a specialisation before it is compiled, to try other tile sizes."""
+        self._adjust = adjust
+
     def launch(
         self,
         kernel: str,
@@ -68,7 +72,7 @@ class TritonLauncher:
         else:
             major, minor = torch.cuda.get_device_capability(next(iter(buffers.values())).device)
             arch = image_arch(10 * major + minor)
-        variant = find_variant(kernel, problem, arch)
+        variant = self._adjust(find_variant(kernel, problem, arch))
         constants = dict(variant.constants)
         if "INTERPRET" in constants:
             constants["INTERPRET"] = interpret

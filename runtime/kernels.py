@@ -28,6 +28,7 @@ __all__ = [
     "KernelLibrary",
     "KernelProblem",
     "LaunchPlan",
+    "cuda_core",
 ]
 
 INDEX_NAME: Final = "kernels.json"
@@ -248,7 +249,7 @@ class KernelLauncher:
         """``device`` is a ``cuda.core.Device``, current in this thread."""
         self._library = library
         self._device = device
-        self._core = _cuda_core()
+        self._core = cuda_core()
         self._kernels: dict[str, Any] = {}
 
     @property
@@ -282,7 +283,8 @@ class KernelLauncher:
 _DEFAULT_SHARED_MEMORY = 48 * 1024
 
 
-def _cuda_core() -> Any:
+def cuda_core() -> Any:
+    """The module that holds ``cuda.core``'s API. Raises :class:`EngineError` if it is not installed."""
     try:
         core = import_module("cuda.core")
         # Before its release 1.0 the API lived in a module of its own.

@@ -1,0 +1,78 @@
+"""Runs shipped kernel images on PyTorch tensors, so that what is measured and tested is what products load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugins.kernels.specs import KernelError, Problem
+from runtime.kernels import KernelLauncher, KernelLibrary, KernelProblem, cuda_core
+
+__all__ = ["ImageLauncher"]
+
+_ELEMENTS = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+    torch.int32: "int32",
+    torch.int16: "int16",
+}
+
+
+class ImageLauncher:
+    """The `plugins.launch_torch.Launcher` over images: PyTorch's memory and streams, `cuda.core`'s launches."""
+
+    def __init__(self, images: Path, device: int = 0) -> None:
+        """`images` is the folder that `python -m plugins build` wrote."""
+        torch.zeros(1, device=f"cuda:{device}")  # PyTorch's context, which cuda.core then shares
+        self._device = cuda_core().Device(device)
+        self._device.set_current()
+        major, minor = torch.cuda.get_device_capability(device)
+        self.library = KernelLibrary.load(images, (major, minor))
+        self._launcher = KernelLauncher(self.library, self._device)
+        self._launcher.warm_up()
+        self._streams: dict[int, Any] = {}
+
+    def launch(
+        self,
+        kernel: str,
+        problem: Problem,
+        buffers: Mapping[str, Tensor],
+        options: Mapping[str, int | float] | None = None,
+    ) -> None:
+        """Launch on PyTorch's current stream."""
+        addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
+        plan = self.library.plan(kernel, KernelProblem(**asdict(problem)), addresses, options)
+        for argument in plan.image.arguments:
+            if argument.source != "buffer":
+                continue
+            found = _ELEMENTS.get(buffers[argument.name].dtype)
+            if found != argument.element or addresses[argument.name] % 16:
+                raise KernelError(
+                    f"{plan.image.name} takes {argument.name} as {argument.element} at a multiple of 16 bytes; it is "
+                    f"{found} at {addresses[argument.name]:#x}"
+                )
+        self._launcher.launch(plan, self._stream())
+
+    def _stream(self) -> Any:
+        handle = torch.cuda.current_stream().cuda_stream
+        if handle not in self._streams:
+            self._streams[handle] = (
+                self._device.create_stream(_Foreign(handle)) if handle else self._device.default_stream
+            )
+        return self._streams[handle]
+
+
+class _Foreign:
+    """A stream of another library, as `cuda.core` takes it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
