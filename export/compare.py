@@ -255,22 +255,22 @@ def _step_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: flo
         for name, component in bundle.manifest.components.items()
     }
     denoising, cleaning = [], []
-    by_chunk: dict[int, list[dict[str, NDArray[Any]]]] = {}
+    by_chunk: dict[int, dict[str, NDArray[Any]]] = {}
     for chunk, step, feed in step_feeds(reference, bundle.manifest, chunks):
         if step == clean:
             cleaning.append({name: value for name, value in feed.items() if name in wanted["clean"]})
             continue
         denoising.append(feed)
         name = f"step_chunk{chunk}"
-        if name in wanted:
+        if name in wanted and step == 0:
             exact = exact_length(feed)
-            by_chunk.setdefault(chunk, []).append({key: exact[key] for key in wanted[name]})
+            by_chunk[chunk] = {key: exact[key] for key in wanted[name]}
     module = reference.step_module(bundle.manifest)
     yield _run(bundle, "step", _step_function(module), denoising, tolerance, "step")
     yield _run(bundle, "clean", _step_function(module, clean), cleaning, tolerance, "step")
-    for chunk, feeds in by_chunk.items():
+    for chunk, feed in by_chunk.items():
         function = _step_function(reference.step_module(bundle.manifest, chunk=chunk))
-        yield _run(bundle, f"step_chunk{chunk}", function, feeds, tolerance, "step")
+        yield _run(bundle, f"step_chunk{chunk}", function, [feed], tolerance, "step")
 
 
 def _rollout_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: float) -> Iterator[Row]:

@@ -84,7 +84,7 @@ def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk
         input_names=module.input_names,
         output_names=module.output_names,
         dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
-        attention="dense" if _fits(plan) else "scan",
+        attention="dense" if _is_dense(plan) and _fits(plan) else "scan",
         metadata={"lightforcing.component": "step"},
     )
     _name_dimension(step, "slots")
@@ -100,6 +100,11 @@ def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk
 
 DENSE_SCORE_BYTES = 1 << 28
 """Largest score matrix of one layer that the plain function body may materialise."""
+
+
+def _is_dense(plan: StepPlan) -> bool:
+    """Whether every chunk keeps every block; the scanning body wins as soon as blocks are skipped."""
+    return not any(plan.table.values)
 
 
 def _fits(plan: StepPlan) -> bool:

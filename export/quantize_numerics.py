@@ -1,0 +1,173 @@
+"""The number formats of quantized linears, in PyTorch: what is folded into the weights, and what the graph computes.
+
+FP8 is E4M3 (largest value 448). Weights have one scale per output channel, activations one per token (dynamic) or one
+per tensor (static).
+
+NVFP4 is E2M1 (largest value 6) in blocks of 16 along the input dimension, each block with an E4M3 scale, and above it
+the same scale per output channel and per token or tensor as in FP8.
+
+Everything is computed in float32. `post` is the vector that undoes weight scale (and static activation scale) after
+the matrix product; it is rounded to the graph's type first and the weights are quantized with what is left of it, so
+the rounding of a scale is no error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FP4_BLOCK",
+    "Format",
+    "FoldedWeight",
+    "dequantize_weight",
+    "fake_activation",
+    "fake_linear",
+    "fold_weight",
+    "input_reciprocal",
+    "pack_fp4",
+    "relative_error",
+    "to_e2m1",
+    "to_e4m3",
+]
+
+Format = Literal["fp8", "nvfp4"]
+
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+FP4_BLOCK = 16
+"""Elements that share a block scale in NVFP4."""
+
+RANGE: dict[Format, float] = {"fp8": FP8_MAX, "nvfp4": FP4_MAX * FP8_MAX}
+"""Largest magnitude a format holds before its outer scale: of an element, times that of a block scale."""
+
+SMALLEST_SCALE = 2.0**-64
+"""Floor of a dynamic scale, so that a token of zeros is not divided by zero; exact in every float type but float16."""
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Midpoints; every other one goes up, to the even code.
+_E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_E2M1_TIES_UP = (1, 3, 5)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """Round to E4M3 (nearest even, saturating)."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def to_e2m1(x: Tensor) -> Tensor:
+    """Round float32 to E2M1 (nearest even, saturating); uint8 codes 0..15, the sign in bit 3."""
+    bounds = torch.tensor(_E2M1_BOUNDS)
+    for index in _E2M1_TIES_UP:
+        bounds[index] = torch.nextafter(bounds[index], torch.tensor(0.0))
+    magnitude = torch.bucketize(x.abs(), bounds, out_int32=True).to(torch.uint8)
+    return magnitude | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def _from_e2m1(codes: Tensor) -> Tensor:
+    values = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    return values[codes.int()]
+
+
+def pack_fp4(codes: Tensor) -> Tensor:
+    """Two codes per byte along the last dimension, the first one in the low half, as ONNX stores FLOAT4E2M1."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize `x` `[..., K]`, at most `RANGE` large: (codes `[..., K]`, E4M3 block scales `[..., K / 16]`)."""
+    blocks = x.unflatten(-1, (-1, FP4_BLOCK))
+    scales = to_e4m3(blocks.abs().amax(-1) / FP4_MAX)
+    wide = scales.float()[..., None]
+    scaled = torch.where(wide > 0, blocks / wide, torch.zeros(()))
+    return to_e2m1(scaled).flatten(-2), scales
+
+
+def _from_blocks(codes: Tensor, scales: Tensor) -> Tensor:
+    return (_from_e2m1(codes).unflatten(-1, (-1, FP4_BLOCK)) * scales.float()[..., None]).flatten(-2)
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """A quantized weight `[N, K]`.
+
+    Args:
+        values: E4M3 `[N, K]`, or for NVFP4 uint8 codes `[N, K]`.
+        block_scales: E4M3 `[N, K / 16]`, NVFP4 only.
+        post: `[N]` in the graph's type: weight scale times static activation scale.
+    """
+
+    values: Tensor
+    block_scales: Tensor | None
+    post: Tensor
+
+
+def input_reciprocal(amax: float, format: Format, dtype: torch.dtype) -> Tensor:
+    """What a static activation is multiplied by before it is rounded, `[1]` in the graph's type."""
+    return torch.tensor([RANGE[format] / amax], dtype=torch.float32).to(dtype)
+
+
+def fold_weight(
+    weight: Tensor, format: Format, *, dtype: torch.dtype = torch.float32, amax: float | None = None
+) -> FoldedWeight:
+    """Quantize `weight` `[N, K]` (K a multiple of 16 for NVFP4).
+
+    Args:
+        dtype: type of `post`, that of the graph's activations.
+        amax: static range of the input activations; None = dynamic.
+    """
+    wide = weight.float()
+    input_scale = 1.0 if amax is None else 1.0 / float(input_reciprocal(amax, format, dtype))
+    largest = wide.abs().amax(dim=1)
+    # A channel of zeros keeps scale 1.
+    scale = torch.where(largest > 0, largest / RANGE[format], torch.ones(()))
+    post = (scale * input_scale).to(dtype)
+    scaled = wide / (post.float() / input_scale)[:, None]
+    if format == "fp8":
+        return FoldedWeight(to_e4m3(scaled), None, post)
+    codes, block_scales = _blocks(scaled)
+    return FoldedWeight(codes, block_scales, post)
+
+
+def dequantize_weight(folded: FoldedWeight) -> Tensor:
+    """The weight before `post` is applied, float32 `[N, K]`."""
+    if folded.block_scales is None:
+        return folded.values.float()
+    return _from_blocks(folded.values, folded.block_scales)
+
+
+def fake_activation(
+    x: Tensor, format: Format, *, amax: float | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Quantize activations `[..., K]`: (quantized values, scale per token that undoes it or 1), float32.
+
+    Args:
+        amax: static range (its scale is then part of the weight's `post`); None = one scale per token.
+        dtype: type the scales are computed in.
+    """
+    x = x.to(dtype)
+    if amax is None:
+        scale = (x.abs().amax(-1, keepdim=True) / RANGE[format]).clamp_min(SMALLEST_SCALE)
+        scaled = x / scale
+    else:
+        scale = torch.ones((), dtype=dtype)
+        scaled = x * input_reciprocal(amax, format, dtype)
+    if format == "fp8":
+        return to_e4m3(scaled.float()).float(), scale.float()
+    limit = RANGE[format]
+    return _from_blocks(*_blocks(scaled.float().clamp(-limit, limit))), scale.float()
+
+
+def fake_linear(x: Tensor, folded: FoldedWeight, format: Format, *, amax: float | None = None) -> Tensor:
+    """The quantized linear without its bias, `[..., K]` -> float32 `[..., N]`: what the graph computes."""
+    quantized, scale = fake_activation(x, format, amax=amax)
+    return quantized @ dequantize_weight(folded).T * scale * folded.post.float()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over the L2 norm of `expected`."""
+    gap, scale = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return float(gap / scale) if scale else float(gap)

@@ -1,0 +1,114 @@
+"""Bundles against the reference: agreement of good ones, and that a bad one is found out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from export.compare import compare_bundle
+from export.errors import ComparisonError
+from export.reference import Reference
+from lightforcing_ref.vae import to_uint8
+from runtime.bundle import Bundle, Checkpoint, file_entry, load_bundle, write_manifest
+from runtime.pipeline import Pipeline
+
+
+def compare(bundle, tmp_path, **settings) -> tuple[bool, dict[tuple[str, str], dict]]:
+    report = tmp_path / "report.json"
+    passed = compare_bundle(bundle, json_path=report, **settings)
+    document = json.loads(report.read_text())
+    assert document["passed"] is passed
+    return passed, {(row["scope"], row["name"]): row for row in document["rows"]}
+
+
+def test_every_graph_of_a_short_bundle_agrees(tiny_bundle, tmp_path):
+    passed, rows = compare(tiny_bundle, tmp_path, chunks=5, tolerance=1e-5)
+    assert passed, rows
+    assert rows["step", "step"]["runs"] == 20
+    assert {("step", f"step_chunk{chunk}") for chunk in range(5)} <= set(rows)
+    assert rows["rollout", "5 chunks"]["largest"] <= 2  # pixel levels, after 20 forwards on one another's results
+
+
+def test_a_long_bundle_agrees_while_its_window_slides(tiny_long_bundle, tmp_path):
+    passed, rows = compare(tiny_long_bundle, tmp_path, chunks=6, tolerance=1e-5)
+    assert passed, rows
+
+
+def tampered(bundle, tmp_path, name: str) -> Bundle:
+    """A copy whose weight `name` is scaled, with a manifest that vouches for it."""
+    copy = tmp_path / "tampered"
+    shutil.copytree(bundle, copy)
+    graph = ir.load(copy / "step.onnx").graph
+    tensor = graph.initializers[name].const_value
+    with (copy / "step.weights").open("r+b") as stream:
+        stream.seek(tensor.offset)
+        stream.write((tensor.numpy() * 1.01).astype(np.float32).tobytes())
+    manifest = load_bundle(bundle).manifest
+    files = tuple(file_entry(copy, entry.path) for entry in manifest.files)
+    write_manifest(copy, manifest.model_copy(update={"files": files}))
+    return copy
+
+
+def test_a_wrong_weight_is_found_and_located(tiny_bundle, tmp_path):
+    bundle = tampered(tiny_bundle, tmp_path, "model.blocks.3.ffn.0.weight")
+    command = [sys.executable, "-m", "export", "compare", str(bundle), "--chunks", "1", "--json"]
+    result = subprocess.run([*command, str(tmp_path / "r.json")], capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "FAIL" in result.stdout
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert not rows["step"]["passed"]
+    assert rows["step"]["relative"] > 1e-4
+    assert all(rows[name]["passed"] for name in ("text_encoder", "conditioner", "vae_first", "vae_next"))
+
+
+def test_a_bundle_from_a_checkpoint_needs_the_checkpoint(tiny_bundle):
+    manifest = load_bundle(tiny_bundle).manifest
+    origin = Checkpoint(source="short_video_gen.pt", sha256="0" * 64)
+    provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
+    with pytest.raises(ComparisonError, match=r"come from short_video_gen\.pt .* pass the files"):
+        Reference.of(manifest.model_copy(update={"provenance": provenance}))
+
+
+@pytest.mark.parametrize("recache", ["window", "all", "none"])
+@pytest.mark.parametrize("bundle_name", ["tiny_bundle", "tiny_long_bundle"])
+def test_prompt_switches_agree_with_the_reference(request, bundle_name, recache):
+    """Two prompts, five chunks, the switch after the third: in the long bundle the window slides by then."""
+    path = request.getfixturevalue(bundle_name)
+    manifest = load_bundle(path).manifest
+    rng = np.random.default_rng(1)
+    first, second = rng.standard_normal((2, manifest.text.text_len, manifest.text.dim), dtype=np.float32)
+    with Pipeline.load(path, warmup=False) as pipeline, pipeline.session(embedding=first, seed=11) as session:
+        assert session.set_prompt(embedding=second, recache=recache, at=4) == 4
+        frames = np.concatenate([chunk.frames for chunk in session.stream(chunks=6)])
+    reference = Reference.of(manifest)
+    rollout = reference.rollout(manifest, torch.from_numpy(first), 11)
+    latents = list(rollout.stream(4))
+    assert rollout.set_prompt(torch.from_numpy(second), recache) == 4
+    latents += rollout.stream(2)
+    with torch.no_grad():
+        video = to_uint8(reference.decoder.decode(torch.cat(latents, dim=1).transpose(0, 1))).numpy()
+    assert np.abs(frames.astype(int) - video.astype(int)).max() <= 2
+
+
+def test_the_switch_matters(tiny_bundle):
+    """The comparison above would also pass if prompts did nothing."""
+    manifest = load_bundle(tiny_bundle).manifest
+    first, second = np.random.default_rng(1).standard_normal((2, 64, manifest.text.dim), dtype=np.float32)
+    videos = []
+    with Pipeline.load(tiny_bundle, warmup=False) as pipeline:
+        for recache in ("window", "none", None):
+            with pipeline.session(embedding=first, seed=11) as session:
+                if recache:
+                    session.set_prompt(embedding=second, recache=recache, at=1)
+                videos.append([chunk.frames for chunk in session.stream(chunks=2)])
+    switched, kept, plain = videos
+    assert np.array_equal(switched[0], plain[0])
+    assert not np.array_equal(switched[1], plain[1])
+    assert not np.array_equal(switched[1], kept[1])
