@@ -51,8 +51,9 @@ gpu:
 	@status=0; \
 	tests=$$(grep -rlE 'mark\.gpu' tests --include='test_*.py'); \
 	if [ -n "$$tests" ]; then python3 -m pytest -m gpu -p no:cacheprovider $$tests $(PYTEST_ARGS) || status=1; fi; \
-	for benchmark in $(wildcard benchmarks/*.py); do \
-		echo "== $$benchmark"; PYTHONPATH=. python3 $$benchmark --out $(RESULTS) || status=1; \
+	for benchmark in $$(grep -l __main__ benchmarks/*.py); do \
+		echo "== $$benchmark"; \
+		python3 -m benchmarks.$$(basename $$benchmark .py) --out $(RESULTS) || status=1; \
 	done; \
 	exit $$status
 
