@@ -221,7 +221,7 @@ class _Rewriter:
         """`x` scaled into the format's range, and the scale per token that undoes it (None for a static scale)."""
         dtype = self.linear.dtype
         if amax is not None:
-            reciprocal = input_reciprocal(amax, format, _TORCH_DTYPES[dtype])
+            reciprocal = input_reciprocal(amax, _TORCH_DTYPES[dtype])
             factor = self.weight("input", dtype, (1,), lambda: _onnx_tensor(reciprocal, "input"))
             return self.node("Mul", [x, factor], "scaled", dtype, x.shape), None
         assert x.shape is not None
@@ -316,7 +316,8 @@ def rewrite_linears(
 
     Args:
         formats: by the linears' names.
-        amax: static range of each linear's input; None = a scale per token, computed in the graph.
+        amax: static range of each FP8 linear's input; None = a scale per token, computed in the graph. NVFP4 has one
+            per token in any case: TensorRT derives block scales from the values at hand.
 
     Raises:
         ExportError: as `find_linears`; or the static range of a linear is missing or not positive, or NVFP4 is asked
@@ -327,7 +328,7 @@ def rewrite_linears(
         format = formats.get(linear.name)
         if format is None:
             continue
-        limit = None if amax is None else amax.get(linear.name, 0.0)
+        limit = None if amax is None or format == "nvfp4" else amax.get(linear.name, 0.0)
         if limit is not None and not 0 < limit < float("inf"):
             raise ExportError(
                 f"the calibrated input range of {linear.name} is {limit:g}; expected a positive number; calibrate this "

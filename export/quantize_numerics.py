@@ -4,7 +4,8 @@ FP8 is E4M3 (largest value 448). Weights have one scale per output channel, acti
 per tensor (static).
 
 NVFP4 is E2M1 (largest value 6) in blocks of 16 along the input dimension, each block with an E4M3 scale, and above it
-the same scale per output channel and per token or tensor as in FP8.
+one scale per output channel and per token. (ModelOpt has one per tensor there. With one per channel and token, block
+scales use E4M3's range to the full, and no calibration is needed.)
 
 Everything is computed in float32. `post` is the vector that undoes weight scale (and static activation scale) after
 the matrix product; it is rounded to the graph's type first and the weights are quantized with what is left of it, so
@@ -21,8 +22,8 @@ from torch import Tensor
 
 __all__ = [
     "FP4_BLOCK",
-    "Format",
     "FoldedWeight",
+    "Format",
     "dequantize_weight",
     "fake_activation",
     "fake_linear",
@@ -79,7 +80,7 @@ def pack_fp4(codes: Tensor) -> Tensor:
 
 def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize `x` `[..., K]`, at most `RANGE` large: (codes `[..., K]`, E4M3 block scales `[..., K / 16]`)."""
-    blocks = x.unflatten(-1, (-1, FP4_BLOCK))
+    blocks = x.reshape(*x.shape[:-1], -1, FP4_BLOCK)
     scales = to_e4m3(blocks.abs().amax(-1) / FP4_MAX)
     wide = scales.float()[..., None]
     scaled = torch.where(wide > 0, blocks / wide, torch.zeros(()))
@@ -87,7 +88,8 @@ def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_blocks(codes: Tensor, scales: Tensor) -> Tensor:
-    return (_from_e2m1(codes).unflatten(-1, (-1, FP4_BLOCK)) * scales.float()[..., None]).flatten(-2)
+    values = _from_e2m1(codes).reshape(*scales.shape, FP4_BLOCK)
+    return (values * scales.float()[..., None]).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class FoldedWeight:
     post: Tensor
 
 
-def input_reciprocal(amax: float, format: Format, dtype: torch.dtype) -> Tensor:
-    """What a static activation is multiplied by before it is rounded, `[1]` in the graph's type."""
-    return torch.tensor([RANGE[format] / amax], dtype=torch.float32).to(dtype)
+def input_reciprocal(amax: float, dtype: torch.dtype) -> Tensor:
+    """What a static FP8 activation is multiplied by before it is rounded, `[1]` in the graph's type."""
+    return torch.tensor([FP8_MAX / amax], dtype=torch.float32).to(dtype)
 
 
 def fold_weight(
@@ -117,10 +119,10 @@ def fold_weight(
 
     Args:
         dtype: type of `post`, that of the graph's activations.
-        amax: static range of the input activations; None = dynamic.
+        amax: static range of the input activations, for FP8; None = dynamic.
     """
     wide = weight.float()
-    input_scale = 1.0 if amax is None else 1.0 / float(input_reciprocal(amax, format, dtype))
+    input_scale = 1.0 if amax is None else 1.0 / float(input_reciprocal(amax, dtype))
     largest = wide.abs().amax(dim=1)
     # A channel of zeros keeps scale 1.
     scale = torch.where(largest > 0, largest / RANGE[format], torch.ones(()))
@@ -139,26 +141,20 @@ def dequantize_weight(folded: FoldedWeight) -> Tensor:
     return _from_blocks(folded.values, folded.block_scales)
 
 
-def fake_activation(
-    x: Tensor, format: Format, *, amax: float | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Quantize activations `[..., K]`: (quantized values, scale per token that undoes it or 1), float32.
+def fake_activation(x: Tensor, format: Format, *, amax: float | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize activations `[..., K]` in float32: (quantized values, scale per token that undoes it, or 1).
 
     Args:
-        amax: static range (its scale is then part of the weight's `post`); None = one scale per token.
-        dtype: type the scales are computed in.
+        amax: static range, for FP8 (its scale is then part of the weight's `post`); None = one scale per token.
     """
-    x = x.to(dtype)
-    if amax is None:
-        scale = (x.abs().amax(-1, keepdim=True) / RANGE[format]).clamp_min(SMALLEST_SCALE)
-        scaled = x / scale
-    else:
-        scale = torch.ones((), dtype=dtype)
-        scaled = x * input_reciprocal(amax, format, dtype)
+    wide = x.float()
+    if amax is not None:
+        return to_e4m3(wide * input_reciprocal(amax, torch.float32)).float(), torch.ones(())
+    scale = (wide.abs().amax(-1, keepdim=True) / RANGE[format]).clamp_min(SMALLEST_SCALE)
+    scaled = wide / scale
     if format == "fp8":
-        return to_e4m3(scaled.float()).float(), scale.float()
-    limit = RANGE[format]
-    return _from_blocks(*_blocks(scaled.float().clamp(-limit, limit))), scale.float()
+        return to_e4m3(scaled).float(), scale
+    return _from_blocks(*_blocks(scaled)), scale
 
 
 def fake_linear(x: Tensor, folded: FoldedWeight, format: Format, *, amax: float | None = None) -> Tensor:
