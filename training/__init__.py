@@ -1,0 +1,1 @@
+"""Trains the tiny model on procedural captioned video: `python -m training run --stage ...`."""

@@ -1,0 +1,112 @@
+"""Training settings: one TOML file per run, validated; and where a run keeps its files."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["CONFIGS", "STAGES", "Run", "StageConfig", "StageName", "TrainingConfig"]
+
+CONFIGS = Path(__file__).parent / "configs"
+StageName = Literal["latents", "text", "decoder", "teacher", "pairs", "student", "rollout", "hsa"]
+STAGES: tuple[StageName, ...] = (
+    "latents", "text", "decoder", "teacher", "pairs", "student", "rollout", "hsa",
+)  # fmt: skip
+"""In the order in which they build on each other."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageConfig(_Model):
+    """One stage. It ends at `steps` or when `minutes` of training are used up, whichever comes first.
+
+    The step size rises for `warmup` steps, stays, and falls linearly to zero over the last `decay` of the budget.
+    """
+
+    steps: int = Field(gt=0)
+    minutes: float = Field(gt=0)
+    batch: int = Field(default=1, gt=0)
+    lr: float = Field(default=0.0, ge=0)
+    """Step size of Muon (matrices)."""
+    adam_lr: float = Field(default=0.0, ge=0)
+    warmup: int = Field(default=20, ge=0)
+    decay: float = Field(default=0.3, ge=0, le=1)
+    ema: float = Field(default=0.995, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    chunks: int = Field(default=4, ge=1)
+    """Chunks per training window (transformer stages)."""
+
+
+class DataConfig(_Model):
+    """Clips that the latents stage renders once for all later stages."""
+
+    kinds: tuple[str, ...]
+    clips: int = Field(gt=0)
+    pca_clips: int = Field(gt=0)
+    pairs: int = Field(gt=0)
+    """Clips of teacher trajectories."""
+    jitter: float = Field(ge=0)
+
+
+class LossConfig(_Model):
+    """Weights shared by the transformer stages."""
+
+    foreground: float = Field(ge=1)
+    """Weight of latent pixels that the object touches or is about to touch; the ground has 1."""
+    clean_context: float = Field(ge=0, le=1)
+    """Fraction of context chunks shown at t = 0."""
+    context_noise: float = Field(ge=0)
+    """Standard deviation of the noise on clean context."""
+    first_window: float = Field(ge=0, le=1)
+    """Fraction of training windows that begin at chunk 0."""
+
+
+class TrainingConfig(_Model):
+    """A whole run."""
+
+    schema_version: Literal[1]
+    seed: int
+    threads: int = Field(ge=1)
+    data: DataConfig
+    loss: LossConfig
+    text: StageConfig
+    decoder: StageConfig
+    teacher: StageConfig
+    student: StageConfig
+    rollout: StageConfig
+    hsa: StageConfig
+
+    @classmethod
+    def load(cls, path: Path) -> TrainingConfig:
+        """Read and validate a TOML file."""
+        return cls.model_validate(tomllib.loads(path.read_text()))
+
+    def stage(self, name: StageName) -> StageConfig:
+        """The settings of an optimised stage."""
+        found: StageConfig = getattr(self, name)
+        return found
+
+
+class Run:
+    """The folder of a run, outside version control."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def pca(self) -> Path:
+        return self.folder / "latents" / "pca.safetensors"
+
+    def stage(self, name: str) -> Path:
+        """Folder of one stage: state.pt, curve.csv, weights.safetensors."""
+        return self.folder / name
+
+    def weights(self, name: str) -> Path:
+        """Averaged weights of a stage, written at every checkpoint."""
+        return self.folder / name / "weights.safetensors"

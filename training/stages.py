@@ -1,0 +1,131 @@
+# mypy: allow-untyped-calls, no-warn-return-any
+"""Puts stages together from a configuration and a run folder, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightforcing_ref.config import PRESETS
+from lightforcing_ref.sparsity import SparsityTable
+
+from .config import Run, StageConfig, StageName, TrainingConfig
+from .dataset import ClipSet, build_latents
+from .decoder import DecoderStage
+from .dit import (
+    SPARSITY_BASE,
+    SPARSITY_TARGET,
+    PairSet,
+    RolloutStage,
+    StudentStage,
+    TeacherStage,
+    attention_spec,
+    build_pairs,
+)
+from .latents import PatchPCA
+from .runner import Stage, run_stage
+from .text import CaptionEncoder, TextStage
+
+__all__ = ["PREVIOUS", "StageError", "latest_transformer", "run"]
+
+PRESET = PRESETS["tiny"]
+PREVIOUS: dict[str, tuple[str, ...]] = {
+    "student": ("teacher",),
+    "rollout": ("student", "teacher"),
+    "hsa": ("rollout", "student", "teacher"),
+}
+"""Stages whose transformer a stage starts from: the first that exists."""
+
+
+class StageError(Exception):
+    """A stage cannot run; the message says what is missing and how to get it."""
+
+
+def _need(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise StageError(f"{path} does not exist; run `python -m training run --stage {stage}` first")
+    return path
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A stage's averaged weights."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def latest_transformer(run: Run, candidates: tuple[str, ...]) -> str:
+    """The first of `candidates` that has weights."""
+    for name in candidates:
+        if run.weights(name).exists():
+            return name
+    raise StageError(
+        f"none of {', '.join(candidates)} has weights under {run.folder}; run the teacher stage first"
+    )
+
+
+def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageConfig) -> Stage:
+    torch.manual_seed(config.seed)
+    if name == "text":
+        return TextStage(settings, PRESET, config.seed)
+    if name == "decoder":
+        return DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), PRESET.vae)
+    clips = ClipSet(_need(run.stage("latents"), "latents"))
+    captions = CaptionEncoder.load(PRESET, _need(run.weights("text"), "text"))
+    start = load_weights(run.weights(latest_transformer(run, PREVIOUS[name]))) if name in PREVIOUS else None
+    common = (settings, config.loss, PRESET, clips, captions, start)
+    if name == "teacher":
+        return TeacherStage(*common)
+    if name == "student":
+        student = StudentStage(*common)
+        _need(run.stage("pairs") / "pairs.npz", "pairs")
+        student.pairs = PairSet(run.stage("pairs"))
+        return student
+    rollout = RolloutStage(*common)
+    if name == "hsa":
+        rollout.name = "hsa"
+        table = SparsityTable.chunk_aware(SPARSITY_TARGET, SPARSITY_BASE)
+        rollout.spec = attention_spec(PRESET, table)
+    return rollout
+
+
+def run(
+    name: StageName,
+    config: TrainingConfig,
+    folder: Run,
+    *,
+    minutes: float | None = None,
+    report: Callable[[str, float], None] | None = None,
+) -> None:
+    """Run one stage to the end of its budget.
+
+    Args:
+        minutes: training time of the stage in all, earlier sittings included; None = as configured.
+
+    Raises:
+        StageError: an earlier stage's result is missing.
+    """
+    torch.set_num_threads(config.threads)
+    if name == "latents":
+        build_latents(config, folder, report)
+    elif name == "pairs":
+        stage = _build("teacher", config, folder, config.teacher)
+        assert isinstance(stage, TeacherStage)
+        stage.module.load_state_dict(load_weights(_need(folder.weights("teacher"), "teacher")))
+        build_pairs(
+            stage,
+            folder.stage("pairs"),
+            count=config.data.pairs,
+            batch=config.teacher.batch,
+            seed=config.seed,
+            report=report,
+        )
+    else:
+        settings = config.stage(name)
+        if minutes is not None:
+            settings = settings.model_copy(update={"minutes": minutes})
+        stage = _build(name, config, folder, settings)
+        run_stage(stage, settings, folder.stage(name), seed=config.seed, report=report)
