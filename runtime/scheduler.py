@@ -163,23 +163,29 @@ class Scheduler:
             lane.switches.append((first, switch))
             return first
 
-    def request(self, lane: Lane, end: int | None, listener: Callable[[], None]) -> Chunk | None:
-        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends).
+    def ask(self, lane: Lane, end: int | None) -> None:
+        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends)."""
+        with self._changed:
+            lane.end = end
+            lane.asked = max(lane.asked, lane.delivered + 1)
+            self._changed.notify_all()
 
-        Returns the chunk, or ``None`` if it is not there yet; ``listener`` is then called once, from a worker, as
-        soon as it pays to ask again. Raises :class:`StreamEndedError`, or what ended the lane, if something did;
-        chunks finished before that come first.
+    def take(self, lane: Lane, end: int | None, listener: Callable[[], None]) -> Chunk | None:
+        """The chunk that was asked for, or ``None`` if it is not there yet.
+
+        ``listener`` is then called once, from a worker, as soon as it pays to try again. Raises
+        :class:`StreamEndedError`, or what ended the lane, if something did; chunks finished before that come first.
         """
         with self._changed:
-            chunk = self._request(lane, end)
+            chunk = self._take(lane, end)
             if chunk is None:
                 lane.listeners.append(listener)
             return chunk
 
     def wait(self, lane: Lane, end: int | None) -> Chunk:
-        """Like :meth:`request`, but waits for the chunk."""
+        """Like :meth:`take`, but waits for the chunk."""
         with self._changed:
-            while (chunk := self._request(lane, end)) is None:
+            while (chunk := self._take(lane, end)) is None:
                 self._changed.wait()
             return chunk
 
@@ -189,22 +195,26 @@ class Scheduler:
             self._stopping = True
             for lane in self._lanes:
                 lane.closed = True
+                lane.done.clear()
                 self._notify(lane)
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _request(self, lane: Lane, end: int | None) -> Chunk | None:
+    def _take(self, lane: Lane, end: int | None) -> Chunk | None:
         if end is not None and lane.delivered >= end:
             raise StreamEndedError
-        if not lane.done:
-            self._raise_if_over(lane)
-        lane.asked = max(lane.asked, lane.delivered + 1)
-        lane.end = end
-        self._changed.notify_all()
         if lane.done:
             lane.delivered += 1
             return lane.done.popleft()
+        self._raise_if_over(lane)
+        # Another consumer of this lane may have taken what this one asked for, or asked for a shorter stream. Only
+        # ever more is asked for here, so that waiting consumers cannot wake each other in turns.
+        shorter = lane.end is not None and (end is None or lane.end < end)
+        if lane.asked <= lane.delivered or shorter:
+            lane.asked = max(lane.asked, lane.delivered + 1)
+            lane.end = end if shorter else lane.end
+            self._changed.notify_all()
         return None
 
     def _raise_if_over(self, lane: Lane) -> None:

@@ -58,6 +58,7 @@ class ChunkStream:
 
     def __next__(self) -> Chunk:
         try:
+            self._scheduler.ask(self._lane, self._end)
             return self._scheduler.wait(self._lane, self._end)
         except StreamEndedError:
             raise StopIteration from None
@@ -66,11 +67,12 @@ class ChunkStream:
         return self
 
     async def __anext__(self) -> Chunk:
+        self._scheduler.ask(self._lane, self._end)
         while True:
             # A chunk is only ever taken without waiting, so a task cancelled while it waits loses nothing.
             news, listener = _listener()
             try:
-                chunk = self._scheduler.request(self._lane, self._end, listener)
+                chunk = self._scheduler.take(self._lane, self._end, listener)
             except StreamEndedError:
                 raise StopAsyncIteration from None
             if chunk is not None:

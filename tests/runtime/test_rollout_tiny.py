@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -78,18 +78,23 @@ def resident_bytes() -> int:
 
 
 def assert_flat(folder: Path, chunks: int, settled: int, slack_bytes: int) -> None:
-    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory and time per chunk stay where they are."""
+    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory and time per chunk stay where they are.
+
+    Processor time, and the least of many chunks, because other work on the machine must not decide.
+    """
     memory, times = [], []
+    before = time.process_time()
     with Pipeline.load(folder, threads=1) as pipe, pipe.session(embedding=pipe.embed("a"), seed=1) as session:
         for chunk in session.stream(chunks=chunks):
             if chunk.index >= settled:
                 if (chunk.index - settled) % 40 == 0:
                     gc.collect()
                     memory.append(resident_bytes())
-                times.append(chunk.denoise + chunk.decode + chunk.other)
+                times.append(time.process_time() - before)
+            before = time.process_time()
     assert max(memory) - memory[0] <= slack_bytes
     quarter = len(times) // 4
-    assert median(times[-quarter:]) <= 1.5 * median(times[:quarter])
+    assert min(times[-quarter:]) <= 1.3 * min(times[:quarter])
 
 
 needs_statm = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,36 @@ def test_sessions_take_turns_by_chunk(bundle: Path) -> None:
     # Neither finishes long before the other: at half time both have had their share.
     half = [name for name, _ in order[:40]]
     assert 10 <= half.count("a") <= 30
+
+
+def test_two_consumers_share_a_session(pipe: Pipeline) -> None:
+    whole = clip(pipe, "a", 1, chunks=12)
+    with pipe.session("a", seed=1) as session, ThreadPoolExecutor(2) as pool:
+        streams = [session.stream(chunks=8), session.stream(chunks=12)]
+        taken = list(pool.map(list, streams))
+    chunks = sorted(taken[0] + taken[1], key=lambda chunk: chunk.index)
+    assert [chunk.frames.tobytes() for chunk in chunks] == whole
+
+
+def test_waiting_costs_no_processor_time(bundle: Path) -> None:
+    """Two consumers wait while nothing can be done for them: a worker is held up in one rollout."""
+    with Pipeline.load(bundle, sessions=3, threads=1) as pipe:
+        held = threading.Event()
+        streams = [pipe.session("a").stream() for _ in range(3)]
+        rollout = streams[0]._lane.rollout
+        advance = rollout.advance
+        rollout.advance = lambda *arguments: (held.wait(30), advance(*arguments))[1]  # type: ignore[method-assign]
+        threads = [threading.Thread(target=next, args=(stream,)) for stream in streams]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)  # the first one gets to the worker first
+        before = time.process_time()
+        time.sleep(0.3)
+        spent = time.process_time() - before
+        held.set()
+        for thread in threads:
+            thread.join(30)
+    assert spent < 0.1
 
 
 def test_frames_belong_to_the_caller(pipe: Pipeline) -> None:
