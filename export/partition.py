@@ -225,36 +225,40 @@ def _signature(model: ir.Model) -> list[object]:
     return signature
 
 
-def merge_repeated(segments: Sequence[Segment], *, name: str, shared_bytes: int = 1024) -> RepeatedSegment:
+def merge_repeated(
+    segments: Sequence[Segment], *, name: str, is_weight: Callable[[str], bool]
+) -> RepeatedSegment:
     """One model for `segments` that differ in tensor names and weights only.
 
-    Initializers smaller than `shared_bytes` that are equal in all segments (shapes, scales) stay constants; all
-    others become inputs.
+    Args:
+        is_weight: tells by its name whether an initializer becomes an input; all others stay constants, which the
+            segments must have in common. Values of weights decide nothing, so that other weights fit too.
 
     Raises:
         ExportError: the segments differ in more than their weights; names the first one that does.
     """
     models = [segment.model for segment in segments]
     first = _signature(models[0])
+    columns = list(zip(*(model.graph.initializers.values() for model in models), strict=False))
     for position, other in enumerate(models[1:], start=1):
-        if _signature(other) != first:
+        if _signature(other) != first or not all(
+            _same(column[0], column[position]) for column in columns if not is_weight(_name(column[0]))
+        ):
             raise ExportError(
                 f"segment {position} of {len(models)} differs from the first in more than its weights; "
                 "they cannot share one engine (use --weights embedded)"
             )
-    columns = list(zip(*(model.graph.initializers.values() for model in models), strict=True))
-    constant = [all(_same_small(column[0], value, shared_bytes) for value in column) for column in columns]
     template = models[0].graph
     weights, constants, copies = [], [], {}
-    for is_constant, value in zip(constant, template.initializers.values(), strict=True):
-        if is_constant:
+    for value in template.initializers.values():
+        if is_weight(_name(value)):
+            weights.append(value)
+            copies[value] = ir.Value(name=f"weight.{len(weights) - 1}", shape=value.shape, type=value.type)
+        else:
             constants.append(value)
             copies[value] = ir.Value(
                 name=_name(value), shape=value.shape, type=value.type, const_value=value.const_value
             )
-        else:
-            weights.append(value)
-            copies[value] = ir.Value(name=f"weight.{len(weights) - 1}", shape=value.shape, type=value.type)
     for value in template.inputs:
         copies[value] = ir.Value(name=_name(value), shape=value.shape, type=value.type)
     merged = _build(
@@ -266,6 +270,7 @@ def merge_repeated(segments: Sequence[Segment], *, name: str, shared_bytes: int 
         constants,
         name,
     )
+    weight_columns = [column for column in columns if is_weight(_name(column[0]))]
     return RepeatedSegment(
         model=merged,
         inputs=segments[0].inputs,
@@ -273,18 +278,12 @@ def merge_repeated(segments: Sequence[Segment], *, name: str, shared_bytes: int 
         weights=tuple(f"weight.{index}" for index in range(len(weights))),
         activations=tuple((segment.inputs, segment.outputs) for segment in segments),
         bindings=tuple(
-            tuple(
-                _name(column[position])
-                for is_constant, column in zip(constant, columns, strict=True)
-                if not is_constant
-            )
-            for position in range(len(models))
+            tuple(_name(column[position]) for column in weight_columns) for position in range(len(models))
         ),
     )
 
 
-def _same_small(a: ir.Value, b: ir.Value, limit: int) -> bool:
+def _same(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two constants hold the same bytes."""
     left, right = a.const_value, b.const_value
-    if left is None or right is None or left.nbytes >= limit or right.nbytes != left.nbytes:
-        return False
-    return left is right or left.tobytes() == right.tobytes()
+    return left is not None and right is not None and (left is right or left.tobytes() == right.tobytes())

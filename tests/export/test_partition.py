@@ -23,6 +23,10 @@ def is_kernel(node: ir.Node) -> bool:
     return node.op_type == "Tanh"
 
 
+def is_weight(name: str) -> bool:
+    return name.startswith(("w", "table"))
+
+
 def run(model: ir.Model, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
@@ -140,7 +144,7 @@ def test_layers_share_one_model_whose_weights_are_inputs():
 
     cut = partition(model, is_kernel)
     assert [len(list(segment.model.graph)) for segment in cut.segments] == [0, 5, 5, 5, 5]
-    repeated = merge_repeated(cut.segments[1:], name="layer")
+    repeated = merge_repeated(cut.segments[1:], name="layer", is_weight=is_weight)
     assert repeated.weights == ("weight.0", "weight.1")
     assert [sorted(binding) for binding in repeated.bindings] == [[f"table{i}", f"w{i}"] for i in range(4)]
     assert list(repeated.model.graph.initializers) == ["scale0"]
@@ -173,4 +177,4 @@ def test_look_ups_move_to_the_segment_that_needs_them():
 def test_segments_that_differ_are_not_merged():
     cut = partition(layered(3, odd_one=1), is_kernel)
     with pytest.raises(ExportError, match="segment 1 of 3 differs from the first in more than its weights"):
-        merge_repeated(cut.segments[1:], name="layer")
+        merge_repeated(cut.segments[1:], name="layer", is_weight=is_weight)
