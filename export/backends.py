@@ -108,6 +108,8 @@ def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | No
     if backend.on_target and not any(g.compute_capability == target.compute_capability for g in gpus.gpus):
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
         problems.append(f"built on the target GPU itself only, and here there is {here}")
+    if backend.available and (missing := missing_modules(backend.build_modules)):
+        problems.append(f"needs {', '.join(missing)}, not installed")
     return ", ".join(problems) or None
 
 
@@ -144,7 +146,9 @@ def choose_backend(
         chosen, problem = _precision(target, name, precision, gpus)
         if chosen is not None:
             reason = "it was asked for" if asked else "it is the target's first choice"
-            return BackendChoice(name, chosen, f"not possible: {_list(rejected)}" if rejected else reason)
+            if rejected:
+                reason = f"preferred, but not possible here: {_list(rejected)}"
+            return BackendChoice(name, chosen, reason)
         rejected.setdefault(problem, []).append(name)
     raise InputError(
         f"cannot build for {target.name}{f' in {precision}' if precision else ''}: {_list(rejected)}; "
@@ -177,7 +181,7 @@ def _alternative(target: Target, gpus: GpuReport) -> str:
     for name in target.backends:
         if chosen := _precision(target, name, None, gpus)[0]:
             return f"use --backend {name} --precision {chosen}"
-    return "use --gpu cpu, which builds everywhere"
+    return "see 'python -m export doctor' for what is missing"
 
 
 def _order(capability: str) -> tuple[int, ...]:

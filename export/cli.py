@@ -78,20 +78,21 @@ class Build(Command):
 
     def run(self, args: argparse.Namespace) -> int:
         from rich.console import Console
+        from rich.markup import escape
 
         from .build import build_bundle
         from .progress import progress_bars
 
         request, choice = _request(args)
         console = Console()
-        console.print(f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({choice.reason})")
+        console.print(
+            f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
+        )
         with progress_bars(console) as progress:
             folder = build_bundle(request, progress)
-        console.print(f"built [bold]{folder}[/]; try:")
-        console.print(
-            f"  python -m runtime generate {folder} --prompt 'a red fox in snow' --out clip.mp4",
-            soft_wrap=True,
-        )
+        console.print(f"built {folder}; try:", markup=False, soft_wrap=True)
+        command = f"python -m runtime generate {shlex.quote(str(folder))} --prompt 'a red fox in snow' --out clip.mp4"
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
 
 
@@ -232,6 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a build resumes when the same command runs again", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if "--debug" in arguments:
+            raise
+        print(
+            f"error: {error}; install the export tools: pip install '.[cpu,text,video,export]'",
+            file=sys.stderr,
+        )
+        return 2
     except Exception as error:
         if "--debug" in arguments or not isinstance(error, _expected()):
             raise
@@ -284,7 +293,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
     parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
-    parser.add_argument("--seed", type=_natural, help="of the random weights (default: 0)")
+    parser.add_argument("--seed", type=_seed, help="of the random weights (default: 0)")
     _add_transformer_files(parser)
     parser.add_argument(
         "--resolution", type=_resolution, metavar="HxW", help="of the video in pixels (default: the preset's)"
@@ -434,6 +443,12 @@ def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if (value := _natural(text)) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large; expected less than 2**63")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,7 @@ Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 
 _Tokens = Annotated[int, Field(ge=16, le=1024)]
 _Count = Annotated[int, Field(ge=0)]
-_Frames = Annotated[int, Field(ge=CHUNK_FRAMES)]
+_Frames = Annotated[int, Field(ge=CHUNK_FRAMES, le=100_000)]
 _Rate = Annotated[float, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]

@@ -62,6 +62,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--lora pyproject.toml", ("--lora needs the --checkpoint",)),
         ("--name ../elsewhere", ("is no plain name",)),
         ("--seed first", ("'first' is no whole number",)),
+        ("--seed 9223372036854775808", ("is too large",)),
+        ("--table-frames 3000000", ("sparsity.table_frames",)),
         ("--colour red", ("unrecognized arguments: --colour red", "--help")),
     ],
 )
@@ -92,6 +94,19 @@ def test_bad_arguments_of_the_other_commands(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refused(capsys, *arguments.split())
+
+
+def test_missing_library_is_named() -> None:
+    blocked = (
+        "import sys; sys.modules['torch'] = None; from export.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", blocked, "compare", "x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "torch" in result.stderr
+    assert "pip install '.[cpu,text,video,export]'" in result.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
