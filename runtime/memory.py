@@ -58,14 +58,9 @@ class BufferPlan:
         return _total(self.pool) + _total(self.shared) + self.sessions * _total(self.session)
 
 
-def pool_slots(manifest: Manifest, sessions: int) -> int:
-    """Frame slots in the pool that ``sessions`` sessions share."""
-    return max(1, sessions * manifest.cache.max_past_frames)
-
-
 def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     """Plan the buffers for ``sessions`` sessions. Raises :class:`BundleError` if a component's I/O is unusable."""
-    slots = pool_slots(manifest, sessions)
+    slots = max(1, sessions * manifest.cache.max_past_frames)
     step, clean = manifest.components["step"], manifest.components["clean"]
     conditioner = manifest.components["conditioner"]
     vae_first, vae_next = manifest.components["vae_first"], manifest.components["vae_next"]

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from runtime.cli import main
 from runtime.generate import parse_switch
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.handmade import TEXT_DIM, TEXT_LEN, edit_manifest
+
+ROOT = Path(__file__).parents[2]
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -242,7 +246,40 @@ assert not rooms, rooms
 
 
 def test_help_is_light_and_a_rollout_imports_no_other_room(bundle: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
     subprocess.run(
-        [sys.executable, "-c", _PROBE, str(bundle), str(tmp_path / "a.mp4")], cwd=root, check=True, timeout=60
+        [sys.executable, "-c", _PROBE, str(bundle), str(tmp_path / "a.mp4")], cwd=ROOT, check=True, timeout=60
     )
+
+
+def test_ctrl_c_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["generate", str(bundle), "--seconds", "3600", "--out", str(tmp_path / "clip.mp4")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime", *arguments, "--contact-sheet", str(tmp_path / "sheet.png")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; nothing was written" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from runtime.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(["generate", sys.argv[1], "--seconds", "5", "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits file sizes with POSIX calls")
+def test_full_disk_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FULL_DISK, str(bundle), str(tmp_path / "clip.mp4")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1 and "nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
