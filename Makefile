@@ -44,11 +44,14 @@ test: lint
 slow: setup
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-# On a machine with a GPU: its own python3 (PyTorch, Triton, pytest), no virtual environment and no network. Every
-# benchmark runs even where a test fails; the exit code tells whether anything did.
+# On a machine with a GPU: its own python3 (PyTorch, Triton, pytest), no virtual environment and no network. Compiles
+# the kernels for that GPU first. Every benchmark runs even where a test fails; the exit code tells whether anything did.
 gpu:
 	@mkdir -p $(RESULTS)
+	@command -v nvidia-smi >/dev/null || { echo "error: make gpu needs an NVIDIA GPU and its driver" >&2; exit 2; }
 	@status=0; \
+	arch=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .); \
+	python3 -m plugins build --arch sm_$$arch || status=1; \
 	tests=$$(grep -rlE 'mark\.gpu' tests --include='test_*.py'); \
 	if [ -n "$$tests" ]; then python3 -m pytest -m gpu -p no:cacheprovider $$tests $(PYTEST_ARGS) || status=1; fi; \
 	for benchmark in $$(grep -l __main__ benchmarks/*.py); do \
