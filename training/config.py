@@ -51,6 +51,8 @@ class DataConfig(_Model):
     pca_clips: int = Field(gt=0)
     pairs: int = Field(gt=0)
     """Clips of teacher trajectories."""
+    pair_steps: int = Field(default=16, ge=4)
+    """Euler steps of a trajectory."""
     jitter: float = Field(ge=0)
 
 

@@ -27,7 +27,6 @@ __all__ = ["PairSet", "RolloutStage", "StudentStage", "TeacherStage", "attention
 
 CLIP_CHUNKS = LATENT_FRAMES // CHUNK_FRAMES
 SHIFT = 5.0
-EULER_STEPS = 16
 ADAM_ONLY = ("patch_embedding", "text_embedding.0", "time_embedding.0", "head.head")
 SPARSITY_TARGET, SPARSITY_BASE = 0.88, 0.98
 """Light Forcing's short configuration."""
@@ -152,6 +151,7 @@ def build_pairs(
     *,
     count: int,
     batch: int,
+    euler_steps: int,
     seed: int,
     report: Callable[[str, float], None] | None = None,
 ) -> None:
@@ -175,7 +175,7 @@ def build_pairs(
             for _ in range(CLIP_CHUNKS):
                 shape = (len(rows), stage.preset.dit.channels, CHUNK_FRAMES, height, width)
                 x0, states = rollout.euler(
-                    torch.randn(shape, generator=generator), euler_sigmas(EULER_STEPS), levels[:-1]
+                    torch.randn(shape, generator=generator), euler_sigmas(euler_steps), levels[:-1]
                 )
                 rollout.commit(x0)
                 chunks.append(torch.stack([*states, x0], dim=1))

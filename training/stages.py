@@ -120,6 +120,7 @@ def run(
             folder.stage("pairs"),
             count=config.data.pairs,
             batch=config.teacher.batch,
+            euler_steps=config.data.pair_steps,
             seed=config.seed,
             report=report,
         )
