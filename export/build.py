@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import lightforcing_ref
 import plugins
 from lightforcing_ref.config import Preset
+from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.vae import VAEDecoder
 from runtime import bundle
 
@@ -23,13 +25,19 @@ from . import components
 from .errors import BuildError
 from .plan import StepPlan
 from .progress import ProgressCallback
+from .segments import write_segments
 from .targets import BackendName, Precision, Target, Variant
 from .weights import Weights
 from .workspace import open_workspace
 
-__all__ = ["BuildRequest", "build_bundle", "export_onnx"]
+__all__ = ["BuildRequest", "Execution", "build_bundle", "export_onnx"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "transformers", "tokenizers", "numpy")
+
+Execution = Literal["whole", "segmented"]
+
+_SEGMENTS = "segments.json"
+"""The manifest's section on segments, kept beside a build in progress."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,6 +48,7 @@ class BuildRequest:
 
     Args:
         height, width: of the video, in pixels.
+        execution: the step as one graph, or cut into segments whose weights are inputs.
         seed: draws random weights; None = weights come from the files.
         command: command line, for the manifest.
     """
@@ -60,6 +69,7 @@ class BuildRequest:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     per_chunk: bool = False
+    execution: Execution = "whole"
     command: str = ""
 
     @property
@@ -110,6 +120,7 @@ def _key(request: BuildRequest, plan: StepPlan, digests: dict[str, str]) -> str:
         request.precision,
         request.seed,
         request.per_chunk,
+        request.execution,
         sorted(digests.items()),
         sorted(_tools().items()),
         _source_digest(),
@@ -120,8 +131,6 @@ def _key(request: BuildRequest, plan: StepPlan, digests: dict[str, str]) -> str:
 def _check_room(out: Path, plan: StepPlan, weights: Weights, dtype: torch.dtype) -> None:
     """Refuse a build that cannot fit on the disk."""
     with torch.device("meta"):
-        from lightforcing_ref.model import CausalWanModel
-
         parameters = sum(p.numel() for p in CausalWanModel(plan.preset.dit).parameters())
     needed = parameters * dtype.itemsize
     if weights.text_encoder is not None:
@@ -165,9 +174,7 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
         "text encoder": lambda folder: components.write_text_encoder(folder, plan, weights.text_weights()),
         "video decoder": lambda folder: components.write_vae(folder, vae_decoder(), plan),
         "conditioner": lambda folder: components.write_conditioner(folder, weights.dit(dtype)),
-        "transformer": lambda folder: components.write_step(
-            folder, weights.dit(dtype), plan, per_chunk=request.per_chunk
-        ),
+        "transformer": lambda folder: _write_transformer(folder, request, plan, weights.dit(dtype)),
     }
     with open_workspace(request.out, request.name, _key(request, plan, digests)) as workspace:
         files: list[bundle.FileEntry] = []
@@ -177,7 +184,18 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
             files += entries
         progress("manifest", len(parts), len(parts))
         manifest = _manifest(request, plan, workspace.folder, files, vae_decoder(), digests)
-        return workspace.publish(files, manifest)
+        return workspace.publish(manifest.files, manifest)
+
+
+def _write_transformer(
+    folder: Path, request: BuildRequest, plan: StepPlan, model: CausalWanModel
+) -> list[str]:
+    files = components.write_step(folder, model, plan, per_chunk=request.per_chunk)
+    if request.execution == "whole":
+        return files
+    written, section = write_segments(folder, folder / "step.onnx", components.attention_form(plan))
+    (folder / _SEGMENTS).write_text(section.model_dump_json())
+    return [*files, *written, _SEGMENTS]
 
 
 def _manifest(
@@ -188,7 +206,15 @@ def _manifest(
     decoder: VAEDecoder,
     digests: dict[str, str],
 ) -> bundle.Manifest:
-    graphs = [entry.path for entry in files if entry.path.endswith(".onnx")]
+    entries = {
+        Path(e.path).stem: components.component_of(folder, e.path) for e in files if e.path.endswith(".onnx")
+    }
+    segments = None
+    if request.execution == "segmented":
+        # The whole graphs were a step on the way: what stays of them is what goes in and comes out.
+        segments = bundle.Segments.model_validate_json((folder / _SEGMENTS).read_text())
+        entries |= {name: entries[name].model_copy(update={"file": None}) for name in ("step", "clean")}
+        files = [e for e in files if e.path not in ("step.onnx", "step.weights", "clean.onnx", _SEGMENTS)]
     text, dit = plan.preset.text, plan.preset.dit
     caches = decoder.cache_specs(*plan.latent_size)
     if request.checkpoint is None:
@@ -222,7 +248,8 @@ def _manifest(
             temporal_factor=decoder.config.temporal_factor,
             spatial_factor=decoder.config.spatial_factor,
         ),
-        components={Path(file).stem: components.component_of(folder, file) for file in graphs},
+        components=entries,
+        segments=segments,
         files=tuple(files),
         provenance=bundle.Provenance(checkpoint=origin, tools=_tools(), command=request.command),
     )

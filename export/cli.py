@@ -351,6 +351,7 @@ def _request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice]:
         text_encoder=getattr(args, "text_encoder", None),
         tokenizer=getattr(args, "tokenizer", None),
         per_chunk=args.per_chunk,
+        execution=getattr(args, "execution", "whole"),
         out=args.out,
         name=getattr(args, "name", None) or f"{target.name}-{model.name}-{variant.name}",
         command=args.command_line,

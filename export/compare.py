@@ -26,7 +26,9 @@ from torch import Tensor
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
 from lightforcing_ref.vae import to_uint8
 from runtime.bundle import Bundle, Component, load_bundle
+from runtime.onnxruntime_engine import OnnxGraph, default_threads
 from runtime.pipeline import Pipeline
+from runtime.segmented import load_segments
 
 from .components import VAEFirst, VAENext
 from .modules import ConditionerModule, StepModule
@@ -105,10 +107,7 @@ class TorchRunner(BaseRunner):
         """Nothing to tear down."""
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for spec in self._component.inputs:
-            metadata.add(spec.name, np.dtype(spec.dtype), spec.shape)
-        return metadata
+        return _metadata(self._component)
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
         start = time.perf_counter()
@@ -116,6 +115,55 @@ class TorchRunner(BaseRunner):
             outputs = self._function(feed_dict)
         self.inference_time = time.perf_counter() - start
         return OrderedDict((spec.name, outputs[spec.name].numpy()) for spec in self._component.outputs)
+
+
+class SegmentedRunner(BaseRunner):
+    """Polygraphy runner for the step of a bundle that executes it as segments, through the runtime's own code."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        super().__init__(prefix="segments")
+        self._bundle = bundle
+        self._component = bundle.component(name)
+        self._is_clean = name == "clean"
+
+    def activate_impl(self) -> None:
+        segments = self._bundle.manifest.segments
+        assert segments is not None
+        forwards = load_segments(
+            self._bundle, segments, lambda name: OnnxGraph(self._bundle, name, default_threads())
+        )
+        self._forward = forwards[self._is_clean]
+
+    def deactivate_impl(self) -> None:
+        del self._forward
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _metadata(self._component)
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
+        inputs = {name: np.ascontiguousarray(value) for name, value in feed_dict.items()}
+        if self._is_clean:
+            inputs["step"] = np.array(self._bundle.manifest.schedule.denoise_steps, dtype=np.int32)
+        outputs = OrderedDict(
+            (spec.name, np.full([int(dim) for dim in spec.shape], np.nan, dtype=spec.dtype))
+            for spec in self._component.outputs
+        )
+        self.inference_time = self._forward.run(self._forward.bind(inputs, outputs))
+        return outputs
+
+
+def _metadata(component: Component) -> TensorMetadata:
+    metadata = TensorMetadata()
+    for spec in component.inputs:
+        metadata.add(spec.name, np.dtype(spec.dtype), spec.shape)
+    return metadata
+
+
+def _bundle_runner(bundle: Bundle, name: str) -> BaseRunner:
+    file = bundle.component(name).file
+    if file is None:
+        return SegmentedRunner(bundle, name)
+    return OnnxrtRunner(SessionFromOnnx(str(bundle.path(file)), providers=["CPUExecutionProvider"]))
 
 
 def _run(
@@ -128,10 +176,7 @@ def _run(
 ) -> Row:
     """Compare one component on `feeds`; the row holds the worst output."""
     component = bundle.component(name)
-    runners = [
-        TorchRunner(function, component),
-        OnnxrtRunner(SessionFromOnnx(str(bundle.path(component.file)), providers=["CPUExecutionProvider"])),
-    ]
+    runners = [TorchRunner(function, component), _bundle_runner(bundle, name)]
     worst: list[tuple[str, _Difference]] = []
 
     def compare(expected: Feed, actual: Feed) -> OrderedDict[str, _Difference]:

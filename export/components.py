@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
+from plugins.functions import AttentionForm
 from runtime.bundle import Component, TensorSpec
 
 from .graphs import clean_graph, per_chunk_graph
@@ -26,6 +28,7 @@ __all__ = [
     "TOKENIZER",
     "VAEFirst",
     "VAENext",
+    "attention_form",
     "component_of",
     "per_chunk_name",
     "write_conditioner",
@@ -84,7 +87,7 @@ def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk
         input_names=module.input_names,
         output_names=module.output_names,
         dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
-        attention="dense" if _is_dense(plan) and _fits(plan) else "scan",
+        attention=attention_form(plan),
         metadata={"lightforcing.component": "step"},
     )
     _name_dimension(step, "slots")
@@ -102,15 +105,12 @@ DENSE_SCORE_BYTES = 1 << 28
 """Largest score matrix of one layer that the plain function body may materialise."""
 
 
-def _is_dense(plan: StepPlan) -> bool:
-    """Whether every chunk keeps every block; the scanning body wins as soon as blocks are skipped."""
-    return not any(plan.table.values)
-
-
-def _fits(plan: StepPlan) -> bool:
-    queries = 3 * plan.geometry.frame_tokens
+def attention_form(plan: StepPlan) -> AttentionForm:
+    """The function body that suits a plan: scanning wins as soon as blocks are skipped, and where memory is short."""
+    queries = CHUNK_FRAMES * plan.geometry.frame_tokens
     keys = plan.variant.window_frames * plan.geometry.frame_tokens
-    return 4 * plan.spec.heads * queries * keys <= DENSE_SCORE_BYTES
+    fits = 4 * plan.spec.heads * queries * keys <= DENSE_SCORE_BYTES
+    return "dense" if fits and not any(plan.table.values) else "scan"
 
 
 def _name_dimension(model: ir.Model, name: str) -> None:

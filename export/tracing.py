@@ -48,19 +48,19 @@ def _quiet_exporter() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _keep_weights(node: ir.Node) -> bool | None:
-    """Fold constants, but leave the transposition of weights: they keep their names and their [out, in] layout."""
-    weight = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
-    return False if weight is not None and weight.is_initializer() else None
-
-
 def _simplify(model: ir.Model) -> None:
     """Fold constants, fuse, and tidy up.
 
     The exporter's own optimisation would also merge initializers that happen to be equal; the graph must not depend
-    on the values of the weights, or another checkpoint could not be swapped in.
+    on the values of the weights, or another checkpoint could not be swapped in. Nor are weights folded into others
+    (transposed, say): they keep their names and their [out, in] layout.
     """
-    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_keep_weights)
+    weights = set(model.graph.initializers.values())
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
     rewriter.rewrite(model)
     ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),

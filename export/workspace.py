@@ -77,7 +77,10 @@ class Workspace:
         if name in finished and self._intact(finished[name]):
             return finished[name], True
         try:
-            entries = [file_entry(self.folder, path) for path in build(self.folder)]
+            paths = build(self.folder)
+            for path in paths:
+                (self.folder / path).chmod(0o644)  # some writers leave files that only their owner can read
+            entries = [file_entry(self.folder, path) for path in paths]
             finished[name] = entries
             self._write_state(finished)
         except OSError as error:

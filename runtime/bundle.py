@@ -32,6 +32,7 @@ from .manifest import (
     RandomInit,
     Rope,
     Schedule,
+    Segments,
     Sparsity,
     Target,
     TensorSpec,
@@ -44,6 +45,7 @@ __all__ = [
     "MANIFEST_NAME",
     "REQUIRED_COMPONENTS",
     "SCHEMA_VERSION",
+    "SEGMENT_COMPONENTS",
     "Attention",
     "Bundle",
     "Cache",
@@ -57,6 +59,7 @@ __all__ = [
     "RandomInit",
     "Rope",
     "Schedule",
+    "Segments",
     "Sparsity",
     "Target",
     "TensorSpec",
@@ -71,6 +74,7 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
+SEGMENT_COMPONENTS = ("first", "layer", "last", "qk_prepare", "attention")
 
 _HASH_CHUNK = 1 << 20
 _MAX_PROBLEMS_SHOWN = 5
@@ -196,15 +200,27 @@ def _summary(error: ValidationError) -> str:
 
 
 def _check_components(root: Path, manifest: Manifest) -> None:
-    missing = [name for name in REQUIRED_COMPONENTS if name not in manifest.components]
+    segments = manifest.segments
+    required = REQUIRED_COMPONENTS + (SEGMENT_COMPONENTS if segments else ())
+    virtual = ("step", "clean") if segments else ()
+    missing = [
+        name
+        for name in required
+        if name not in manifest.components or (manifest.components[name].file is None) != (name in virtual)
+    ]
     if missing:
         raise BundleError(
-            f"bundle {root} lacks the component(s) {', '.join(missing)}; expected "
-            f"{', '.join(REQUIRED_COMPONENTS)}; rebuild it"
+            f"bundle {root} lacks the component(s) {', '.join(missing)}; expected {', '.join(required)}; rebuild it"
         )
     listed = {entry.path for entry in manifest.files}
-    used = {f"component {name!r}": component.file for name, component in manifest.components.items()}
+    used = {
+        f"component {name!r}": component.file
+        for name, component in manifest.components.items()
+        if component.file is not None
+    }
     used |= {"the tokenizer": manifest.text.tokenizer, "the text encoder's weights": manifest.text.weights}
+    if segments:
+        used["the segments' weights"] = segments.weights
     for owner, path in used.items():
         _require_contained(root, path)
         if path not in listed:

@@ -23,6 +23,7 @@ __all__ = [
     "RandomInit",
     "Rope",
     "Schedule",
+    "Segments",
     "Sparsity",
     "Target",
     "TensorSpec",
@@ -234,11 +235,31 @@ class TensorSpec(_Part):
 
 
 class Component(_Part):
-    """One engine of the bundle: its file and the tensors that go in and come out."""
+    """One engine of the bundle: its file and the tensors that go in and come out.
 
-    file: BundlePath
+    ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments; their tensors are the
+    same either way.
+    """
+
+    file: BundlePath | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+class Segments(_Part):
+    """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
+    ``attention`` in between.
+
+    ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
+    ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
+    ``qk_prepare`` in layer i.
+    """
+
+    weights: BundlePath
+    first: dict[str, str]
+    layers: tuple[dict[str, str], ...]
+    last: dict[str, str]
+    prepare: tuple[dict[str, str], ...]
 
 
 class FileEntry(_Part):
@@ -289,6 +310,7 @@ class Manifest(_Part):
     text: Text
     vae: Vae
     components: dict[str, Component]
+    segments: Segments | None = None
     files: tuple[FileEntry, ...]
     provenance: Provenance
 
@@ -318,6 +340,13 @@ class Manifest(_Part):
                 f"video is {self.model.video_height}x{self.model.video_width}, but the latent and the "
                 f"decoder's factor {factor} give {expected[0]}x{expected[1]}"
             )
+        if self.segments is not None:
+            layers = self.model.layers
+            if (len(self.segments.layers), len(self.segments.prepare)) != (layers - 1, layers):
+                raise ValueError(
+                    f"segments bind {len(self.segments.layers)} runs of layer and {len(self.segments.prepare)} of "
+                    f"qk_prepare, but {layers} layers need {layers - 1} and {layers}"
+                )
         return self
 
     @property

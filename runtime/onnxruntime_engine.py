@@ -23,11 +23,12 @@ from .errors import BundleError, EngineError
 from .manifest import TensorSpec
 from .memory import Buffer, BufferPlan
 from .rope import RopeTables
+from .segmented import SegmentedForward, load_segments
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding
 
-__all__ = ["OnnxRuntimeEngine", "default_threads"]
+__all__ = ["OnnxGraph", "OnnxRuntimeEngine", "default_threads"]
 
 Arrays = dict[str, NDArray[Any]]
 _ORT_TYPES = {
@@ -52,7 +53,7 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-class _Graph:
+class OnnxGraph:
     """One component, loaded. Runs bound to fixed addresses."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
@@ -65,6 +66,10 @@ class _Graph:
         options.log_severity_level = _ORT_ERRORS_ONLY
         # Several graphs take turns on the same cores; a pool that spins while it waits would take them from the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if component.file is None:
+            raise BundleError(
+                f"component {name!r} of bundle {bundle.root} is executed as segments and has no file"
+            )
         path = bundle.path(component.file)
         try:
             self._session: InferenceSession = ort.InferenceSession(
@@ -153,16 +158,22 @@ class OnnxRuntimeEngine:
         self._caches = len(manifest.vae.caches)
         self._sinks = manifest.cache.sink_frames if manifest.cache.sink_positions == "window" else 0
         self._rope = RopeTables(manifest.model)
-        self._step = _Graph(bundle, "step", count)
-        self._clean = _Graph(bundle, "clean", count)
-        self._conditioner = _Graph(bundle, "conditioner", count)
-        self._text_layer = _Graph(bundle, "text_encoder", count)
-        self._vae_first = _Graph(bundle, "vae_first", count)
-        self._vae_next = _Graph(bundle, "vae_next", count)
+        self._step: OnnxGraph | SegmentedForward
+        self._clean: OnnxGraph | SegmentedForward
+        if manifest.segments is None:
+            self._step, self._clean = OnnxGraph(bundle, "step", count), OnnxGraph(bundle, "clean", count)
+        else:
+            self._step, self._clean = load_segments(
+                bundle, manifest.segments, lambda name: OnnxGraph(bundle, name, count)
+            )
+        self._conditioner = OnnxGraph(bundle, "conditioner", count)
+        self._text_layer = OnnxGraph(bundle, "text_encoder", count)
+        self._vae_first = OnnxGraph(bundle, "vae_first", count)
+        self._vae_next = OnnxGraph(bundle, "vae_next", count)
 
         self._pool = _allocate(plan.pool)
         self._shared = _allocate(plan.shared)
-        self._scalars = [np.array(step, dtype=np.int32) for step in range(self._steps)]
+        self._scalars = [np.array(step, dtype=np.int32) for step in range(self._steps + 1)]  # the last: clean
         self._sessions = [self._bind(_allocate(plan.session)) for _ in range(plan.sessions)]
         self._latent_slot = [0] * plan.sessions
         self._side = [0] * plan.sessions
@@ -192,7 +203,9 @@ class OnnxRuntimeEngine:
             arrays=arrays,
             condition=self._conditioner.bind(shared, arrays),
             denoise=tuple(denoise),
-            clean=self._clean.bind(inputs | {"latent": shared["clean_latent"]}, shared),
+            clean=self._clean.bind(
+                inputs | {"latent": shared["clean_latent"], "step": self._scalars[-1]}, shared
+            ),
             decode_first=self._vae_first.bind(latent, outs[0] | {"frames": shared["frames_first"]}),
             decode_next=(
                 self._vae_next.bind(latent | sides[0], outs[1] | {"frames": shared["frames_next"]}),
