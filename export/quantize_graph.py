@@ -305,7 +305,10 @@ class _Rewriter:
             "post", dtype, (rows,), lambda: _onnx_tensor(folding().post, f"{linear.stem}.post")
         )
         result = self.node("Mul", [result, post], "out", dtype, old.shape)
-        old.replace_all_uses_with(result)
+        # Cut graphs and outputs are known by the name of this tensor.
+        name = old.name
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        old.name, result.name = f"{name}.unquantized", name
         graph.remove(linear.matmul, safe=True)
 
 
