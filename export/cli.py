@@ -73,6 +73,12 @@ class Build(Command):
             "--backend", default="auto", metavar="NAME", help="onnxruntime, tensorrt-rtx, ... (default: auto)"
         )
         parser.add_argument(
+            "--execution",
+            choices=("whole", "segmented"),
+            default="whole",
+            help="the step as one graph, or cut at its operators with weights as inputs (default: whole)",
+        )
+        parser.add_argument(
             "--name", type=_bundle_name, help="of the bundle (default: TARGET-PRESET-VARIANT)"
         )
 

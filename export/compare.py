@@ -42,6 +42,9 @@ TOLERANCES = {"fp32": 1e-4}
 ROLLOUT_FACTOR = 30.0
 """How much larger the error of a whole rollout's frames may be: forwards feed on each other's errors."""
 
+PIXELS = 1e-3
+"""Relative L2 error of pixels that is nothing but rounding: a value on the edge may fall to either level."""
+
 Feed = Mapping[str, NDArray[Any]]
 
 
@@ -285,8 +288,7 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
         frames, caches = later(torch.from_numpy(feed["latent"]), caches)
         return {"frames": frames, **_named(every, caches)}
 
-    # Pixels are rounded to levels, where a value on the edge may fall to either side.
-    pixels = max(tolerance, 1e-3)
+    pixels = max(tolerance, PIXELS)
     yield _run(bundle, "vae_first", run_first, [{"latent": latent}], pixels)
     feed = {"latent": latent, **{cache.name: normal(*cache.shape) for cache in specs}}
     yield _run(bundle, "vae_next", run_next, [feed], pixels)
@@ -334,7 +336,7 @@ def _rollout_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: 
     latents = torch.cat(list(reference.rollout(manifest, embedding, seed).stream(chunks)), dim=1)
     with torch.no_grad():
         video = to_uint8(reference.decoder.decode(latents.transpose(0, 1))).numpy()
-    allowed = tolerance * ROLLOUT_FACTOR
+    allowed = max(tolerance * ROLLOUT_FACTOR, PIXELS)
     difference = _difference(frames, video, allowed)
     yield Row("rollout", f"{chunks} chunks", 1, "frames", difference.relative, difference.largest, allowed)
 
