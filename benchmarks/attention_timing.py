@@ -1,0 +1,286 @@
+"""Times of *prepare*, *select* and *attend* against dense attention and FlexAttention on one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plugins.kernels.specs import Variant
+from plugins.launch_torch import BlockLists, TorchKernels, TritonLauncher
+from plugins.policies import DensePolicy, HSAPolicy, mask_from_lists
+
+from .attention_inputs import CHUNK_FRAMES, AttentionInputs, Shape, random_inputs
+from .timing import Work, microseconds
+
+__all__ = ["HSA_LONG", "HSA_SHORT", "measure", "measure_prepare", "sweep"]
+
+HSA_SHORT = {"keep_frames": 6, "sink_frames": 1, "near_frames": 2}
+HSA_LONG = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
+DTYPE = torch.bfloat16
+BUFFER_SETS = 3
+
+Microseconds = float
+Reason = str
+
+
+def _attempt(run: Callable[[], Any]) -> Any:
+    """The result, or why there is none: a yardstick that does not run on this machine is a note in the table."""
+    try:
+        return run()
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first[:120]}"
+
+
+def dense_baselines(sets: Sequence[AttentionInputs], scale: float) -> dict[str, Microseconds | Reason]:
+    """Time of each dense attention, in the memory layout it likes best."""
+    heads_first = [tuple(x.transpose(0, 1).contiguous()[None] for x in (s.q, s.keys, s.values)) for s in sets]
+
+    def sdpa(backend: SDPBackend) -> Microseconds:
+        def run(inputs: tuple[Tensor, ...]) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*inputs, scale=scale)
+
+        return microseconds([lambda i=inputs: run(i) for inputs in heads_first])
+
+    def flash(module: str) -> Microseconds:
+        function = import_module(module).flash_attn_func
+        return microseconds(
+            [lambda s=s: function(s.q[None], s.keys[None], s.values[None], softmax_scale=scale) for s in sets]
+        )
+
+    return {
+        "sdpa flash": _attempt(lambda: sdpa(SDPBackend.FLASH_ATTENTION)),
+        "sdpa cudnn": _attempt(lambda: sdpa(SDPBackend.CUDNN_ATTENTION)),
+        "flash-attn 2": _attempt(lambda: flash("flash_attn")),
+        "flash-attn 3": _attempt(lambda: flash("flash_attn_interface")),
+    }
+
+
+def _flex(
+    sets: Sequence[AttentionInputs], lists: Sequence[BlockLists], shape: Shape, scale: float
+) -> tuple[Microseconds, Tensor]:
+    """FlexAttention over the same blocks: its time and its first output `[T, H, D]`.
+
+    Frames are padded to whole blocks, because its blocks are not aligned to frames.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    padded_frame = shape.k_blocks * shape.block_k
+
+    def padded(x: Tensor, block: int) -> Tensor:
+        frames = F.pad(x.unflatten(0, (-1, shape.frame_tokens)), (0, 0, 0, 0, 0, -shape.frame_tokens % block))
+        return frames.flatten(0, 1).transpose(0, 1).contiguous()[None]
+
+    def in_frame(b: Tensor, h: Tensor, q: Tensor, key: Tensor) -> Tensor:
+        return key % padded_frame < shape.frame_tokens
+
+    def block_mask(one: BlockLists) -> BlockMask:
+        entries = one.entries[..., : shape.resident]
+        valid = torch.arange(shape.resident, device=entries.device) < one.counts[..., None]
+        index = torch.where(valid, (entries >> 16) * shape.k_blocks + (entries & 0xFFFF), 0).int()[None]
+        counts, size = one.counts[None], {"BLOCK_SIZE": (shape.block_q, shape.block_k)}
+        if padded_frame == shape.frame_tokens:  # every block is full: nothing to mask inside
+            return BlockMask.from_kv_blocks(torch.zeros_like(counts), index, counts, index, **size)
+        return BlockMask.from_kv_blocks(counts, index, mask_mod=in_frame, **size)
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def work(s: AttentionInputs, one: BlockLists) -> Callable[[], Tensor]:
+        q, keys, values = (
+            padded(s.q, shape.block_q),
+            padded(s.keys, shape.block_k),
+            padded(s.values, shape.block_k),
+        )
+        mask = block_mask(one)
+        return lambda: compiled(q, keys, values, block_mask=mask, scale=scale)
+
+    works = [work(s, one) for s, one in zip(sets, lists, strict=True)]
+    output = works[0]()[0].transpose(0, 1).unflatten(0, (CHUNK_FRAMES, -1))[:, : shape.frame_tokens]
+    return microseconds(works), output.flatten(0, 1)
+
+
+def _error(out: Tensor, inputs: AttentionInputs, mask: Tensor, shape: Shape, scale: float) -> float:
+    """Relative L2 of head 0 against masked attention in float64."""
+
+    def blocks(tokens: int, block: int) -> Tensor:
+        token = torch.arange(tokens, device=out.device)
+        return (
+            token // shape.frame_tokens * -(-shape.frame_tokens // block)
+            + token % shape.frame_tokens // block
+        )
+
+    seen = mask[0][blocks(out.shape[0], shape.block_q)][:, blocks(inputs.keys.shape[0], shape.block_k)]
+    logits = inputs.q[:, 0].double() @ inputs.keys[:, 0].double().T * scale
+    want = logits.masked_fill_(~seen, -torch.inf).softmax(-1) @ inputs.values[:, 0].double()
+    return float((out[:, 0].double() - want).norm() / want.norm())
+
+
+class _Steps:
+    """*select* and *attend* of one call as work items, with buffers of their own."""
+
+    def __init__(
+        self, kernels: TorchKernels, shape: Shape, inputs: AttentionInputs, lists: BlockLists
+    ) -> None:
+        self._kernels, self._shape, self._inputs = kernels, shape, inputs
+        self.lists = lists
+        self.out = torch.empty_like(inputs.q)
+        self._scores = torch.empty(lists.entries.shape, device=lists.entries.device)
+        self._geometry = {
+            "frame_tokens": shape.frame_tokens,
+            "block_q": shape.block_q,
+            "block_k": shape.block_k,
+        }
+
+    def select(self, hsa: dict[str, int], keep_q20: tuple[int, ...]) -> Work:
+        c = self._inputs.chunk
+        return lambda: self._kernels.select(
+            c.q_mean,
+            c.k_mean,
+            c.past_kmean,
+            c.frame_slots,
+            c.chunk,
+            **self._geometry,
+            **hsa,
+            keep_q20=keep_q20,
+            out=self.lists,
+            scores=self._scores,
+        )
+
+    def attend(self) -> Work:
+        s = self._inputs
+        return lambda: self._kernels.attend(
+            s.q,
+            s.k,
+            s.v,
+            s.past_k,
+            s.past_v,
+            s.chunk.frame_slots,
+            self.lists,
+            **self._geometry,
+            scale=self._shape.head_dim**-0.5,
+            out=self.out,
+        )
+
+
+def measure(
+    kernels: TorchKernels,
+    shape: Shape,
+    hsa: dict[str, int],
+    sparsities: Sequence[float],
+    flex: Sequence[float],
+) -> list[dict[str, Any]]:
+    """One row for each sparsity of one shape; FlexAttention only for those in `flex`."""
+    scale = shape.head_dim**-0.5
+    sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
+    dense = dense_baselines(sets, scale)
+    best = min((time for time in dense.values() if isinstance(time, float)), default=float("nan"))
+    own_dense = microseconds(
+        [_Steps(kernels, shape, s, DensePolicy().select(s.chunk)).attend() for s in sets]
+    )
+
+    rows = []
+    for sparsity in sparsities:
+        keep = shape.keep_q20(sparsity)
+        policy = HSAPolicy(kernels, **hsa, keep_q20=keep)
+        steps = [_Steps(kernels, shape, s, policy.select(s.chunk)) for s in sets]
+        selects, attends = [step.select(hsa, keep) for step in steps], [step.attend() for step in steps]
+        select_us, attend_us = microseconds(selects), microseconds(attends)
+        total_us = microseconds([work for pair in zip(selects, attends, strict=True) for work in pair]) * 2
+        skipped = 1 - float(steps[0].lists.counts.float().mean()) / shape.resident
+
+        steps[0].out.fill_(float("nan"))
+        attends[0]()
+        mask = mask_from_lists(steps[0].lists, shape.k_blocks, shape.resident)
+        row: dict[str, Any] = {
+            "sparsity": round(skipped, 4),
+            "kept_blocks": float(steps[0].lists.counts.float().mean()),
+            "resident_blocks": shape.resident,
+            "dense_us": dense,
+            "best_dense_us": best,
+            "own_dense_us": own_dense,
+            "select_us": select_us,
+            "attend_us": attend_us,
+            "total_us": total_us,
+            "eta": best * (1 - skipped) / attend_us,
+            "eta_total": best * (1 - skipped) / total_us,
+            "speedup": best / total_us,
+            "attend_tflops": shape.dense_flops() * (1 - skipped) / attend_us / 1e6,
+            "error": _error(steps[0].out, sets[0], mask, shape, scale),
+        }
+        if sparsity in flex:
+            result = _attempt(lambda lists=[step.lists for step in steps]: _flex(sets, lists, shape, scale))
+            row["flex_us"] = result if isinstance(result, str) else result[0]
+            if not isinstance(result, str):
+                row["flex_error"] = _error(result[1], sets[0], mask, shape, scale)
+        rows.append(row)
+    return rows
+
+
+def measure_prepare(kernels: TorchKernels, shape: Shape) -> dict[str, Any]:
+    """Time of *prepare*, and the bytes it must move at least (each input read, each output written once)."""
+    tokens, width = CHUNK_FRAMES * shape.frame_tokens, shape.heads * shape.head_dim
+    works = []
+    for seed in range(BUFFER_SETS):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        qkv, bias, norm_q, norm_k = (
+            torch.randn(size, generator=generator, device="cuda").to(DTYPE)
+            for size in ((tokens, 3 * width), (3 * width,), (width,), (width,))
+        )
+        angle = torch.randn(tokens, shape.head_dim // 2, generator=generator, device="cuda")
+        arguments = (qkv, bias, norm_q, norm_k, angle.cos(), angle.sin())
+        options: dict[str, Any] = {"heads": shape.heads, "frame_tokens": shape.frame_tokens, "eps": 1e-6}
+        options |= {"block_q": shape.block_q, "block_k": shape.block_k}
+        out = kernels.qk_prepare(*arguments, **options)
+        works.append(lambda a=arguments, o=options, out=out: kernels.qk_prepare(*a, **o, out=out))
+    moved = 2 * tokens * 3 * width * DTYPE.itemsize
+    time = microseconds(works)
+    return {"prepare_us": time, "bytes": moved, "terabytes_per_second": moved / time / 1e6}
+
+
+# (K_TILE, V_TILE as a fraction of HEAD_DIM, warps, stages)
+CANDIDATES = [
+    (k_tile, split, warps, stages)
+    for k_tile in (32, 64, 128)
+    for split in (1, 2)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+]
+
+
+def sweep(shape: Shape, hsa: dict[str, int], sparsity: float) -> list[dict[str, Any]]:
+    """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU."""
+    sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
+    policy = HSAPolicy(TorchKernels(), **hsa, keep_q20=shape.keep_q20(sparsity))
+    lists = [policy.select(s.chunk) for s in sets]
+    rows = []
+    for k_tile, split, warps, stages in CANDIDATES:
+        if k_tile > shape.block_k:
+            continue
+
+        def adjust(
+            variant: Variant, tiles: tuple[int, int, int, int] = (k_tile, split, warps, stages)
+        ) -> Variant:
+            k, parts, num_warps, num_stages = tiles
+            constants = {
+                **variant.constants,
+                "K_TILE": k,
+                "V_TILE": shape.head_dim // parts,
+                "STAGES": num_stages,
+            }
+            return replace(variant, constants=constants, num_warps=num_warps)
+
+        kernels = TorchKernels(TritonLauncher(adjust))
+        works = [_Steps(kernels, shape, s, one).attend() for s, one in zip(sets, lists, strict=True)]
+        time = _attempt(lambda works=works: microseconds(works, repeats=10))
+        rows.append({"k_tile": k_tile, "v_parts": split, "warps": warps, "stages": stages, "attend_us": time})
+    return sorted(
+        rows, key=lambda row: row["attend_us"] if isinstance(row["attend_us"], float) else float("inf")
+    )
