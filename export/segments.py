@@ -13,7 +13,7 @@ import onnx_ir as ir
 from safetensors.numpy import save_file
 
 from plugins import contract, functions
-from runtime.manifest import Segments
+from runtime.bundle import Segments
 
 from .errors import ExportError
 from .partition import Partition, RepeatedSegment, merge_repeated, partition

@@ -19,6 +19,7 @@ from lightforcing_ref.checkpoint import (
 from lightforcing_ref.errors import CheckpointError
 from tests.lightforcing_ref.test_checkpoint import (
     DIT,
+    State,
     dit_state,
     legacy_torch,
     self_forcing,
