@@ -157,12 +157,12 @@ class FrameCache:
             first_recent: oldest visible frame that is no sink (the chunk's own first frame if there is none);
                 sinks with window positions sit just before it.
         """
+        sinks = sum(frame < self.sink_frames for frame in self.frames)
         keys, values, means = [], [], []
         for frame in frames:
             k, v, mean = self.frames[frame][layer]
             if self.sink_positions == "window" and frame < self.sink_frames:
-                shown = first_recent - self.sink_frames + frame
-                k, mean = (self._shift(x, shown - frame) for x in (k, mean))
+                k, mean = (self._shift(x, first_recent - sinks) for x in (k, mean))
             keys.append(k)
             values.append(v)
             means.append(mean)

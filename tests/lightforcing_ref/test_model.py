@@ -172,7 +172,7 @@ class RawKeyWindowCore:
         return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize(("window", "sink"), [(8, 1), (7, 2), (6, 3)])
+@pytest.mark.parametrize(("window", "sink"), [(8, 1), (7, 2), (6, 3), (9, 4)])
 def test_long_mode_equals_upstreams_raw_key_window_relative_form(window, sink):
     model = small_model()
     ours = rollout(model, spec(), window_frames=window, sink_frames=sink, sink_positions="window")
