@@ -39,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         "--transformer", choices=("teacher", "student", "rollout", "hsa"), help="default: the latest"
     )
     ship.add_argument("--to", type=Path, default=ASSETS)
+    adopt = commands.add_parser("adopt", help="begin a new run from shipped weights")
+    adopt.add_argument("--of", type=Path, default=ASSETS, help="folder that `ship` wrote")
     return parser
 
 
@@ -114,6 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             for path in ship(run, options.to, options.transformer):
                 console.print(f"{path} {path.stat().st_size / 2**20:.2f} MiB")
+        elif options.command == "adopt":
+            from .ship import adopt
+
+            console.print(f"{run.folder} starts with: {', '.join(adopt(run, options.of))}")
         else:
             for stage in STAGES if options.stage == "all" else (options.stage,):
                 _run(stage, config, run, options.minutes, console)

@@ -112,3 +112,7 @@ class Run:
     def weights(self, name: str) -> Path:
         """Averaged weights of a stage, written at every checkpoint."""
         return self.folder / name / "weights.safetensors"
+
+    def start(self, name: str) -> Path:
+        """Weights from elsewhere that a stage begins with; absent where it begins anew."""
+        return self.folder / name / "start.safetensors"

@@ -35,6 +35,9 @@ class ClipSet:
     def __init__(self, folder: Path) -> None:
         text = (folder / "clips.jsonl").read_text()
         self.clips = [_clip_from(json.loads(line)) for line in text.splitlines()]
+        scale = PatchPCA.load(folder / "pca.safetensors").scale
+        self.channel_weight = np.sqrt(scale) / np.sqrt(scale).mean()
+        """Loss weight of each latent channel: between whitened latents (1 each) and pixels (their variance)."""
         self.latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(len(self.clips), *_SHAPE))
 
     def __len__(self) -> int:

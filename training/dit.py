@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
-from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.model import Block, CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable
 
@@ -64,8 +65,11 @@ class _TransformerStage(Stage):
             captions,
         )
         self.module = CausalWanModel(preset.dit)
-        if start is not None:
+        if start is None:
+            start_at_identity(self.module)
+        else:
             self.module.load_state_dict(start)
+        self.channel_weight = torch.from_numpy(clips.channel_weight)[:, None, None, None]
         height, width = preset.latent_size()
         self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
 
@@ -90,10 +94,36 @@ class _TransformerStage(Stage):
             self.weight(clips, frames),
         )
 
+    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
+        """Squared error over the channels, `[B, 1, F, h, w]`."""
+        return ((found - wanted).square() * self.channel_weight).mean(1, keepdim=True)
+
     def weight(self, clips: list[Clip], frames: slice) -> Tensor:
         """Loss weight of each latent pixel, `[B, 1, F, h, w]`."""
         touched = torch.from_numpy(foreground(np.stack([clip.path for clip in clips]))[:, frames])
         return (1 + (self.weights.foreground - 1) * touched.float())[:, None]
+
+
+def start_at_identity(model: CausalWanModel) -> None:
+    """Let an untrained model's flow be its input, which at full noise is right but for the clip itself.
+
+    Blocks add nothing at first, and the head inverts the patch embedding.
+    """
+    with torch.no_grad():
+        embedding = model.patch_embedding.weight
+        dim, inputs = embedding.shape[0], embedding[0].numel()
+        torch.nn.init.orthogonal_(embedding.view(dim, inputs))
+        cast(Tensor, model.patch_embedding.bias).zero_()
+        # The head's layer norm scales the embedded latents, of unit variance in `inputs` of `dim` directions.
+        inverse = embedding.view(dim, -1, *model.config.patch).permute(2, 3, 4, 1, 0).reshape(inputs, dim)
+        model.head.head.weight.copy_(inverse * (inputs / dim) ** 0.5)
+        model.head.head.bias.zero_()
+        model.head.modulation.zero_()
+        for layer in model.blocks:
+            block = cast(Block, layer)
+            for output in (block.self_attn.o, block.cross_attn.o, cast(nn.Linear, block.ffn[2])):
+                output.weight.zero_()
+                output.bias.zero_()
 
 
 def per_frame(values: Tensor) -> Tensor:
@@ -126,10 +156,13 @@ class TeacherStage(_TransformerStage):
         t = 1000 * sigma.repeat_interleave(CHUNK_FRAMES, 1)
         flow = predict_flow(self.module, noisy, t, cross, core)
         weight = weight * (1 - per_frame(clean))
-        error = (flow - (noise - latents)).square().mean(1, keepdim=True)
+        error = self.error(flow, noise - latents)
         start = float((error[:, :, :CHUNK_FRAMES] * weight[:, :, :CHUNK_FRAMES]).sum().detach())
         start /= max(float(weight[:, :, :CHUNK_FRAMES].sum()), 1.0)
-        figures = {"first": float(first), "first_chunk": start}
+        plain = (
+            (flow.detach() - (noise - latents)).square().mean(1, keepdim=True) * weight
+        ).sum() / weight.sum()
+        figures = {"first": float(first), "first_chunk": start, "plain": float(plain)}
         return (error * weight).sum() / weight.sum(), figures
 
 
@@ -222,7 +255,7 @@ class StudentStage(_TransformerStage):
         cross = self.module.embed_text(self.captions([clip.caption for clip in clips]))
         flow = predict_flow(self.module, x, 1000 * sigma.repeat_interleave(CHUNK_FRAMES, 1), cross, core)
         weight = self.weight(clips, frames) * (1 - per_frame(clean))
-        error = (x - per_frame(sigma) * flow - x0).square().mean(1, keepdim=True)
+        error = self.error(x - per_frame(sigma) * flow, x0)
         return (error * weight).sum() / weight.sum(), {"first": float(first)}
 
 
@@ -255,6 +288,6 @@ class RolloutStage(_TransformerStage):
         core = window_core(self.module, forcing_layout(range(count)), self.grid, self.spec)
         flow = predict_flow(self.module, x, 1000 * t, self.module.embed_text(text), core)
         x0 = noisy - level * flow[:, :, count * CHUNK_FRAMES :]
-        error = (x0 - latents).square().mean(1, keepdim=True)
+        error = self.error(x0, latents)
         drift = (torch.cat(own, 2) - latents)[:, :, CHUNK_FRAMES:].square().mean()
         return (error * weight).sum() / weight.sum(), {"drift": float(drift)}

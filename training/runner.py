@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import StageConfig
 from .optim import MuonAdam
 
-__all__ = ["Stage", "progress_factor", "run_stage"]
+__all__ = ["Stage", "progress_factor", "run_stage", "save_tensors"]
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -138,7 +138,7 @@ def run_stage(
             "elapsed": elapsed(),
         }
         _write(state_file, lambda path: torch.save(content, path))
-        _write(folder / "weights.safetensors", lambda path: _save_tensors(average.values, path))
+        _write(folder / "weights.safetensors", lambda path: save_tensors(average.values, path))
 
     while step < config.steps and elapsed() < 60 * config.minutes:
         torch.manual_seed(hash((seed, step)) & 0x7FFFFFFF)
@@ -175,7 +175,8 @@ def run_stage(
     return step
 
 
-def _save_tensors(values: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(values: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as safetensors."""
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in values.items()}, path)

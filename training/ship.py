@@ -1,4 +1,4 @@
-"""Writes a run's weights as half-precision safetensors in the public checkpoints' layouts."""
+"""Ships a run's weights as half-precision safetensors in the public checkpoints' layouts, and starts runs from them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.text import umt5_keys
 
 from .config import Run
+from .latents import PatchPCA
+from .runner import save_tensors
 from .stages import PRESET, StageError, latest_transformer, load_weights
 from .text import CaptionEncoder
 
-__all__ = ["FILES", "ship"]
+__all__ = ["FILES", "adopt", "ship"]
 
 FILES = {
     "transformer": "dit.safetensors",
     "decoder": "vae.safetensors",
     "text": "text_encoder.safetensors",
     "tokenizer": "tokenizer.json",
+    "latents": "latents.safetensors",
 }
+"""The latents' basis serves training only; the decoder holds its inverse."""
 
 
 def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
@@ -29,8 +34,6 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     Raises:
         StageError: a stage has no weights yet, or holds values outside half precision's range.
     """
-    from safetensors.torch import save_file
-
     name = transformer or latest_transformer(run, ("hsa", "rollout", "student", "teacher"))
     for stage in (name, "decoder", "text"):
         if not run.weights(stage).exists():
@@ -48,10 +51,39 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     written = []
     for part, state in states.items():
         path = folder / FILES[part]
-        save_file({key: _half(key, value) for key, value in state.items()}, path, {"stage": name})
+        save_tensors({key: _half(key, value) for key, value in state.items()}, path)
         written.append(path)
     captions.tokenizer.save(str(folder / FILES["tokenizer"]))
-    return [*written, folder / FILES["tokenizer"]]
+    PatchPCA.load(run.pca).save(folder / FILES["latents"])
+    return [*written, folder / FILES["tokenizer"], folder / FILES["latents"]]
+
+
+def adopt(run: Run, folder: Path) -> list[str]:
+    """Let a new run start from shipped weights: text encoder and latents as they are, the rest to be trained on.
+
+    Returns:
+        the stages that now have something to start from.
+
+    Raises:
+        StageError: the run has begun already, or files are missing.
+    """
+    if run.folder.exists() and any(run.folder.iterdir()):
+        raise StageError(f"{run.folder} is not empty; give an unused folder with --run")
+    missing = [name for name in FILES.values() if not (folder / name).exists()]
+    if missing:
+        raise StageError(f"{folder} lacks {', '.join(missing)}; expected a folder that `ship` wrote")
+    PatchPCA.load(folder / FILES["latents"]).save(run.pca)
+    text = load_umt5_state(folder / FILES["text"], PRESET.text, dtype=torch.float32)
+    names = {key.name: f"encoder.{key.hf}" for key in umt5_keys(PRESET.text.layers)}
+    states = {
+        run.weights("text"): {names[key]: value for key, value in text.items()},
+        run.start("decoder"): load_vae_state(folder / FILES["decoder"], PRESET.vae, dtype=torch.float32),
+        run.start("teacher"): load_dit_state(folder / FILES["transformer"], PRESET.dit, dtype=torch.float32),
+    }
+    for path, state in states.items():
+        path.parent.mkdir(parents=True)
+        save_tensors(state, path)
+    return [path.parent.name for path in states]
 
 
 def _half(key: str, value: Tensor) -> Tensor:

@@ -72,10 +72,17 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
     if name == "text":
         return TextStage(settings, PRESET, config.seed)
     if name == "decoder":
-        return DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), PRESET.vae)
+        stage = DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), PRESET.vae)
+        if run.start(name).exists():
+            stage.module.load_state_dict(load_weights(run.start(name)))
+        return stage
     clips = ClipSet(_need(run.stage("latents"), "latents"))
     captions = CaptionEncoder.load(PRESET, _need(run.weights("text"), "text"))
-    start = load_weights(run.weights(latest_transformer(run, PREVIOUS[name]))) if name in PREVIOUS else None
+    start = None
+    if run.start(name).exists():
+        start = load_weights(run.start(name))
+    elif name in PREVIOUS:
+        start = load_weights(run.weights(latest_transformer(run, PREVIOUS[name])))
     common = (settings, config.loss, PRESET, clips, captions, start)
     if name == "teacher":
         return TeacherStage(*common)

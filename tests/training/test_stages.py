@@ -27,7 +27,7 @@ from training.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.forward import BatchRollout, predict_flow, window_core
 from training.optim import MuonAdam, orthogonalise
 from training.runner import Stage, progress_factor, run_stage
-from training.stages import PRESET, StageError, run
+from training.stages import PRESET, StageError, load_weights, run
 
 GRID = (8, 8)
 
@@ -225,7 +225,12 @@ def test_shipped_files_load_as_public_checkpoints(
     load_dit_state(tmp_path / "dit.safetensors", PRESET.dit)
     load_vae_state(tmp_path / "vae.safetensors", PRESET.vae)
     load_umt5_state(tmp_path / "text_encoder.safetensors", PRESET.text)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 8 * 2**20
+    again = Run(tmp_path / "again")
+    assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 0
+    assert set(load_weights(again.start("teacher"))) == set(load_weights(folder.weights("hsa")))
+    assert load_weights(again.weights("text")).keys() < load_weights(folder.weights("text")).keys()
+    assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 2
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.*")) < 8 * 2**20
 
 
 def test_a_stage_without_its_input_says_what_to_run(
