@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -32,6 +33,7 @@ from export.quantize import (
     save_quantized,
 )
 from export.quantize_errors import fake_quantized, latent_error, layer_errors
+from export.quantize_twin import float32_twin
 from export.targets import load_variant
 from export.trial import Trial, embed_prompts, read_prompts
 from export.weights import Weights
@@ -249,6 +251,29 @@ def test_conditioner_is_quantized_too(small: Small, tmp_path: Path) -> None:
     assert sorted({layer.kind for layer in report.layers}) == ["cross_attn.k", "cross_attn.v"]
     save_quantized(graph, tmp_path / "fp8.onnx", "fp8.weights")
     assert 1e-3 < worst(run(tmp_path / "fp8.onnx", {"text": text}), plain) < 0.06
+
+
+def test_bfloat16_graphs_run_as_their_float32_twin(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((24, 64)).astype(ml_dtypes.bfloat16)
+    graph = linear_graph(FFN, weight)
+    quantize_fp8(graph)
+    before = {name: value.const_value.numpy() for name, value in graph.graph.initializers.items()}
+    assert before[f"{FFN}.post"].dtype == ml_dtypes.bfloat16
+    float32_twin(graph)
+    save_quantized(graph, tmp_path / "twin.onnx", "twin.weights", alone=True)
+    twin = ir.load(tmp_path / "twin.onnx")
+    for name, value in twin.graph.initializers.items():
+        np.testing.assert_array_equal(
+            value.const_value.numpy().astype(np.float64), before[name].astype(np.float64)
+        )
+    # In fp32 from the same weights and scales: only the activations are rounded, to E4M3 of their token's range.
+    x = rng.standard_normal((4, 64)).astype(np.float32)
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(448)
+    rounded = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    wide = before[f"{FFN}.fp8"].astype(np.float32) * before[f"{FFN}.post"].astype(np.float32)[:, None]
+    assert relative(run(tmp_path / "twin.onnx", {"x": x})["y"], rounded @ wide.T) < 1e-6
+    assert relative(wide, weight.astype(np.float32)) < 0.04
 
 
 # ---- files and structure ----
