@@ -6,7 +6,7 @@ builder only: bundles keep the graph they were exported with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +17,28 @@ from .errors import ExportError
 __all__ = ["prepare_for_rtx"]
 
 _ROWWISE = frozenset(
-    "Abs Add Cast Clip Div Exp Gelu Identity LayerNormalization Max Min Mul Neg RMSNormalization Reciprocal Sigmoid "
-    "Sqrt Sub Tanh Where".split()
+    (
+        "Abs",
+        "Add",
+        "Cast",
+        "Clip",
+        "Div",
+        "Exp",
+        "Gelu",
+        "Identity",
+        "LayerNormalization",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "RMSNormalization",
+        "Reciprocal",
+        "Sigmoid",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Where",
+    )
 )
 """Operators that treat the rows of `[1, T, N]` as they treat those of `[T, N]`, with their default axis of -1."""
 
@@ -43,7 +63,8 @@ def prepare_for_rtx(model: ir.Model) -> None:
     - The unit batch dimension goes wherever operators work row by row. A matrix product of `[1, T, K]` with a
       transposed weight is otherwise built as a batched one, and an engine whose weights are inputs then transposes
       every weight in every run.
-    - Bias inputs `[N]` become `[1, N]`, the same bytes: each is otherwise copied by a launch of its own.
+    - Inputs and outputs `[1, T, N]` become `[T, N]` and bias inputs `[N]` become `[1, N]`, the same bytes: each is
+      otherwise copied by a launch of its own.
 
     Raises:
         ExportError: the graph holds operators of this project, which no engine of TensorRT-RTX can hold.
@@ -55,7 +76,7 @@ def prepare_for_rtx(model: ir.Model) -> None:
             f"({own[0].name!r}); it takes no plugins: cut the graph at them first (export.partition)"
         )
     _sink_uint8(model.graph)
-    _drop_batch(model)
+    _drop_batch(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _widen_biases(model.graph)
 
@@ -91,7 +112,9 @@ def _sink_uint8(graph: ir.Graph) -> None:
         chain[-1].replace_input_with(0, source)
         for layout in chain:
             layout.outputs[0].type = source.type
-        cast = ir.Node("", "Cast", [output], node.attributes.values(), num_outputs=1, name=f"{node.name}_last")
+        cast = ir.Node(
+            "", "Cast", [output], node.attributes.values(), num_outputs=1, name=f"{node.name}_last"
+        )
         cast.outputs[0].shape, cast.outputs[0].type = output.shape, ir.TensorType(ir.DataType.UINT8)
         graph.append(cast)
         graph.outputs[list(graph.outputs).index(output)] = cast.outputs[0]
@@ -127,14 +150,38 @@ class _Flattener:
         self.graph.insert_before(before, node)
         return out
 
+    def flatten_input(self, value: ir.Value) -> None:
+        """Declare the graph input `[1, T, N]` as `[T, N]`."""
+        dims, nodes = _static(value), [use.node for use in value.uses()]
+        assert dims is not None
+        value.shape = ir.Shape(dims[1:])
+        if nodes:
+            first = next(node for node in self.graph if node in nodes)
+            batched = self._reshape(value, dims, first, f"{value.name}_batch")
+            for use in list(value.uses()):
+                if use.node is not batched.producer():
+                    use.node.replace_input_with(use.idx, batched)
+            self.flat[batched] = value
+
     def operand(self, value: ir.Value | None, node: ir.Node) -> ir.Value | None:
         """`value` without its leading 1, if it has three dimensions."""
         dims = _static(value)
         if value is None or dims is None or len(dims) != _BATCHED:
             return value
         if value not in self.flat:
-            self.flat[value] = self._reshape(value, dims[1:], node, f"{value.name}_rows")
+            source = _source(value)
+            if _static(source) != dims[1:]:
+                source = self._reshape(source, dims[1:], node, f"{value.name}_rows")
+            self.flat[value] = source
         return self.flat[value]
+
+    def skip(self, node: ir.Node) -> None:
+        """Let what takes the only row of a batch away take the two-dimensional tensor instead."""
+        value, out = node.inputs[0], node.outputs[0]
+        if value in self.flat and _static(self.flat[value]) == _static(out) and not out.is_graph_output():
+            out.replace_all_uses_with(self.flat[value])
+        elif value in self.flat and node.op_type == "Reshape":
+            node.replace_input_with(0, self.flat[value])
 
     def rewrite(self, node: ir.Node, flattened: Sequence[int]) -> None:
         """Replace `node` by one whose inputs at the positions `flattened`, and whose output, are two-dimensional."""
@@ -142,11 +189,12 @@ class _Flattener:
         dims = _static(old)
         assert dims is not None
         inputs = [self.operand(v, node) if i in flattened else v for i, v in enumerate(node.inputs)]
+        attributes = [ir.AttrInt64("axis", -1) if a.name == "axis" else a for a in node.attributes.values()]
         new = ir.Node(
             node.domain,
             node.op_type,
             inputs,
-            node.attributes.values(),
+            attributes,
             num_outputs=1,
             version=node.version,
             name=f"{node.name}_rows",
@@ -167,10 +215,14 @@ def _last_axis(node: ir.Node) -> bool:
     return keeps == 1 and axes.const_value.numpy().tolist() in ([-1], [_BATCHED - 1])
 
 
+def _is_batch(dims: tuple[int, ...] | None) -> bool:
+    return dims is not None and len(dims) == _BATCHED and dims[0] == 1
+
+
 def _flattened_inputs(node: ir.Node) -> list[int] | None:
     """Positions of the inputs that lose their leading 1 if `node` can work on `[T, N]`; None if it cannot."""
     out = _static(node.outputs[0])
-    if node.domain or len(node.outputs) != 1 or out is None or len(out) != _BATCHED or out[0] != 1:
+    if node.domain or len(node.outputs) != 1 or not _is_batch(out):
         return None
     shapes = [_static(value) for value in node.inputs]
     if any(value is not None and dims is None for value, dims in zip(node.inputs, shapes, strict=True)):
@@ -179,7 +231,7 @@ def _flattened_inputs(node: ir.Node) -> list[int] | None:
         return None
     batched = [index for index, dims in enumerate(shapes) if dims and len(dims) == _BATCHED]
     axis = node.attributes.get("axis")
-    if node.op_type == "MatMul":
+    if node.op_type == "MatMul":  # the other operand is a weight
         return [0] if shapes[0] and shapes[1] and (len(shapes[0]), len(shapes[1])) == (_BATCHED, 2) else None
     if node.op_type in _SCALED:
         return [0] if shapes[1] == () else None
@@ -190,16 +242,48 @@ def _flattened_inputs(node: ir.Node) -> list[int] | None:
     return batched
 
 
-def _drop_batch(model: ir.Model) -> None:
-    graph = model.graph
+def _source(value: ir.Value) -> ir.Value:
+    """What `value` was reshaped from."""
+    node = value.producer()
+    while (
+        node is not None
+        and node.op_type in ("Reshape", "Unsqueeze", "Squeeze")
+        and node.inputs[0] is not None
+    ):
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _takes_only_row(node: ir.Node) -> bool:
+    """Whether `node` is `x[0]` or another way to write `[1, T, N]` as `[T, N]`, or reshapes it by absolute sizes."""
+    if node.op_type == "Gather":
+        axis, index = node.attributes.get("axis"), node.inputs[1]
+        dims, out = _static(node.inputs[0]), _static(node.outputs[0])
+        first = axis is None or axis.as_int() == 0
+        return first and dims is not None and dims[0] == 1 and dims[1:] == out and _static(index) == ()
+    if node.op_type == "Reshape":
+        shape = node.inputs[1].const_value if node.inputs[1] is not None else None
+        return shape is not None and 0 not in shape.numpy()
+    return node.op_type == "Squeeze"
+
+
+def _drop_batch(graph: ir.Graph) -> None:
     flattener = _Flattener(graph)
+    for value in graph.inputs:
+        if _is_batch(_static(value)):
+            flattener.flatten_input(value)
     for node in list(graph):
         positions = _flattened_inputs(node)
         if positions:
             flattener.rewrite(node, positions)
-    for node in list(graph):
-        if node.op_type == "LayerNormalization" and node.name and node.name.endswith("_rows"):
-            node.attributes["axis"] = ir.AttrInt64("axis", -1)
+        elif len(node.outputs) == 1 and _takes_only_row(node):
+            flattener.skip(node)
+    for value in list(graph.outputs):
+        flat = flattener.flat.get(value)
+        if flat is not None and not flat.is_graph_output() and not flat.is_graph_input():
+            graph.outputs[list(graph.outputs).index(value)] = flat
+            value.name, flat.name = f"{value.name}_batch", value.name
 
 
 def _widen_biases(graph: ir.Graph) -> None:
@@ -211,5 +295,5 @@ def _widen_biases(graph: ir.Graph) -> None:
 
 
 def _adds_rows(node: ir.Node, value: ir.Value) -> bool:
-    other: Callable[[ir.Value | None], bool] = lambda v: v is value or len(_static(v) or ()) == 2  # noqa: E731
-    return node.op_type in ("Add", "Mul") and len(_static(node.outputs[0]) or ()) == 2 and all(map(other, node.inputs))
+    ranks = [len(_static(other) or ()) for other in (*node.inputs, node.outputs[0]) if other is not value]
+    return node.op_type in ("Add", "Mul") and all(rank == 2 for rank in ranks)
