@@ -24,6 +24,8 @@ CONTRAST = 0.4
 """A pixel belongs to the object if it differs from the ground by this fraction of the object's contrast."""
 LEAST_CONTRAST = 36.0
 """Smallest colour difference (largest channel, 0..255) that an object has from the ground."""
+LEAST_OVERLAP = 0.6
+"""A region whose overlap with every template is smaller has no shape, so that smears and noise count as nothing."""
 ABSENT_PENALTY = 40.0
 """Distance in pixels charged for a frame in which the object is expected and not seen, or the reverse."""
 OBSERVED_FRAMES = 17
@@ -46,14 +48,19 @@ class Observation:
     overlap: float = 0.0
     """Intersection over union with the best template, 0..1."""
 
+    @property
+    def is_shape(self) -> bool:
+        """Whether the object is one of the shapes, and not just something that differs from the ground."""
+        return self.overlap >= LEAST_OVERLAP
+
 
 @dataclass(frozen=True)
 class Reading:
     """A whole clip: the majority over its frames, and the observed path.
 
     `path` `[n, 3]` is centre and radius of the equivalent circle in the observed frames, NaN where nothing is seen.
-    `shown` is the fraction of frames with an object, `steady` the fraction of those that agree with the majority on
-    colour and shape.
+    `shown` is the fraction of frames with something to see, `steady` the fraction of those in which it is a shape and
+    agrees with the majority on colour and shape. Where most frames show no shape, colour, shape and motion are None.
     """
 
     ground: str
@@ -122,7 +129,6 @@ def observe(frame: Frame) -> Observation:
         return Observation(name)
     contrast = float(np.median(difference[region]))
     region &= difference > CONTRAST * contrast
-    region = ndimage.binary_fill_holes(region)
     inside = ndimage.binary_erosion(region, iterations=2)
     colour = np.median(pixels[inside if inside.sum() >= 10 else region], axis=0)
     overlaps = {shape: _overlap(region, shape) for shape in SHAPES}
@@ -181,8 +187,11 @@ def read(frames: npt.NDArray[np.uint8], index: npt.NDArray[np.int64] | None = No
     observations = [observe(frames[i]) for i in index]
     size = frames.shape[1]
     shown = [found for found in observations if found.colour is not None]
-    colour = _majority([str(found.colour) for found in shown])
-    whole = [found for found in shown if not _touches_border(found, str(found.shape), size)] or shown
+    shapes = [found for found in shown if found.is_shape]
+    if 2 * len(shapes) < len(shown):
+        shapes = []
+    colour = _majority([str(found.colour) for found in shapes])
+    whole = [found for found in shapes if not _touches_border(found, str(found.shape), size)] or shapes
     shape = _majority([str(found.shape) for found in whole])
     ground = _majority([found.ground for found in observations])
     path = np.full((len(index), 3), np.nan)
@@ -198,7 +207,8 @@ def read(frames: npt.NDArray[np.uint8], index: npt.NDArray[np.int64] | None = No
         }
         motion = min(ideal, key=lambda variant: ideal[variant])
         error = ideal[motion]
-    steady = [found.colour == colour and found.shape == shape for found in whole]
+    inside = [found for found in shown if not _touches_border(found, str(found.shape), size)]
+    steady = [found.is_shape and found.colour == colour and found.shape == shape for found in inside]
     return Reading(
         str(ground),
         colour,

@@ -58,7 +58,7 @@ def chunk_frames(chunk: int) -> slice:
 
 def _is_right(frame: Frames, clip: Clip) -> bool:
     found = observe(frame)
-    return found.colour == clip.colour and found.shape == clip.shape
+    return found.is_shape and found.colour == clip.colour and found.shape == clip.shape
 
 
 def score(frames: Frames, clip: Clip, seed: int, dense: Frames | None = None) -> ClipScore:

@@ -48,6 +48,14 @@ def test_an_empty_frame_has_no_object() -> None:
     assert read(np.repeat(frame[None], 81, 0)).motion is None
 
 
+def test_noise_is_no_shape() -> None:
+    generator = np.random.default_rng(1)
+    noise = gaussian_filter(generator.normal(122, 60, (17, 128, 128, 3)), (0, 3, 3, 0))
+    frames = np.clip(122 + 6 * (noise - 122), 0, 255).astype(np.uint8)
+    found = read(frames)
+    assert found.shape is None and found.motion is None and found.steady == 0
+
+
 def test_scores_tell_right_from_wrong() -> None:
     clip = random_clip(np.random.default_rng(8), ["moves"], jitter=0)
     frames = clip.render()
