@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -123,7 +126,15 @@ def fake_quantize(model: CausalWanModel, activations: Activations, observe: Call
         raise InputError(
             f"calibration needs NVIDIA ModelOpt ({error}); install the `quantize` extra, or use dynamic activations"
         ) from error
-    mtq.quantize(model, modelopt_config(activations), lambda _: observe())
+    stdout = sys.stdout
+
+    def run(_: object) -> None:
+        with contextlib.redirect_stdout(stdout):
+            observe()
+
+    # ModelOpt prints how many quantizers it inserted.
+    with contextlib.redirect_stdout(io.StringIO()):
+        mtq.quantize(model, modelopt_config(activations), run)
 
 
 def calibrate(model: CausalWanModel, trial: Trial, *, weights: Mapping[str, str]) -> Calibration:

@@ -59,8 +59,8 @@ class LayerReport:
     Attributes:
         format: None = left as it was.
         shape: (out, in)
-        error: relative L2 error of its output in that format, or, where it was left out, in the format it was
-            judged in; None = not measured.
+        error: relative L2 error of its output in that format, or, where it was left out, in the best of the formats
+            that were tried; None = not measured.
     """
 
     name: str
@@ -158,23 +158,28 @@ def auto_formats(
         errors: from `layer_errors`, which must have measured the formats in question.
         same_in_all_layers: decide once for all linears of a kind, by the worst one: layers that share an engine
             must have the same structure. False decides each one by itself, which needs an engine per layer.
+
+    Raises:
+        InputError: a format in question was not measured.
     """
+
+    def within(name: str, format: Format) -> bool:
+        kind = is_block_linear(name)
+        judged = [other for other in errors if same_in_all_layers and is_block_linear(other) == kind] or [
+            name
+        ]
+        # A NaN is within nothing.
+        return all(errors[other][format] <= thresholds[format] for other in judged)
+
     chosen: dict[str, Format] = {}
-    worst: dict[tuple[str | None, Format], float] = {}
     for name, measured in errors.items():
-        for format, error in measured.items():
-            key = is_block_linear(name), format
-            worst[key] = max(worst.get(key, 0.0), error)
-    for name, measured in errors.items():
-        wanted = _wanted(name, precision)
-        for format in dict.fromkeys((wanted, *measured)):
-            # Falling back means to a finer format, never to a coarser one.
-            if format == "nvfp4" and wanted == "fp8":
-                continue
-            error = worst[is_block_linear(name), format] if same_in_all_layers else measured[format]
-            if error <= thresholds[format]:
-                chosen[name] = format
-                break
+        candidates: tuple[Format, ...] = ("nvfp4", "fp8") if _wanted(name, precision) == "nvfp4" else ("fp8",)
+        missing = [format for format in candidates if format not in measured]
+        if missing:
+            raise InputError(f"the error of {name} in {missing[0]} was not measured; give it to layer_errors")
+        format = next((format for format in candidates if within(name, format)), None)
+        if format is not None:
+            chosen[name] = format
     return chosen
 
 

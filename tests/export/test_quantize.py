@@ -366,11 +366,16 @@ def test_auto_falls_back_to_the_next_finer_format() -> None:
         "blocks.0.ffn.0": {"nvfp4": 0.1, "fp8": 0.03},
         "blocks.1.ffn.0": {"nvfp4": 0.6, "fp8": 0.03},
         "blocks.0.ffn.2": {"nvfp4": 0.6, "fp8": 0.2},
+        "blocks.1.ffn.2": {"nvfp4": 0.1, "fp8": float("nan")},
     }
     same = auto_formats(errors, "nvfp4")
     assert same == {"blocks.0.self_attn.o": "fp8", "blocks.0.ffn.0": "fp8", "blocks.1.ffn.0": "fp8"}
-    assert auto_formats(errors, "nvfp4", same_in_all_layers=False) == same | {"blocks.0.ffn.0": "nvfp4"}
-    assert "blocks.0.ffn.2" in auto_formats(errors, "fp8", thresholds={"fp8": 0.3})
+    each = auto_formats(errors, "nvfp4", same_in_all_layers=False)
+    assert each == same | {"blocks.0.ffn.0": "nvfp4", "blocks.1.ffn.2": "nvfp4"}
+    each = auto_formats(errors, "fp8", thresholds={"fp8": 0.3}, same_in_all_layers=False)
+    assert each == dict.fromkeys(list(errors)[:-1], "fp8")
+    with pytest.raises(InputError, match=r"the error of blocks.0.ffn.0 in nvfp4 was not measured"):
+        auto_formats({"blocks.0.ffn.0": {"fp8": 0.03}}, "nvfp4")
 
 
 def test_errors_are_measured_and_reported(small: Small) -> None:

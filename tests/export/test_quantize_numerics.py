@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -39,7 +41,7 @@ def test_rounding_is_that_of_ml_dtypes(values: list[float]) -> None:
 
 
 def test_ties_go_to_the_even_code() -> None:
-    ties = torch.tensor([(low + high) / 2 for low, high in zip(E2M1, E2M1[1:], strict=False)])
+    ties = torch.tensor([(low + high) / 2 for low, high in pairwise(E2M1)])
     assert to_e2m1(ties).tolist() == [0, 2, 2, 4, 4, 6, 6]
     assert to_e2m1(-ties).tolist() == [8, 10, 10, 12, 12, 14, 14]
 
