@@ -25,10 +25,10 @@ def microseconds(works: Sequence[Work], *, repeats: int = 20, target_us: float =
     are captured in one CUDA graph, long enough to hide the launch of the graph; work that cannot be captured is timed
     launch by launch.
     """
-    for work in works:
-        work()
-    torch.cuda.synchronize()
-    once = _events(lambda: [work() for work in works], 3) / len(works)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        once = _events(lambda: [work() for work in works], 3) / len(works)
     rounds = max(1, int(target_us / (once * len(works))))
 
     def everything() -> None:
@@ -38,13 +38,14 @@ def microseconds(works: Sequence[Work], *, repeats: int = 20, target_us: float =
 
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             everything()
         run: Work = graph.replay
     except RuntimeError:
         torch.cuda.synchronize()
         run = everything
-    return _events(run, repeats) / (rounds * len(works))
+    with torch.cuda.stream(side):
+        return _events(run, repeats) / (rounds * len(works))
 
 
 def _events(run: Work, repeats: int) -> float:

@@ -291,7 +291,7 @@ def cuda_core() -> Any:
         return core if hasattr(core, "launch") else import_module("cuda.core.experimental")
     except ImportError as error:
         raise EngineError(
-            "launching kernels needs the packages cuda-core and cuda-bindings; install the `cuda` extra"
+            "launching kernels needs the packages cuda-core and cuda-bindings; install the `gpu` extra"
         ) from error
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.attention_inputs import Shape
+from benchmarks.attention_quality import method_table
 from lightforcing_ref import attention as oracle
 from plugins.kernels.specs import KernelError, Problem
 from plugins.launch_torch import BlockLists, TorchKernels, empty_lists
@@ -371,7 +373,7 @@ def test_operator_on_random_shapes(seed: int) -> None:
         heads=int(rng.integers(1, 3)),
         head_dim=64,
         frame_tokens=int(rng.integers(33, 110)),
-        block_q=int(rng.choice([32, 64])),
+        block_q=64,
         block_k=int(rng.choice([64, 128])),
         chunk_frames=int(rng.integers(1, 4)),
         past=past,
@@ -435,6 +437,17 @@ def test_rope_sink_turns_the_temporal_pairs(dtype: torch.dtype) -> None:
         want = torch.view_as_real(complexes * torch.polar(torch.ones_like(turn), turn)).flatten(-2)
         assert relative(guarded.tensor[[3, 0]], want) < ROUNDING[source.dtype]
         assert guarded.tensor[[1, 2]].isnan().all()
+
+
+def test_method_table_ranks_what_it_selects() -> None:
+    shape = Shape(96, 4, 64, 64, heads=2, head_dim=64)
+    hsa = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
+    rows = method_table(shape, (8, 12), hsa, (0.5,), "cpu", seed=0)
+    assert [row["policy"] for row in rows] == ["window", "top-k", "hsa"]
+    for row in rows:
+        assert row["sparsity"] == 0.5
+        assert 0 < row["weight"] <= row["best_weight"] + 1e-6
+        assert 0 < row["error"] < 1
 
 
 def test_strided_tensors_are_refused() -> None:
