@@ -204,8 +204,7 @@ def quantize(
     layers = tuple(
         LayerReport(linear.name, linear.kind, formats.get(linear.name), linear.shape) for linear in linears
     )
-    rewrite_linears(model, formats, amax=amax)
-    after = kept + sum(_bytes(value) for value in lazy_initializers(model))
+    after = kept + sum(_bytes(value) for value in rewrite_linears(model, formats, amax=amax))
     return QuantReport("dynamic" if amax is None else "static", layers, before, after)
 
 

@@ -118,7 +118,7 @@ def find_linears(model: ir.Model) -> list[Linear]:
         if matmul is None:
             raise ExportError(
                 f"{value.name} is not used as one x @ weight.T (Transpose, then MatMul), which is what can be "
-                "quantized; name it in `skip`, or export the graph with the weight in [out, in] layout"
+                "quantized; export the graph with this project's exporter"
             )
         linears.append(Linear(match["name"], kind, matmul, value))
     order = {node: index for index, node in enumerate(model.graph)}
@@ -136,12 +136,12 @@ def _matmul_of(weight: ir.Value) -> ir.Node | None:
 
 
 def _torch(value: ir.Value) -> Tensor:
-    """An initializer as a tensor; shares memory where it can."""
+    """A copy of an initializer; what lies in a file is mapped read-only, which tensors cannot be."""
     assert value.const_value is not None
-    array = value.const_value.numpy()
+    array = np.array(value.const_value.numpy())
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _onnx_tensor(tensor: Tensor, name: str) -> ir.TensorProtocol:
@@ -173,6 +173,7 @@ class _Rewriter:
 
     def __init__(self, model: ir.Model, linear: Linear) -> None:
         self.graph, self.linear = model.graph, linear
+        self.weights: list[ir.Value] = []
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A small constant that all linears of the graph share."""
@@ -200,6 +201,7 @@ class _Rewriter:
         tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(value)
+        self.weights.append(value)
         return value
 
     def node(
@@ -312,9 +314,21 @@ class _Rewriter:
         graph.remove(linear.matmul, safe=True)
 
 
+def _check(linear: Linear, format: Format, amax: float | None) -> None:
+    if amax is not None and not 0 < amax < float("inf"):
+        raise ExportError(
+            f"the calibrated input range of {linear.name} is {amax:g}; expected a positive number; calibrate this "
+            "model again, or skip the layer"
+        )
+    if format == "nvfp4" and linear.shape[1] % FP4_BLOCK:
+        raise ExportError(
+            f"{linear.name} has {linear.shape[1]} inputs; NVFP4 needs a multiple of {FP4_BLOCK}; skip it"
+        )
+
+
 def rewrite_linears(
     model: ir.Model, formats: Mapping[str, Format], *, amax: Mapping[str, float] | None = None
-) -> None:
+) -> list[ir.Value]:
     """Replace linears by their quantized form, in place; their weights leave the graph.
 
     Args:
@@ -322,30 +336,29 @@ def rewrite_linears(
         amax: static range of each FP8 linear's input; None = a scale per token, computed in the graph. NVFP4 has one
             per token in any case: TensorRT derives block scales from the values at hand.
 
+    Returns:
+        the new weights and scales, which are computed when they are read.
+
     Raises:
         ExportError: as `find_linears`; or the static range of a linear is missing or not positive, or NVFP4 is asked
-            for where blocks of 16 do not fit.
+            for where blocks of 16 do not fit. The model is then unchanged.
     """
-    foldings = _Foldings()
+    plan: list[tuple[Linear, Format, float | None]] = []
     for linear in find_linears(model):
         format = formats.get(linear.name)
-        if format is None:
-            continue
-        limit = None if amax is None or format == "nvfp4" else amax.get(linear.name, 0.0)
-        if limit is not None and not 0 < limit < float("inf"):
-            raise ExportError(
-                f"the calibrated input range of {linear.name} is {limit:g}; expected a positive number; calibrate this "
-                "model again, or skip the layer"
-            )
+        if format is not None:
+            limit = None if amax is None or format == "nvfp4" else amax.get(linear.name, 0.0)
+            _check(linear, format, limit)
+            plan.append((linear, format, limit))
+    foldings, weights = _Foldings(), []
+    for linear, format, limit in plan:
         if format == "nvfp4":
-            if linear.shape[1] % FP4_BLOCK:
-                raise ExportError(
-                    f"{linear.name} has {linear.shape[1]} inputs; NVFP4 needs a multiple of {FP4_BLOCK}; skip it"
-                )
             model.graph.opset_imports.setdefault(_TRT_DOMAIN, 1)
-        folding = partial(foldings.of, linear, format, limit)
-        _Rewriter(model, linear).rewrite(format, limit, folding)
+        rewriter = _Rewriter(model, linear)
+        rewriter.rewrite(format, limit, partial(foldings.of, linear, format, limit))
+        weights += rewriter.weights
     passes.RemoveUnusedNodesPass()(model)
+    return weights
 
 
 def lazy_initializers(model: ir.Model) -> Iterator[ir.Value]:

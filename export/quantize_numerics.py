@@ -141,15 +141,18 @@ def dequantize_weight(folded: FoldedWeight) -> Tensor:
     return _from_blocks(folded.values, folded.block_scales)
 
 
-def fake_activation(x: Tensor, format: Format, *, amax: float | None = None) -> tuple[Tensor, Tensor]:
+def fake_activation(
+    x: Tensor, format: Format, *, amax: float | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Quantize activations `[..., K]` in float32: (quantized values, scale per token that undoes it, or 1).
 
     Args:
         amax: static range, for FP8 (its scale is then part of the weight's `post`); None = one scale per token.
+        dtype: the graph's type, in which a static scale is stored.
     """
     wide = x.float()
     if amax is not None:
-        return to_e4m3(wide * input_reciprocal(amax, torch.float32)).float(), torch.ones(())
+        return to_e4m3(wide * input_reciprocal(amax, dtype).float()).float(), torch.ones(())
     scale = (wide.abs().amax(-1, keepdim=True) / RANGE[format]).clamp_min(SMALLEST_SCALE)
     scaled = wide / scale
     if format == "fp8":
@@ -159,7 +162,7 @@ def fake_activation(x: Tensor, format: Format, *, amax: float | None = None) -> 
 
 def fake_linear(x: Tensor, folded: FoldedWeight, format: Format, *, amax: float | None = None) -> Tensor:
     """The quantized linear without its bias, `[..., K]` -> float32 `[..., N]`: what the graph computes."""
-    quantized, scale = fake_activation(x, format, amax=amax)
+    quantized, scale = fake_activation(x, format, amax=amax, dtype=folded.post.dtype)
     return quantized @ dequantize_weight(folded).T * scale * folded.post.float()
 
 
