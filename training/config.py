@@ -75,6 +75,8 @@ class TrainingConfig(_Model):
     schema_version: Literal[1]
     seed: int
     threads: int = Field(ge=1)
+    device: str = "cpu"
+    """A PyTorch device: cpu, cuda, cuda:1."""
     data: DataConfig
     loss: LossConfig
     text: StageConfig

@@ -17,6 +17,7 @@ from lightforcing_ref.vae import CausalConv3d, VAEConfig, VAEDecoder
 
 from .config import DataConfig, StageConfig
 from .data import FRAMES, SIZE, random_clip
+from .device import tensor
 from .latents import STRIDE, PatchPCA
 from .runner import Stage
 
@@ -84,9 +85,9 @@ class DecoderStage(Stage):
             for centre, off in zip((x, y), wander, strict=True)
         )
         part = frames[:, row * STRIDE : (row + side) * STRIDE, column * STRIDE : (column + side) * STRIDE]
-        latents = torch.from_numpy(self.pca.encode(part))
-        pixels = torch.from_numpy(part.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
-        ground = torch.from_numpy(frames[0, 0, 0].astype(np.float32) / 127.5 - 1)
+        latents = tensor(self.pca.encode(part))
+        pixels = tensor(part.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        ground = tensor(frames[0, 0, 0].astype(np.float32) / 127.5 - 1)
         is_object = ((pixels - ground[:, None, None]).abs().amax(1, keepdim=True) > 0.1).float()
         return latents, pixels, is_object
 

@@ -20,6 +20,7 @@ from .attention import causal_layout, forcing_layout
 from .config import LossConfig, StageConfig
 from .data import Clip
 from .dataset import LATENT_FRAMES, ClipSet, foreground
+from .device import tensor
 from .forward import BatchRollout, euler_sigmas, predict_flow, window_core
 from .runner import Stage
 from .text import CaptionEncoder
@@ -69,7 +70,7 @@ class _TransformerStage(Stage):
             start_at_identity(self.module)
         else:
             self.module.load_state_dict(start)
-        self.channel_weight = torch.from_numpy(clips.channel_weight)[:, None, None, None]
+        self.channel_weight = tensor(clips.channel_weight)[:, None, None, None]
         height, width = preset.latent_size()
         self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
 
@@ -85,9 +86,7 @@ class _TransformerStage(Stage):
         chosen = generator.integers(len(self.clips), size=self.config.batch)
         frames = slice(first * CHUNK_FRAMES, (first + count) * CHUNK_FRAMES)
         clips = [self.clips.clips[index] for index in chosen]
-        latents = torch.from_numpy(
-            np.stack([self.clips.latents[i][frames] for i in chosen]).astype(np.float32)
-        )
+        latents = tensor(np.stack([self.clips.latents[i][frames] for i in chosen]).astype(np.float32))
         return (
             latents.transpose(1, 2),
             self.captions([clip.caption for clip in clips]),
@@ -100,7 +99,7 @@ class _TransformerStage(Stage):
 
     def weight(self, clips: list[Clip], frames: slice) -> Tensor:
         """Loss weight of each latent pixel, `[B, 1, F, h, w]`."""
-        touched = torch.from_numpy(foreground(np.stack([clip.path for clip in clips]))[:, frames])
+        touched = tensor(foreground(np.stack([clip.path for clip in clips]))[:, frames])
         return (1 + (self.weights.foreground - 1) * touched.float())[:, None]
 
 
@@ -139,9 +138,9 @@ class TeacherStage(_TransformerStage):
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         first, count = self.window(generator)
         latents, text, weight = self.batch(generator, first, count)
-        uniform = torch.from_numpy(generator.random((len(latents), count)))
+        uniform = tensor(generator.random((len(latents), count)))
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        clean = torch.from_numpy(generator.random((len(latents), count)) < self.weights.clean_context)
+        clean = tensor(generator.random((len(latents), count)) < self.weights.clean_context)
         clean[:, -1] = False
         clean[:, 0] |= (
             first > 0
@@ -200,7 +199,7 @@ def build_pairs(
         part = folder / f"part-{start}-{batch}.npz"
         parts.append(part)
         if not part.exists():
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + start)
             rows = [index % len(stage.clips) for index in range(start, min(start + batch, count))]
             text = stage.captions([stage.clips.clips[row].caption for row in rows])
             rollout = BatchRollout(stage.module, text, stage.grid)
@@ -208,11 +207,13 @@ def build_pairs(
             for _ in range(CLIP_CHUNKS):
                 shape = (len(rows), stage.preset.dit.channels, CHUNK_FRAMES, height, width)
                 x0, states = rollout.euler(
-                    torch.randn(shape, generator=generator), euler_sigmas(euler_steps), levels[:-1]
+                    torch.randn(shape, generator=generator, device="cpu").to(text.device),
+                    euler_sigmas(euler_steps),
+                    levels[:-1],
                 )
                 rollout.commit(x0)
                 chunks.append(torch.stack([*states, x0], dim=1))
-            clips = torch.cat(chunks, dim=3).transpose(2, 3).half().numpy()
+            clips = torch.cat(chunks, dim=3).transpose(2, 3).half().cpu().numpy()
             partial = part.with_name(f"partial-{part.name}")
             np.savez(partial, states=clips, rows=np.array(rows))
             partial.replace(part)
@@ -236,14 +237,12 @@ class StudentStage(_TransformerStage):
         chosen = generator.integers(len(self.pairs.rows), size=self.config.batch)
         clips = [self.clips.clips[int(self.pairs.rows[index])] for index in chosen]
         frames = slice(first * CHUNK_FRAMES, (first + count) * CHUNK_FRAMES)
-        states = torch.from_numpy(
-            np.stack([self.pairs.states[i][:, frames] for i in chosen]).astype(np.float32)
-        )
+        states = tensor(np.stack([self.pairs.states[i][:, frames] for i in chosen]).astype(np.float32))
         states = states.transpose(2, 3)
         x0 = states[:, -1]
         schedule = FlowSchedule.warped()
-        steps = torch.from_numpy(generator.integers(schedule.denoise_steps, size=(len(chosen), count)))
-        clean = torch.from_numpy(generator.random((len(chosen), count)) < self.weights.clean_context)
+        steps = tensor(generator.integers(schedule.denoise_steps, size=(len(chosen), count)))
+        clean = tensor(generator.random((len(chosen), count)) < self.weights.clean_context)
         clean[:, -1] = False
         clean[:, 0] |= first > 0
         steps = torch.where(clean, schedule.clean_step, steps)
@@ -279,7 +278,7 @@ class RolloutStage(_TransformerStage):
             rollout.commit(own[-1])
             own.append(rollout.few_steps(lambda: torch.randn_like(own[0])))
         schedule = FlowSchedule.warped()
-        steps = torch.from_numpy(generator.integers(schedule.denoise_steps, size=(len(latents), count)))
+        steps = tensor(generator.integers(schedule.denoise_steps, size=(len(latents), count)))
         sigma = torch.tensor(schedule.sigmas)[steps]
         level = per_frame(sigma)
         noisy = (1 - level) * latents + level * torch.randn_like(latents)

@@ -118,7 +118,9 @@ def run_stage(
     step, before = 0, 0.0
     state_file = folder / "state.pt"
     if state_file.exists():
-        state: dict[str, Any] = torch.load(state_file, weights_only=True)
+        state: dict[str, Any] = torch.load(
+            state_file, weights_only=True, map_location=torch.get_default_device()
+        )
         stage.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average.values = state["average"]

@@ -11,9 +11,10 @@ from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_va
 from lightforcing_ref.text import umt5_keys
 
 from .config import Run
+from .device import load_weights
 from .latents import PatchPCA
 from .runner import save_tensors
-from .stages import PRESET, StageError, latest_transformer, load_weights
+from .stages import PRESET, StageError, latest_transformer
 from .text import CaptionEncoder
 
 __all__ = ["FILES", "adopt", "ship"]

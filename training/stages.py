@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.sparsity import SparsityTable
@@ -15,6 +14,7 @@ from lightforcing_ref.sparsity import SparsityTable
 from .config import Run, StageConfig, StageName, TrainingConfig
 from .dataset import ClipSet, build_latents
 from .decoder import DecoderStage
+from .device import load_weights
 from .dit import (
     SPARSITY_BASE,
     SPARSITY_TARGET,
@@ -48,13 +48,6 @@ def _need(path: Path, stage: str) -> Path:
     if not path.exists():
         raise StageError(f"{path} does not exist; run `python -m training run --stage {stage}` first")
     return path
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A stage's averaged weights."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def latest_transformer(run: Run, candidates: tuple[str, ...]) -> str:
@@ -116,6 +109,8 @@ def run(
         StageError: an earlier stage's result is missing.
     """
     torch.set_num_threads(config.threads)
+    if config.device != "cpu":
+        torch.set_default_device(config.device)
     if name == "latents":
         build_latents(config, folder, report)
     elif name == "pairs":

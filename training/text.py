@@ -27,6 +27,7 @@ from lightforcing_ref.text import (
 
 from .config import StageConfig
 from .data import COLOURS, GROUNDS, KINDS, MOTIONS, SHAPES, Clip, random_clip
+from .device import load_weights
 from .runner import Stage
 
 __all__ = ["FIELDS", "CaptionEncoder", "TextStage", "fields_of"]
@@ -96,9 +97,7 @@ class CaptionEncoder:
     @classmethod
     def load(cls, preset: Preset, path: Path) -> CaptionEncoder:
         """From the text stage's weights file."""
-        from safetensors.torch import load_file
-
-        return cls(preset, load_file(path))
+        return cls(preset, load_weights(path))
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -23,11 +23,12 @@ from training.cli import main
 from training.config import CONFIGS, Run, StageConfig, TrainingConfig
 from training.dataset import ClipSet, build_latents
 from training.decoder import use_planar_convolutions
+from training.device import load_weights
 from training.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.forward import BatchRollout, predict_flow, window_core
 from training.optim import MuonAdam, orthogonalise
 from training.runner import Stage, progress_factor, run_stage
-from training.stages import PRESET, StageError, load_weights, run
+from training.stages import PRESET, StageError, run
 
 GRID = (8, 8)
 
