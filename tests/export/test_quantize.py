@@ -35,7 +35,7 @@ from export.quantize import (
 from export.quantize_errors import fake_quantized, latent_error, layer_errors
 from export.quantize_twin import float32_twin
 from export.targets import load_variant
-from export.trial import Trial, embed_prompts, read_prompts
+from export.trial import Trial
 from export.weights import Weights
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.config import PRESETS
@@ -122,13 +122,27 @@ def linear_graph(name: str, weight: np.ndarray, *, rows: int = 4, transposed: bo
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11))
 
 
-def run(path: Path, feed: Feed) -> dict[str, np.ndarray]:
+def session(model: Path | ir.Model) -> ort.InferenceSession:
     options = ort.SessionOptions()
     for key, value in ORT_SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    wanted = {value.name: feed[value.name] for value in session.get_inputs()}
-    return dict(zip((v.name for v in session.get_outputs()), session.run(None, wanted), strict=True))
+    source = model if isinstance(model, Path) else ir.to_proto(memory(model)).SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def memory(model: ir.Model) -> ir.Model:
+    """The model with its weights read from their files."""
+    for value in model.graph.initializers.values():
+        value.const_value = ir.tensor(
+            value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name
+        )
+    return model
+
+
+def run(path: Path, feed: Feed) -> dict[str, np.ndarray]:
+    runner = session(path)
+    wanted = {value.name: feed[value.name] for value in runner.get_inputs()}
+    return dict(zip((v.name for v in runner.get_outputs()), runner.run(None, wanted), strict=True))
 
 
 def run_torch(small: Small, model: CausalWanModel, feed: Feed) -> dict[str, np.ndarray]:
@@ -328,6 +342,30 @@ def test_quantized_layers_still_share_one_engine(small: Small, static: bool) -> 
     assert len(scales) == 3 * len(STEP_KINDS)
     assert all(scale.is_initializer() and scale.const_value.numpy() == 1 for scale in scales)
 
+    # The shared layer, fed the second layer's weights, computes what the second segment does with them inside.
+    rng = np.random.default_rng(0)
+    own, outer = cut.segments[2].model, [value.name for value in layer.model.graph.inputs]
+    feed = {
+        value.name: rng.standard_normal(value.shape.numpy()).astype(np.float32)
+        for value in own.graph.inputs
+        if value.dtype == ir.DataType.FLOAT
+    } | {"step": np.array(2, np.int32)}
+    weights = {name: graph.graph.initializers[name].const_value for name in layer.bindings[1]}
+    inside = session(own).run(None, {value.name: feed[value.name] for value in own.graph.inputs})
+    shared = dict(zip(layer.inputs, (feed[name] for name in layer.activations[1][0]), strict=True))
+    given = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in shared.items()}
+    given |= {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            tensor.numpy().view(np.uint8 if tensor.dtype.itemsize == 1 else np.float32), int(tensor.dtype)
+        )
+        for name, tensor in zip(layer.weights, weights.values(), strict=True)
+    }
+    assert set(given) == set(outer)
+    outside = session(layer.model).run_with_ort_values(None, given)
+    assert len(inside) == len(outside) > 0
+    for ours, theirs in zip(outside, inside, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-5)
+
 
 def test_weights_are_computed_only_when_written(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     import export.quantize_graph as module
@@ -446,39 +484,3 @@ def test_what_cannot_be_quantized_is_named(small: Small) -> None:
 def test_graphs_that_do_not_fit_are_refused(graph: ir.Model, precision: str, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         quantize(graph, choose_formats(["blocks.0.ffn.0"], precision))
-
-
-def test_calibrations_belong_to_one_model(
-    calibrated: tuple[Calibration, CausalWanModel], tmp_path: Path
-) -> None:
-    calibration = calibrated[0]
-    calibration.require("tiny", {"checkpoint": "random:3"})
-    with pytest.raises(InputError, match="made with checkpoint random:3, this build has random:4"):
-        calibration.require("tiny", {"checkpoint": "random:4"})
-    with pytest.raises(InputError, match="made with lora none, this build has abc"):
-        calibration.require("tiny", {"checkpoint": "random:3", "lora": "abc"})
-    document = calibration.model_dump()
-    for change, message in (
-        ({"amax": {"blocks.0.ffn.0": -1.0}}, "amax.blocks.0.ffn.0: Input should be greater than 0"),
-        ({"extra": 1}, "extra: Extra inputs are not permitted"),
-        ({"schema_version": 2}, "schema_version: Input should be 1"),
-    ):
-        (tmp_path / "broken.json").write_text(json.dumps(document | change))
-        with pytest.raises(InputError, match=message):
-            load_calibration(tmp_path / "broken.json")
-    with pytest.raises(InputError, match="cannot read the calibration"):
-        load_calibration(tmp_path / "missing.json")
-
-
-def test_prompts_come_from_a_text_file(small: Small, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("# animals\na red fox\n\n  a heron takes off \n")
-    assert read_prompts(path) == ["a red fox", "a heron takes off"]
-    dit = replace(small.weights.preset.dit, text_len=32)
-    weights = Weights(replace(small.weights.preset, dit=dit), seed=0)
-    embeddings = embed_prompts(weights, read_prompts(path))
-    assert [tuple(e.shape) for e in embeddings] == [(32, 64)] * 2
-    assert embeddings[0][10:].eq(0).all() and embeddings[0][:10].ne(0).any(1).all()
-    path.write_text("# nothing\n")
-    with pytest.raises(InputError, match="holds no prompt"):
-        read_prompts(path)
