@@ -11,13 +11,13 @@ TensorRT-RTX.
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
+import pydantic_core
 
 from .errors import InputError
 from .quantize_errors import LatentError
@@ -110,9 +110,9 @@ class QuantReport:
         return replace(self, layers=tuple(layers), latent_error=latent_error)
 
     def to_json(self) -> str:
-        """The report as a JSON document."""
+        """The report as a JSON document; errors that are not numbers are null."""
         document = {"schema_version": 1, **asdict(self), "products": self.products, "skipped": self.skipped}
-        return json.dumps(document, indent=1) + "\n"
+        return pydantic_core.to_json(document, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
 def linear_names(model: ir.Model) -> list[str]:
