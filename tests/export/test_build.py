@@ -110,7 +110,9 @@ def components(folder: Path) -> set[str]:
 
 
 def test_an_interrupted_build_leaves_nothing_that_loads_and_resumes(tmp_path):
-    process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while "text encoder" not in components(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -123,7 +125,9 @@ def test_an_interrupted_build_leaves_nothing_that_loads_and_resumes(tmp_path):
         load_bundle(tmp_path / ".b.partial")
 
     partial = tmp_path / ".b.partial"
-    finished = {path.name: path.stat().st_mtime_ns for path in partial.iterdir() if "text_encoder" in path.name}
+    finished = {
+        path.name: path.stat().st_mtime_ns for path in partial.iterdir() if "text_encoder" in path.name
+    }
     assert finished
     subprocess.run(command(tmp_path), check=True, stdout=subprocess.DEVNULL)
     bundle = tmp_path / "b"
@@ -192,7 +196,10 @@ def test_two_builds_of_one_bundle_at_once_are_refused(tmp_path):
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("do not lose")
-    with pytest.raises(BuildError, match="is no result of an earlier build"), open_workspace(tmp_path, "b", "key"):
+    with (
+        pytest.raises(BuildError, match="is no result of an earlier build"),
+        open_workspace(tmp_path, "b", "key"),
+    ):
         pass
     assert (tmp_path / "b" / "thesis.txt").read_text() == "do not lose"
 

@@ -33,7 +33,9 @@ def test_every_graph_of_a_short_bundle_agrees(tiny_bundle, tmp_path):
     assert passed, rows
     assert rows["step", "step"]["runs"] == 20
     assert {("step", f"step_chunk{chunk}") for chunk in range(5)} <= set(rows)
-    assert rows["rollout", "5 chunks"]["largest"] <= 2  # pixel levels, after 20 forwards on one another's results
+    assert (
+        rows["rollout", "5 chunks"]["largest"] <= 2
+    )  # pixel levels, after 20 forwards on one another's results
 
 
 def test_a_long_bundle_agrees_while_its_window_slides(tiny_long_bundle, tmp_path):
