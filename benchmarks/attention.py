@@ -128,7 +128,8 @@ def _summary(kind: str, result: dict[str, Any]) -> str:
         columns = ["frame_tokens", "block", "policy", "sparsity", "error", "weight", "best_weight"]
         return _table(columns, ([row[key] for key in columns] for row in rows))
     if kind == "sweep":
-        columns = ["frame_tokens", "block", "k_tile", "v_parts", "warps", "stages", "attend_us"]
+        columns = ["frame_tokens", "block", "k_tile", "v_parts", "warps", "stages", "hold_q", "max_registers"]
+        columns.append("attend_us")
         ran = (row for row in rows if isinstance(row["attend_us"], float))
         return _table(columns, ([row[key] for key in columns] for row in ran))
     columns = ["tokens", "block", "window", "s", "dense", "own dense", "flex", "select", "attend", "both"]

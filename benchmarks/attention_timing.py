@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -245,42 +245,58 @@ def measure_prepare(kernels: TorchKernels, shape: Shape) -> dict[str, Any]:
     return {"prepare_us": time, "bytes": moved, "terabytes_per_second": moved / time / 1e6}
 
 
-# (K_TILE, V_TILE as a fraction of HEAD_DIM, warps, stages)
+@dataclass(frozen=True)
+class Tiles:
+    """One way to run *attend*; 128 registers let two thread blocks of eight warps share a multiprocessor."""
+
+    k_tile: int
+    v_parts: int
+    warps: int
+    stages: int
+    hold_q: bool
+    max_registers: int | None
+
+
 CANDIDATES = [
-    (k_tile, split, warps, stages)
+    Tiles(k_tile, v_parts, warps, stages, hold_q, max_registers)
     for k_tile in (32, 64, 128)
-    for split in (1, 2)
+    for v_parts in (1, 2)
     for warps in (4, 8)
-    for stages in (2, 3, 4)
+    for stages in (2, 3)
+    for hold_q in (False, True)
+    for max_registers in ((None, 128) if warps == 8 else (None,))
 ]
 
 
 def sweep(shape: Shape, hsa: dict[str, int], sparsity: float) -> list[dict[str, Any]]:
-    """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU."""
+    """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU.
+
+    Candidates that cannot work (too much shared memory, say) have the reason in place of the time.
+    """
     sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
     policy = HSAPolicy(TorchKernels(), **hsa, keep_q20=shape.keep_q20(sparsity))
     lists = [policy.select(s.chunk) for s in sets]
     rows = []
-    for k_tile, split, warps, stages in CANDIDATES:
-        if k_tile > shape.block_k:
+    for tiles in CANDIDATES:
+        if tiles.k_tile > shape.block_k:
             continue
 
-        def adjust(
-            variant: Variant, tiles: tuple[int, int, int, int] = (k_tile, split, warps, stages)
-        ) -> Variant:
-            k, parts, num_warps, num_stages = tiles
+        def adjust(variant: Variant, tiles: Tiles = tiles) -> Variant:
             constants = {
                 **variant.constants,
-                "K_TILE": k,
-                "V_TILE": shape.head_dim // parts,
-                "STAGES": num_stages,
+                "K_TILE": tiles.k_tile,
+                "V_TILE": shape.head_dim // tiles.v_parts,
+                "STAGES": tiles.stages,
+                "HOLD_Q": tiles.hold_q,
             }
-            return replace(variant, constants=constants, num_warps=num_warps)
+            return replace(
+                variant, constants=constants, num_warps=tiles.warps, max_registers=tiles.max_registers
+            )
 
         kernels = TorchKernels(TritonLauncher(adjust))
         works = [_Steps(kernels, shape, s, one).attend() for s, one in zip(sets, lists, strict=True)]
         time = _attempt(lambda works=works: microseconds(works, repeats=10))
-        rows.append({"k_tile": k_tile, "v_parts": split, "warps": warps, "stages": stages, "attend_us": time})
+        rows.append({**asdict(tiles), "attend_us": time})
     return sorted(
         rows, key=lambda row: row["attend_us"] if isinstance(row["attend_us"], float) else float("inf")
     )

@@ -135,15 +135,17 @@ def _compile(variant: specs.Variant, arch: int) -> _Entry:
         constexprs=dict(variant.constants),
         attrs=aligned,
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "maxnreg": variant.max_registers,
+        "ptx_version": _PTX_VERSION,
+        "enable_fp_fusion": True,
+    }
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with redirect_stdout(log):
-        compiled = triton.compile(
-            source,
-            target=GPUTarget("cuda", arch, 32),
-            options={**options, "ptx_version": _PTX_VERSION, "enable_fp_fusion": True},
-        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _PTXAS_REGISTERS.search(log.getvalue()), _PTXAS_STACK.search(log.getvalue())
     target = _TARGET.search(compiled.asm["ptx"])
     if not (registers and stack and target):

@@ -83,6 +83,7 @@ class TritonLauncher:
                 **constants,
                 num_warps=variant.num_warps,
                 num_stages=variant.num_stages,
+                maxnreg=variant.max_registers,
             )
 
 

@@ -71,6 +71,7 @@ def attend(
     V_TILE: tl.constexpr,
     FRAMES: tl.constexpr,
     EVEN: tl.constexpr,
+    HOLD_Q: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -79,6 +80,7 @@ def attend(
     `Q_TILE` is the query block. A key block of 1, 2 or 4 times `K_TILE` tokens is walked in steps of `K_TILE`.
     `EVEN`: blocks divide the frame, so nothing needs a mask. `V_TILE` is `HEAD_DIM`, or half of it where warps
     would otherwise be laid across the columns of the output instead of its rows (64 query rows on mma.sync).
+    `HOLD_Q` keeps the query tile in registers rather than in shared memory, which wgmma would read again at every step.
     """
     query_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -91,6 +93,11 @@ def attend(
     query_inside = query < frame_tokens
     query_base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
     q_tile = _load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
+    to_log2 = scale * 1.4426950408889634
+    if HOLD_Q:
+        # A tile that is loaded and used as it is goes to shared memory; one that was computed stays in registers.
+        q_tile = (q_tile.to(tl.float32) * 0.5).to(q.dtype.element_ty)
+        to_log2 *= 2.0
     if INTERPRET:  # the interpreter's bfloat16 matrix product is wrong
         q_tile = q_tile.to(tl.float32)
 
@@ -102,7 +109,6 @@ def attend(
     key = tl.arange(0, K_TILE)
     key_offset = key[:, None] * stride + column[None, :]
     value_offset = key[:, None] * stride + value_column[None, :]
-    to_log2 = scale * 1.4426950408889634
 
     best = tl.full([Q_TILE], float("-inf"), tl.float32)
     norm = tl.zeros([Q_TILE], tl.float32)

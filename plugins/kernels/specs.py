@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import PluginError
 
@@ -124,6 +124,7 @@ class Variant:
     serves: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     num_stages: int = 2
+    max_registers: int | None = None
 
     def fits(self, problem: Problem) -> bool:
         """Whether this variant serves `problem`."""
@@ -254,24 +255,32 @@ def _arguments(kernel: str, dtype: str) -> tuple[Argument, ...]:
     return (*pointers, *values)
 
 
-def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> tuple[int, int, int, int]:
-    """(K_TILE, V_TILE, num_warps, stages) of attend.
+class _Tiles(NamedTuple):
+    """Tuning of attend. Chosen from registers, shared memory and the generated code, not from timings."""
 
-    Chosen from registers, shared memory and the generated layouts, not from timings: see docs/kernels.md.
-    """
+    k_tile: int
+    v_tile: int
+    warps: int
+    stages: int
+    hold_q: bool = False
+
+
+def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> _Tiles:
     wgmma = arch in (90, 100)
     if block_q == 32:
-        return (32, head_dim, 4, 3) if wgmma else (32, head_dim // 2, 2, 2)
+        return _Tiles(32, head_dim, 4, 3) if wgmma else _Tiles(32, head_dim // 2, 2, 2)
     warps = block_q // 16
     if wgmma:
-        return 64, head_dim, warps, 3
+        # With 64 keys a step, reading queries from shared memory would take as long as the product (sm_100 cannot
+        # take them from registers).
+        return _Tiles(64, head_dim, warps, 3, hold_q=arch == 90)
     # 100 KiB of shared memory per multiprocessor on sm_86, 89 and 120, 164 on sm_80.
     stages = 3 if arch == 80 else 2
     if block_q == 64:
-        return 64, 64, warps, stages
+        return _Tiles(64, 64, warps, stages)
     if not even and head_dim == 128:
-        return 32, head_dim, warps, 3  # 64 keys and their masks would spill
-    return 64, head_dim, warps, stages
+        return _Tiles(32, head_dim, warps, 3)  # 64 keys and their masks would spill
+    return _Tiles(64, head_dim, warps, stages)
 
 
 def _attend_variants(arch: int) -> Iterator[Variant]:
@@ -279,21 +288,22 @@ def _attend_variants(arch: int) -> Iterator[Variant]:
         for dtype, short in DTYPES.items():
             for block_q in (128, 64, 32):
                 for even in (True, False):
-                    k_tile, v_tile, warps, stages = _attend_tiles(arch, head_dim, block_q, even)
+                    tiles = _attend_tiles(arch, head_dim, block_q, even)
                     yield Variant(
                         "attend",
                         f"attend-{short}-d{head_dim}-q{block_q}" + ("" if even else "-ragged"),
                         {
                             "HEAD_DIM": head_dim,
                             "Q_TILE": block_q,
-                            "K_TILE": k_tile,
-                            "V_TILE": v_tile,
+                            "K_TILE": tiles.k_tile,
+                            "V_TILE": tiles.v_tile,
                             "FRAMES": MAX_FRAMES,
                             "EVEN": even,
-                            "STAGES": stages,
+                            "HOLD_Q": tiles.hold_q,
+                            "STAGES": tiles.stages,
                             "INTERPRET": False,
                         },
-                        warps,
+                        tiles.warps,
                         (GridAxis("query_blocks"), GridAxis("heads")),
                         _arguments("attend", dtype),
                         {

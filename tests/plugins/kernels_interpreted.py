@@ -7,6 +7,7 @@ it is imported whether it interprets. By hand: TRITON_INTERPRET=1 pytest tests/p
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from torch import Tensor
 from benchmarks.attention_inputs import Shape
 from benchmarks.attention_quality import method_table
 from lightforcing_ref import attention as oracle
-from plugins.kernels.specs import KernelError, Problem
-from plugins.launch_torch import BlockLists, TorchKernels, empty_lists
+from plugins.kernels.specs import KernelError, Problem, find_variant
+from plugins.launch_torch import BlockLists, TorchKernels, TritonLauncher, empty_lists
 from plugins.policies import (
     ChunkInputs,
     DensePolicy,
@@ -38,7 +39,7 @@ CANARY = 77
 KERNELS = TorchKernels()
 
 # (frame_tokens, block_q, block_k): whole blocks as 1536 = 24 * 64, and a tail as 1560 = 24 * 64 + 24.
-GEOMETRIES = [(64, 32, 32), (76, 32, 32), (88, 64, 64), (128, 64, 128), (152, 128, 64)]
+GEOMETRIES = [(64, 32, 32), (76, 32, 128), (88, 64, 64), (128, 64, 128), (152, 128, 64)]
 
 
 class Guarded:
@@ -241,10 +242,12 @@ def attend_case(
     return tensors, problem
 
 
-def attend(tensors: dict[str, Tensor], problem: Problem, lists: BlockLists) -> Tensor:
+def attend(
+    tensors: dict[str, Tensor], problem: Problem, lists: BlockLists, kernels: TorchKernels = KERNELS
+) -> Tensor:
     out = Guarded(tuple(tensors["q"].shape), tensors["q"].dtype)
     names = ("q", "k", "v", "past_k", "past_v", "frame_slots")
-    KERNELS.attend(
+    kernels.attend(
         *(tensors[name] for name in names),
         lists,
         frame_tokens=problem.frame_tokens,
@@ -304,6 +307,17 @@ def test_attend_with_head_dim_128_and_no_past() -> None:
     lists = lists_from_mask(mask, sizes["k_blocks"], sizes["key_blocks"])
     found = attend(tensors, problem, lists)
     assert relative(found, expected_attention(tensors, problem, mask)) < 1e-3
+
+
+def test_attend_with_queries_held_in_registers_gives_the_same() -> None:
+    tensors, problem = attend_case((88, 64, 64), torch.float16, past=1, max_past=1)
+    sizes = problem.sizes()
+    mask = torch.ones(2, sizes["query_blocks"], sizes["key_blocks"], dtype=torch.bool)
+    lists = lists_from_mask(mask, sizes["k_blocks"], sizes["key_blocks"])
+    held = TorchKernels(TritonLauncher(lambda v: replace(v, constants={**v.constants, "HOLD_Q": True})))
+    found, again = attend(tensors, problem, lists), attend(tensors, problem, lists, held)
+    assert not find_variant("attend", problem, 80).constants["HOLD_Q"]
+    assert relative(again, found) < 1e-4
 
 
 def test_attend_writes_zeros_where_a_list_is_empty() -> None:
