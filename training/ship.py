@@ -27,16 +27,20 @@ FILES = {
     "latents": "latents.safetensors",
 }
 """The latents' basis serves training only; the decoder holds its inverse."""
+LEAVE_OUT = "none"
 
 
 def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
-    """Write transformer, decoder, text encoder (Wan's key layout) and tokenizer to `folder`; returns the files.
+    """Write transformer, decoder, text encoder (Wan's key layout), tokenizer and latent basis; returns the files.
+
+    Args:
+        transformer: the stage whose transformer to ship; None = the latest, "none" = leave it out.
 
     Raises:
         StageError: a stage has no weights yet, or holds values outside half precision's range.
     """
     name = transformer or latest_transformer(run, ("hsa", "rollout", "student", "teacher"))
-    for stage in (name, "decoder", "text"):
+    for stage in ("decoder", "text", *([] if name == LEAVE_OUT else [name])):
         if not run.weights(stage).exists():
             raise StageError(
                 f"{run.weights(stage)} does not exist; run `python -m training run --stage {stage}` first"
@@ -44,10 +48,11 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     captions = CaptionEncoder.load(PRESET, run.weights("text"))
     names = {key.name: key.wan for key in umt5_keys(PRESET.text.layers)}
     states = {
-        "transformer": load_weights(run.weights(name)),
         "decoder": load_weights(run.weights("decoder")),
         "text": {names[key]: value for key, value in captions.weights.items()},
     }
+    if name != LEAVE_OUT:
+        states["transformer"] = load_weights(run.weights(name))
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part, state in states.items():
@@ -70,7 +75,8 @@ def adopt(run: Run, folder: Path) -> list[str]:
     """
     if run.folder.exists() and any(run.folder.iterdir()):
         raise StageError(f"{run.folder} is not empty; give an unused folder with --run")
-    missing = [name for name in FILES.values() if not (folder / name).exists()]
+    needed = (FILES[part] for part in ("text", "decoder", "latents"))
+    missing = [name for name in needed if not (folder / name).exists()]
     if missing:
         raise StageError(f"{folder} lacks {', '.join(missing)}; expected a folder that `ship` wrote")
     PatchPCA.load(folder / FILES["latents"]).save(run.pca)
@@ -79,8 +85,10 @@ def adopt(run: Run, folder: Path) -> list[str]:
     states = {
         run.weights("text"): {names[key]: value for key, value in text.items()},
         run.start("decoder"): load_vae_state(folder / FILES["decoder"], PRESET.vae, dtype=torch.float32),
-        run.start("teacher"): load_dit_state(folder / FILES["transformer"], PRESET.dit, dtype=torch.float32),
     }
+    transformer = folder / FILES["transformer"]
+    if transformer.exists():
+        states[run.start("teacher")] = load_dit_state(transformer, PRESET.dit, dtype=torch.float32)
     for path, state in states.items():
         path.parent.mkdir(parents=True)
         save_tensors(state, path)

@@ -113,6 +113,8 @@ def run(
         torch.set_default_device(config.device)
     if name == "latents":
         build_latents(config, folder, report)
+    elif name == "text" and folder.weights(name).exists() and not (folder.stage(name) / "state.pt").exists():
+        return  # adopted: training on would change what the transformer reads
     elif name == "pairs":
         stage = _build("teacher", config, folder, config.teacher)
         assert isinstance(stage, TeacherStage)

@@ -1,7 +1,7 @@
 """What the shipped checkpoint reaches, held as floors.
 
-The targets for it are colour 95 %, shape 85 %, motion 80 %, held-out combinations 60 %, and sparse rollouts within 5
-points of dense ones. The floors below are what the present training reached; docs/tiny_model.md says how far that is.
+Rollouts have to reach the targets below, and finetuned sparse ones must come within 5 points of dense ones. Until a
+transformer is shipped that check is skipped; docs/tiny_model.md says how far training has come.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from training.latents import PatchPCA
 from training.ship import FILES
 
 DECODER_PSNR = 20.0
-FLOORS = {"ground": 0.5}
+"""In dB; a little below what docs/tiny_model.md reports."""
+TARGETS = {"colour": 0.95, "shape": 0.85, "motion": 0.80, "held_out_all": 0.60}
 """Fractions of clips, dense rollout."""
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / FILES["transformer"]).exists(), reason="this checkout has no shipped weights"
-)
+
+def needs(part: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not (ASSETS / FILES[part]).exists(), reason=f"no {part} is shipped yet")
 
 
+@needs("decoder")
 def test_the_shipped_files_are_small() -> None:
     assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 8 * 2**20
 
 
+@needs("decoder")
 def test_the_decoder_reconstructs_clips() -> None:
     preset = PRESETS["tiny"]
     decoder = VAEDecoder(preset.vae)
@@ -51,10 +54,9 @@ def test_the_decoder_reconstructs_clips() -> None:
 
 
 @pytest.mark.slow
-def test_rollouts_keep_the_floors(tmp_path: Path) -> None:
+@needs("transformer")
+def test_rollouts_reach_the_targets(tmp_path: Path) -> None:
     assert quality.main(["--prompts", "16", "--rows", "dense", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "quality.json").read_text())["rows"]["dense"]["summary"]
-    for name, floor in FLOORS.items():
-        assert summary[name] >= floor, (
-            f"{name} is {summary[name]:.0%}; the shipped checkpoint reached {floor:.0%}"
-        )
+    for name, target in TARGETS.items():
+        assert summary[name] >= target, f"{name} is {summary[name]:.0%}; the target is {target:.0%}"

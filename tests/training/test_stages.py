@@ -28,6 +28,7 @@ from training.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.forward import BatchRollout, predict_flow, window_core
 from training.optim import MuonAdam, orthogonalise
 from training.runner import Stage, progress_factor, run_stage
+from training.ship import adopt
 from training.stages import PRESET, StageError, run
 
 GRID = (8, 8)
@@ -231,6 +232,12 @@ def test_shipped_files_load_as_public_checkpoints(
     assert set(load_weights(again.start("teacher"))) == set(load_weights(folder.weights("hsa")))
     assert load_weights(again.weights("text")).keys() < load_weights(folder.weights("text")).keys()
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 2
+    (tmp_path / "dit.safetensors").unlink()
+    later = Run(tmp_path / "later")
+    assert adopt(later, tmp_path) == ["text", "decoder"]
+    before = later.weights("text").read_bytes()
+    run("text", TrainingConfig.load(CONFIGS / "cpu.toml"), later)
+    assert later.weights("text").read_bytes() == before
     assert sum(path.stat().st_size for path in tmp_path.glob("*.*")) < 8 * 2**20
 
 
