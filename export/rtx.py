@@ -273,6 +273,8 @@ def _failure(component: str, request: dict[str, Any], result: dict[str, Any], co
             f"{component}: TensorRT-RTX cannot read the graph: {said}. Express the node in operators it knows, or cut "
             "the graph there"
         )
+    if code > 0 and "stage" not in result:
+        return f"{component}: TensorRT-RTX does not start on this machine: {said}. Install it again"
     if code < 0:
         return (
             f"{component}: TensorRT-RTX ended the process that built it ({signal.Signals(-code).name}); it says: "
