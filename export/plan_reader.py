@@ -21,6 +21,10 @@ from .errors import BuildError
 
 __all__ = ["Launch", "Operand", "PlanFormatError", "PlanReport", "parse_plan", "read_plan"]
 
+_PLAN_MAGIC = b"vtrt"
+_SIZE_AT = 16
+"""Where a plan states its own size."""
+
 _MAGIC = b"NLYM"
 _SECTION_VERSION = 2022049
 _PROGRAM, _FUSION = 5, 4
@@ -183,8 +187,8 @@ def parse_plan(plan: bytes) -> PlanReport:
         PlanFormatError: it has no description, is cut off, or holds something this reader does not know.
     """
     sections = [_Section(text) for text in _sections(plan)]
-    programs = [section for section in sections if section.version == _PROGRAM]
-    if len(programs) != 1 or sections[0] is not programs[0]:
+    programs = [section for section in sections if section.is_program]
+    if len(programs) != 1 or not sections[0].is_program:
         raise _unknown(
             f"{len(programs)} programs in {len(sections)} sections, and one at the start was expected"
         )
@@ -221,24 +225,21 @@ def _plain(name: str) -> str:
 
 
 def _sections(plan: bytes) -> Iterator[str]:
-    start, found = plan.find(_MAGIC), False
+    if not plan.startswith(_PLAN_MAGIC) or len(plan) < _SIZE_AT + 8:
+        raise _unknown("it is no plan")
+    (size,) = struct.unpack_from("<Q", plan, _SIZE_AT)
+    if size != len(plan):
+        raise PlanFormatError(f"the plan has {len(plan)} bytes and says that it has {size}; build it again")
+    start = plan.find(_MAGIC)
+    if start < 0:
+        raise _unknown(f"it holds no {_MAGIC.decode()} section")
     while start >= 0:
-        if plan[start + 16 : start + 24] == b"header {":
+        if plan[start + 16 : start + 24] == b"header {":  # else these bytes happen to be among the weights
             version, length = struct.unpack_from("<IQ", plan, start + 4)
             if version != _SECTION_VERSION:
                 raise _unknown(f"section version {version}, and {_SECTION_VERSION} was expected")
-            text = plan[start + 16 : start + 16 + length]
-            (size,) = struct.unpack_from("<Q", plan, start - 8) if start >= 8 else (0,)
-            if len(text) < length or start + size > len(plan):
-                raise PlanFormatError(
-                    f"the plan is cut off: a section of {max(size, length)} bytes begins {len(plan) - start} bytes "
-                    "before its end; build it again"
-                )
-            yield text.decode("latin-1")
-            found = True
+            yield plan[start + 16 : start + 16 + length].decode("latin-1")
         start = plan.find(_MAGIC, start + 4)
-    if not found:
-        raise _unknown("it holds no section of that kind")
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,10 @@ class _Section:
             raise _unknown(f"text version {self.version}, and {_FUSION} or {_PROGRAM} was expected")
         self.tensors = dict(_tensors(descriptors))
         self.steps = tuple(_steps(main))
+
+    @property
+    def is_program(self) -> bool:
+        return self.version == _PROGRAM
 
     @property
     def has_backbone(self) -> bool:
