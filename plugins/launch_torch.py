@@ -84,7 +84,15 @@ class TritonLauncher:
                 num_warps=variant.num_warps,
                 num_stages=variant.num_stages,
                 maxnreg=variant.max_registers,
+                enable_fp_fusion=True,
             )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPE_NAMES:
+        known = ", ".join(_DTYPE_NAMES.values())
+        raise KernelError(f"there are no kernels for {tensor.dtype}; expected one of {known}")
+    return _DTYPE_NAMES[tensor.dtype]
 
 
 @cache
@@ -126,7 +134,7 @@ class TorchKernels:
         """The operator `QKPrepare`; `out`, if given, receives q, k, v, q_mean and k_mean."""
         tokens, width = qkv.shape[0], qkv.shape[1] // 3
         problem = Problem(
-            _DTYPE_NAMES[qkv.dtype],
+            _dtype_name(qkv),
             heads,
             width // heads,
             frame_tokens,
@@ -228,7 +236,7 @@ class TorchKernels:
         """
         tokens, heads, head_dim = q.shape
         problem = Problem(
-            _DTYPE_NAMES[q.dtype],
+            _dtype_name(q),
             heads,
             head_dim,
             frame_tokens,
@@ -361,7 +369,7 @@ def _cache_problem(past_k: Tensor, past_kmean: Tensor, *, chunk_frames: int = 0,
     # Only the number of blocks matters to the cache kernels; this size gives it back.
     block_k = -(-frame_tokens // past_kmean.shape[1])
     return Problem(
-        _DTYPE_NAMES[past_k.dtype],
+        _dtype_name(past_k),
         heads,
         head_dim,
         frame_tokens,

@@ -96,6 +96,7 @@ def attend(
     to_log2 = scale * 1.4426950408889634
     if HOLD_Q:
         # A tile that is loaded and used as it is goes to shared memory; one that was computed stays in registers.
+        # Halving is exact, but for numbers too small to matter.
         q_tile = (q_tile.to(tl.float32) * 0.5).to(q.dtype.element_ty)
         to_log2 *= 2.0
     if INTERPRET:  # the interpreter's bfloat16 matrix product is wrong

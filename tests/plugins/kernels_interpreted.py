@@ -470,3 +470,9 @@ def test_strided_tensors_are_refused() -> None:
     tensors["past_k"] = tensors["past_k"].transpose(0, 1)
     with pytest.raises(KernelError, match=r"past_k .* need it contiguous"):
         attend(tensors, problem, lists)
+
+
+def test_other_types_are_refused() -> None:
+    tensors, problem = attend_case((64, 32, 32), torch.float64, past=1, max_past=1)
+    with pytest.raises(KernelError, match=r"no kernels for torch.float64; expected one of bfloat16"):
+        attend(tensors, problem, empty_lists(problem, torch.device("cpu")))

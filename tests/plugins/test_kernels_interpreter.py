@@ -8,12 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
+def test_binding_registers_both_operators_for_cuda() -> None:
+    from plugins import ops
+    from plugins.launch_torch import bind_cuda
+
+    bind_cuda()
+    for name in (ops.HIERARCHICAL_SPARSE_ATTENTION, ops.QK_PREPARE):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lightforcing::{name}", "CUDA")
+
+
 def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__.replace(
             "test_kernels_interpreter", "kernels_interpreted")],
