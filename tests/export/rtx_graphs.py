@@ -14,11 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 ROWS, WIDTH, OUT = 192, 128, 256
 
 
-def write_components(folder: Path, *, layers: int = 3, vae: bool = True) -> None:
+def write_components(folder: Path, *, layers: int = 3) -> None:
     """The tiny preset in bf16: segments of the step, conditioner, text encoder layer, video decoder."""
     import torch
 
-    from export.components import VAEFirst, VAENext
     from export.modules import ConditionerModule, StepModule, merge_qkv
     from export.partition import merge_repeated, partition
     from export.plan import StepPlan
@@ -29,7 +28,6 @@ def write_components(folder: Path, *, layers: int = 3, vae: bool = True) -> None
     from lightforcing_ref.config import PRESETS
     from lightforcing_ref.model import CausalWanModel
     from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
-    from lightforcing_ref.vae import VAEDecoder
 
     half = torch.bfloat16
     preset = PRESETS["tiny"]
@@ -69,24 +67,35 @@ def write_components(folder: Path, *, layers: int = 3, vae: bool = True) -> None
         output_names=["hidden_out"],
     )
     save_model(graph, folder / "text_encoder.onnx", "text_encoder.constants")
-    if not vae:
-        return
+
+
+def write_vae(folder: Path, name: str) -> None:
+    """One graph of the tiny preset's video decoder in bf16: `vae_first` or `vae_next`."""
+    import torch
+
+    from export.components import VAEFirst, VAENext
+    from export.tracing import save_model, trace
+    from lightforcing_ref.config import PRESETS
+    from lightforcing_ref.vae import VAEDecoder
+
+    half, preset = torch.bfloat16, PRESETS["tiny"]
+    height, width = preset.latent_size()
     decoder = VAEDecoder(preset.vae).to(half).requires_grad_(False)
-    caches = decoder.cache_specs(*plan.latent_size)
-    latent = torch.zeros(preset.vae.z_dim, 1, *plan.latent_size, dtype=half)
-    for name, module, inputs, names, kept in (
-        ("vae_first", VAEFirst(decoder, caches), (latent,), [], [c for c in caches if c.written_by_first]),
-        (
-            "vae_next",
-            VAENext(decoder),
-            (latent, [torch.zeros(c.shape, dtype=half) for c in caches]),
-            [c.name for c in caches],
-            caches,
-        ),
-    ):
-        outputs = ["frames", *(c.name.replace("cache.", "cache_out.") for c in kept)]
-        graph = trace(module, inputs, input_names=["latent", *names], output_names=outputs)
-        save_model(graph, folder / f"{name}.onnx", f"{name}.weights")
+    caches = decoder.cache_specs(height, width)
+    latent = torch.zeros(preset.vae.z_dim, 1, height, width, dtype=half)
+    if name == "vae_first":
+        module, inputs, taken = VAEFirst(decoder, caches), (latent,), []
+        given = [cache for cache in caches if cache.written_by_first]
+    else:
+        module, taken, given = VAENext(decoder), caches, caches
+        inputs = (latent, [torch.zeros(cache.shape, dtype=half) for cache in caches])
+    graph = trace(
+        module,
+        inputs,
+        input_names=["latent", *(cache.name for cache in taken)],
+        output_names=["frames", *(cache.name.replace("cache.", "cache_out.") for cache in given)],
+    )
+    save_model(graph, folder / f"{name}.onnx", f"{name}.weights")
 
 
 def _info(name: str, dtype: int, shape: list[int]) -> onnx.ValueInfoProto:
