@@ -46,7 +46,7 @@ _SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """Row-wise too, if their scale is one number."""
 
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
-"""Row-wise too, if they reduce the last axis and keep it."""
+"""Row-wise too, if they reduce the axis -1 and keep it."""
 
 _LAYOUT = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 """Operators that move elements and do not care about their type."""
@@ -212,7 +212,7 @@ def _last_axis(node: ir.Node) -> bool:
     if axes is None or axes.const_value is None:
         return False
     keeps = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
-    return keeps == 1 and axes.const_value.numpy().tolist() in ([-1], [_BATCHED - 1])
+    return keeps == 1 and axes.const_value.numpy().tolist() == [-1]
 
 
 def _is_batch(dims: tuple[int, ...] | None) -> bool:
