@@ -142,9 +142,8 @@ class TeacherStage(_TransformerStage):
         sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
         clean = tensor(generator.random((len(latents), count)) < self.weights.clean_context)
         clean[:, -1] = False
-        clean[:, 0] |= (
-            first > 0
-        )  # the past of such a window is missing, so its first chunk cannot be predicted
+        # The past of a later window is missing, so its first chunk cannot be predicted.
+        clean[:, 0] |= first > 0
         sigma = torch.where(clean, 0.0, sigma)
         noise = torch.randn_like(latents)
         level = per_frame(sigma)
