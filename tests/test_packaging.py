@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -13,7 +14,6 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
-import pip
 import pytest
 from packaging.requirements import Requirement
 
@@ -111,7 +111,9 @@ def test_torch_is_installed_only_without_cuda_packages(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools/pip").symlink_to(Path(pip.__file__).parent)
+    # Found without an import: importing pip switches setuptools' distutils off for the rest of the process.
+    pip = importlib.metadata.distribution("pip").locate_file("pip")
+    (tmp_path / "tools/pip").symlink_to(Path(str(pip)))
     # pip sees only the folder: every other index and setting is off.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index)}
