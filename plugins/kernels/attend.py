@@ -18,7 +18,7 @@ def _load_if(pointer, wanted, INTERPRET: tl.constexpr):
     """int32 at `pointer` where `wanted`, else 0.
 
     Written in PTX because Triton's pipeliner spends a stage of the loop on every `tl.load` that feeds the address
-    of another: with two such loads in front of the keys, a three-stage loop would prefetch nothing.
+    of another: with such loads in front of the keys, a three-stage loop would prefetch one step ahead, not two.
     """
     if INTERPRET:
         return tl.load(pointer, mask=wanted, other=0)
