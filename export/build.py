@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -158,12 +159,8 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
     plan, weights, dtype = request.plan, request.weights, _DTYPES[request.precision]
     _check_room(request.out, plan, weights, dtype)
     digests = weights.digests()
-    decoders: list[VAEDecoder] = []
-
-    def vae_decoder() -> VAEDecoder:
-        if not decoders:
-            decoders.append(weights.vae_decoder())
-        return decoders[0]
+    # Each model is loaded at most once, and only if something that is built needs it.
+    vae_decoder, dit = cache(weights.vae_decoder), cache(partial(weights.dit, dtype))
 
     def tokenizer(folder: Path) -> list[str]:
         weights.write_tokenizer(folder / components.TOKENIZER)
@@ -173,8 +170,9 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
         "tokenizer": tokenizer,
         "text encoder": lambda folder: components.write_text_encoder(folder, plan, weights.text_weights()),
         "video decoder": lambda folder: components.write_vae(folder, vae_decoder(), plan),
-        "conditioner": lambda folder: components.write_conditioner(folder, weights.dit(dtype)),
-        "transformer": lambda folder: _write_transformer(folder, request, plan, weights.dit(dtype)),
+        "conditioner": lambda folder: components.write_conditioner(folder, dit()),
+        # Last, because it uses the model up.
+        "transformer": lambda folder: _write_transformer(folder, request, plan, dit()),
     }
     with open_workspace(request.out, request.name, _key(request, plan, digests)) as workspace:
         files: list[bundle.FileEntry] = []

@@ -30,8 +30,8 @@ from runtime.onnxruntime_engine import OnnxGraph, default_threads
 from runtime.pipeline import Pipeline
 from runtime.segmented import load_segments
 
-from .components import VAEFirst, VAENext
-from .modules import ConditionerModule, StepModule
+from .components import VAEFirst, VAENext, per_chunk_name
+from .modules import LAYER_STEMS, ConditionerModule, StepModule
 from .reference import Reference, exact_length, step_feeds
 
 __all__ = ["Row", "TorchRunner", "compare_bundle"]
@@ -214,7 +214,7 @@ def _step_function(module: StepModule, clean_step: int | None = None) -> Callabl
         # A specialised first chunk has no cache inputs, and the clean graph none for the last layer's attention,
         # whose result it does not need.
         geometry = module.spec.geometry
-        for stem in ("cross_k", "cross_v", "past_k", "past_v", "past_kmean"):
+        for stem in LAYER_STEMS:
             rows = geometry.k_blocks if stem == "past_kmean" else geometry.frame_tokens
             nothing = torch.zeros(0, rows, config.heads, config.head_dim)
             for layer in range(layers):
@@ -227,10 +227,7 @@ def _step_function(module: StepModule, clean_step: int | None = None) -> Callabl
             tensor.get("frame_slots", torch.zeros(0, dtype=torch.int32)),
             tensor["rope_cos"],
             tensor["rope_sin"],
-            *(
-                [tensor[f"{stem}.{layer}"] for layer in range(layers)]
-                for stem in ("cross_k", "cross_v", "past_k", "past_v", "past_kmean")
-            ),
+            *([tensor[f"{stem}.{layer}"] for layer in range(layers)] for stem in LAYER_STEMS),
         )
         following, x0, *lists = outputs
         return _named(module.output_names, [following, x0, *(value for values in lists for value in values)])
@@ -308,7 +305,7 @@ def _step_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: flo
             cleaning.append({name: value for name, value in feed.items() if name in wanted["clean"]})
             continue
         denoising.append(feed)
-        name = f"step_chunk{chunk}"
+        name = per_chunk_name(chunk)
         if name in wanted and step == 0:
             exact = exact_length(feed)
             by_chunk[chunk] = {key: exact[key] for key in wanted[name]}
@@ -317,7 +314,7 @@ def _step_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: flo
     yield _run(bundle, "clean", _step_function(module, clean), cleaning, tolerance, "step")
     for chunk, feed in by_chunk.items():
         function = _step_function(reference.step_module(bundle.manifest, chunk=chunk))
-        yield _run(bundle, f"step_chunk{chunk}", function, [feed], tolerance, "step")
+        yield _run(bundle, per_chunk_name(chunk), function, [feed], tolerance, "step")
 
 
 def _rollout_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: float) -> Iterator[Row]:

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-__all__ = ["clean_graph", "constant_input", "keep_outputs", "per_chunk_graph"]
+from .modules import CACHE_STEMS
 
-_CACHE_STEMS = ("past_k", "past_v", "past_kmean")
+__all__ = ["clean_graph", "constant_input", "keep_outputs", "per_chunk_graph"]
 
 
 def constant_input(model: ir.Model, name: str, value: np.ndarray) -> None:
@@ -71,7 +71,7 @@ def per_chunk_graph(step: ir.Model, chunk: int, past_frames: int) -> ir.Model:
         name = value.name or ""
         if name == "frame_slots":
             value.shape = ir.Shape([past_frames])
-        elif name.rpartition(".")[0] in _CACHE_STEMS:
+        elif name.rpartition(".")[0] in CACHE_STEMS:
             assert value.shape is not None
             value.shape = ir.Shape([past_frames, *value.shape[1:]])
         else:

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightforcing_ref.sparsity import kept_blocks
 from runtime.bundle import Bundle, Component, Manifest, RandomInit, load_bundle
 from runtime.memory import plan_buffers
 
@@ -113,10 +114,12 @@ def _sparsity(manifest: Manifest) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="Sparsity", title_justify="left")
     for heading in ("chunk", "sparsity", "key blocks kept", "of"):
         table.add_column(heading, justify="right")
-    for chunk, (value, keep) in enumerate(zip(sparsity.values, sparsity.keep_q20, strict=True)):
+    for chunk, value in enumerate(sparsity.values):
         frames = min((chunk + 1) * model.chunk_frames, manifest.window_frames)
         total = frames * manifest.key_blocks
-        table.add_row(str(chunk), f"{value:.3f}", str(min(max(1, keep * total >> 20), total)), str(total))
+        table.add_row(
+            str(chunk), f"{value:.3f}", str(kept_blocks(sparsity.keep_q20, chunk, total)), str(total)
+        )
     return table
 
 

@@ -16,7 +16,14 @@ from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 
-__all__ = ["ConditionerModule", "StepModule", "layer_names", "merge_qkv"]
+__all__ = ["CACHE_STEMS", "LAYER_STEMS", "ConditionerModule", "StepModule", "layer_names", "merge_qkv"]
+
+
+CACHE_STEMS = ("past_k", "past_v", "past_kmean")
+"""Inputs of the step that hold the cache, one of each per layer."""
+
+LAYER_STEMS = ("cross_k", "cross_v", *CACHE_STEMS)
+"""Inputs of the step of which there is one per layer, in their order."""
 
 
 def layer_names(stem: str, layers: int) -> list[str]:
@@ -111,7 +118,7 @@ class StepModule(nn.Module):
     def input_names(self) -> list[str]:
         layers = self.model.config.layers
         names = ["latent", "noise", "step", "chunk", "frame_slots", "rope_cos", "rope_sin"]
-        for stem in ("cross_k", "cross_v", "past_k", "past_v", "past_kmean"):
+        for stem in LAYER_STEMS:
             names += layer_names(stem, layers)
         return names
 

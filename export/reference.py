@@ -25,13 +25,12 @@ from runtime.bundle import Manifest, RandomInit
 from runtime.noise import fill_noise
 
 from .errors import ComparisonError
-from .modules import StepModule
+from .modules import CACHE_STEMS, StepModule
 from .weights import Weights
 
 __all__ = ["Reference", "exact_length", "step_feeds"]
 
 Feed = dict[str, NDArray[Any]]
-_CACHE_STEMS = ("past_k", "past_v", "past_kmean")
 
 
 def _spec(manifest: Manifest) -> AttentionSpec:
@@ -43,6 +42,10 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         keep_q20=manifest.sparsity.keep_q20,
         scale=attention.scale,
     )
+
+
+def _schedule(manifest: Manifest) -> FlowSchedule:
+    return FlowSchedule(manifest.schedule.timesteps, manifest.schedule.sigmas)
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,9 @@ class Reference:
         spec = _spec(manifest)
         if chunk is not None:
             spec = replace(spec, keep_q20=(spec.keep_q20[min(chunk, len(spec.keep_q20) - 1)],))
-        schedule = FlowSchedule(manifest.schedule.timesteps, manifest.schedule.sigmas)
-        return StepModule(self.model, spec, schedule, prepare=qk_prepare, attend=hsa_attention)
+        return StepModule(self.model, spec, _schedule(manifest), prepare=qk_prepare, attend=hsa_attention)
 
-    def rollout(self, manifest: Manifest, embedding: Tensor, seed: int, **hooks: Any) -> Rollout:
+    def rollout(self, manifest: Manifest, embedding: Tensor, seed: int) -> Rollout:
         """A reference rollout with the bundle's settings and the runtime's noise."""
         model, cache = manifest.model, manifest.cache
         shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
@@ -113,8 +115,7 @@ class Reference:
             window_frames=manifest.window_frames,
             sink_frames=cache.sink_frames,
             sink_positions=cache.sink_positions,
-            schedule=FlowSchedule(manifest.schedule.timesteps, manifest.schedule.sigmas),
-            **hooks,
+            schedule=_schedule(manifest),
         )
 
 
@@ -168,7 +169,7 @@ def _feed(
     }
     for layer, (k, v) in enumerate(rollout.cross):
         feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = k[0].numpy(), v[0].numpy()
-        for stem, values in zip(_CACHE_STEMS, rollout.past(layer, chunk), strict=True):
+        for stem, values in zip(CACHE_STEMS, rollout.past(layer, chunk), strict=True):
             pool = np.full((capacity + 2, *values.shape[1:]), np.nan, dtype=np.float32)
             pool[slots] = values.numpy()
             feed[f"{stem}.{layer}"] = pool
@@ -179,7 +180,7 @@ def exact_length(feed: Feed) -> Feed:
     """A feed of the `step` component for a specialised graph: a cache of exactly the resident frames, in order."""
     slots = feed["frame_slots"][feed["frame_slots"] >= 0]
     exact = {
-        name: value[slots] if name.rpartition(".")[0] in _CACHE_STEMS else value
+        name: value[slots] if name.rpartition(".")[0] in CACHE_STEMS else value
         for name, value in feed.items()
     }
     return {**exact, "frame_slots": np.arange(len(slots), dtype=np.int32)}
