@@ -21,14 +21,22 @@ from .errors import BundleError, BundleIntegrityError, BundleSchemaError
 from .manifest import (
     SCHEMA_VERSION,
     Attention,
+    BackendName,
     Cache,
+    Calibration,
     Checkpoint,
     Component,
+    Cost,
     Dtype,
     FileEntry,
+    Golden,
+    Kernels,
+    Library,
     Manifest,
     Model,
+    Precision,
     Provenance,
+    Quantization,
     RandomInit,
     Rope,
     Schedule,
@@ -43,19 +51,27 @@ from .manifest import (
 
 __all__ = [
     "MANIFEST_NAME",
+    "OPERATOR_COMPONENTS",
     "REQUIRED_COMPONENTS",
     "SCHEMA_VERSION",
-    "SEGMENT_COMPONENTS",
     "Attention",
+    "BackendName",
     "Bundle",
     "Cache",
+    "Calibration",
     "Checkpoint",
     "Component",
+    "Cost",
     "Dtype",
     "FileEntry",
+    "Golden",
+    "Kernels",
+    "Library",
     "Manifest",
     "Model",
+    "Precision",
     "Provenance",
+    "Quantization",
     "RandomInit",
     "Rope",
     "Schedule",
@@ -74,7 +90,8 @@ __all__ = [
 
 MANIFEST_NAME = "manifest.json"
 REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
-SEGMENT_COMPONENTS = ("first", "layer", "last", "qk_prepare", "attention")
+OPERATOR_COMPONENTS = ("qk_prepare", "attention")
+"""Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
 
 _HASH_CHUNK = 1 << 20
 _MAX_PROBLEMS_SHOWN = 5
@@ -201,8 +218,10 @@ def _summary(error: ValidationError) -> str:
 
 def _check_components(root: Path, manifest: Manifest) -> None:
     segments = manifest.segments
-    required = REQUIRED_COMPONENTS + (SEGMENT_COMPONENTS if segments else ())
-    virtual = ("step", "clean") if segments else ()
+    required = REQUIRED_COMPONENTS + (_segment_components(manifest, segments) if segments else ())
+    virtual: tuple[str, ...] = ("step", "clean") if segments else ()
+    if segments and manifest.kernels:
+        virtual += OPERATOR_COMPONENTS
     missing = [
         name
         for name in required
@@ -219,8 +238,12 @@ def _check_components(root: Path, manifest: Manifest) -> None:
         if component.file is not None
     }
     used |= {"the tokenizer": manifest.text.tokenizer, "the text encoder's weights": manifest.text.weights}
-    if segments:
+    if segments and segments.weights:
         used["the segments' weights"] = segments.weights
+    if manifest.kernels:
+        used["the kernels"] = f"{manifest.kernels.folder}/{manifest.kernels.arch}/kernels.json"
+    if manifest.golden:
+        used["the golden vectors"] = manifest.golden.file
     for owner, path in used.items():
         _require_contained(root, path)
         if path not in listed:
@@ -228,6 +251,12 @@ def _check_components(root: Path, manifest: Manifest) -> None:
                 f"bundle {root}: {owner} uses {path!r}, which is not among the manifest's files, so its "
                 f"contents cannot be verified; rebuild the bundle"
             )
+
+
+def _segment_components(manifest: Manifest, segments: Segments) -> tuple[str, ...]:
+    """Components of segmented execution: one `layer` whose weights are inputs, or one for every run of it."""
+    layers = ("layer",) if segments.weights else tuple(f"layer.{i}" for i in range(manifest.model.layers - 1))
+    return ("first", *layers, "last", *OPERATOR_COMPONENTS)
 
 
 def _contained(path: str) -> str:

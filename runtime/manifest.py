@@ -12,14 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 __all__ = [
     "SCHEMA_VERSION",
     "Attention",
+    "BackendName",
     "Cache",
+    "Calibration",
     "Checkpoint",
     "Component",
+    "Cost",
     "Dtype",
     "FileEntry",
+    "Golden",
+    "Kernels",
+    "Library",
     "Manifest",
     "Model",
+    "Precision",
     "Provenance",
+    "Quantization",
     "RandomInit",
     "Rope",
     "Schedule",
@@ -37,7 +45,12 @@ SCHEMA_VERSION: Final = 1
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Dtype = Literal["float32", "float16", "bfloat16", "int32", "int64", "uint8", "bool"]
+Dtype = Literal[
+    "float32", "float16", "bfloat16", "float8_e4m3fn", "float4_e2m1", "int32", "int64", "uint8", "bool"
+]
+"""Element types. ``float4_e2m1`` is packed two to a byte along the last axis; weights files hold it as uint8."""
+BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
+Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -234,32 +247,89 @@ class TensorSpec(_Part):
     shape: tuple[NonNegative | str, ...]
 
 
+class Cost(_Part):
+    """What an engine says about itself: GPU launches of one run, bytes of activation memory, matrix products by
+    operand type, and what its build took."""
+
+    launches: NonNegative
+    activation_bytes: NonNegative
+    gemms: dict[str, NonNegative]
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: NonNegative
+
+
 class Component(_Part):
     """One engine of the bundle: its file and the tensors that go in and come out.
 
-    ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments; their tensors are the
-    same either way.
+    ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments, and for an operator that
+    a kernel executes; the tensors are the same either way. ``cost`` is null where the backend does not tell.
     """
 
     file: BundlePath | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    cost: Cost | None = None
 
 
 class Segments(_Part):
     """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
     ``attention`` in between.
 
-    ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
+    ``weights`` is a safetensors file, null where engines hold their weights (then there is an engine per layer:
+    ``layer.0``, ``layer.1``, ...). Each mapping goes from a component's input to the tensor of that file:
     ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
     ``qk_prepare`` in layer i.
     """
 
-    weights: BundlePath
+    weights: BundlePath | None
     first: dict[str, str]
     layers: tuple[dict[str, str], ...]
     last: dict[str, str]
     prepare: tuple[dict[str, str], ...]
+
+
+class Library(_Part):
+    """The library that built the engines. They run with this version and no other."""
+
+    name: Literal["tensorrt-rtx", "tensorrt", "torch"]
+    version: str
+
+
+class Kernels(_Part):
+    """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``."""
+
+    folder: BundlePath
+    arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
+
+
+class Calibration(_Part):
+    """Where static activation scales come from."""
+
+    sha256: Sha256
+    prompts: Positive
+    chunks: Positive
+
+
+class Quantization(_Part):
+    """How the block linears are quantized.
+
+    ``errors`` is the relative L2 error of each linear's output on calibration or seeded inputs; ``skipped`` stayed in
+    bf16.
+    """
+
+    activations: Literal["dynamic", "static"]
+    calibration: Calibration | None = None
+    formats: dict[str, str]
+    errors: dict[str, float]
+    skipped: tuple[str, ...] = ()
+
+
+class Golden(_Part):
+    """Seeded inputs and expected outputs of the components: a safetensors file with keys
+    ``COMPONENT/in/NAME`` and ``COMPONENT/out/NAME``, and the largest relative L2 error of each component."""
+
+    file: BundlePath
+    tolerances: dict[str, Annotated[float, Field(gt=0)]]
 
 
 class FileEntry(_Part):
@@ -298,8 +368,9 @@ class Manifest(_Part):
     name: str
     created: str
     target: Target
-    backend: Literal["onnxruntime"]
-    precision: Literal["fp32"]
+    backend: BackendName
+    precision: Precision
+    library: Library | None = None
     variant: str
     status: str
     model: Model
@@ -311,6 +382,9 @@ class Manifest(_Part):
     vae: Vae
     components: dict[str, Component]
     segments: Segments | None = None
+    kernels: Kernels | None = None
+    quantization: Quantization | None = None
+    golden: Golden | None = None
     files: tuple[FileEntry, ...]
     provenance: Provenance
 

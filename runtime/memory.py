@@ -16,7 +16,17 @@ from .manifest import Component, Dtype, Manifest, TensorSpec
 
 __all__ = ["Buffer", "BufferPlan", "available_memory", "check_memory", "plan_buffers"]
 
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
+_ITEM_BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "float8_e4m3fn": 8,
+    "float4_e2m1": 4,
+    "int32": 32,
+    "int64": 64,
+    "uint8": 8,
+    "bool": 8,
+}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -31,7 +41,7 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _ITEM_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class _Parts:
         self.layers = bundle.manifest.model.layers
         self.first, self.layer, self.last = load("first"), load("layer"), load("last")
         self.prepare, self.attention = load("qk_prepare"), load("attention")
-        self.weights = _read_weights(bundle, segments.weights)
+        self.weights = _read_weights(bundle, segments.weights) if segments.weights else {}
         self.residual = [_allocate(self.first.outputs["x_out"]) for _ in range(2)]
         self.qkv = _allocate(self.first.outputs["qkv"])
         self.attended = _allocate(self.attention.outputs["out"])

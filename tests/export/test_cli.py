@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from export.cli import COMMANDS, _parser, _request, main
+from export.build_commands import build_request
+from export.cli import COMMANDS, _parser, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,7 +149,7 @@ def test_build_passes_its_settings_on(tmp_path: Path) -> None:
     )
     args = _parser().parse_args([*command.split(), "--window", "9", "--per-chunk", "--out", str(tmp_path)])
     args.command_line = command
-    request, choice = _request(args)
+    request, choice = build_request(args)
     assert choice.backend == request.backend == "onnxruntime"
     assert "tensorrt-rtx (not available in this version)" in choice.reason
     assert (request.target.name, request.preset.name, request.precision) == ("rtx4090", "tiny", "fp32")
@@ -170,7 +171,7 @@ def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
         flags += [f"--{name.replace('_', '-')}", str(path)]
     args = _parser().parse_args(["build", "--preset", "wan-1.3b", "--gpu", "h200", *flags, "--name", "mine"])
     args.command_line = ""
-    request, _ = _request(args)
+    request, _ = build_request(args)
     assert {name: getattr(request, name) for name in paths} == paths
     assert (request.seed, request.name, request.variant.name) == (None, "mine", "hopper")
     assert (request.height, request.width) == (512, 768)
