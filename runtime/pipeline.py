@@ -10,6 +10,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .backends import load_engine
 from .bundle import Bundle, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, InputError
@@ -83,9 +84,7 @@ class Pipeline:
         plan = plan_buffers(bundle.manifest, sessions)
         check_memory(bundle, plan, available_memory() if memory_limit is None else memory_limit)
 
-        from .onnxruntime_engine import OnnxRuntimeEngine
-
-        engine = OnnxRuntimeEngine(bundle, plan, threads=threads)
+        engine = load_engine(bundle, plan, threads=threads)
         encoder = None
         if text_encoder != "external":
             encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
