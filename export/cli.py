@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from .build_commands import Build, Onnx
 from .command import Command, CommandParser
-from .report_commands import Compare, Doctor, Inspect, Targets
+from .report_commands import Compare, Doctor, Inspect, Plan, Targets
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = (Build(), Onnx(), Inspect(), Compare(), Targets(), Doctor())
+COMMANDS: tuple[Command, ...] = (Plan(), Build(), Onnx(), Inspect(), Compare(), Targets(), Doctor())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

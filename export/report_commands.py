@@ -1,4 +1,4 @@
-"""The commands that report: `inspect`, `compare`, `targets`, `doctor`."""
+"""The commands that report: `plan`, `inspect`, `compare`, `targets`, `doctor`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,61 @@ from .command import (
     DEFAULT_OUT,
     Command,
     add_decoder_and_text_files,
+    add_model_arguments,
     add_transformer_files,
     check_sources,
+    fraction,
     positive,
     tolerance,
 )
 
 if TYPE_CHECKING:
+    from .plan_tables import PlanRequest
     from .reference import Reference
 
-__all__ = ["Compare", "Doctor", "Inspect", "Targets"]
+__all__ = ["Compare", "Doctor", "Inspect", "Plan", "Targets"]
+
+
+class Plan(Command):
+    """Plan a bundle without building it: memory, checked against the target's, and the predicted floor per chunk.
+
+    Takes the arguments of `build`. Nothing is measured: times follow from sizes and published peak rates, and real
+    ones are longer. Exit code 1 where the plan does not fit into the target's memory.
+    """
+
+    name = "plan"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_model_arguments(parser)
+        parser.add_argument(
+            "--precision",
+            metavar="NAME",
+            help="fp32, bf16, fp8 or nvfp4 (default: fp8, or the target's best)",
+        )
+        parser.add_argument(
+            "--sessions", type=positive, default=1, metavar="N", help="concurrent rollouts (default: 1)"
+        )
+        parser.add_argument(
+            "--efficiency",
+            type=efficiency,
+            default=0.6,
+            metavar="E",
+            help="share of the peak rates that the second column assumes (default: 0.6)",
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(self, args: argparse.Namespace) -> int:
+        from .plan_memory import plan_memory
+        from .plan_tables import plan_document, plan_tables
+
+        request = _planned(args)
+        if args.json:
+            print(json.dumps(plan_document(request, args.sessions, args.efficiency), indent=1))
+        else:
+            from rich.console import Console
+
+            Console().print(*plan_tables(request, args.sessions, args.efficiency), sep="\n")
+        return 1 if plan_memory(request, args.sessions).fits is False else 0
 
 
 class Inspect(Command):
@@ -128,6 +173,38 @@ class Doctor(Command):
 
             Console().print(*doctor_tables(report))
         return 1 if report.problems else 0
+
+
+def efficiency(text: str) -> float:
+    value = 1.0 if text == "1" else fraction(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return value
+
+
+def _planned(args: argparse.Namespace) -> PlanRequest:
+    """Check the arguments of `plan`."""
+    from .plan_tables import PlanRequest, planned_precision
+    from .targets import load_target, load_variant
+
+    target = load_target(args.gpu)
+    precision = planned_precision(target, args.precision)
+    variant = load_variant(args.variant or target.default_variant).changed(
+        target=args.sparsity,
+        base=args.sparsity_base,
+        keep_frames=args.keep_frames,
+        sink_frames=args.sink,
+        near_frames=args.near,
+        window_frames=args.window,
+        table_frames=args.table_frames,
+    )
+    variant.table()
+
+    from lightforcing_ref.config import preset
+
+    model = preset(args.preset)
+    height, width = args.resolution or (model.height, model.width)
+    return PlanRequest(target, variant, model, height, width, precision)
 
 
 def _reference(args: argparse.Namespace) -> Reference:
