@@ -325,8 +325,12 @@ class Quantization(_Part):
 
 
 class Golden(_Part):
-    """Seeded inputs and expected outputs of the components: a safetensors file with keys
-    ``COMPONENT/in/NAME`` and ``COMPONENT/out/NAME``, and the largest relative L2 error of each component."""
+    """Golden vectors: what each component must compute from seeded inputs, see :mod:`runtime.golden`.
+
+    ``file`` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
+    ``tolerances`` gives for each component that has them the largest error: relative L2, see
+    :func:`runtime.golden.error_of`.
+    """
 
     file: BundlePath
     tolerances: dict[str, Annotated[float, Field(gt=0)]]

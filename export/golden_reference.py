@@ -1,0 +1,114 @@
+"""A component's graph as the reference for golden vectors: in float32 on ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from runtime.bundle import Dtype, TensorSpec
+
+from .errors import ExportError
+from .quantize import ORT_SESSION_CONFIG
+from .quantize_twin import float32_twin
+
+__all__ = ["ReferenceGraph"]
+
+_DTYPES: Mapping[ir.DataType, Dtype] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
+    ir.DataType.FLOAT4E2M1: "float4_e2m1",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.BOOL: "bool",
+}
+_ERRORS_ONLY = 3
+_TWIN = "twin.onnx"
+
+
+class ReferenceGraph:
+    """The graph at `path`, ready to run. Inputs are given in the graph's own types and widened here.
+
+    Attributes:
+        inputs, outputs: as the graph has them before it is widened.
+        precision: the coarsest type it computes in.
+
+    Args:
+        scratch: an empty folder for the float32 twin, which is read as long as this object lives.
+
+    Raises:
+        ExportError: ONNX Runtime does not run the graph.
+    """
+
+    def __init__(self, path: Path, scratch: Path) -> None:
+        import onnxruntime as ort
+
+        self.path = path
+        model = ir.load(path)
+        self.inputs = tuple(_spec(value) for value in model.graph.inputs)
+        self.outputs = tuple(_spec(value) for value in model.graph.outputs)
+        self.precision = _precision(model)
+        if _holds(model, ir.DataType.BFLOAT16):
+            path = scratch / _TWIN
+            ir.save(float32_twin(model), path, external_data=f"{_TWIN}.weights")
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        for key, value in ORT_SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(
+                f"{self.path} does not load in ONNX Runtime {ort.__version__}: {error}"
+            ) from error
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs, float32 where they are floats."""
+        feed = {name: _feed(value) for name, value in inputs.items()}
+        names = [spec.name for spec in self.outputs]
+        try:
+            values = self._session.run_with_ort_values(names, feed)
+        except Exception as error:
+            raise ExportError(f"{self.path} fails in ONNX Runtime: {error}") from error
+        return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+
+def _feed(value: NDArray[Any]) -> Any:
+    from onnxruntime import OrtValue
+
+    if value.dtype == ml_dtypes.float8_e4m3fn:
+        kind = int(ir.DataType.FLOAT8E4M3FN)
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(value.view(np.uint8), kind)
+    if value.dtype == ml_dtypes.bfloat16:
+        value = value.astype(np.float32)
+    return OrtValue.ortvalue_from_numpy(value)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(name=value.name, dtype=_DTYPES[value.dtype], shape=shape)
+
+
+def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values()]
+    return any(
+        value.dtype == dtype for value in (*values, *(output for node in graph for output in node.outputs))
+    )
+
+
+def _precision(model: ir.Model) -> Literal["fp32", "bf16", "fp8", "nvfp4"]:
+    if _holds(model, ir.DataType.FLOAT4E2M1):
+        return "nvfp4"
+    if _holds(model, ir.DataType.FLOAT8E4M3FN):
+        return "fp8"
+    return "bf16" if _holds(model, ir.DataType.BFLOAT16) else "fp32"
