@@ -16,7 +16,7 @@ from .command import (
 
 if TYPE_CHECKING:
     from .backends import BackendChoice
-    from .build import BuildRequest
+    from .request import BuildRequest
     from .targets import Variant
 
 __all__ = ["Build", "Onnx", "build_request"]
@@ -95,7 +95,8 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
 
     from lightforcing_ref.config import preset
 
-    from .build import BuildRequest
+    from .request import BuildRequest
+    from .weights import Weights
 
     model = preset(args.preset)
     height, width = args.resolution or (model.height, model.width)
@@ -107,12 +108,15 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
         width=width,
         backend=choice.backend,
         precision=choice.precision,
-        seed=None if args.checkpoint else args.seed or 0,
-        checkpoint=args.checkpoint,
-        lora=args.lora,
-        vae=getattr(args, "vae", None),
-        text_encoder=getattr(args, "text_encoder", None),
-        tokenizer=getattr(args, "tokenizer", None),
+        files=Weights(
+            model,
+            seed=None if args.checkpoint else args.seed or 0,
+            checkpoint=args.checkpoint,
+            lora=args.lora,
+            vae=getattr(args, "vae", None),
+            text_encoder=getattr(args, "text_encoder", None),
+            tokenizer=getattr(args, "tokenizer", None),
+        ),
         per_chunk=args.per_chunk,
         execution=getattr(args, "execution", "whole"),
         out=args.out,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightforcing_ref.checkpoint_spec import umt5_shapes
@@ -21,6 +20,8 @@ from runtime.bundle import Component, TensorSpec
 from .graphs import clean_graph, per_chunk_graph
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .plan import StepPlan
+from .rtx_graph import sink_uint8
+from .tensor_files import store, write_tensors
 from .tracing import attend, prepare, save_model, trace
 
 __all__ = [
@@ -44,6 +45,8 @@ _DTYPES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
+    ir.DataType.FLOAT4E2M1: "float4_e2m1",
     ir.DataType.INT32: "int32",
     ir.DataType.INT64: "int64",
     ir.DataType.UINT8: "uint8",
@@ -137,20 +140,45 @@ def write_conditioner(folder: Path, model: CausalWanModel) -> list[str]:
     return ["conditioner.onnx", "conditioner.weights"]
 
 
-def write_text_encoder(folder: Path, plan: StepPlan, weights: dict[str, Tensor]) -> list[str]:
-    """Write the graph of one encoder layer, whose weights are inputs, and the weights of all layers."""
+class _TextLayer(nn.Module):
+    """An encoder layer that computes in the type of its weights; hidden states are float32 outside."""
+
+    def __init__(self, layer: UMT5Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, mask: Tensor, *weights: Tensor) -> Tensor:
+        out: Tensor = self.layer(hidden.to(weights[0].dtype), mask, *weights)
+        return out.float()
+
+
+def write_text_encoder(
+    folder: Path,
+    plan: StepPlan,
+    weights: Mapping[str, Callable[[], Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Write the graph of one encoder layer, whose weights are inputs, and the weights of all layers.
+
+    Args:
+        weights: makers of the weights, by name; called one by one.
+        dtype: that the weights are stored in and the layer computes in.
+    """
     config, length = plan.preset.text, plan.preset.dit.text_len
     shapes = umt5_shapes(config)
-    layer = [torch.zeros(shapes[f"layers.0.{name}"]) for name in LAYER_WEIGHTS]
+    layer = [torch.zeros(shapes[f"layers.0.{name}"], dtype=dtype) for name in LAYER_WEIGHTS]
     graph = trace(
-        UMT5Layer(config, length),
+        _TextLayer(UMT5Layer(config, length)),
         (torch.zeros(length, config.d_model), torch.ones(length), *layer),
         input_names=["hidden", "mask", *LAYER_WEIGHTS],
         output_names=["hidden_out"],
         metadata={"lightforcing.component": "text_encoder"},
     )
     save_model(graph, folder / "text_encoder.onnx", "text_encoder.constants")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / TEXT_WEIGHTS)
+    write_tensors(
+        folder / TEXT_WEIGHTS,
+        [store(name, shapes[name], dtype, make) for name, make in weights.items()],
+    )
     files = ["text_encoder.onnx", TEXT_WEIGHTS]
     return [*files, "text_encoder.constants"] if (folder / "text_encoder.constants").exists() else files
 
@@ -165,7 +193,7 @@ class VAEFirst(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
         video, caches = self.decoder.decode_first(latent)
-        return to_uint8(video), [caches[index] for index in self.written]
+        return to_uint8(video.float()), [caches[index] for index in self.written]
 
 
 class VAENext(nn.Module):
@@ -177,30 +205,47 @@ class VAENext(nn.Module):
 
     def forward(self, latent: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         video, caches = self.decoder.decode_next(latent, caches)
-        return to_uint8(video), caches
+        return to_uint8(video.float()), caches
+
+
+def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What comes into the decoder's first convolution, in that convolution's type."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (args[0].to(weight.dtype), *args[1:])
 
 
 def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
-    """Write the two graphs of the streaming decoder: first frame and later ones."""
+    """Write the two graphs of the streaming decoder: first frame and later ones.
+
+    They compute in the type of the decoder's weights, which is that of the caches. The latent is float32 and is
+    denormalised in float32, and so is the arithmetic of the pixels.
+    """
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
     latent = torch.zeros(plan.preset.vae.z_dim, 1, height, width)
-    later = trace(
-        VAENext(decoder),
-        (latent, [torch.zeros(cache.shape) for cache in caches]),
-        input_names=["latent", *(cache.name for cache in caches)],
-        output_names=["frames", *(_out(cache) for cache in caches)],
-        metadata={"lightforcing.component": "vae_next"},
-    )
-    save_model(later, folder / "vae_next.onnx", "vae_next.weights")
-    first = trace(
-        VAEFirst(decoder, caches),
-        (latent,),
-        input_names=["latent"],
-        output_names=["frames", *(_out(cache) for cache in caches if cache.written_by_first)],
-        metadata={"lightforcing.component": "vae_first"},
-    )
-    save_model(first, folder / "vae_first.onnx", "vae_first.weights")
+    dtype = decoder.conv2.weight.dtype
+    handle = decoder.conv2.register_forward_pre_hook(_narrow)
+    try:
+        later = trace(
+            VAENext(decoder),
+            (latent, [torch.zeros(cache.shape, dtype=dtype) for cache in caches]),
+            input_names=["latent", *(cache.name for cache in caches)],
+            output_names=["frames", *(_out(cache) for cache in caches)],
+            metadata={"lightforcing.component": "vae_next"},
+        )
+        first = trace(
+            VAEFirst(decoder, caches),
+            (latent,),
+            input_names=["latent"],
+            output_names=["frames", *(_out(cache) for cache in caches if cache.written_by_first)],
+            metadata={"lightforcing.component": "vae_first"},
+        )
+    finally:
+        handle.remove()
+    for graph, name in ((later, "vae_next"), (first, "vae_first")):
+        sink_uint8(graph)
+        save_model(graph, folder / f"{name}.onnx", f"{name}.weights")
     return ["vae_next.onnx", "vae_next.weights", "vae_first.onnx", "vae_first.weights"]
 
 

@@ -1,24 +1,33 @@
-"""Progress of a build, shown as a bar per component."""
+"""Progress of a build, shown as a bar with the time left."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
 
-__all__ = ["ProgressCallback", "progress_bars"]
+__all__ = ["ProgressCallback", "progress_bars", "time_left"]
 
-ProgressCallback = Callable[[str, int, int], None]
-"""Called with what is worked on now, how many parts are done and how many there are."""
+ProgressCallback = Callable[[str, float, float], None]
+"""Called with what is worked on now, how much of the effort is done and how much there is."""
+
+
+def time_left(elapsed: float, done: float, total: float) -> str:
+    """Estimate of the time left, from what the effort done so far took: "about 3 min left"; empty if unknown."""
+    if done <= 0 or done >= total:
+        return ""
+    seconds = elapsed * (total - done) / done
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 
 @contextmanager
@@ -28,13 +37,16 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
         SpinnerColumn(),
         TextColumn("{task.description:<28}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
     )
+    started = time.monotonic()
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task("starting", total=None)
+        task = bars.add_task("starting", total=None, left="")
 
-        def show(part: str, done: int, total: int) -> None:
-            bars.update(task, description=part, completed=done, total=total)
+        def show(part: str, done: float, total: float) -> None:
+            left = time_left(time.monotonic() - started, done, total)
+            bars.update(task, description=part, completed=done, total=total, left=left)
 
         yield show

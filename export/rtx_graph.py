@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 
 from .errors import ExportError
 
-__all__ = ["prepare_for_rtx"]
+__all__ = ["prepare_for_rtx", "sink_uint8"]
 
 _ROWWISE = frozenset(
     (
@@ -75,7 +75,7 @@ def prepare_for_rtx(model: ir.Model) -> None:
             f"the graph holds {len(own)} operators that TensorRT-RTX cannot run, the first {own[0].op_type} "
             f"({own[0].name!r}); it takes no plugins: cut the graph at them first (export.partition)"
         )
-    _sink_uint8(model.graph)
+    sink_uint8(model)
     _drop_batch(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _widen_biases(model.graph)
@@ -96,7 +96,9 @@ def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     old.name, new.name = f"{name}_before", name
 
 
-def _sink_uint8(graph: ir.Graph) -> None:
+def sink_uint8(model: ir.Model) -> None:
+    """Move each cast to uint8 behind the layout operators between it and the output, in place."""
+    graph = model.graph
     for output in list(graph.outputs):
         if output.dtype != ir.DataType.UINT8:
             continue

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lightforcing_ref.sparsity import SparsityTable
+from runtime.bundle import BackendName, Precision
 
 from .errors import InputError
 
@@ -40,9 +41,6 @@ CHUNK_FRAMES = 3
 """Latent frames per chunk."""
 
 _MAX_BASE = 0.999
-
-BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
-Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 
 _Tokens = Annotated[int, Field(ge=16, le=1024)]
 _Count = Annotated[int, Field(ge=0)]

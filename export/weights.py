@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +19,10 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
+from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.text import build_encoder, byte_tokenizer, encoder_weights, load_tokenizer
+from lightforcing_ref.text import byte_tokenizer, load_tokenizer
 from lightforcing_ref.vae import VAEDecoder
 
 from .errors import InputError
@@ -74,15 +76,21 @@ class Weights:
             model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
-    def text_weights(self) -> dict[str, Tensor]:
-        """The text encoder's weights under the names of the bundle's weights file, in the type they are stored in.
+    def text_tensors(self) -> dict[str, Callable[[], Tensor]]:
+        """The text encoder's weights under the names of the bundle's weights file, each made when it is called for.
 
-        They are mapped from the file, not read: UMT5-XXL does not fit into memory twice.
+        UMT5-XXL does not fit into memory twice: weights of a file are mapped, random ones drawn one by one.
         """
         if self.text_encoder is None:
             self._require_seed("text-encoder")
-            return encoder_weights(build_encoder(self.preset.text, seed=self.seed or 0))
-        return load_umt5_state(self.text_encoder, self.preset.text)
+            shapes = umt5_shapes(self.preset.text)
+            return {name: partial(self._draw, name, shape) for name, shape in shapes.items()}
+        state = load_umt5_state(self.text_encoder, self.preset.text)
+        return {name: partial(state.__getitem__, name) for name in state}
+
+    def text_weights(self) -> dict[str, Tensor]:
+        """All weights of the text encoder at once, in the type they are stored in; see `text_tensors`."""
+        return {name: make() for name, make in self.text_tensors().items()}
 
     def write_tokenizer(self, path: Path) -> None:
         """Write `tokenizer.json` to `path`."""
@@ -109,13 +117,21 @@ class Weights:
             )
 
     def _drawn(self, make: Callable[[], ModelT], dtype: torch.dtype) -> ModelT:
-        """A model with weights from the seed; each model draws from its own stream, in its own type."""
+        """A model with weights from the seed, the same ones in every type; each model draws from its own stream."""
         self._require_seed("checkpoint")
-        default = torch.get_default_dtype()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed or 0)
-            torch.set_default_dtype(dtype)
-            try:
-                return make()
-            finally:
-                torch.set_default_dtype(default)
+            return make().to(dtype)
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A weight of the text encoder, of a size that keeps the hidden states in range."""
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        drawn = torch.empty(shape).normal_(generator=generator)
+        if name == "token_embedding" or name.endswith("rel_bias"):
+            return drawn
+        # Attention scores are not scaled, so the queries are.
+        fan_in = shape[1] * (self.preset.text.d_kv if name.endswith(".q") else 1)
+        return drawn.mul_(fan_in**-0.5)

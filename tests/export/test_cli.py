@@ -153,11 +153,10 @@ def test_build_passes_its_settings_on(tmp_path: Path) -> None:
     assert choice.backend == request.backend == "onnxruntime"
     assert "tensorrt-rtx (not available in this version)" in choice.reason
     assert (request.target.name, request.preset.name, request.precision) == ("rtx4090", "tiny", "fp32")
-    assert (request.height, request.width, request.seed, request.per_chunk) == (256, 384, 5, True)
+    assert (request.height, request.width, request.weights.seed, request.per_chunk) == (256, 384, 5, True)
     assert (request.out, request.name, request.command) == (tmp_path, "rtx4090-tiny-long-custom", command)
-    assert (request.checkpoint, request.lora, request.vae, request.text_encoder, request.tokenizer) == (
-        None,
-    ) * 5
+    files = request.weights
+    assert (files.checkpoint, files.lora, files.vae, files.text_encoder, files.tokenizer) == (None,) * 5
     sparsity, cache = request.variant.sparsity, request.variant.cache
     assert (sparsity.target, sparsity.base, sparsity.keep_frames) == (0.5, pytest.approx(0.6), 4)
     assert (cache.window_frames, cache.sink_positions) == (9, "window")
@@ -172,8 +171,8 @@ def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
     args = _parser().parse_args(["build", "--preset", "wan-1.3b", "--gpu", "h200", *flags, "--name", "mine"])
     args.command_line = ""
     request, _ = build_request(args)
-    assert {name: getattr(request, name) for name in paths} == paths
-    assert (request.seed, request.name, request.variant.name) == (None, "mine", "hopper")
+    assert {name: getattr(request.weights, name) for name in paths} == paths
+    assert (request.weights.seed, request.name, request.variant.name) == (None, "mine", "hopper")
     assert (request.height, request.width) == (512, 768)
 
 

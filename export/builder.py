@@ -1,0 +1,142 @@
+"""What a backend is to the build: a few functions, and the run they work with.
+
+A backend's module defines a `Builder`; `export.build` lists it in one table. The build calls `check` before any long
+work, asks for the `parts` there will be, and lets `build` make them, each through `Run.part`, which skips what an
+interrupted build finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.vae import VAEDecoder
+from runtime import bundle
+
+from .plan import StepPlan
+from .progress import ProgressCallback
+from .request import BuildRequest
+from .weights import Weights
+from .workspace import Workspace
+
+__all__ = ["Builder", "Built", "Models", "Run"]
+
+
+class Models:
+    """The models, each loaded at most once, and only if something that is built needs it."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._dit: dict[torch.dtype, CausalWanModel] = {}
+        self._decoder: dict[torch.dtype, VAEDecoder] = {}
+
+    def dit(self, dtype: torch.dtype) -> CausalWanModel:
+        """The transformer."""
+        if dtype not in self._dit:
+            self._dit[dtype] = self.weights.dit(dtype)
+        return self._dit[dtype]
+
+    def take_dit(self, dtype: torch.dtype) -> CausalWanModel:
+        """The transformer, to be used up: it is loaded again if it is asked for again."""
+        model = self.dit(dtype)
+        self._dit.clear()
+        return model
+
+    def decoder(self, dtype: torch.dtype) -> VAEDecoder:
+        """The video decoder."""
+        if dtype not in self._decoder:
+            self._decoder[dtype] = self.weights.vae_decoder(dtype)
+        return self._decoder[dtype]
+
+
+class Run:
+    """One build under way.
+
+    Attributes:
+        workspace: folder of the bundle in the making; what is not among the published files disappears at the end.
+        models: of `request.weights`.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        request: BuildRequest,
+        plan: StepPlan,
+        parts: Mapping[str, float],
+        progress: ProgressCallback,
+    ) -> None:
+        self.workspace, self.request, self.plan = workspace, request, plan
+        self.models = Models(request.weights)
+        self._parts, self._progress = parts, progress
+        self._done = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where parts are written."""
+        return self.workspace.folder
+
+    def part(self, name: str, build: Callable[[Path], Sequence[str]]) -> list[bundle.FileEntry]:
+        """Make the part `name`, or take it over from an interrupted build.
+
+        Args:
+            build: writes into the folder it is given and returns the paths of its files, relative to it.
+
+        Returns:
+            the part's files.
+        """
+        self._progress(name, self._done, sum(self._parts.values()))
+        entries, _ = self.workspace.component(name, build)
+        self._done += self._parts[name]
+        return entries
+
+    def finish(self, name: str) -> None:
+        """Show that all parts are done, and what comes now."""
+        total = sum(self._parts.values())
+        self._progress(name, total, total)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a backend made.
+
+    Attributes:
+        components: the manifest's entries.
+        files: of the bundle; what else lies in the workspace is dropped.
+        graphs: component -> ONNX file that its engine was built from, for reference results.
+        vae_dtype: of the decoder's caches.
+        status: "built", or what is still to be shown.
+        segments, library, kernels, quantization: the manifest's sections.
+    """
+
+    components: Mapping[str, bundle.Component]
+    files: Sequence[bundle.FileEntry]
+    graphs: Mapping[str, Path]
+    vae_dtype: bundle.Dtype = "float32"
+    status: str = "built"
+    segments: bundle.Segments | None = None
+    library: bundle.Library | None = None
+    kernels: bundle.Kernels | None = None
+    quantization: bundle.Quantization | None = None
+
+
+def _nothing_to_check(request: BuildRequest, plan: StepPlan) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A backend's side of the build.
+
+    Attributes:
+        parts: name -> rough effort (seconds at full size, on two cores), in the order in which `build` makes them.
+        build: makes the parts.
+        check: refuses, before any long work, what cannot be built; raises InputError or BuildError.
+    """
+
+    parts: Callable[[BuildRequest, StepPlan], Mapping[str, float]]
+    build: Callable[[Run], Built]
+    check: Callable[[BuildRequest, StepPlan], None] = field(default=_nothing_to_check)

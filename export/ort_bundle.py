@@ -1,0 +1,60 @@
+"""The onnxruntime backend: the exported graphs are the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtime import bundle
+
+from . import components
+from .builder import Builder, Built, Run
+from .onnx_parts import export_graphs, graph_parts
+from .plan import StepPlan
+from .request import BuildRequest
+from .segments import write_segments
+
+__all__ = ["BUILDER"]
+
+_SECTION = "segments.json"
+"""The manifest's section on segments, kept beside a build in progress."""
+
+_WHOLE = ("step", "clean")
+
+
+def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
+    segments = {"segments": 60.0} if request.execution == "segmented" else {}
+    return {**graph_parts(request), **segments}
+
+
+def _build(run: Run) -> Built:
+    files = [entry for entries in export_graphs(run).values() for entry in entries]
+    folder, section = run.folder, None
+    entries = {
+        Path(entry.path).stem: components.component_of(folder, entry.path)
+        for entry in files
+        if entry.path.endswith(".onnx")
+    }
+    if run.request.execution == "segmented":
+        # The whole graphs were a step on the way: what stays of them is what goes in and comes out.
+        files = [entry for entry in files if Path(entry.path).stem not in _WHOLE]
+        written = run.part("segments", lambda into: _segments(into, run.plan))
+        section = bundle.Segments.model_validate_json((folder / _SECTION).read_text())
+        files += [entry for entry in written if entry.path != _SECTION]
+        entries |= {name: entries[name].model_copy(update={"file": None}) for name in _WHOLE}
+        entries |= {
+            Path(entry.path).stem: components.component_of(folder, entry.path)
+            for entry in written
+            if entry.path.endswith(".onnx")
+        }
+    graphs = {name: folder / entry.file for name, entry in entries.items() if entry.file is not None}
+    return Built(entries, files, graphs, segments=section)
+
+
+def _segments(folder: Path, plan: StepPlan) -> list[str]:
+    files, section = write_segments(folder, folder / "step.onnx", components.attention_form(plan))
+    (folder / _SECTION).write_text(section.model_dump_json())
+    return [*files, _SECTION]
+
+
+BUILDER = Builder(parts=_parts, build=_build)

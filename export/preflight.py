@@ -1,0 +1,50 @@
+"""Checks before long work: whether a build fits on the disk and into memory."""
+
+from __future__ import annotations
+
+import shutil
+from math import prod
+
+import torch
+
+from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.model import CausalWanModel
+
+from .errors import BuildError
+from .onnx_parts import graph_types
+from .plan import StepPlan
+from .request import BuildRequest
+
+__all__ = ["check_disk", "text_bytes", "transformer_parameters"]
+
+
+def transformer_parameters(plan: StepPlan) -> int:
+    """Parameters of the transformer."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalWanModel(plan.preset.dit).parameters())
+
+
+def text_bytes(request: BuildRequest, plan: StepPlan) -> int:
+    """Size of the text encoder's weights as the bundle stores them."""
+    elements = sum(prod(shape) for shape in umt5_shapes(plan.preset.text).values())
+    return elements * graph_types(request).text.itemsize
+
+
+def check_disk(request: BuildRequest, plan: StepPlan) -> None:
+    """Refuse a build that cannot fit on the disk.
+
+    Raises:
+        BuildError: says what is needed and what is free.
+    """
+    # Segments are cut from the whole graph, whose weights lie beside theirs until the bundle is complete.
+    copies = 2 if request.execution == "segmented" else 1
+    needed = copies * transformer_parameters(plan) * graph_types(request).transformer.itemsize
+    needed += text_bytes(request, plan)
+    out = request.out.absolute()
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise BuildError(
+            f"the build needs {needed / 2**30:.1f} GiB and {existing} has {free / 2**30:.1f} GiB free; make room or "
+            "choose another --out"
+        )
