@@ -7,6 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ALL_ARCHS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"
 NO_SPILL = ("sm_90", "sm_120")
@@ -56,7 +60,40 @@ def _build(args: argparse.Namespace) -> int:
     bad = [line for line in spilling(built) if line.startswith(NO_SPILL)]
     if bad:
         console.print("[red]error:[/red] these images must not spill registers:", *bad, sep="\n  ")
-    return 1 if bad else 0
+        return 1
+    return _build_libraries(args, console) if args.tensorrt else 0
+
+
+def _build_libraries(args: argparse.Namespace, console: Console) -> int:
+    from .build import parse_archs
+    from .errors import PluginError
+    from .tensorrt_build import HEADERS_HINT, build_libraries
+
+    start = time.monotonic()
+    try:
+        with console.status("building the TensorRT plugin"):
+            libraries = build_libraries(
+                parse_archs(args.arch),
+                args.out,
+                args.tensorrt_out,
+                tensorrt_root=args.tensorrt_root,
+                fetch=args.fetch,
+                jobs=args.jobs,
+            )
+    except PluginError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, markup=False)
+        return 1
+    targets = ", ".join(libraries.targets)
+    for path in (libraries.launch, libraries.plugin):
+        if path is not None:
+            console.print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {targets})", highlight=False)
+    console.print(f"built in {time.monotonic() - start:.0f} s", highlight=False)
+    if libraries.plugin is None:
+        console.print(
+            f"[yellow]the TensorRT plugin is skipped:[/yellow] its headers are not here; {HEADERS_HINT}",
+            highlight=False,
+        )
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +110,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.add_argument("--out", type=Path, default=Path("build/kernels"), help="default %(default)s")
     build.add_argument("--cache", type=Path, help="compiled kernels are kept here between builds")
     build.add_argument("--jobs", type=int, help="worker processes, default: one per processor")
+    build.add_argument(
+        "--tensorrt",
+        action="store_true",
+        help="then embed them into the TensorRT plugin and the launch library (needs a C++ compiler and CMake)",
+    )
+    build.add_argument(
+        "--tensorrt-out", type=Path, default=Path("build/tensorrt"), help="where to, default %(default)s"
+    )
+    build.add_argument(
+        "--tensorrt-root",
+        type=Path,
+        help="holds include/NvInferRuntime.h; default: the environment's TENSORRT_ROOT, then the system",
+    )
+    build.add_argument(
+        "--no-fetch",
+        dest="fetch",
+        action="store_false",
+        help="do not fetch the TensorRT headers from the vendor's repository where there are none",
+    )
     build.set_defaults(run=_build)
     args = parser.parse_args(argv)
     return int(args.run(args))

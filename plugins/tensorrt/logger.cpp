@@ -1,0 +1,44 @@
+// Finding TensorRT's logger without linking its library.
+#include "logger.h"
+
+#include <atomic>
+#include <cstdio>
+
+#include "tensorrt_library.h"
+
+namespace lightforcing::tensorrt {
+namespace {
+
+std::atomic<nvinfer1::ILoggerFinder*> loggerFinder{nullptr};
+
+nvinfer1::ILogger* findLogger() {
+    if (nvinfer1::ILoggerFinder* const finder = loggerFinder.load()) {
+        if (nvinfer1::ILogger* const logger = finder->findLogger()) {
+            return logger;
+        }
+    }
+    // A library that was opened rather than registered gets no finder.
+    const auto getLogger = findInTensorRT<nvinfer1::ILogger* (*)() noexcept>("getLogger");
+    return getLogger != nullptr ? getLogger() : nullptr;
+}
+
+} // namespace
+
+void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
+    loggerFinder.store(finder);
+}
+
+void logError(const std::string& message) noexcept {
+    try {
+        const std::string text = "lightforcing: " + message;
+        if (nvinfer1::ILogger* const logger = findLogger()) {
+            logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
+        } else {
+            std::fprintf(stderr, "%s\n", text.c_str());
+        }
+    } catch (...) {
+        std::fputs("lightforcing: an error could not be reported\n", stderr);
+    }
+}
+
+} // namespace lightforcing::tensorrt
