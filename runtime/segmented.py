@@ -24,7 +24,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Graph(Protocol):
-    """A loaded component that runs bound to fixed addresses."""
+    """A component loaded on the host, which runs bound to fixed addresses."""
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
@@ -34,6 +34,9 @@ class Graph(Protocol):
 
     def run(self, binding: Any) -> float:
         """Run a binding; the seconds it took."""
+
+    def call(self, inputs: Arrays) -> list[NDArray[Any]]:
+        """Run on arbitrary arrays; the outputs in order."""
 
 
 class _Parts:
