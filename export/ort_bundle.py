@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx_ir as ir
+
 from runtime import bundle
 
 from . import components
@@ -52,7 +54,8 @@ def _build(run: Run) -> Built:
 
 
 def _segments(folder: Path, plan: StepPlan) -> list[str]:
-    files, section = write_segments(folder, folder / "step.onnx", components.attention_form(plan))
+    model = ir.load(folder / "step.onnx")
+    files, section = write_segments(folder, model, components.attention_form(plan))
     (folder / _SECTION).write_text(section.model_dump_json())
     return [*files, _SECTION]
 

@@ -1,26 +1,36 @@
 """The step graph as segments: `first`, one `layer` engine for all layers, `last`, and the operators in between.
 
 Weights are inputs of the segments, so one `layer` engine serves every layer with other addresses, and another
-checkpoint or a merged LoRA is another weights file.
+checkpoint or a merged LoRA is another weights file. Or they are embedded: then there is a graph for every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from safetensors.numpy import save_file
 
 from plugins import contract, functions
 from runtime.bundle import Segments
 
 from .errors import ExportError
-from .partition import Partition, RepeatedSegment, merge_repeated, partition
+from .partition import Partition, Segment, merge_repeated, partition
+from .tensor_files import StoredTensor, StoredType, write_tensors
+from .tracing import EXTERNAL_BYTES
 
 __all__ = ["SEGMENT_WEIGHTS", "is_kernel", "is_parameter", "write_segments"]
 
 SEGMENT_WEIGHTS = "transformer.safetensors"
+
+_STORED: Mapping[ir.DataType, StoredType] = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.FLOAT4E2M1: "U8",
+}
+"""Types of weights. The file format has none of four bits: two such elements are a byte."""
 
 _PARAMETERS = ("model.", "modulation_", "head_modulation", "sigmas")
 
@@ -36,13 +46,16 @@ def is_parameter(name: str) -> bool:
 
 
 def write_segments(
-    folder: Path, step: Path, attention: functions.AttentionForm
+    folder: Path, model: ir.Model, attention: functions.AttentionForm, *, embedded: bool = False
 ) -> tuple[list[str], Segments]:
-    """Cut the step graph in `step` and write the segments, the operators and the weights.
+    """Cut a step graph and write the segments, the operators and the weights.
 
     Args:
-        step: an ONNX file as `components.write_step` leaves it; it is read, not changed.
+        model: a graph as `components.write_step` leaves it, perhaps quantized; weights may still lie in a file or be
+            yet to compute, and are written one by one.
         attention: form of the attention operator's function body, for runtimes without kernels.
+        embedded: leave the weights inside, in a graph for every layer (`layer.0`, ...). The file of weights then holds
+            those of the operators only.
 
     Returns:
         the files, relative to `folder`, and the manifest's section.
@@ -50,47 +63,80 @@ def write_segments(
     Raises:
         ExportError: the layers differ in more than their weights.
     """
-    model = ir.load(step)
     cut = partition(model, is_kernel)
-    first, *layers, last = cut.segments
-    if not layers:
+    if len(cut.segments) < _FEWEST:
         raise ExportError("the step graph has one layer; segmented execution needs two or more")
-    parts = {
-        "first": merge_repeated([first], name="first", is_weight=is_parameter),
-        "layer": merge_repeated(layers, name="layer", is_weight=is_parameter),
-        "last": merge_repeated([last], name="last", is_weight=is_parameter),
-    }
     names = _canonical_names(cut)
-    for name, part in parts.items():
-        _rename(part, names)
-        ir.external_data.load_to_model(part.model)  # constants; the weights are inputs by now
-        ir.save(part.model, folder / f"{name}.onnx")
+    write = _write_embedded if embedded else _write_shared
+    files, (first, *layers, last) = write(folder, cut.segments, names)
     prepare, attend = _operators(cut)
     for name, nodes in (("qk_prepare", prepare), ("attention", attend)):
         ir.save(_operator_model(model, nodes[0], attention), folder / f"{name}.onnx")
-
-    bindings = {
-        name: [dict(zip(part.weights, row, strict=True)) for row in part.bindings]
-        for name, part in parts.items()
-    }
     kernel_weights = [_kernel_weights(node) for node in prepare]
-    used = {
-        tensor for rows in [*bindings.values(), kernel_weights] for row in rows for tensor in row.values()
-    }
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if name in used}
-    save_file(
-        {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None},
-        folder / SEGMENT_WEIGHTS,
-    )
+    used = {tensor for row in (first, *layers, last, *kernel_weights) for tensor in row.values()}
+    stored = [_stored(value) for name, value in model.graph.initializers.items() if name in used]
+    write_tensors(folder / SEGMENT_WEIGHTS, stored)
     section = Segments(
-        weights=SEGMENT_WEIGHTS,
-        first=bindings["first"][0],
-        layers=tuple(bindings["layer"]),
-        last=bindings["last"][0],
-        prepare=tuple(kernel_weights),
+        weights=SEGMENT_WEIGHTS, first=first, layers=tuple(layers), last=last, prepare=tuple(kernel_weights)
     )
-    files = [f"{name}.onnx" for name in (*parts, "qk_prepare", "attention")]
-    return [*files, SEGMENT_WEIGHTS], section
+    return [*files, "qk_prepare.onnx", "attention.onnx", SEGMENT_WEIGHTS], section
+
+
+_FEWEST = 3
+"""Segments of two layers: `first`, `layer`, `last`."""
+
+_Rows = list[dict[str, str]]
+"""For each run of a segment, in order: weight input -> tensor of the weights file."""
+
+
+def _write_shared(
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str]
+) -> tuple[list[str], _Rows]:
+    """Graphs whose weights are inputs: the first and the last segment, and one for all between them."""
+    groups = {"first": segments[:1], "layer": segments[1:-1], "last": segments[-1:]}
+    rows: _Rows = []
+    for name, group in groups.items():
+        part = merge_repeated(group, name=name, is_weight=is_parameter)
+        _rename(part.model, names)
+        ir.external_data.load_to_model(part.model)  # constants; the weights are inputs by now
+        ir.save(part.model, folder / f"{name}.onnx")
+        rows += [dict(zip(part.weights, row, strict=True)) for row in part.bindings]
+    return [f"{name}.onnx" for name in groups], rows
+
+
+def _write_embedded(
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str]
+) -> tuple[list[str], _Rows]:
+    """A graph for every segment, each with a file of its weights."""
+    files = []
+    titles = ["first", *(f"layer.{index}" for index in range(len(segments) - 2)), "last"]
+    for title, segment in zip(titles, segments, strict=True):
+        _rename(segment.model, names)
+        weights = f"{title}.weights"
+        ir.save(
+            segment.model,
+            folder / f"{title}.onnx",
+            external_data=weights,
+            size_threshold_bytes=EXTERNAL_BYTES,
+        )
+        files += [f"{title}.onnx", weights]
+    return files, [{} for _ in segments]
+
+
+def _stored(value: ir.Value) -> StoredTensor:
+    tensor, dtype = value.const_value, value.dtype
+    if tensor is None or dtype is None or dtype not in _STORED:
+        raise ExportError(
+            f"the weight {value.name!r} is {dtype}; expected one of {', '.join(map(str, _STORED))}"
+        )
+    shape = tuple(tensor.shape.numpy())
+    if dtype == ir.DataType.FLOAT4E2M1:
+        shape = (*shape[:-1], shape[-1] // 2)
+    return StoredTensor(_value_name(value), _STORED[dtype], shape, _reader(tensor))
+
+
+def _reader(tensor: ir.TensorProtocol) -> Callable[[], memoryview]:
+    return lambda: memoryview(tensor.tobytes())
 
 
 def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
@@ -131,9 +177,9 @@ def _value_name(value: ir.Value | None) -> str:
     return value.name
 
 
-def _rename(part: RepeatedSegment, names: Mapping[str, str]) -> None:
+def _rename(model: ir.Model, names: Mapping[str, str]) -> None:
     """Give a segment's inputs and outputs their canonical names; what comes out as `x` is called `x_out`."""
-    graph = part.model.graph
+    graph = model.graph
     for value in graph.outputs:
         canonical = names.get(_value_name(value), _value_name(value))
         value.name = "x_out" if canonical == "x" else canonical

@@ -218,7 +218,7 @@ def _summary(error: ValidationError) -> str:
 
 def _check_components(root: Path, manifest: Manifest) -> None:
     segments = manifest.segments
-    required = REQUIRED_COMPONENTS + (_segment_components(manifest, segments) if segments else ())
+    required = REQUIRED_COMPONENTS + (_segment_components(segments) if segments else ())
     virtual: tuple[str, ...] = ("step", "clean") if segments else ()
     if segments and manifest.kernels:
         virtual += OPERATOR_COMPONENTS
@@ -238,7 +238,7 @@ def _check_components(root: Path, manifest: Manifest) -> None:
         if component.file is not None
     }
     used |= {"the tokenizer": manifest.text.tokenizer, "the text encoder's weights": manifest.text.weights}
-    if segments and segments.weights:
+    if segments:
         used["the segments' weights"] = segments.weights
     if manifest.kernels:
         used["the kernels"] = f"{manifest.kernels.folder}/{manifest.kernels.arch}/kernels.json"
@@ -253,9 +253,9 @@ def _check_components(root: Path, manifest: Manifest) -> None:
             )
 
 
-def _segment_components(manifest: Manifest, segments: Segments) -> tuple[str, ...]:
+def _segment_components(segments: Segments) -> tuple[str, ...]:
     """Components of segmented execution: one `layer` whose weights are inputs, or one for every run of it."""
-    layers = ("layer",) if segments.weights else tuple(f"layer.{i}" for i in range(manifest.model.layers - 1))
+    layers = dict.fromkeys(segments.layer_component(index) for index in range(len(segments.layers)))
     return ("first", *layers, "last", *OPERATOR_COMPONENTS)
 
 

@@ -275,17 +275,26 @@ class Segments(_Part):
     """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
     ``attention`` in between.
 
-    ``weights`` is a safetensors file, null where engines hold their weights (then there is an engine per layer:
-    ``layer.0``, ``layer.1``, ...). Each mapping goes from a component's input to the tensor of that file:
+    ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
     ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
-    ``qk_prepare`` in layer i.
+    ``qk_prepare`` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
+    every layer: ``layer.0``, ``layer.1``, ...
     """
 
-    weights: BundlePath | None
+    weights: BundlePath
     first: dict[str, str]
     layers: tuple[dict[str, str], ...]
     last: dict[str, str]
     prepare: tuple[dict[str, str], ...]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the engines hold their weights."""
+        return not self.first
+
+    def layer_component(self, index: int) -> str:
+        """The component that runs between the operators of layers ``index`` and ``index`` + 1."""
+        return f"layer.{index}" if self.embedded else "layer"
 
 
 class Library(_Part):
