@@ -65,6 +65,8 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _build_libraries(args: argparse.Namespace, console: Console) -> int:
+    from rich.markup import escape
+
     from .build import parse_archs
     from .errors import PluginError
     from .tensorrt_build import HEADERS_HINT, build_libraries
@@ -81,7 +83,7 @@ def _build_libraries(args: argparse.Namespace, console: Console) -> int:
                 jobs=args.jobs,
             )
     except PluginError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, markup=False)
+        console.print("[red]error:[/red]", escape(str(error)), highlight=False)
         return 1
     targets = ", ".join(libraries.targets)
     for path in (libraries.launch, libraries.plugin):
