@@ -14,7 +14,15 @@ from .cache import LatentRing
 from .errors import BundleError, CapacityError
 from .manifest import Component, Dtype, Manifest, TensorSpec
 
-__all__ = ["Buffer", "BufferPlan", "available_memory", "check_memory", "plan_buffers"]
+__all__ = [
+    "Buffer",
+    "BufferPlan",
+    "available_memory",
+    "check_memory",
+    "item_bits",
+    "plan_buffers",
+    "work_buffers",
+]
 
 _ITEM_BITS = {
     "float32": 32,
@@ -28,6 +36,13 @@ _ITEM_BITS = {
     "bool": 8,
 }
 _CGROUP = Path("/sys/fs/cgroup")
+_OUTSIDE_LANE = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
+"""Components that run at the same time as the transformer, and the lane they run in."""
+
+
+def item_bits(dtype: Dtype) -> int:
+    """Bits of one element."""
+    return _ITEM_BITS[dtype]
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,15 @@ class BufferPlan:
     """The buffers of a pipeline that serves ``sessions`` sessions.
 
     ``pool`` holds the frame slots of all sessions, ``shared`` what one chunk needs while it is computed (the
-    session that is served uses it), and ``session`` what each session keeps for itself.
+    session that is served uses it), ``session`` what each session keeps for itself, and ``work``, on a GPU, what
+    passes between engines and the activation memory they are given.
     """
 
     sessions: int
     pool: tuple[Buffer, ...]
     shared: tuple[Buffer, ...]
     session: tuple[Buffer, ...]
+    work: tuple[Buffer, ...] = ()
 
     @property
     def session_bytes(self) -> int:
@@ -65,7 +82,9 @@ class BufferPlan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all buffers together."""
-        return _total(self.pool) + _total(self.shared) + self.sessions * _total(self.session)
+        return (
+            _total(self.pool) + _total(self.shared) + _total(self.work) + self.sessions * _total(self.session)
+        )
 
 
 def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
@@ -118,7 +137,71 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
             for buffer in pool
             if not buffer.name.startswith("past_v.")
         ]
-    return BufferPlan(sessions=sessions, pool=tuple(pool), shared=tuple(shared), session=tuple(session))
+    return BufferPlan(
+        sessions=sessions,
+        pool=tuple(pool),
+        shared=tuple(shared),
+        session=tuple(session),
+        work=() if manifest.target.compute_capability is None else work_buffers(manifest),
+    )
+
+
+def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
+    """What a forward needs besides the buffers that every engine has, if its parts are run one by one.
+
+    Scalars and tables that are constant, what the host feeds besides chunks, what passes between segments, and the
+    activation memory: one piece for all components that never run at once.
+    """
+    steps, cache = manifest.schedule.denoise_steps, manifest.cache
+    buffers = [Buffer(f"step.{step}", "int32", ()) for step in range(steps + 1)]
+    buffers.append(Buffer("commit_slots", "int32", (manifest.model.chunk_frames,)))
+    if cache.sink_positions == "window" and cache.sink_frames:
+        pairs = (cache.sink_frames, manifest.model.rope.dims_thw[0] // 2)
+        buffers.append(Buffer("sink_slots", "int32", (cache.sink_frames,)))
+        buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
+    if manifest.segments is not None:
+        buffers += _segment_buffers(manifest)
+    encoder = manifest.components["text_encoder"]
+    buffers += [_renamed(spec, f"encoder.{spec.name}") for spec in (*encoder.inputs, *encoder.outputs)]
+    scratch: dict[str, int] = {}
+    for name, component in manifest.components.items():
+        lane = _OUTSIDE_LANE.get(name, "forward")
+        if component.cost is not None:
+            scratch[lane] = max(scratch.get(lane, 0), component.cost.activation_bytes)
+    return (
+        *buffers,
+        *(Buffer(f"scratch.{lane}", "uint8", (size,)) for lane, size in scratch.items() if size),
+    )
+
+
+def _segment_buffers(manifest: Manifest) -> list[Buffer]:
+    """What passes between the segments of a step; the residual stream alternates between two buffers."""
+    components = manifest.components
+    first, prepare = components["first"], components["qk_prepare"]
+    outputs = _named(first.outputs)
+    residual = _require(outputs, "x_out", first)
+    query = _named(prepare.outputs)
+    q = _require(query, "q", prepare)
+    buffers = [
+        _renamed(residual, "residual.0"),
+        _renamed(residual, "residual.1"),
+        _renamed(_require(outputs, "qkv", first), "qkv"),
+        _renamed(q, "q"),
+        _renamed(_require(query, "q_mean", prepare), "q_mean"),
+        _renamed(q, "attention_out"),
+    ]
+    if manifest.kernels is not None:
+        model, attention = manifest.model, manifest.attention
+        rows = model.chunk_frames * -(-model.frame_tokens // attention.block_q)
+        frames = manifest.cache.max_past_frames + model.chunk_frames
+        lists = (model.heads, rows, frames * manifest.key_blocks)
+        buffers += [
+            Buffer("scores", "float32", lists),
+            Buffer("lists", "int32", lists),
+            Buffer("counts", "int32", lists[:2]),
+            Buffer("keep_q20", "int32", (len(manifest.sparsity.keep_q20),)),
+        ]
+    return buffers
 
 
 def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
