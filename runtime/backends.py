@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from .bundle import Bundle
 from .engine import Engine
-from .errors import EngineError
 from .memory import BufferPlan
 
-__all__ = ["load_engine"]
+__all__ = ["load_engine", "runs_on_host"]
+
+
+def runs_on_host(bundle: Bundle) -> bool:
+    """Whether the bundle is executed on the host: by ONNX Runtime, or by packages compiled for a CPU."""
+    manifest = bundle.manifest
+    return manifest.backend == "onnxruntime" or manifest.target.compute_capability is None
 
 
 def load_engine(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> Engine:
@@ -19,14 +24,10 @@ def load_engine(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None)
     Raises:
         EngineError: the backend cannot run what the bundle was built for, or does not load.
     """
-    manifest = bundle.manifest
-    on_host = manifest.target.compute_capability is None
-    if manifest.backend == "onnxruntime":
-        from .onnxruntime_engine import OnnxRuntimeEngine
+    if runs_on_host(bundle):
+        from .host_engine import HostEngine
 
-        return OnnxRuntimeEngine(bundle, plan, threads=threads)
-    where = "the host" if on_host else f"a GPU of capability {manifest.target.compute_capability}"
-    raise EngineError(
-        f"bundle {manifest.name!r} was built with the {manifest.backend!r} backend for {where}, which this runtime "
-        f"does not execute; rebuild it with --backend onnxruntime"
-    )
+        return HostEngine(bundle, plan, threads=threads)
+    from .cuda_engine import load_cuda_engine
+
+    return load_cuda_engine(bundle, plan.sessions)

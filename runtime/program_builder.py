@@ -26,7 +26,7 @@ from .program import (
 )
 from .weights_file import StoredTensor, WeightsFile
 
-__all__ = ["QK_NORM_EPS", "build_program", "layer_component"]
+__all__ = ["QK_NORM_EPS", "build_program"]
 
 QK_NORM_EPS: Final = 1e-6
 """Of the RMS norm of queries and keys, in every model of this family."""
@@ -43,15 +43,10 @@ def build_program(bundle: Bundle, sessions: int) -> Program:
     manifest = bundle.manifest
     segments = manifest.segments
     stored: Mapping[str, StoredTensor] = {}
-    if segments is not None and segments.weights is not None:
+    if segments is not None:
         with WeightsFile(bundle.path(segments.weights)) as weights:
             stored = weights.tensors
     return _Builder(manifest, sessions, stored).build()
-
-
-def layer_component(manifest: Manifest, layer: int) -> str:
-    """The component between the operators of ``layer`` and the next: one for all, or one each."""
-    return "layer" if "layer" in manifest.components else f"layer.{layer}"
 
 
 class _Builder:
@@ -238,7 +233,7 @@ class _Builder:
             if is_last:
                 operations.append(self._segment("last", tensors, segments.last, layer))
             else:
-                name = layer_component(self.manifest, layer)
+                name = segments.layer_component(layer)
                 operations.append(self._segment(name, tensors, segments.layers[layer], layer))
         return operations
 
