@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
 from runtime.bundle import Dtype, TensorSpec
 
 from .errors import ExportError
 from .quantize import ORT_SESSION_CONFIG
+from .quantize_emulation import emulate_fp4, unpack_fp4
 from .quantize_twin import float32_twin
 
 __all__ = ["ReferenceGraph"]
@@ -30,6 +32,13 @@ _DTYPES: Mapping[ir.DataType, Dtype] = {
     ir.DataType.UINT8: "uint8",
     ir.DataType.BOOL: "bool",
 }
+_COARSEST = {
+    ir.DataType.FLOAT4E2M1: "nvfp4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT16: "fp16",
+}
+_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _ERRORS_ONLY = 3
 _TWIN = "twin.onnx"
 
@@ -40,6 +49,7 @@ class ReferenceGraph:
     Attributes:
         inputs, outputs: as the graph has them before it is widened.
         precision: the coarsest type it computes in.
+        layers: attentions in it.
 
     Args:
         scratch: an empty folder for the float32 twin, which is read as long as this object lives.
@@ -56,9 +66,11 @@ class ReferenceGraph:
         self.inputs = tuple(_spec(value) for value in model.graph.inputs)
         self.outputs = tuple(_spec(value) for value in model.graph.outputs)
         self.precision = _precision(model)
-        if _holds(model, ir.DataType.BFLOAT16):
+        self.layers = sum(node.op_type == HIERARCHICAL_SPARSE_ATTENTION for node in model.graph)
+        if any(_holds(model, dtype) for dtype in (*_NARROW, ir.DataType.FLOAT4E2M1)):
             path = scratch / _TWIN
-            ir.save(float32_twin(model), path, external_data=f"{_TWIN}.weights")
+            emulate_fp4(float32_twin(model))
+            ir.save(model, path, external_data=f"{_TWIN}.weights")
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         for key, value in ORT_SESSION_CONFIG.items():
@@ -72,7 +84,7 @@ class ReferenceGraph:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs, float32 where they are floats."""
-        feed = {name: _feed(value) for name, value in inputs.items()}
+        feed = {spec.name: _feed(inputs[spec.name], spec) for spec in self.inputs}
         names = [spec.name for spec in self.outputs]
         try:
             values = self._session.run_with_ort_values(names, feed)
@@ -81,13 +93,15 @@ class ReferenceGraph:
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
-def _feed(value: NDArray[Any]) -> Any:
+def _feed(value: NDArray[Any], spec: TensorSpec) -> Any:
     from onnxruntime import OrtValue
 
+    if spec.dtype == "float4_e2m1":
+        value = unpack_fp4(value)
     if value.dtype == ml_dtypes.float8_e4m3fn:
         kind = int(ir.DataType.FLOAT8E4M3FN)
         return OrtValue.ortvalue_from_numpy_with_onnx_type(value.view(np.uint8), kind)
-    if value.dtype == ml_dtypes.bfloat16:
+    if value.dtype in (ml_dtypes.bfloat16, np.float16):
         value = value.astype(np.float32)
     return OrtValue.ortvalue_from_numpy(value)
 
@@ -106,9 +120,6 @@ def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
     )
 
 
-def _precision(model: ir.Model) -> Literal["fp32", "bf16", "fp8", "nvfp4"]:
-    if _holds(model, ir.DataType.FLOAT4E2M1):
-        return "nvfp4"
-    if _holds(model, ir.DataType.FLOAT8E4M3FN):
-        return "fp8"
-    return "bf16" if _holds(model, ir.DataType.BFLOAT16) else "fp32"
+def _precision(model: ir.Model) -> str:
+    """The coarsest of fp32, fp16, bf16, fp8 and nvfp4 among the graph's tensors."""
+    return next((name for dtype, name in _COARSEST.items() if _holds(model, dtype)), "fp32")

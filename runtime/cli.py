@@ -1,4 +1,4 @@
-"""Command line: ``python -m runtime generate`` and ``python -m runtime bench``.
+"""Command line: ``python -m runtime generate``, ``bench`` and ``verify``.
 
 Exit codes: 0 done, 2 bad input (nothing is written), 1 failed while running, 130 interrupted.
 """
@@ -48,6 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--warmup-chunks", type=int, default=2, help="chunks to run before measuring (2)")
     bench.add_argument("--sessions", type=int, default=1, help="sessions to run at once (1)")
     bench.add_argument("--json", metavar="FILE", help="write the result as JSON; '-' for standard output")
+
+    verify = commands.add_parser("verify", help="check that every component computes what it should here")
+    verify.add_argument("bundle", help="folder of the bundle")
+    verify.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="execute nothing: check every launch of a GPU bundle on any machine",
+    )
+    verify.add_argument("--json", metavar="FILE", help="write the result as JSON; '-' for standard output")
+    verify.add_argument("--threads", type=int, help="CPU threads (OMP_NUM_THREADS, else all cores)")
     return parser
 
 
@@ -81,10 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from .generate import run_generate
 
                 run_generate(options, console)
-            else:
+            elif options.command == "bench":
                 from .bench import run_bench
 
                 run_bench(options, console)
+            else:
+                from .verify_command import run_verify
+
+                run_verify(options, console)
         except KeyboardInterrupt:
             console.print("interrupted; nothing was written", style="red")
             return _INTERRUPTED
