@@ -52,6 +52,11 @@ class RopeTables:
             frames[..., :pairs] = time[:, None]
             frames[..., pairs:] = space
 
+    def turn(self, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Cosines and sines ``[time pairs]`` of the rotation that moves keys by ``frames`` in time."""
+        angle = frames * self._time_freqs
+        return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
     def shift(self, source: NDArray[Any], frames: int, out: NDArray[Any]) -> None:
         """Write ``source`` ``[..., head_dim]`` moved by ``frames`` in time into ``out``.
 
@@ -59,8 +64,7 @@ class RopeTables:
         position, so one rotation serves them all, and the rotation of a mean is the mean of the rotations.
         Computed in float32.
         """
-        angle = frames * self._time_freqs
-        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        cos, sin = self.turn(frames)
         even = source[..., 0 : self._time_dim : 2].astype(np.float32)
         odd = source[..., 1 : self._time_dim : 2].astype(np.float32)
         out[..., 0 : self._time_dim : 2] = even * cos - odd * sin
