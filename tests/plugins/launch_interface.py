@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import subprocess
 from collections.abc import Sequence
 from ctypes import (
     POINTER,
@@ -30,8 +31,9 @@ from typing import Any
 import pytest
 
 from plugins import images
+from plugins.embedding import ASSEMBLY_NAME, TABLE_NAME, write_embedded
 from plugins.kernels import specs
-from plugins.tensorrt_build import find_tool
+from plugins.tensorrt_build import LAUNCH_LIBRARY, build_libraries, find_tool
 
 MISSING_TOOLS = ", ".join(
     name
@@ -275,3 +277,24 @@ def tensorrt_root() -> Path | None:
         if (root / "include" / "NvInferRuntime.h").exists():
             return root
     return None
+
+
+def build_launch_library(archs: Sequence[int], kernels: Path, out: Path) -> Path:
+    """The launch library, by CMake where it is installed, else by the compiler alone: test machines are bare."""
+    if find_tool("cmake") is not None:
+        return build_libraries(archs, kernels, out, fetch=False).launch
+    write_embedded(archs, kernels, out)
+    sources = Path(specs.__file__).parents[1] / "launch"
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{sources}",
+        f"-I{out}",
+    ]
+    command += [str(path) for path in (*sorted(sources.glob("*.cpp")), out / TABLE_NAME, out / ASSEMBLY_NAME)]
+    subprocess.run([*command, "-ldl", "-o", str(out / LAUNCH_LIBRARY)], check=True)
+    return out / LAUNCH_LIBRARY
