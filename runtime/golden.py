@@ -266,12 +266,11 @@ def error_of(output: NDArray[Any], expected: Expected, samples: NDArray[np.float
     if output.size != expected.size:
         return float("inf")
     found, norm = sample(output, expected)
+    if not np.isfinite(norm):
+        return float("inf")
     gap = float(np.linalg.norm(found.astype(np.float64) - samples))
-    error = max(
-        _ratio(gap, float(np.linalg.norm(samples.astype(np.float64)))),
-        _ratio(abs(norm - expected.norm), expected.norm),
-    )
-    return error if np.isfinite(error) else float("inf")
+    scale = float(np.linalg.norm(samples.astype(np.float64)))
+    return max(_ratio(gap, scale), _ratio(abs(norm - expected.norm), expected.norm))
 
 
 def _ratio(gap: float, scale: float) -> float:
@@ -367,4 +366,4 @@ def shaped(recipe: Recipe, spec: TensorSpec, slots: int, files: Mapping[str, Wei
     if spec.dtype == "float4_e2m1":
         shape[-1] //= 2
     values = generate(recipe, int(np.prod(shape, dtype=np.int64)), files)
-    return np.ascontiguousarray(values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape))
+    return values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,3 +31,19 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
 def bundle(make_bundle: MakeBundle) -> Path:
     """A window of 8 frames with one window-relative sink. Do not change its files."""
     return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hand-made bundle with golden vectors. Do not change its files."""
+    from export.golden import write_golden
+    from runtime.bundle import file_entry, load_bundle, write_manifest
+
+    folder = tmp_path_factory.mktemp("golden") / "handmade"
+    shutil.copytree(make_bundle(), folder)
+    manifest = load_bundle(folder).manifest
+    parts = {name: folder / str(component.file) for name, component in manifest.components.items()}
+    files, section = write_golden(folder, parts)
+    entries = (*manifest.files, *(file_entry(folder, file) for file in files))
+    write_manifest(folder, manifest.model_copy(update={"files": entries, "golden": section}))
+    return folder
