@@ -20,7 +20,6 @@ from .weights_file import WeightsFile, numpy_dtype
 __all__ = ["HostExecutor"]
 
 Arrays = dict[str, NDArray[Any]]
-_NOT_COPIED = ("load", "reset")
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,14 @@ class HostExecutor:
     @contextmanager
     def feed(self, session: int, forward: str) -> Iterator[Mapping[str, NDArray[Any]]]:
         """See :meth:`Executor.feed <runtime.program_engine.Executor.feed>`."""
-        if forward == "encode_text_layer":
-            specs = self._encoder.inputs.values()
-            self._text = {f"encoder.{s.name}": _empty(s.dtype, s.shape) for s in specs}
-            yield self._text
-            return
         yield {view.buffer: self._array(view, session) for view in self._program.forwards[forward].feeds}
+
+    def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
+        """See :meth:`Executor.send <runtime.program_engine.Executor.send>`. Nothing is copied."""
+        self._text = {
+            view.buffer: np.ascontiguousarray(values[view.buffer], dtype=numpy_dtype(view.dtype))
+            for view in self._program.forwards[forward].feeds
+        }
 
     def run(self, session: int, forward: str) -> float:
         """See :meth:`Executor.run <runtime.program_engine.Executor.run>`."""

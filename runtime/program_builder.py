@@ -9,7 +9,7 @@ from .bundle import Bundle
 from .cache import LatentRing
 from .errors import BundleError
 from .kernels import KernelProblem
-from .manifest import Component, Manifest, TensorSpec
+from .manifest import Component, Dtype, Manifest, TensorSpec
 from .memory import Buffer, plan_buffers, work_buffers
 from .program import (
     ALIGNMENT,
@@ -26,7 +26,7 @@ from .program import (
 )
 from .weights_file import StoredTensor, WeightsFile
 
-__all__ = ["QK_NORM_EPS", "build_program"]
+__all__ = ["QK_NORM_EPS", "attention_launches", "build_program", "kernel_problem", "prepare_options"]
 
 QK_NORM_EPS: Final = 1e-6
 """Of the RMS norm of queries and keys, in every model of this family."""
@@ -49,6 +49,38 @@ def build_program(bundle: Bundle, sessions: int) -> Program:
     return _Builder(manifest, sessions, stored).build()
 
 
+def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
+    """The sizes of every kernel launch of a bundle that computes in ``dtype``."""
+    return KernelProblem(
+        dtype=dtype,
+        heads=manifest.model.heads,
+        head_dim=manifest.model.head_dim,
+        frame_tokens=manifest.model.frame_tokens,
+        chunk_frames=manifest.model.chunk_frames,
+        past_frames=manifest.cache.max_past_frames,
+        block_q=manifest.attention.block_q,
+        block_k=manifest.attention.block_k,
+        sinks=manifest.cache.sink_frames,
+    )
+
+
+def prepare_options() -> dict[str, int | float]:
+    """Scalar arguments of the kernel `prepare`."""
+    return {"eps": QK_NORM_EPS}
+
+
+def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | float]]]:
+    """The kernels that make up the attention operator, in order, with their scalar arguments."""
+    attention = manifest.attention
+    choice: dict[str, int | float] = {
+        "table_entries": len(manifest.sparsity.keep_q20),
+        "keep_frames": attention.keep_frames,
+        "sink_frames": attention.sink_frames,
+        "near_frames": attention.near_frames,
+    }
+    return [("score", choice), ("select", choice), ("attend", {"scale": attention.scale})]
+
+
 class _Builder:
     """Places the buffers, then writes down the forwards in terms of views."""
 
@@ -66,17 +98,7 @@ class _Builder:
         self.pool = [buffer.name for buffer in plan.pool]
         self.weights = self._place_weights()
         self.steps = manifest.schedule.denoise_steps
-        self.problem = KernelProblem(
-            dtype=self.view("k.0").dtype,
-            heads=self.model.heads,
-            head_dim=self.model.head_dim,
-            frame_tokens=self.model.frame_tokens,
-            chunk_frames=self.model.chunk_frames,
-            past_frames=manifest.cache.max_past_frames,
-            block_q=manifest.attention.block_q,
-            block_k=manifest.attention.block_k,
-            sinks=manifest.cache.sink_frames,
-        )
+        self.problem = kernel_problem(manifest, self.view("k.0").dtype)
 
     def build(self) -> Program:
         manifest, caches = self.manifest, len(self.manifest.vae.caches)
@@ -251,7 +273,7 @@ class _Builder:
         }
         if self.manifest.kernels is None:
             return self._run("qk_prepare", tensors.get, layer=layer)
-        return KernelLaunch("prepare", self.problem, tensors, {"eps": QK_NORM_EPS}, layer)
+        return KernelLaunch("prepare", self.problem, tensors, prepare_options(), layer)
 
     def _projections(self, layer: int) -> dict[str, View]:
         return {
@@ -270,21 +292,11 @@ class _Builder:
             return [self._run("attention", tensors.get, layer=layer)]
         tensors |= {name: self.view(name) for name in ("scores", "lists", "counts", "keep_q20")}
 
-        def launch(kernel: str, names: str, options: Mapping[str, int | float]) -> KernelLaunch:
-            buffers = {name: tensors[name] for name in names.split()}
-            return KernelLaunch(kernel, self.problem, buffers, options, layer)
-
-        attention = self.manifest.attention
-        choice = {
-            "table_entries": len(self.manifest.sparsity.keep_q20),
-            "keep_frames": attention.keep_frames,
-            "sink_frames": attention.sink_frames,
-            "near_frames": attention.near_frames,
-        }
         return [
-            launch("score", "scores q_mean k_mean past_kmean frame_slots", {}),
-            launch("select", "lists counts scores frame_slots chunk keep_q20", choice),
-            launch("attend", "out q k v past_k past_v frame_slots lists counts", {"scale": attention.scale}),
+            KernelLaunch(
+                kernel, self.problem, {name: tensors[name] for name in _BUFFERS[kernel]}, options, layer
+            )
+            for kernel, options in attention_launches(self.manifest)
         ]
 
     def _commit(self) -> list[Operation]:
@@ -359,3 +371,9 @@ class _Builder:
 
 
 _PLACEMENT = ("chunk", "frame_slots", "rope_cos", "rope_sin")
+_BUFFERS: Mapping[str, tuple[str, ...]] = {
+    "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
+    "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
+    "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
+}
+"""What each kernel of the attention operator may take; an image takes what it needs of it."""

@@ -36,6 +36,9 @@ class Executor(Protocol):
     def feed(self, session: int, forward: str) -> AbstractContextManager[Mapping[str, NDArray[Any]]]:
         """Arrays to fill, by buffer name, with what ``forward`` is fed; they are sent when the context ends."""
 
+    def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
+        """Like :meth:`feed`, for large arrays that exist already."""
+
     def run(self, session: int, forward: str) -> float:
         """Enqueue the operations of ``forward``; the seconds spent on it."""
 
@@ -182,13 +185,13 @@ class ProgramEngine:
     ) -> NDArray[np.float32]:
         """See :meth:`Engine.encode_text_layer <runtime.engine.Engine.encode_text_layer>`."""
         with self._encoding:
-            with self._executor.feed(0, "encode_text_layer") as arrays:
-                for name, value in {"hidden": hidden, "mask": mask, **weights}.items():
-                    np.copyto(arrays[f"encoder.{name}"], value, casting="unsafe")
+            values = {"hidden": hidden, "mask": mask, **weights}
+            self._executor.send(
+                0, "encode_text_layer", {f"encoder.{name}": value for name, value in values.items()}
+            )
             self._executor.run(0, "encode_text_layer")
-            fetch = self._executor.fetch(0, "encoder.hidden_out", "text")
             out = np.empty(hidden.shape, dtype=np.float32)
-            fetch.into(out)
+            self._executor.fetch(0, "encoder.hidden_out", "text").into(out)
             return out
 
     def close(self) -> None:
