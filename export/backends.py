@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import get_args
+from typing import Literal, get_args
 
 from .errors import InputError
 from .machine import GpuReport, find_gpus, importable
@@ -22,6 +22,7 @@ class Backend:
         available: whether this version of the export tools builds it.
         capabilities: compute capabilities it builds for; None = any machine, with or without a GPU.
         precisions: what it can be built in.
+        execution: the ways it can execute the step, the default first.
         on_target: whether it builds on the target GPU itself and nowhere else.
         build_modules, run_modules: what must be importable to build and to run.
     """
@@ -30,6 +31,7 @@ class Backend:
     available: bool
     capabilities: frozenset[str] | None
     precisions: tuple[Precision, ...]
+    execution: tuple[Literal["whole", "segmented"], ...]
     on_target: bool
     build_modules: tuple[str, ...]
     run_modules: tuple[str, ...]
@@ -38,6 +40,9 @@ class Backend:
 _EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
 _REDUCED: tuple[Precision, ...] = ("bf16", "fp8", "nvfp4")
 
+_PREFERENCE: tuple[Precision, ...] = ("fp8", "bf16", "fp32", "nvfp4")
+"""The precision where none is asked for: the fastest whose error is that of the authors' own deployment."""
+
 BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
     {
         "onnxruntime": Backend(
@@ -45,17 +50,19 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             available=True,
             capabilities=None,
             precisions=("fp32",),
+            execution=("whole", "segmented"),
             on_target=False,
             build_modules=_EXPORT,
             run_modules=("onnxruntime",),
         ),
         "tensorrt-rtx": Backend(
             name="tensorrt-rtx",
-            available=False,
+            available=True,
             capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}),
             precisions=_REDUCED,
+            execution=("segmented",),
             on_target=False,
-            build_modules=(*_EXPORT, "tensorrt_rtx"),
+            build_modules=(*_EXPORT, "tensorrt_rtx", "triton"),
             run_modules=("tensorrt_rtx", "cuda.core"),
         ),
         "tensorrt": Backend(
@@ -63,6 +70,7 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             available=False,
             capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
             precisions=_REDUCED,
+            execution=("whole",),
             on_target=True,
             build_modules=(*_EXPORT, "tensorrt"),
             run_modules=("tensorrt", "cuda.core"),
@@ -72,6 +80,7 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             available=False,
             capabilities=frozenset({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
             precisions=_REDUCED,
+            execution=("segmented",),
             on_target=True,
             build_modules=("torch", "triton"),
             run_modules=("torch", "triton"),
@@ -124,7 +133,7 @@ def choose_backend(
 
     Args:
         backend: a backend's name, or "auto" for the first of the target's preferences that works here.
-        precision: fp32, bf16, fp8 or nvfp4; None = the best that target and backend both have.
+        precision: fp32, bf16, fp8 or nvfp4; None = the first of `_PREFERENCE` that target and backend both have.
         gpus: the GPUs of this machine, by default asked from the driver.
 
     Raises:
@@ -163,9 +172,9 @@ def _precision(
     backend = BACKENDS[name]
     if problem := build_problem(backend, target, gpus):
         return None, problem
-    common = [p for p in target.precisions if p in backend.precisions]
-    for candidate in reversed(common):
-        if precision in (None, candidate):
+    for candidate in _PREFERENCE:
+        common = candidate in target.precisions and candidate in backend.precisions
+        if common and precision in (None, candidate):
             return candidate, ""
     return (
         None,

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import engines
-import lightforcing_ref
-import plugins
 from runtime import bundle
 
 from . import components
+from .build_keys import BuildKeys, tool_versions
 from .builder import Builder, Built, Run
 from .errors import BuildError
+from .golden import write_golden
 from .onnx_parts import graph_types
-from .plan import StepPlan
 from .preflight import check_disk
 from .progress import ProgressCallback
 from .request import BuildRequest
 from .targets import BackendName
 from .workspace import open_workspace
 
-__all__ = ["BuildRequest", "build_bundle", "export_onnx"]
+__all__ = ["BuildRequest", "build_bundle", "check_build", "export_onnx"]
 
-_TOOLS = (
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "nvidia-modelopt",
-    "tensorrt-rtx-cu13",
-    "triton",
-)
+_GOLDEN, _GOLDEN_SECTION = "golden vectors", "golden.json"
+"""The part, and the manifest's section, kept beside a build in progress."""
 
 
 # ---- backends: one entry each; their modules are imported when they are needed ----
@@ -51,8 +36,15 @@ def _onnxruntime() -> Builder:
     return BUILDER
 
 
+def _tensorrt_rtx() -> Builder:
+    from .rtx_bundle import BUILDER
+
+    return BUILDER
+
+
 _BUILDERS: Mapping[BackendName, Callable[[], Builder]] = {
     "onnxruntime": _onnxruntime,
+    "tensorrt-rtx": _tensorrt_rtx,
 }
 
 
@@ -61,6 +53,17 @@ _BUILDERS: Mapping[BackendName, Callable[[], Builder]] = {
 
 def _no_progress(part: str, done: float, total: float) -> None:
     pass
+
+
+def check_build(request: BuildRequest) -> None:
+    """Refuse what cannot be built, before any long work; `build_bundle` does so, too.
+
+    Raises:
+        As `build_bundle`.
+    """
+    plan = request.plan
+    _builder(request.backend).check(request, plan)
+    check_disk(request, plan)
 
 
 def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progress) -> Path:
@@ -76,15 +79,32 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
         ConfigError: the variant does not fit the model.
         InputError: the backend cannot build this.
     """
+    check_build(request)
     plan, builder = request.plan, _builder(request.backend)
-    check_disk(request, plan)
-    builder.check(request, plan)
     digests = request.weights.digests()
-    with open_workspace(request.out, request.name, _key(request, plan, digests)) as workspace:
-        run = Run(workspace, request, plan, builder.parts(request, plan), progress)
+    keys = BuildKeys.of(request, plan, digests)
+    with open_workspace(request.out, request.name, keys.build) as workspace:
+        parts = {**builder.parts(request, plan), **({_GOLDEN: 30.0} if builder.golden else {})}
+        run = Run(workspace, request, plan, keys, parts, progress)
         built = builder.build(run)
+        if builder.golden:
+            built = _with_golden(run, built)
         run.finish("manifest")
         return workspace.publish(built.files, _manifest(run, built, digests))
+
+
+def _with_golden(run: Run, built: Built) -> Built:
+    """What was built, with the golden vectors of its components."""
+
+    def write(folder: Path) -> list[str]:
+        files, section = write_golden(folder, built.graphs, segments=built.segments)
+        (folder / _GOLDEN_SECTION).write_text(section.model_dump_json())
+        return [*files, _GOLDEN_SECTION]
+
+    entries = run.part(_GOLDEN, write)
+    section = bundle.Golden.model_validate_json((run.folder / _GOLDEN_SECTION).read_text())
+    own = [entry for entry in entries if entry.path != _GOLDEN_SECTION]
+    return replace(built, files=[*built.files, *own], golden=section)
 
 
 def export_onnx(request: BuildRequest) -> Path:
@@ -95,9 +115,9 @@ def export_onnx(request: BuildRequest) -> Path:
     """
     plan = request.plan
     check_disk(request, plan)
-    key = _key(request, plan, request.weights.digests())
+    keys = BuildKeys.of(request, plan, request.weights.digests())
     dtype = graph_types(request).transformer
-    with open_workspace(request.out, request.name, key, marker="step.onnx") as workspace:
+    with open_workspace(request.out, request.name, keys.graphs, marker="step.onnx") as workspace:
         files, _ = workspace.component(
             "transformer",
             lambda into: components.write_step(
@@ -115,53 +135,6 @@ def _builder(backend: BackendName) -> Builder:
     return _BUILDERS[backend]()
 
 
-# ---- what identifies a build ----
-
-
-def _source_digest() -> str:
-    """Digest of the code that decides what a bundle holds, so that a resumed build never mixes two versions."""
-    digest = hashlib.sha256()
-    folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
-    files = [path for folder in folders for path in folder.rglob("*.py")]
-    files += Path(__file__).parent.glob("*.py")
-    files += Path(engines.__path__[0], "expectations").glob("*.toml")
-    for path in sorted(files):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _tools() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _key(request: BuildRequest, plan: StepPlan, digests: dict[str, str]) -> str:
-    quantization = request.quantization
-    calibration = quantization.calibration
-    parts = (
-        plan.fingerprint(),
-        request.target.model_dump(),
-        request.backend,
-        request.precision,
-        request.weights.seed,
-        request.per_chunk,
-        request.execution,
-        request.embedded,
-        quantization.static,
-        quantization.skip,
-        calibration and bundle.hash_file(calibration),
-        sorted(digests.items()),
-        sorted(_tools().items()),
-        _source_digest(),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 # ---- the manifest ----
 
 
@@ -173,7 +146,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
     if weights.checkpoint is None:
         origin: bundle.RandomInit | bundle.Checkpoint = bundle.RandomInit(random=weights.seed or 0)
     else:
-        origin = bundle.Checkpoint(source=weights.checkpoint.name, sha256=digests["checkpoint"])
+        origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"])
     return bundle.Manifest(
         name=request.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -206,6 +179,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         segments=built.segments,
         kernels=built.kernels,
         quantization=built.quantization,
+        golden=built.golden,
         files=tuple(built.files),
-        provenance=bundle.Provenance(checkpoint=origin, tools=_tools(), command=request.command),
+        provenance=bundle.Provenance(checkpoint=origin, tools=tool_versions(), command=request.command),
     )

@@ -12,14 +12,19 @@ from .command import (
     add_model_arguments,
     bundle_name,
     check_sources,
+    existing,
 )
+from .errors import InputError
 
 if TYPE_CHECKING:
+    from lightforcing_ref.config import Preset
+
     from .backends import BackendChoice
     from .request import BuildRequest
-    from .targets import Variant
+    from .targets import Target, Variant
+    from .weights import Weights
 
-__all__ = ["Build", "Onnx", "build_request"]
+__all__ = ["Build", "Onnx", "build_request", "chosen_variant", "chosen_weights"]
 
 
 class Build(Command):
@@ -42,29 +47,71 @@ class Build(Command):
         parser.add_argument(
             "--execution",
             choices=("whole", "segmented"),
-            default="whole",
-            help="the step as one graph, or cut at its operators with weights as inputs (default: whole)",
+            help="the step as one graph, or cut at its operators (default: what the backend can)",
         )
-        parser.add_argument("--name", type=bundle_name, help="of the bundle (default: TARGET-PRESET-VARIANT)")
+        parser.add_argument(
+            "--weights",
+            choices=("inputs", "embedded"),
+            default="inputs",
+            help="segments take their weights as inputs, one engine for all layers, or hold them, an engine per layer "
+            "(default: inputs)",
+        )
+        quantized = parser.add_argument_group("quantization, for fp8 and nvfp4")
+        quantized.add_argument(
+            "--fp8-activations",
+            choices=("dynamic", "static"),
+            default="dynamic",
+            help="a scale per token, or calibrated ones (default: dynamic)",
+        )
+        quantized.add_argument(
+            "--calibration", type=existing, metavar="FILE", help="ranges and errors, from `calibrate`"
+        )
+        quantized.add_argument(
+            "--skip",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="linears to leave in bf16, such as '*.ffn.2'; or auto, for those that lose too much; repeatable",
+        )
+        parser.add_argument(
+            "--name",
+            type=bundle_name,
+            help="of the bundle (default: TARGET-PRESET-VARIANT, with the precision if it is reduced)",
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.markup import escape
 
-        from .build import build_bundle
+        from runtime.bundle import load_bundle
+
+        from .build import build_bundle, check_build
+        from .build_table import engine_table
         from .progress import progress_bars
 
         request, choice = build_request(args)
+        check_build(request)
         console = Console()
         console.print(
             f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
         )
+        console.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
         with progress_bars(console) as progress:
             folder = build_bundle(request, progress)
-        console.print(f"built {folder}; try:", markup=False, soft_wrap=True)
-        command = f"python -m runtime generate {shlex.quote(str(folder))} --prompt 'a red fox in snow' --out clip.mp4"
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        manifest = load_bundle(folder, verify=False).manifest
+        if manifest.library is not None:
+            console.print(engine_table(manifest))
+        console.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
+        for command in _next_commands(str(folder), on_device=manifest.target.compute_capability is not None):
+            console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
+
+
+def _next_commands(folder: str, *, on_device: bool) -> list[str]:
+    generate = f"python -m runtime generate {shlex.quote(folder)} --prompt 'a red fox in snow' --out clip.mp4"
+    if not on_device:
+        return [generate]
+    return [f"python -m runtime verify --dry-run {shlex.quote(folder)}", f"{generate}   (on the target)"]
 
 
 class Onnx(Command):
@@ -85,21 +132,29 @@ class Onnx(Command):
 
 def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice]:
     """Check everything about the request that can be known before the work starts."""
-    from .backends import choose_backend
-    from .targets import load_target, load_variant
+    from .backends import BACKENDS, choose_backend
 
-    target = load_target(args.gpu)
-    variant = _variant(args, load_variant(args.variant or target.default_variant))
+    target, variant = chosen_variant(args)
     choice = choose_backend(target, getattr(args, "backend", "auto"), getattr(args, "precision", None))
+    ways = BACKENDS[choice.backend].execution
+    execution = getattr(args, "execution", None) or ways[0]
+    if execution not in ways:
+        raise InputError(
+            f"{choice.backend} executes the step {ways[0]} only, not {execution}; drop --execution, or choose another "
+            "--backend"
+        )
+    embedded = getattr(args, "weights", "inputs") == "embedded"
+    if embedded and execution == "whole":
+        raise InputError("--weights embedded is about segments; a whole graph always holds its weights")
     check_sources(args)
 
     from lightforcing_ref.config import preset
 
-    from .request import BuildRequest
-    from .weights import Weights
+    from .request import BuildRequest, QuantizationRequest
 
     model = preset(args.preset)
     height, width = args.resolution or (model.height, model.width)
+    suffix = "" if choice.precision == "fp32" else f"-{choice.precision}"
     request = BuildRequest(
         target=target,
         variant=variant,
@@ -108,25 +163,45 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
         width=width,
         backend=choice.backend,
         precision=choice.precision,
-        files=Weights(
-            model,
-            seed=None if args.checkpoint else args.seed or 0,
-            checkpoint=args.checkpoint,
-            lora=args.lora,
-            vae=getattr(args, "vae", None),
-            text_encoder=getattr(args, "text_encoder", None),
-            tokenizer=getattr(args, "tokenizer", None),
-        ),
+        files=chosen_weights(args, model),
         per_chunk=args.per_chunk,
-        execution=getattr(args, "execution", "whole"),
+        execution=execution,
+        embedded=embedded,
+        quantization=QuantizationRequest(
+            static=getattr(args, "fp8_activations", "dynamic") == "static",
+            calibration=getattr(args, "calibration", None),
+            skip=tuple(getattr(args, "skip", ())),
+        ),
         out=args.out,
-        name=getattr(args, "name", None) or f"{target.name}-{model.name}-{variant.name}",
+        name=getattr(args, "name", None) or f"{target.name}-{model.name}-{variant.name}{suffix}",
         command=args.command_line,
     )
     return request, choice
 
 
-def _variant(args: argparse.Namespace, variant: Variant) -> Variant:
+def chosen_weights(args: argparse.Namespace, model: Preset) -> Weights:
+    """Where the weights come from: files, what the package ships, or a seed."""
+    from .weights import Weights, shipped_weights
+
+    if args.checkpoint:
+        return Weights(
+            model,
+            checkpoint=args.checkpoint,
+            lora=args.lora,
+            vae=getattr(args, "vae", None),
+            text_encoder=getattr(args, "text_encoder", None),
+            tokenizer=getattr(args, "tokenizer", None),
+        )
+    shipped = None if args.init or args.seed is not None else shipped_weights(model)
+    return shipped or Weights(model, seed=args.seed or 0)
+
+
+def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
+    """The target, and the variant with the command line's changes."""
+    from .targets import load_target, load_variant
+
+    target = load_target(args.gpu)
+    variant = load_variant(args.variant or target.default_variant)
     changed = variant.changed(
         target=args.sparsity,
         base=args.sparsity_base,
@@ -137,4 +212,4 @@ def _variant(args: argparse.Namespace, variant: Variant) -> Variant:
         table_frames=args.table_frames,
     )
     changed.table()
-    return changed
+    return target, changed

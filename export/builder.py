@@ -17,6 +17,7 @@ from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.vae import VAEDecoder
 from runtime import bundle
 
+from .build_keys import BuildKeys
 from .plan import StepPlan
 from .progress import ProgressCallback
 from .request import BuildRequest
@@ -59,6 +60,7 @@ class Run:
     Attributes:
         workspace: folder of the bundle in the making; what is not among the published files disappears at the end.
         models: of `request.weights`.
+        keys: what the parts are made from.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class Run:
         workspace: Workspace,
         request: BuildRequest,
         plan: StepPlan,
+        keys: BuildKeys,
         parts: Mapping[str, float],
         progress: ProgressCallback,
     ) -> None:
-        self.workspace, self.request, self.plan = workspace, request, plan
+        self.workspace, self.request, self.plan, self.keys = workspace, request, plan, keys
         self.models = Models(request.weights)
         self._parts, self._progress = parts, progress
         self._done = 0.0
@@ -79,17 +82,20 @@ class Run:
         """Where parts are written."""
         return self.workspace.folder
 
-    def part(self, name: str, build: Callable[[Path], Sequence[str]]) -> list[bundle.FileEntry]:
+    def part(
+        self, name: str, build: Callable[[Path], Sequence[str]], *, key: str | None = None
+    ) -> list[bundle.FileEntry]:
         """Make the part `name`, or take it over from an interrupted build.
 
         Args:
             build: writes into the folder it is given and returns the paths of its files, relative to it.
+            key: one of `keys`, for a part that depends on less than the whole request.
 
         Returns:
             the part's files.
         """
         self._progress(name, self._done, sum(self._parts.values()))
-        entries, _ = self.workspace.component(name, build)
+        entries, _ = self.workspace.component(name, build, key=key)
         self._done += self._parts[name]
         return entries
 
@@ -109,7 +115,7 @@ class Built:
         graphs: component -> ONNX file that its engine was built from, for reference results.
         vae_dtype: of the decoder's caches.
         status: "built", or what is still to be shown.
-        segments, library, kernels, quantization: the manifest's sections.
+        segments, library, kernels, quantization, golden: the manifest's sections.
     """
 
     components: Mapping[str, bundle.Component]
@@ -121,6 +127,7 @@ class Built:
     library: bundle.Library | None = None
     kernels: bundle.Kernels | None = None
     quantization: bundle.Quantization | None = None
+    golden: bundle.Golden | None = None
 
 
 def _nothing_to_check(request: BuildRequest, plan: StepPlan) -> None:
@@ -135,8 +142,10 @@ class Builder:
         parts: name -> rough effort (seconds at full size, on two cores), in the order in which `build` makes them.
         build: makes the parts.
         check: refuses, before any long work, what cannot be built; raises InputError or BuildError.
+        golden: whether the bundle gets golden vectors, from `Built.graphs`.
     """
 
     parts: Callable[[BuildRequest, StepPlan], Mapping[str, float]]
     build: Callable[[Run], Built]
     check: Callable[[BuildRequest, StepPlan], None] = field(default=_nothing_to_check)
+    golden: bool = True

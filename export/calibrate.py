@@ -23,6 +23,9 @@ __all__ = ["Calibration", "calibrate", "fake_quantize", "load_calibration"]
 
 Activations = Literal["dynamic", "static"]
 
+Measured = Literal["fp8", "fp8_static", "nvfp4"]
+
+_Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Range = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -37,6 +40,9 @@ class Calibration(BaseModel):
         variant: attention variant they ran with.
         modelopt: version that observed them.
         amax: largest magnitude of each linear's input, by the linear's name.
+        errors: relative error of each linear's output on the same rollouts, by name and format ("fp8" with a scale
+            per token, "fp8_static", "nvfp4").
+        latent_errors: of the latents after the rollouts, in the formats that were tried.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +58,8 @@ class Calibration(BaseModel):
     variant: str
     modelopt: str
     amax: Annotated[dict[str, _Range], Field(min_length=1)]
+    errors: dict[str, dict[Measured, _Error]] = {}
+    latent_errors: dict[Measured, _Error] = {}
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -19,6 +19,7 @@ __all__ = [
     "CommandParser",
     "add_decoder_and_text_files",
     "add_model_arguments",
+    "add_source_arguments",
     "add_transformer_files",
     "bundle_name",
     "check_sources",
@@ -68,7 +69,8 @@ def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--tokenizer", type=existing, metavar="PATH", help="tokenizer.json, or its folder")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What model, for what target, in which variant."""
     parser.add_argument(
         "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
     )
@@ -95,6 +97,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--near", type=natural, metavar="N", help="latest frames that are always kept")
     sparse.add_argument("--window", type=positive, metavar="N", help="latent frames attention may see")
     sparse.add_argument("--table-frames", type=positive, metavar="N", help="planned latent frames of a clip")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sources, and where what is built goes."""
+    add_source_arguments(parser)
     parser.add_argument("--per-chunk", action="store_true", help="also write a specialised graph per chunk")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder (default: {DEFAULT_OUT})")
 

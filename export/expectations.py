@@ -108,6 +108,24 @@ class ComponentExpectation(_Data):
     launches_per_layer: _Natural = 0
     activation_bytes: ActivationBound
 
+    def with_formats(self, moved: Mapping[tuple[str, str], int], *, merges: bool) -> ComponentExpectation:
+        """The expectation where some products compute in another type than the precision gives them.
+
+        Args:
+            moved: how many, by (from, to).
+            merges: whether products of one input may become one (as bf16 ones do where nothing is in between).
+        """
+        gemms = {
+            types: count if isinstance(count, tuple) else (count, count)
+            for types, count in self.gemms.items()
+        }
+        for (source, to), number in moved.items():
+            least, most = gemms[source]
+            gemms[source] = (max(0, least - number), most - number)
+            least, most = gemms.get(to, (0, 0))
+            gemms[to] = (least + (1 if merges else number), most + number)
+        return self.model_copy(update={"gemms": gemms})
+
     def problems(self, report: PlanReport, structure: Structure) -> list[str]:
         """How `report` differs; empty if it does not."""
         expected: dict[Kind, Mapping[str, _Count]] = {
@@ -149,9 +167,12 @@ def _counts_match(found: Mapping[str, int], expected: Mapping[str, _Count]) -> b
 
 def _list(counts: Mapping[str, _Count]) -> str:
     def text(count: _Count) -> str:
-        return f"{count[0]} to {count[1]}" if isinstance(count, tuple) else str(count)
+        if isinstance(count, tuple):
+            return str(count[0]) if count[0] == count[1] else f"{count[0]} to {count[1]}"
+        return str(count)
 
-    return ", ".join(f"{text(count)} {name}" for name, count in sorted(counts.items()) if count) or "none"
+    shown = {name: count for name, count in counts.items() if count not in (0, (0, 0))}
+    return ", ".join(f"{text(count)} {name}" for name, count in sorted(shown.items())) or "none"
 
 
 class Expectations(_Data):
@@ -167,18 +188,30 @@ class Expectations(_Data):
             raise ValueError("no components; expected at least one")
         return self
 
-    def check(self, component: str, report: PlanReport, structure: Structure) -> None:
+    def check(
+        self,
+        component: str,
+        report: PlanReport,
+        structure: Structure,
+        moved: Mapping[tuple[str, str], int] | None = None,
+    ) -> None:
         """Compare an engine with what is expected of it.
+
+        Args:
+            component: its name; engines of single layers ("layer.3") are expected to be like `layer`.
+            moved: products that were left in another type; see `ComponentExpectation.with_formats`.
 
         Raises:
             BuildError: it differs, or nothing is known about this component; says how and what to do.
         """
-        if component not in self.components:
+        kind = component.partition(".")[0]
+        if kind not in self.components:
             raise BuildError(
                 f"{component}: no expectations for {self.precision}; known are {', '.join(self.components)}. Add it to "
                 "engines/expectations with the figures of a build that was checked (docs/tensorrt_rtx.md)"
             )
-        problems = self.components[component].problems(report, structure)
+        expected = self.components[kind].with_formats(moved or {}, merges=kind == "conditioner")
+        problems = expected.problems(report, structure)
         if problems:
             raise BuildError(
                 f"{component}: the engine for {report.architecture} is not what {self.precision} should give: "

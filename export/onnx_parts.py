@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from runtime import bundle
 
 from . import components
-from .builder import Run
 from .request import BuildRequest
+
+if TYPE_CHECKING:
+    from .builder import Run
 
 __all__ = ["GraphTypes", "export_graphs", "graph_parts", "graph_types", "tokenizer_part"]
 
@@ -48,7 +51,7 @@ def tokenizer_part(run: Run) -> list[bundle.FileEntry]:
         run.models.weights.write_tokenizer(folder / components.TOKENIZER)
         return [components.TOKENIZER]
 
-    return run.part("tokenizer", write)
+    return run.part("tokenizer", write, key=run.keys.model)
 
 
 def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
@@ -62,12 +65,17 @@ def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
     parts["text encoder"] = run.part(
         "text encoder",
         lambda folder: components.write_text_encoder(folder, plan, models.weights.text_tensors(), types.text),
+        key=run.keys.model,
     )
     parts["video decoder"] = run.part(
-        "video decoder", lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan)
+        "video decoder",
+        lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan),
+        key=run.keys.model,
     )
     parts["conditioner"] = run.part(
-        "conditioner", lambda folder: components.write_conditioner(folder, models.dit(types.transformer))
+        "conditioner",
+        lambda folder: components.write_conditioner(folder, models.dit(types.transformer)),
+        key=run.keys.model,
     )
     # Last, because it uses the model up.
     parts["transformer"] = run.part(
@@ -75,5 +83,6 @@ def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
         lambda folder: components.write_step(
             folder, models.take_dit(types.transformer), plan, per_chunk=run.request.per_chunk
         ),
+        key=run.keys.graphs,
     )
     return parts

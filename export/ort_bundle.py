@@ -11,8 +11,10 @@ from runtime import bundle
 
 from . import components
 from .builder import Builder, Built, Run
+from .errors import InputError
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
+from .quantize_plan import plan_quantization
 from .request import BuildRequest
 from .segments import write_segments
 
@@ -22,6 +24,12 @@ _SECTION = "segments.json"
 """The manifest's section on segments, kept beside a build in progress."""
 
 _WHOLE = ("step", "clean")
+
+
+def _check(request: BuildRequest, plan: StepPlan) -> None:
+    if request.embedded:
+        raise InputError("onnxruntime runs segments whose weights are inputs; drop --weights embedded")
+    plan_quantization(request, plan)
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
@@ -60,4 +68,4 @@ def _segments(folder: Path, plan: StepPlan) -> list[str]:
     return [*files, _SECTION]
 
 
-BUILDER = Builder(parts=_parts, build=_build)
+BUILDER = Builder(parts=_parts, build=_build, check=_check)

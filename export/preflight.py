@@ -11,11 +11,15 @@ from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.model import CausalWanModel
 
 from .errors import BuildError
+from .machine import memory
 from .onnx_parts import graph_types
 from .plan import StepPlan
 from .request import BuildRequest
 
-__all__ = ["check_disk", "text_bytes", "transformer_parameters"]
+__all__ = ["check_disk", "check_memory", "text_bytes", "transformer_parameters"]
+
+_COPIES, _BASE = 2, 2 << 30
+"""Memory of an export: so many times the transformer's weights, and the libraries (measured)."""
 
 
 def transformer_parameters(plan: StepPlan) -> int:
@@ -47,4 +51,20 @@ def check_disk(request: BuildRequest, plan: StepPlan) -> None:
         raise BuildError(
             f"the build needs {needed / 2**30:.1f} GiB and {existing} has {free / 2**30:.1f} GiB free; make room or "
             "choose another --out"
+        )
+
+
+def check_memory(request: BuildRequest, plan: StepPlan) -> None:
+    """Refuse a build that cannot fit into memory.
+
+    Raises:
+        BuildError: says what is needed and what is free.
+    """
+    # Random weights are drawn in float32.
+    itemsize = 4 if request.weights.checkpoint is None else graph_types(request).transformer.itemsize
+    needed, free = _COPIES * transformer_parameters(plan) * itemsize + _BASE, memory().available
+    if free is not None and free < needed:
+        raise BuildError(
+            f"the build takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; close "
+            "other programs, or use a machine with more"
         )

@@ -21,7 +21,7 @@ import pydantic_core
 
 from .errors import InputError
 from .quantize_errors import LatentError
-from .quantize_graph import find_linears, is_block_linear, lazy_initializers, rewrite_linears
+from .quantize_graph import Observer, find_linears, is_block_linear, lazy_initializers, rewrite_linears
 from .quantize_numerics import Format
 from .tracing import EXTERNAL_BYTES
 
@@ -29,6 +29,7 @@ __all__ = [
     "ORT_SESSION_CONFIG",
     "THRESHOLDS",
     "LayerReport",
+    "QuantPrecision",
     "QuantReport",
     "auto_formats",
     "choose_formats",
@@ -36,6 +37,7 @@ __all__ = [
     "quantize",
     "quantize_fp8",
     "save_quantized",
+    "wanted_format",
 ]
 
 QuantPrecision = Literal["fp8", "nvfp4"]
@@ -120,7 +122,8 @@ def linear_names(model: ir.Model) -> list[str]:
     return [linear.name for linear in find_linears(model)]
 
 
-def _wanted(name: str, precision: QuantPrecision) -> Format:
+def wanted_format(name: str, precision: QuantPrecision) -> Format:
+    """The format that `precision` gives the linear called `name`."""
     return "nvfp4" if precision == "nvfp4" and is_block_linear(name) in NVFP4_KINDS else "fp8"
 
 
@@ -142,7 +145,7 @@ def choose_formats(
                 f"{', '.join(names[:2])}, ... (* matches anything)"
             )
         skipped.update(matches)
-    return {name: _wanted(name, precision) for name in names if name not in skipped}
+    return {name: wanted_format(name, precision) for name in names if name not in skipped}
 
 
 def auto_formats(
@@ -173,7 +176,9 @@ def auto_formats(
 
     chosen: dict[str, Format] = {}
     for name, measured in errors.items():
-        candidates: tuple[Format, ...] = ("nvfp4", "fp8") if _wanted(name, precision) == "nvfp4" else ("fp8",)
+        candidates: tuple[Format, ...] = (
+            ("nvfp4", "fp8") if wanted_format(name, precision) == "nvfp4" else ("fp8",)
+        )
         missing = [format for format in candidates if format not in measured]
         if missing:
             raise InputError(f"the error of {name} in {missing[0]} was not measured; give it to layer_errors")
@@ -184,7 +189,11 @@ def auto_formats(
 
 
 def quantize(
-    model: ir.Model, formats: Mapping[str, Format], *, amax: Mapping[str, float] | None = None
+    model: ir.Model,
+    formats: Mapping[str, Format],
+    *,
+    amax: Mapping[str, float] | None = None,
+    observe: Observer | None = None,
 ) -> QuantReport:
     """Quantize the block linears of `model` that `formats` names, in place.
 
@@ -194,6 +203,7 @@ def quantize(
     Args:
         model: the step graph, one derived from it, or the conditioner; in float32 or bfloat16.
         amax: static ranges of the linears' inputs, for FP8, from a calibration; None = a scale per token.
+        observe: called with every weight when it has been quantized, which is when the model is saved.
 
     Raises:
         ExportError: see `rewrite_linears`.
@@ -204,7 +214,7 @@ def quantize(
     layers = tuple(
         LayerReport(linear.name, linear.kind, formats.get(linear.name), linear.shape) for linear in linears
     )
-    after = kept + sum(_bytes(value) for value in rewrite_linears(model, formats, amax=amax))
+    after = kept + sum(_bytes(value) for value in rewrite_linears(model, formats, amax=amax, observe=observe))
     return QuantReport("dynamic" if amax is None else "static", layers, before, after)
 
 

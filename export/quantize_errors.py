@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lightforcing_ref.model import CausalWanModel
 from .quantize_numerics import FoldedWeight, Format, fake_linear, fold_weight, relative_error
 from .trial import Trial, block_linears
 
-__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors"]
+__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors", "seeded_error"]
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
@@ -95,6 +96,20 @@ def _observer(sums: dict[Format, list[float]], static: Callable[[Format], float 
             total[1] += float(expected.double().square().sum())
 
     return hook
+
+
+SEEDED_ROWS = 64
+"""Tokens of the inputs on which `seeded_error` judges a weight."""
+
+
+def seeded_error(name: str, format: Format, weight: Tensor, folded: FoldedWeight) -> float:
+    """Relative L2 error of a quantized linear's output on normally distributed inputs, seeded by its name.
+
+    It takes no model to run and shows what the weight does; what real activations do, `layer_errors` shows.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    x = torch.empty(SEEDED_ROWS, weight.shape[1]).normal_(generator=generator)
+    return relative_error(fake_linear(x, folded, format), x @ weight.float().T)
 
 
 @contextmanager

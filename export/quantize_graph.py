@@ -37,7 +37,16 @@ from .quantize_numerics import (
     pack_fp4,
 )
 
-__all__ = ["KINDS", "Linear", "find_linears", "is_block_linear", "lazy_initializers", "rewrite_linears"]
+__all__ = [
+    "KINDS",
+    "Linear",
+    "Observer",
+    "find_linears",
+    "is_block_linear",
+    "lazy_initializers",
+    "rewrite_linears",
+    "weight_tensor",
+]
 
 KINDS = (
     "self_attn.qkv",
@@ -50,6 +59,9 @@ KINDS = (
     "ffn.2",
 )
 """The linears of a block; the cross-attention's k and v are in the conditioner, all others in the step graph."""
+
+Observer = Callable[[str, Format, Tensor, FoldedWeight], None]
+"""Called with a linear's name, format, weight `[out, in]`, and quantized weight."""
 
 _LINEAR = re.compile(r"blocks\.\d+\.(?P<kind>" + "|".join(map(re.escape, KINDS)) + r")")
 _WEIGHT = re.compile(r"(?:model\.)?(?P<name>blocks\..+)\.weight")
@@ -135,7 +147,7 @@ def _matmul_of(weight: ir.Value) -> ir.Node | None:
     return users[0].node
 
 
-def _torch(value: ir.Value) -> Tensor:
+def weight_tensor(value: ir.Value) -> Tensor:
     """A copy of an initializer; what lies in a file is mapped read-only, which tensors cannot be."""
     assert value.const_value is not None
     array = np.array(value.const_value.numpy())
@@ -157,13 +169,17 @@ class _Foldings:
     """Quantized weights. Of the tensors of one layer, which are written one after the other, only the first computes
     it; only the layer read last is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, observe: Observer | None) -> None:
+        self._observe = observe
         self._latest: tuple[str, FoldedWeight] | None = None
 
     def of(self, linear: Linear, format: Format, amax: float | None) -> FoldedWeight:
         if self._latest is None or self._latest[0] != linear.name:
             dtype = _TORCH_DTYPES[linear.dtype]
-            folded = fold_weight(_torch(linear.weight), format, dtype=dtype, amax=amax)
+            weight = weight_tensor(linear.weight)
+            folded = fold_weight(weight, format, dtype=dtype, amax=amax)
+            if self._observe is not None:
+                self._observe(linear.name, format, weight, folded)
             self._latest = (linear.name, folded)
         return self._latest[1]
 
@@ -327,7 +343,11 @@ def _check(linear: Linear, format: Format, amax: float | None) -> None:
 
 
 def rewrite_linears(
-    model: ir.Model, formats: Mapping[str, Format], *, amax: Mapping[str, float] | None = None
+    model: ir.Model,
+    formats: Mapping[str, Format],
+    *,
+    amax: Mapping[str, float] | None = None,
+    observe: Observer | None = None,
 ) -> list[ir.Value]:
     """Replace linears by their quantized form, in place; their weights leave the graph.
 
@@ -335,6 +355,7 @@ def rewrite_linears(
         formats: by the linears' names.
         amax: static range of each FP8 linear's input; None = a scale per token, computed in the graph. NVFP4 has one
             per token in any case: TensorRT derives block scales from the values at hand.
+        observe: called with every weight when it has been quantized, which is when the model is written.
 
     Returns:
         the new weights and scales, which are computed when they are read.
@@ -350,7 +371,7 @@ def rewrite_linears(
             limit = None if amax is None or format == "nvfp4" else amax.get(linear.name, 0.0)
             _check(linear, format, limit)
             plan.append((linear, format, limit))
-    foldings, weights = _Foldings(), []
+    foldings, weights = _Foldings(observe), []
     for linear, format, limit in plan:
         if format == "nvfp4":
             model.graph.opset_imports.setdefault(_TRT_DOMAIN, 1)

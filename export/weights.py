@@ -22,12 +22,13 @@ from lightforcing_ref.checkpoint import (
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.shipped import ASSETS, shipped
 from lightforcing_ref.text import byte_tokenizer, load_tokenizer
 from lightforcing_ref.vae import VAEDecoder
 
 from .errors import InputError
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "shipped_weights"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -48,6 +49,24 @@ class Weights:
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
+
+    @property
+    def source(self) -> str:
+        """What the transformer's weights are called in a manifest."""
+        if self.checkpoint is None:
+            return f"random:{self.seed or 0}"
+        return (
+            f"shipped:{self.preset.name}" if self.checkpoint.is_relative_to(ASSETS) else self.checkpoint.name
+        )
+
+    @property
+    def described(self) -> str:
+        """Where the weights come from, in words."""
+        if self.checkpoint is None:
+            return f"random, from seed {self.seed or 0} (--checkpoint and the other files give trained ones)"
+        if self.checkpoint.is_relative_to(ASSETS):
+            return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
+        return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
 
     def dit(self, dtype: torch.dtype) -> CausalWanModel:
         """The transformer, in evaluation mode and without gradients.
@@ -135,3 +154,17 @@ class Weights:
         # Attention scores are not scaled, so the queries are.
         fan_in = shape[1] * (self.preset.text.d_kv if name.endswith(".q") else 1)
         return drawn.mul_(fan_in**-0.5)
+
+
+def shipped_weights(preset: Preset) -> Weights | None:
+    """The trained weights that come with this package for `preset`; None if there are none."""
+    files = shipped(preset.name)
+    if files is None:
+        return None
+    return Weights(
+        preset,
+        checkpoint=files.transformer,
+        vae=files.vae,
+        text_encoder=files.text_encoder,
+        tokenizer=files.tokenizer,
+    )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_file, write_manifest
 
@@ -35,24 +36,30 @@ class Workspace:
     """The folder of one build in progress.
 
     Args:
-        key: identifies what is being built; components of another key are not reused.
+        key: identifies what is being built; parts made for another key are not reused.
     """
 
     folder: Path
     destination: Path
     key: str
 
-    def _finished(self) -> dict[str, list[FileEntry]]:
+    def _state(self) -> dict[str, dict[str, Any]]:
+        """What the workspace remembers of each finished component: key and files."""
         try:
-            state = json.loads((self.folder / _STATE).read_text())
-            if state["key"] != self.key:
-                return {}
-            return {
-                name: [FileEntry.model_validate(entry) for entry in entries]
-                for name, entries in state["components"].items()
-            }
+            state = json.loads((self.folder / _STATE).read_text())["components"]
+            return {name: {"key": entry["key"], "files": entry["files"]} for name, entry in state.items()}
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}
+
+    def _finished(self, name: str, key: str) -> list[FileEntry] | None:
+        entry = self._state().get(name)
+        if entry is None or entry["key"] != key:
+            return None
+        try:
+            files = [FileEntry.model_validate(file) for file in entry["files"]]
+        except (ValueError, TypeError):
+            return None
+        return files if self._intact(files) else None
 
     def _intact(self, entries: Sequence[FileEntry]) -> bool:
         paths = [self.folder / entry.path for entry in entries]
@@ -61,11 +68,14 @@ class Workspace:
             for path, entry in zip(paths, entries, strict=True)
         )
 
-    def component(self, name: str, build: Callable[[Path], Sequence[str]]) -> tuple[list[FileEntry], bool]:
+    def component(
+        self, name: str, build: Callable[[Path], Sequence[str]], *, key: str | None = None
+    ) -> tuple[list[FileEntry], bool]:
         """Build the component `name` unless an interrupted build finished it.
 
         Args:
             build: writes into the folder it is given and returns the paths of its files, relative to it.
+            key: identifies what the component is made from, where that is less than the whole build.
 
         Returns:
             the component's files, and whether they were taken over.
@@ -73,16 +83,16 @@ class Workspace:
         Raises:
             BuildError: the disk is full; names the component, and what to do.
         """
-        finished = self._finished()
-        if name in finished and self._intact(finished[name]):
-            return finished[name], True
+        key = key or self.key
+        finished = self._finished(name, key)
+        if finished is not None:
+            return finished, True
         try:
             paths = build(self.folder)
             for path in paths:
                 (self.folder / path).chmod(0o644)  # some writers leave files that only their owner can read
             entries = [file_entry(self.folder, path) for path in paths]
-            finished[name] = entries
-            self._write_state(finished)
+            self._remember(name, key, entries)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
@@ -93,13 +103,10 @@ class Workspace:
             ) from error
         return entries, False
 
-    def _write_state(self, finished: dict[str, list[FileEntry]]) -> None:
-        state = {
-            "key": self.key,
-            "components": {n: [e.model_dump() for e in es] for n, es in finished.items()},
-        }
+    def _remember(self, name: str, key: str, entries: Sequence[FileEntry]) -> None:
+        components = self._state() | {name: {"key": key, "files": [entry.model_dump() for entry in entries]}}
         temporary = self.folder / f"{_STATE}.tmp"
-        temporary.write_text(json.dumps(state))
+        temporary.write_text(json.dumps({"components": components}))
         os.replace(temporary, self.folder / _STATE)
 
     def publish(self, files: Sequence[FileEntry], manifest: Manifest | None = None) -> Path:

@@ -13,8 +13,12 @@ import pytest
 
 from export.build_commands import build_request
 from export.cli import COMMANDS, _parser, main
+from export.machine import importable
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+RTX = pytest.mark.skipif(not importable("tensorrt_rtx"), reason="TensorRT-RTX is not installed")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -65,6 +69,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--seed first", ("'first' is no whole number",)),
         ("--seed 9223372036854775808", ("is too large",)),
         ("--table-frames 3000000", ("sparsity.table_frames",)),
+        ("--weights embedded", ("--weights embedded is about segments",)),
+        ("--execution segmented --weights embedded", ("onnxruntime runs segments whose weights are inputs",)),
+        ("--skip auto", ("--skip is for quantized linears, and fp32 has none",)),
+        ("--gpu rtx3090 --precision nvfp4", ("rtx3090 (sm_86) does not compute in nvfp4",)),
         ("--colour red", ("unrecognized arguments: --colour red", "--help")),
     ],
 )
@@ -76,6 +84,26 @@ def test_bad_build_arguments(
     for message in messages:
         assert message in error
     assert not out.exists()
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ("--gpu rtx5090 --execution whole", ("tensorrt-rtx executes the step segmented only",)),
+        ("--gpu rtx5090 --precision bf16 --skip *.ffn.2", ("bf16 has none; use --precision fp8",)),
+        ("--gpu rtx5090 --fp8-activations static", ("--calibration FILE (python -m export calibrate",)),
+        ("--gpu rtx5090 --skip blocks.9.*", ("'blocks.9.*' matches none of the 48 linears",)),
+        ("--gpu rtx5090 --skip blocks.0.*", ("in some layers only", "--weights embedded")),
+        ("--gpu rtx5090 --skip auto --skip *.ffn.2", ("--skip auto decides about every linear",)),
+        ("--gpu rtx5090 --calibration pyproject.toml", ("pyproject.toml is no calibration",)),
+        ("--gpu rtx5090 --per-chunk", ("--per-chunk writes graphs for onnxruntime",)),
+    ],
+)
+def test_bad_arguments_of_device_bundles(
+    arguments: str, messages: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    test_bad_build_arguments(arguments, messages, capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +172,15 @@ def test_targets_as_tables_and_as_json(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_build_passes_its_settings_on(tmp_path: Path) -> None:
-    command = (
-        "build --gpu rtx4090 --resolution 256x384 --seed 5 --variant long --sparsity 0.5 --keep-frames 4"
+    command = "build --gpu rtx4090 --backend onnxruntime --resolution 256x384 --seed 5 --variant long --sparsity 0.5"
+    args = _parser().parse_args(
+        [*command.split(), "--keep-frames", "4", "--window", "9", "--per-chunk", "--out", str(tmp_path)]
     )
-    args = _parser().parse_args([*command.split(), "--window", "9", "--per-chunk", "--out", str(tmp_path)])
     args.command_line = command
     request, choice = build_request(args)
     assert choice.backend == request.backend == "onnxruntime"
-    assert "tensorrt-rtx (not available in this version)" in choice.reason
     assert (request.target.name, request.preset.name, request.precision) == ("rtx4090", "tiny", "fp32")
+    assert (request.execution, request.embedded, request.quantization.skip) == ("whole", False, ())
     assert (request.height, request.width, request.weights.seed, request.per_chunk) == (256, 384, 5, True)
     assert (request.out, request.name, request.command) == (tmp_path, "rtx4090-tiny-long-custom", command)
     files = request.weights

@@ -1,0 +1,107 @@
+"""What identifies a build and its parts, so that an interrupted build takes over exactly what it would make again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import engines
+import lightforcing_ref
+import plugins
+from runtime import bundle
+
+from .onnx_parts import graph_types
+from .plan import StepPlan
+from .request import BuildRequest
+
+__all__ = ["BuildKeys", "tool_versions"]
+
+_TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "nvidia-modelopt",
+    "tensorrt-rtx-cu13",
+    "triton",
+)
+
+
+@dataclass(frozen=True)
+class BuildKeys:
+    """Digests of everything that decides what a part holds.
+
+    Attributes:
+        model: the weights, the video's size, and the types of the graphs; enough for text encoder, conditioner and
+            decoder.
+        graphs: the attention variant too; enough for the step graphs.
+        build: backend, target and quantization too.
+    """
+
+    model: str
+    graphs: str
+    build: str
+
+    @classmethod
+    def of(cls, request: BuildRequest, plan: StepPlan, digests: Mapping[str, str]) -> BuildKeys:
+        """The keys of a request, given the digests of its weights' files."""
+        model = _digest(
+            plan.preset,
+            plan.height,
+            plan.width,
+            graph_types(request),
+            request.weights.seed,
+            sorted(digests.items()),
+            sorted(tool_versions().items()),
+            _source_digest(),
+        )
+        graphs = _digest(model, plan.fingerprint(), request.per_chunk)
+        quantization = request.quantization
+        calibration = quantization.calibration
+        build = _digest(
+            graphs,
+            request.target.model_dump(),
+            request.backend,
+            request.precision,
+            request.execution,
+            request.embedded,
+            quantization.static,
+            quantization.skip,
+            None if calibration is None else bundle.hash_file(calibration),
+        )
+        return cls(model, graphs, build)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _source_digest() -> str:
+    """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
+    digest = hashlib.sha256()
+    folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    files += Path(__file__).parent.glob("*.py")
+    files += Path(engines.__path__[0], "expectations").glob("*.toml")
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a bundle's contents depend on, of those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

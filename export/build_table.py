@@ -1,0 +1,36 @@
+"""What a build took, as a table."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from runtime.bundle import Manifest
+
+__all__ = ["engine_table"]
+
+
+def engine_table(manifest: Manifest) -> Table:
+    """The engines of a bundle: products by type, launches, activation memory, size, and what building them took."""
+    sizes = {entry.path: entry.bytes for entry in manifest.files}
+    table = Table("component", "products", box=box.SIMPLE_HEAD)
+    for column in ("launches", "activations", "engine", "build", "memory"):
+        table.add_column(column, justify="right")
+    for name, component in manifest.components.items():
+        if component.file is None or component.cost is None:
+            continue
+        cost = component.cost
+        table.add_row(
+            name,
+            ", ".join(f"{count} {kind}" for kind, count in sorted(cost.gemms.items())) or "none",
+            str(cost.launches),
+            _mib(cost.activation_bytes),
+            _mib(sizes[component.file]),
+            f"{cost.seconds:.1f} s",
+            _mib(cost.peak_bytes),
+        )
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
