@@ -398,17 +398,21 @@ def conditioner(model: CausalWanModel) -> Compiled:
 
 
 class _Decode(nn.Module):
-    """The decoder in its own type, from float32 latents."""
+    """The decoder in the type of its weights, from float32 latents, which are denormalised in float32."""
 
     def __init__(self, decoder: VAEDecoder, caches: Sequence[CacheSpec] | None) -> None:
         super().__init__()
         self.decode = VAENext(decoder) if caches is None else VAEFirst(decoder, caches)
-        self.dtype = next(decoder.parameters()).dtype
+        decoder.conv2.register_forward_pre_hook(_narrow)
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         history = (list(caches),) if caches else ()
-        frames, written = self.decode(latent.to(self.dtype), *history)
+        frames, written = self.decode(latent, *history)
         return (frames, *written)
+
+
+def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].to(cast(Tensor, module.weight).dtype), *args[1:])
 
 
 def _decoder(decoder: VAEDecoder, plan: StepPlan, *, first: bool) -> Compiled:

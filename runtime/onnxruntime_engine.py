@@ -120,11 +120,3 @@ class OnnxGraph:
 
 def _describe(kind: str, shape: Sequence[int | str | None]) -> str:
     return f"{kind} {['?' if not isinstance(dim, int) else dim for dim in shape]}"
-
-
-def __getattr__(name: str) -> Any:
-    if name == "OnnxRuntimeEngine":
-        from .host_engine import HostEngine
-
-        return HostEngine
-    raise AttributeError(name)
