@@ -17,7 +17,7 @@ from .program import Copy, EngineRun, Fill, Lane, Operation, Program, View
 from .segmented import Graph
 from .weights_file import WeightsFile, numpy_dtype
 
-__all__ = ["HostExecutor"]
+__all__ = ["KERNELS", "HostExecutor"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -154,7 +154,7 @@ class HostExecutor:
         if isinstance(operation, Copy):
             copied = arrays({"source": operation.source, "target": operation.target})
             return lambda: _timed(lambda: np.copyto(copied["target"], copied["source"]))
-        kernel = _KERNELS.get(operation.kernel)
+        kernel = KERNELS.get(operation.kernel)
         if kernel is None:
             raise EngineError(
                 f"kernel {operation.kernel!r} runs on a GPU only; a bundle for the host holds a graph in its place"
@@ -199,4 +199,5 @@ def _rope_sink(arrays: Arrays) -> None:
             target[..., turned:] = source[..., turned:]
 
 
-_KERNELS: Mapping[str, Callable[[Arrays], None]] = {"commit": _commit, "rope_sink": _rope_sink}
+KERNELS: Mapping[str, Callable[[Arrays], None]] = {"commit": _commit, "rope_sink": _rope_sink}
+"""The kernels of the cache on arrays named as their buffers."""

@@ -1,0 +1,163 @@
+"""Programs against the engine that binds graphs by hand: on the host, and on a simulated GPU, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import pipeline as pipeline_module
+from runtime.bundle import Bundle, load_bundle
+from runtime.cuda_engine import constants
+from runtime.cuda_executor import CudaExecutor
+from runtime.engine import Engine
+from runtime.host_engine import HostEngine, load_graph
+from runtime.host_executor import HostExecutor
+from runtime.memory import BufferPlan
+from runtime.pipeline import Pipeline
+from runtime.program_builder import build_program
+from runtime.program_engine import ProgramEngine
+from runtime.weights_file import WeightsFile
+from tests.conftest import build
+from tests.runtime.conftest import MakeBundle
+from tests.runtime.simulated_gpu import SimulatedDriver, SimulatedLibrary, _Component, launcher
+
+Load = Callable[..., Engine]
+
+
+def by_hand(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> Engine:
+    return HostEngine(bundle, plan, threads=1)
+
+
+def on_host(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> ProgramEngine:
+    program = build_program(bundle, plan.sessions)
+    executor = HostExecutor(bundle, program, lambda name: load_graph(bundle, name, 1))
+    return ProgramEngine(bundle.manifest, program, executor)
+
+
+class OnGpu:
+    """Loads engines on one simulated GPU and keeps the last."""
+
+    def __init__(self, seed: int = 0, eagerness: float = 0.2) -> None:
+        self.driver = SimulatedDriver(seed, eagerness)
+
+    def __call__(self, bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> ProgramEngine:
+        manifest = bundle.manifest
+        program = build_program(bundle, plan.sessions)
+        weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
+        library = SimulatedLibrary(bundle, self.driver)
+        _Component.slots = program.buffers["past_k.0"].buffer.shape[0]
+        self.executor = CudaExecutor(
+            program, self.driver, library, launcher(self.driver), constants(manifest, weights)
+        )
+        return ProgramEngine(manifest, program, self.executor)
+
+
+def rollout(
+    load: Load,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    chunks: int = 7,
+    sessions: int = 2,
+    warmup: bool = True,
+    recache: tuple[str, ...] = ("window", "all"),
+) -> np.ndarray:
+    """Frames of several sessions taking turns, each with a prompt switch of its own."""
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    frames = []
+    with Pipeline.load(path, sessions=sessions, warmup=warmup) as pipe:
+        opened = [pipe.session("a red fox", seed=number) for number in range(sessions)]
+        streams = [session.stream(chunks=chunks) for session in opened]
+        for chunk in range(chunks):
+            frames += [next(stream).frames for stream in streams]
+            if chunk == 2:
+                for session, mode in zip(opened, recache, strict=False):
+                    session.set_prompt("sea", recache=mode, at=5)
+    return np.concatenate(frames)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_frames": None}, {"sink_positions": "absolute"}], ids=str)
+def test_a_program_on_the_host_gives_the_same_bits(
+    make_bundle: MakeBundle, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_bundle(**options)
+    expected = rollout(by_hand, path, monkeypatch)
+    assert expected.std() > 5
+    assert np.array_equal(rollout(on_host, path, monkeypatch), expected)
+
+
+@pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize(("seed", "eagerness"), [(0, 0.0), (1, 0.3), (2, 0.6)])
+def test_streams_graphs_and_pinned_memory_change_no_bit(
+    bundle: Path, seed: int, eagerness: float, warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rollout(by_hand, bundle, monkeypatch)
+    found = rollout(OnGpu(seed, eagerness), bundle, monkeypatch, warmup=warmup)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("missing", ["the decoder's wait", "the wait for room", "the wait for frames"])
+def test_the_simulation_shows_a_missing_wait(
+    bundle: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rollout(by_hand, bundle, monkeypatch, chunks=3)
+    load = OnGpu(eagerness=0.0)
+    if missing == "the decoder's wait":
+        monkeypatch.setattr(CudaExecutor, "wait", lambda self, session, latent: None)
+    elif missing == "the wait for room":
+        monkeypatch.setattr(SimulatedDriver, "is_done", lambda self, event: True)
+    else:
+        monkeypatch.setattr(SimulatedDriver, "sync_event", lambda self, event: None)
+    assert not np.array_equal(rollout(load, bundle, monkeypatch, chunks=3), expected)
+
+
+def test_nothing_is_allocated_or_recorded_after_loading(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu()
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle, sessions=2) as pipe:
+        allocations, captures = load.driver.allocations, load.driver.captures
+        with pipe.session("a red fox", seed=1) as session:
+            for _ in session.stream(chunks=3):
+                pass
+            counters = load.executor.counters
+            before = (counters.graph_launches, counters.waits, counters.operations)
+            for _ in session.stream(chunks=5):
+                pass
+        assert (load.driver.allocations, load.driver.captures) == (allocations, captures)
+        # Clean, commit, sinks, four denoising forwards and three runs of the decoder; the host waits for these three.
+        assert counters.graph_launches - before[0] == 5 * 10
+        assert counters.operations - before[2] == 0
+        assert counters.waits - before[1] >= 5 * 3
+    assert not load.driver._memory, "memory was not given back"
+
+
+def test_a_chunk_waits_for_the_device_only_for_its_frames(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that keeps up, feeding never waits."""
+    load = OnGpu(eagerness=0.95)
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle) as pipe, pipe.session("a red fox", seed=1) as session:
+        next(session.stream(chunks=1))
+        before = load.executor.counters.waits
+        chunks = 6
+        for _ in session.stream(chunks=chunks):
+            pass
+        assert load.executor.counters.waits - before <= chunks * 3 + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["short", "long"])
+def test_segmented_bundles_of_the_exporter(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path, variant, execution="segmented")
+    assert load_bundle(path).manifest.segments is not None
+    expected = rollout(by_hand, path, monkeypatch, chunks=5)
+    assert np.array_equal(rollout(on_host, path, monkeypatch, chunks=5), expected)
+    assert np.array_equal(rollout(OnGpu(), path, monkeypatch, chunks=5), expected)
