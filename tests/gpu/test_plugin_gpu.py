@@ -69,7 +69,7 @@ def kernels(arch: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def library(arch: int, kernels: Path, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     torch.zeros(1, device="cuda")  # the context that the library finds current
-    return lf.open_library(lf.build_launch_library((arch,), kernels, tmp_path_factory.mktemp("library")))
+    return lf.open_library(lf.compile_launch_library((arch,), kernels, tmp_path_factory.mktemp("library")))
 
 
 def attributes(size: Size) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -122,12 +123,16 @@ def script(
     return "\n".join([*lines, *actions]) + "\n"
 
 
-def drive(built: BuiltLibraries, folder: Path, text: str) -> tuple[int, list[str]]:
+def drive(built: BuiltLibraries, folder: Path, text: str, **environment: str) -> tuple[int, list[str]]:
     """Exit status and lines of the driver program."""
     (folder / "script").write_text(text)
     program = built.launch.parent / "work" / "cmake" / "plugin_driver"
     result = subprocess.run(
-        [str(program), str(built.plugin), str(folder / "script")], capture_output=True, text=True, check=False
+        [str(program), str(built.plugin), str(folder / "script")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode in (0, 1), result.stderr
     return result.returncode, result.stdout.splitlines()
@@ -226,6 +231,49 @@ def test_attaching_without_a_driver_is_an_error_with_a_reason(
     status, lines = drive(sanitized, tmp_path, text)
     assert status == 1
     assert "attachToContext: the NVIDIA driver cannot be opened: libcuda.so.1" in lines[-1]
+
+
+def with_files(tensors: dict[str, str], folder: Path) -> dict[str, str]:
+    """The tensors of a script with a file each, of the right size and full of zeros."""
+    described = {}
+    for name, text in tensors.items():
+        kind, *sizes = text.replace("[", "").replace("]", "").split()
+        count = math.prod(int(size) for size in sizes)
+        (folder / name).write_bytes(bytes(count * (2 if kind.endswith("16") else 4)))
+        described[name] = f"{text} {folder / name}"
+    return described
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_enqueue_only_launches_and_can_be_captured(sanitized: BuiltLibraries, tmp_path: Path) -> None:
+    """With a driver that writes down what it is asked; tests/gpu has a real one compute."""
+    log = tmp_path / "log"
+    inputs, outputs = (with_files(tensors, tmp_path) for tensors in (ATTENTION_INPUTS, ATTENTION_OUTPUTS))
+    replay = f"replay chunk={tmp_path / 'chunk'} out={tmp_path / 'replayed'}"
+    status, lines = drive(
+        sanitized,
+        tmp_path,
+        script("HierarchicalSparseAttention", ATTENTION, inputs, outputs, "enqueue", "capture", replay),
+        LD_LIBRARY_PATH=str(lf.build_stand_in_driver(tmp_path)),
+        STAND_IN_LOG=str(log),
+        STAND_IN_CAPABILITY="120",
+    )
+    assert status == 0, lines
+    assert [line for line in lines if line.endswith("done")] == ["enqueue done", "replay done"]
+    asked = [line.split() for line in log.read_text().splitlines()]
+    functions = [words[0] for words in asked]
+    begin, end = functions.index("cuStreamBeginCapture"), functions.index("cuStreamEndCapture")
+    kernels = ["score-d128", "select-b16", "attend-bf16-d128-q64-ragged"]
+    assert [words[:2] for words in asked[begin + 1 : end]] == [["cuLaunchKernel", name] for name in kernels]
+    first = functions.index("cuLaunchKernel")
+    assert asked[first : first + 3] == asked[begin + 1 : end]
+    assert asked[first][asked[first].index("stream") + 1] == "4242"
+    # 456 tokens are 9 query blocks; 8 frames of 3 key blocks: lists of 27 rows and 24 entries behind the scores.
+    scores, lists = (int(words[words.index("arguments") + 1]) for words in asked[first : first + 2])
+    assert lists - scores == 4 * 27 * 24
+    assert functions.count("cuLibraryUnload") == functions.count("cuLibraryLoadData") > 0
+    assert functions[-1] == "cuLibraryUnload"
+    assert (tmp_path / "replayed").stat().st_size == 456 * 3 * 128 * 2
 
 
 @pytest.mark.parametrize("seed", [1, 2])
