@@ -13,12 +13,22 @@ import sys
 from collections.abc import Sequence
 
 from .build_commands import Build, Onnx
+from .calibrate_command import Calibrate
 from .command import Command, CommandParser
 from .report_commands import Compare, Doctor, Inspect, Plan, Targets
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS: tuple[Command, ...] = (Plan(), Build(), Onnx(), Inspect(), Compare(), Targets(), Doctor())
+COMMANDS: tuple[Command, ...] = (
+    Plan(),
+    Build(),
+    Onnx(),
+    Calibrate(),
+    Inspect(),
+    Compare(),
+    Targets(),
+    Doctor(),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
