@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
 from .dry_run_checks import Flaws, LaunchChecker, RunChecker
+from .dry_run_contract import check_contract
 from .dry_run_memory import MemoryChecker
-from .errors import BundleError
+from .errors import BundleError, LightForcingError
 from .kernels import KernelLibrary
 from .program import Copy, EngineRun, Fill, Forward, KernelLaunch, Operation, Program
 from .program_builder import build_program
@@ -112,8 +113,9 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
     """Hold a program against its bundle; see :func:`dry_run`."""
     manifest = bundle.manifest
     flaws = Flaws()
+    check_contract(bundle, flaws)
     runs = RunChecker(manifest, flaws)
-    launches = LaunchChecker(_library(bundle), flaws)
+    launches = LaunchChecker(_library(bundle, flaws), flaws)
     memory = MemoryChecker(program, flaws)
     memory.check_layout()
     for forward in _rollout(program):
@@ -144,12 +146,20 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
     )
 
 
-def _library(bundle: Bundle) -> KernelLibrary | None:
+def _library(bundle: Bundle, flaws: Flaws) -> KernelLibrary | None:
+    """The images for the bundle's target; ``None`` on a host, where nothing is launched."""
     kernels, capability = bundle.manifest.kernels, bundle.manifest.target.compute_capability
-    if kernels is None or capability is None:
+    if capability is None:
+        return None
+    if kernels is None:
+        flaws.add("kernels", "the bundle is for a GPU and holds no kernel images")
         return None
     major, minor = (int(part) for part in capability.split("."))
-    return KernelLibrary.load(bundle.path(kernels.folder), (major, minor))
+    try:
+        return KernelLibrary.load(bundle.root / kernels.folder, (major, minor))
+    except LightForcingError as error:
+        flaws.add("kernels", str(error))
+        return None
 
 
 def _rollout(program: Program) -> Iterator[Forward]:

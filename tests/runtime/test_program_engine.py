@@ -13,6 +13,7 @@ from runtime.bundle import Bundle, load_bundle
 from runtime.cuda_engine import constants
 from runtime.cuda_executor import CudaExecutor
 from runtime.engine import Engine
+from runtime.errors import SessionFailedError
 from runtime.host_engine import HostEngine, load_graph
 from runtime.host_executor import HostExecutor
 from runtime.memory import BufferPlan
@@ -111,7 +112,11 @@ def test_the_simulation_shows_a_missing_wait(
         monkeypatch.setattr(SimulatedDriver, "is_done", lambda self, event: True)
     else:
         monkeypatch.setattr(SimulatedDriver, "sync_event", lambda self, event: None)
-    assert not np.array_equal(rollout(load, bundle, monkeypatch, chunks=3), expected)
+    try:
+        found = rollout(load, bundle, monkeypatch, chunks=3)
+    except SessionFailedError:  # what was read too early is no valid index
+        return
+    assert not np.array_equal(found, expected)
 
 
 def test_nothing_is_allocated_or_recorded_after_loading(
