@@ -1,0 +1,326 @@
+"""Clips timed chunk by chunk, and one clip per rung looked at more closely: memory, host syncs, kernel classes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+__all__ = [
+    "KERNEL_CLASSES",
+    "ChunkRecord",
+    "Clip",
+    "Inspection",
+    "MemoryWatch",
+    "Runner",
+    "classify",
+    "inspect_trace",
+    "inspected_clip",
+    "release",
+    "summarise",
+    "timed_clip",
+]
+
+Seconds = float
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One delivered chunk, in seconds; `other` is the runtime's own time, None for rungs that have no runtime."""
+
+    frames: int
+    denoise: Seconds
+    decode: Seconds
+    other: Seconds | None = None
+
+
+class Runner(Protocol):
+    """A rung, ready to generate."""
+
+    def clip(self, chunks: int) -> Iterator[ChunkRecord]:
+        """A new clip from the encoded prompt on. Yields when a chunk's frames are on the host."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """When each chunk of a clip was there, in seconds from the encoded prompt."""
+
+    delivered: tuple[Seconds, ...]
+    records: tuple[ChunkRecord, ...]
+
+    @property
+    def seconds(self) -> Seconds:
+        return self.delivered[-1]
+
+    @property
+    def per_chunk(self) -> list[Seconds]:
+        """Time between deliveries; the first from the encoded prompt."""
+        return [end - start for start, end in zip((0.0, *self.delivered), self.delivered, strict=False)]
+
+
+def timed_clip(runner: Runner, chunks: int) -> Clip:
+    """Generate a clip of `chunks` chunks and time it."""
+    _synchronize()
+    delivered, records = [], []
+    start = time.perf_counter()
+    for record in runner.clip(chunks):
+        delivered.append(time.perf_counter() - start)
+        records.append(record)
+    return Clip(tuple(delivered), tuple(records))
+
+
+def summarise(clips: Sequence[Clip]) -> dict[str, Any]:
+    """Medians over clips of equal length."""
+    def middle(values: Iterable[Sequence[float]]) -> list[float]:
+        return [median(column) for column in zip(*values, strict=True)]
+
+    frames = [record.frames for record in clips[0].records]
+    seconds = median(clip.seconds for clip in clips)
+    denoise, decode = (
+        middle([getattr(record, part) for record in clip.records] for clip in clips) for part in ("denoise", "decode")
+    )
+    result: dict[str, Any] = {
+        "repeats": len(clips),
+        "latency_s": seconds,
+        "latencies_s": [clip.seconds for clip in clips],
+        "frames": sum(frames),
+        "fps": sum(frames) / seconds,
+        "first_frames_s": median(clip.delivered[0] for clip in clips),
+        "chunk_s": middle(clip.per_chunk for clip in clips),
+        "denoise_s": denoise,
+        "decode_s": decode,
+        "overhead_percent": None,
+    }
+    if clips[0].records[0].other is not None:
+        result["overhead_percent"] = median(_overhead(clip) for clip in clips)
+    return result
+
+
+def _overhead(clip: Clip) -> float:
+    """Time outside the engines in percent of all time spent on chunks, as `python -m runtime bench` counts it."""
+    other = sum(record.other or 0.0 for record in clip.records)
+    return 100 * other / sum(record.denoise + record.decode + (record.other or 0.0) for record in clip.records)
+
+
+# ---- memory ----
+
+
+class MemoryWatch:
+    """Memory that something takes from the moment this is made: PyTorch's tensors, and the whole process or device."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        release()
+        if device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._allocated = torch.cuda.memory_allocated()
+        self._before = self._used()
+        self._peak = self._before
+
+    def _used(self) -> int:
+        if self._device == "cuda":
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+        return 0
+
+    @contextmanager
+    def sampling(self, period: Seconds = 0.02) -> Iterator[None]:
+        """Look at the total again and again while the body runs."""
+        stop = threading.Event()
+
+        def sample() -> None:
+            while True:
+                self._peak = max(self._peak, self._used())
+                if stop.wait(period):
+                    return
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def peaks(self) -> dict[str, int | None]:
+        """Bytes above the start: `torch_bytes` of PyTorch's allocator (None on a CPU), `total_bytes` as the driver
+        counts the device's memory in use, on a CPU the resident memory of the process."""
+        allocated = None
+        if self._device == "cuda":
+            import torch
+
+            allocated = torch.cuda.max_memory_allocated() - self._allocated
+        return {"torch_bytes": allocated, "total_bytes": self._peak - self._before}
+
+
+def release() -> None:
+    """Collect garbage and give cached device memory back."""
+    gc.collect()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---- what a chunk consists of ----
+
+KERNEL_CLASSES: Mapping[str, tuple[str, ...]] = {
+    "selection": ("topk", "sort", "score", "select", "radix", "bitonic"),
+    "attention": ("flash", "fmha", "sdpa", "attend", "attention", "mha_", "softmax"),
+    "conv": ("conv", "fprop", "dgrad", "im2col", "winograd", "nchwtonhwc", "nhwctonchw", "nchwtohwc"),
+    "gemm": ("gemm", "nvjet", "cutlass", "cublas", "gemv", "matmul", "splitk", "addmm", "_mm", "aten::mm", "aten::bmm", "linear"),
+    "copy": ("memcpy", "memset", "copy", "cat", "commit", "rope_sink", "upsample", "clone", "index_select", "gather"),
+}  # fmt: skip
+"""Class -> parts of kernel names, lower case. The first class that matches counts; everything else is
+`norm/elementwise`."""
+OTHER_CLASS = "norm/elementwise"
+
+_SYNCS = frozenset(
+    ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy",
+     "cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
+)  # fmt: skip
+_MARK = "lightforcing measured chunk"
+
+
+def classify(kernel: str) -> str:
+    """Class of a kernel (or, on a CPU, of a PyTorch operator) by its name."""
+    name = kernel.lower()
+    return next((kind for kind, parts in KERNEL_CLASSES.items() if any(part in name for part in parts)), OTHER_CLASS)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One chunk under the profiler.
+
+    Attributes:
+        chunk: its index.
+        shares: class -> fraction of all kernel time.
+        kernels: launches.
+        host_syncs: CUDA calls that made the host wait, by name; None on a CPU.
+        idle_percent: of the chunk's time in which nothing ran on the device; None on a CPU.
+        largest: the kernels that took most, with their share.
+        note: why something is missing.
+    """
+
+    chunk: int
+    shares: dict[str, float] | None = None
+    kernels: int | None = None
+    host_syncs: dict[str, int] | None = None
+    idle_percent: float | None = None
+    largest: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) -> Inspection:
+    """Generate a clip with its last but one chunk under the profiler: with overlap, the next one runs beside it.
+
+    Args:
+        in_torch: whether the rung's work is visible to PyTorch's profiler on a CPU.
+    """
+    chosen = max(0, chunks - 2)
+    if device == "cpu" and not in_torch:
+        for _ in runner.clip(chunks):
+            pass
+        return Inspection(chosen, note="the engine's kernels are not visible to the profiler on a CPU")
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    clip = runner.clip(chunks)
+    for _ in range(chosen):
+        next(clip)
+    with profile(activities=activities) as profiler, record_function(_MARK):
+        next(clip)
+    for _ in clip:
+        pass
+    if device == "cpu":
+        return _inspect_operators(profiler.key_averages(), chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return inspect_trace(events, chosen)
+
+
+def _shares(times: Counter[str]) -> tuple[dict[str, float], dict[str, float]]:
+    total = sum(times.values()) or 1.0
+    classes: Counter[str] = Counter()
+    for name, spent in times.items():
+        classes[classify(name)] += spent
+    largest = {name[:100]: spent / total for name, spent in times.most_common(12)}
+    return {kind: classes[kind] / total for kind in (*KERNEL_CLASSES, OTHER_CLASS)}, largest
+
+
+def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
+    times: Counter[str] = Counter()
+    calls = 0
+    for event in averages:
+        if event.key != _MARK:
+            times[event.key] += event.self_cpu_time_total
+            calls += event.count
+    shares, largest = _shares(times)
+    return Inspection(chunk, shares, calls, largest=largest, note="classes of PyTorch operators, by their own time")
+
+
+def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection:
+    """What a trace of PyTorch's profiler says about the marked stretch of time.
+
+    Launches and waits through CUDA's driver interface are seen where the profiler records them.
+    """
+    marked = [e for e in events if e.get("name") == _MARK and e.get("cat") == "user_annotation"]
+    if not marked:
+        return Inspection(chunk, note="the profiler's trace has no mark")
+    start = float(marked[0]["ts"])
+    end = start + float(marked[0]["dur"])
+    times: Counter[str] = Counter()
+    syncs: Counter[str] = Counter()
+    spans: list[tuple[float, float]] = []
+    for event in events:
+        if not start <= float(event.get("ts", -1)) < end:
+            continue
+        kind, name = event.get("cat"), str(event.get("name"))
+        if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
+            times[name] += float(event["dur"])
+            spans.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
+        elif kind in ("cuda_runtime", "cuda_driver") and name in _SYNCS:
+            syncs[name] += 1
+    shares, largest = _shares(times)
+    idle = 100 * (1 - _covered(spans, end) / (end - start))
+    return Inspection(chunk, shares, len(spans), dict(syncs), idle, largest)
+
+
+def _covered(spans: Iterable[tuple[float, float]], end: float) -> float:
+    """Length of the union of `spans`, cut off at `end`."""
+    covered = reached = 0.0
+    for first, last in sorted(spans):
+        last = min(last, end)
+        covered += max(0.0, last - max(first, reached))
+        reached = max(reached, last)
+    return covered
