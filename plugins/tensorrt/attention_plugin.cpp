@@ -7,8 +7,7 @@
 namespace lightforcing::tensorrt {
 namespace {
 
-enum Input { q, k, v, qMean, kMean, pastK, pastV, pastKMean, frameSlots, chunk, inputCount };
-constexpr std::size_t kOut = inputCount;
+enum Input { q, k, v, qMean, kMean, pastK, pastV, pastKMean, frameSlots, chunk };
 
 const std::vector<Tensor> kInputs = {
     {"q", Element::compute},      {"k", Element::compute},          {"v", Element::compute},
@@ -89,7 +88,6 @@ lf_shape AttentionPlugin::checkShapes(std::int32_t dtype, const std::vector<nvin
     expectDims(kName, "past_v", dims[pastV], cache);
     expectDims(kName, "past_kmean", dims[pastKMean], dimsOf({slots, kBlocks, heads, headDim}));
     expectDims(kName, "chunk", dims[chunk], dimsOf({}));
-    expectDims(kName, "out", dims[kOut], dims[q]);
     return {dtype, narrow(kName, "heads", heads), narrow(kName, "head_dim", headDim),
             narrow(kName, "chunk_frames", frames), narrow(kName, "past_frames", dims[frameSlots].d[0])};
 }

@@ -2,6 +2,7 @@
 // reason.
 #include "operator_plugin.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "logger.h"
@@ -46,23 +47,26 @@ const Tensor& OperatorPlugin::tensorAt(std::size_t position) const {
     return position < inputs_.size() ? inputs_[position] : outputs_.at(position - inputs_.size());
 }
 
-template <typename Desc, typename DimsOf>
-lf_shape OperatorPlugin::shapeOf(const Desc* in, const Desc* out, DimsOf dimsOf) const {
+lf_shape OperatorPlugin::shapeOf(const PluginTensorDesc* inputs) const {
     std::vector<Dims> dims;
-    dims.reserve(inputs_.size() + outputs_.size());
     for (std::size_t index = 0; index < inputs_.size(); ++index) {
-        dims.push_back(dimsOf(in[index]));
+        dims.push_back(inputs[index].dims);
     }
-    for (std::size_t index = 0; index < outputs_.size(); ++index) {
-        dims.push_back(dimsOf(out[index]));
+    return checkShapes(dtypeOf(inputs[0].type), dims);
+}
+
+lf_shape OperatorPlugin::shapeOf(const DynamicPluginTensorDesc* inputs,
+                                 Dims DynamicPluginTensorDesc::* bound) const {
+    std::vector<PluginTensorDesc> concrete;
+    for (std::size_t index = 0; index < inputs_.size(); ++index) {
+        concrete.push_back(inputs[index].desc);
+        const Dims& dims = inputs[index].desc.dims;
+        const std::int64_t* const end = dims.d + std::clamp(dims.nbDims, 0, Dims::MAX_DIMS);
+        if (std::count(dims.d, end, -1) > 0) { // known when the engine runs
+            concrete.back().dims = inputs[index].*bound;
+        }
     }
-    DataType type{};
-    if constexpr (std::is_same_v<Desc, PluginTensorDesc>) {
-        type = in[0].type;
-    } else {
-        type = in[0].desc.type;
-    }
-    return checkShapes(dtypeOf(type), dims);
+    return shapeOf(concrete.data());
 }
 
 nvinfer1::IPluginCapability*
@@ -124,43 +128,39 @@ bool OperatorPlugin::supportsFormatCombination(std::int32_t pos, const DynamicPl
 }
 
 std::int32_t OperatorPlugin::configurePlugin(const DynamicPluginTensorDesc* in, std::int32_t nbInputs,
-                                             const DynamicPluginTensorDesc* out,
+                                             const DynamicPluginTensorDesc*,
                                              std::int32_t nbOutputs) noexcept {
     // A problem that no kernel serves should stop the build here and not at the first run.
     return guarded("configurePlugin", [&] {
         requireCounts(nbInputs, nbOutputs);
-        workspaceFor(shapeOf(in, out, [](const DynamicPluginTensorDesc& desc) { return desc.opt; }));
+        workspaceFor(shapeOf(in, &DynamicPluginTensorDesc::opt));
     });
 }
 
 std::size_t OperatorPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, std::int32_t nbInputs,
-                                             const DynamicPluginTensorDesc* outputs,
+                                             const DynamicPluginTensorDesc*,
                                              std::int32_t nbOutputs) const noexcept {
     std::size_t bytes = 0;
     guarded("getWorkspaceSize", [&] {
         requireCounts(nbInputs, nbOutputs);
-        bytes = workspaceFor(
-            shapeOf(inputs, outputs, [](const DynamicPluginTensorDesc& desc) { return desc.max; }));
+        bytes = workspaceFor(shapeOf(inputs, &DynamicPluginTensorDesc::max));
     });
     return bytes;
 }
 
 std::int32_t OperatorPlugin::onShapeChange(const PluginTensorDesc* in, std::int32_t nbInputs,
-                                           const PluginTensorDesc* out, std::int32_t nbOutputs) noexcept {
+                                           const PluginTensorDesc*, std::int32_t nbOutputs) noexcept {
     return guarded("onShapeChange", [&] {
         requireCounts(nbInputs, nbOutputs);
-        workspaceFor(shapeOf(in, out, [](const PluginTensorDesc& desc) { return desc.dims; }));
+        workspaceFor(shapeOf(in));
+        load(); // done already in a plugin that is attached to a context
     });
 }
 
-std::int32_t OperatorPlugin::enqueue(const PluginTensorDesc* inputDesc, const PluginTensorDesc* outputDesc,
+std::int32_t OperatorPlugin::enqueue(const PluginTensorDesc* inputDesc, const PluginTensorDesc*,
                                      const void* const* inputs, void* const* outputs, void* workspace,
                                      cudaStream_t stream) noexcept {
-    return guarded("enqueue", [&] {
-        const lf_shape shape =
-            shapeOf(inputDesc, outputDesc, [](const PluginTensorDesc& desc) { return desc.dims; });
-        launch(shape, inputs, outputs, workspace, stream);
-    });
+    return guarded("enqueue", [&] { launch(shapeOf(inputDesc), inputs, outputs, workspace, stream); });
 }
 
 nvinfer1::IPluginV3* OperatorPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {

@@ -87,13 +87,14 @@ class OperatorPlugin : public nvinfer1::IPluginV3,
     virtual void describeOutputs(const nvinfer1::DimsExprs* inputs, nvinfer1::DimsExprs* outputs,
                                  nvinfer1::IExprBuilder& expressions) const = 0;
 
-    /// Checks every shape against the contract and gives the sizes that the launch library asks for.
+    /// Checks the shape of every input against the contract and gives the sizes that the launch library asks
+    /// for.
     virtual lf_shape checkShapes(std::int32_t dtype, const std::vector<nvinfer1::Dims>& dims) const = 0;
 
     /// Checks that a kernel serves `shape`; returns the bytes of workspace that it needs.
     virtual std::size_t workspaceFor(const lf_shape& shape) const = 0;
 
-    /// Loads what `launch` needs onto the current device.
+    /// Loads what `launch` needs onto the current device; does nothing the second time.
     virtual void load() = 0;
 
     virtual void launch(const lf_shape& shape, const void* const* inputs, void* const* outputs,
@@ -106,8 +107,9 @@ class OperatorPlugin : public nvinfer1::IPluginV3,
 
     void requireCounts(std::int32_t inputs, std::int32_t outputs) const;
     const Tensor& tensorAt(std::size_t position) const;
-    template <typename Desc, typename DimsOf>
-    lf_shape shapeOf(const Desc* in, const Desc* out, DimsOf dimsOf) const;
+    lf_shape shapeOf(const nvinfer1::PluginTensorDesc* inputs) const;
+    lf_shape shapeOf(const nvinfer1::DynamicPluginTensorDesc* inputs,
+                     nvinfer1::Dims nvinfer1::DynamicPluginTensorDesc::* bound) const;
 
     const char* name_;
     const std::vector<Tensor>& inputs_;

@@ -6,8 +6,8 @@
 namespace lightforcing::tensorrt {
 namespace {
 
-enum Input { qkv, bias, normQ, normK, cos, sin, inputCount };
-enum Output { q, k, v, qMean, kMean, outputCount };
+enum Input { qkv, bias, normQ, normK, cos, sin };
+enum Output { q, k, v, qMean, kMean };
 
 const std::vector<Tensor> kInputs = {
     {"qkv", Element::compute},    {"bias", Element::compute}, {"norm_q", Element::compute},
@@ -92,14 +92,6 @@ lf_shape PreparePlugin::checkShapes(std::int32_t dtype, const std::vector<nvinfe
     expectDims(kName, "norm_k", dims[normK], dimsOf({heads * headDim}));
     expectDims(kName, "cos", dims[cos], dimsOf({tokens, headDim / 2}));
     expectDims(kName, "sin", dims[sin], dimsOf({tokens, headDim / 2}));
-    const nvinfer1::Dims* const outputs = &dims[inputCount];
-    for (const Output output : {q, k, v}) {
-        expectDims(kName, kOutputs[output].name, outputs[output], dimsOf({tokens, heads, headDim}));
-    }
-    const std::int64_t qBlocks = blocksOf(attributes_.frame_tokens, attributes_.block_q);
-    const std::int64_t kBlocks = blocksOf(attributes_.frame_tokens, attributes_.block_k);
-    expectDims(kName, "q_mean", outputs[qMean], dimsOf({frames, qBlocks, heads, headDim}));
-    expectDims(kName, "k_mean", outputs[kMean], dimsOf({frames, kBlocks, heads, headDim}));
     return {dtype, attributes_.heads, narrow(kName, "head_dim", headDim),
             narrow(kName, "chunk_frames", frames), 0};
 }

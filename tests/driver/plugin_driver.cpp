@@ -253,11 +253,12 @@ void execute(harness::Plugin& plugin, const Script& script, std::size_t workspac
     gpu::Device device;
     const auto inputDescs = concrete(describe(script.inputs));
     const auto outputDescs = concrete(describe(script.outputs));
-    require(plugin.runtime->onShapeChange(inputDescs.data(), static_cast<std::int32_t>(inputDescs.size()),
-                                          outputDescs.data(), static_cast<std::int32_t>(outputDescs.size())),
-            "onShapeChange");
     const harness::Plugin attached(plugin.runtime->attachToContext(nullptr));
     std::cout << "attached\n";
+    require(attached.runtime->onShapeChange(inputDescs.data(), static_cast<std::int32_t>(inputDescs.size()),
+                                            outputDescs.data(),
+                                            static_cast<std::int32_t>(outputDescs.size())),
+            "onShapeChange");
 
     std::map<std::string, gpu::Buffer> buffers;
     std::vector<const void*> inputs;

@@ -193,12 +193,11 @@ def test_names_and_order_are_those_of_the_contract(sanitized: BuiltLibraries, tm
         ("HierarchicalSparseAttention", ATTENTION, ATTENTION_INPUTS, ATTENTION_OUTPUTS),
         ("QKPrepare", PREPARE, PREPARE_INPUTS, PREPARE_OUTPUTS),
     ):
-        for tensor in (*inputs, *outputs):
-            if tensor in ("q", "qkv", "norm_q", "past_k", "frame_slots") and tensor in inputs:
+        for tensor in inputs:
+            if tensor in ("q", "qkv", "norm_q", "past_k", "frame_slots"):
                 continue  # the sizes come from these
-            wrong = {tensor: (inputs | outputs)[tensor].replace("[", "[ 7")}
-            changed = [{k: wrong.get(k, v) for k, v in side.items()} for side in (inputs, outputs)]
-            status, lines = drive(sanitized, tmp_path, script(name, fields, *changed))
+            changed = inputs | {tensor: inputs[tensor].replace("[", "[ 7")}
+            status, lines = drive(sanitized, tmp_path, script(name, fields, changed, outputs))
             assert status == 1
             assert any(re.search(rf"{name}: {tensor} has shape \[7", line) for line in lines), lines
 
