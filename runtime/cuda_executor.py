@@ -14,8 +14,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -218,20 +219,20 @@ class CudaExecutor:
         return self._base + self._program.offset(view, session)
 
     def close(self) -> None:
-        """Wait for the device and free everything. May be called twice."""
-        if not self._base:
+        """Wait for the device and free everything. May be called twice; a device that has failed frees nothing."""
+        base, self._base = self._base, 0
+        if not base:
             return
-        self.driver.enter()
-        self.sync()
-        for graph in self._graphs.values():
-            graph.close()
+        driver = self.driver
+        steps = [driver.enter, self.sync]
+        steps += [graph.close for graph in self._graphs.values()]
+        steps += [self._library.close, partial(driver.destroy, list(self._streams.values()), self._events)]
+        steps += [partial(driver.free_pinned, address) for address in self._pinned]
+        steps.append(partial(driver.free, base))
+        for step in steps:
+            with suppress(EngineError):
+                step()
         self._graphs.clear()
-        self._library.close()
-        self.driver.destroy(list(self._streams.values()), self._events)
-        for address in self._pinned:
-            self.driver.free_pinned(address)
-        self.driver.free(self._base)
-        self._base = 0
 
     def _load_components(self) -> dict[str, DeviceComponent]:
         components: dict[str, DeviceComponent] = {}

@@ -173,8 +173,16 @@ class SimulatedDriver:
         assert not any(stream.captured is not None for stream in self._streams.values())
 
     def _step(self, stream: int) -> None:
-        if self._streams[stream].queue:
+        if not self._streams[stream].queue:
+            return
+        try:
             self._streams[stream].queue.popleft()()
+        except BaseException:  # a device that has failed does nothing any more
+            for target in self._streams.values():
+                target.queue.clear()
+            for event in self._events.values():
+                event.completed = event.recorded
+            raise
 
     def _until(self, marker: _Event, count: int) -> None:
         while marker.completed < count:
