@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,25 +17,45 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
 from lightforcing_ref.vae import to_uint8
+from runtime.backends import runs_on_host
 from runtime.bundle import Bundle, Component, load_bundle
-from runtime.onnxruntime_engine import OnnxGraph, default_threads
+from runtime.host_engine import load_graph
+from runtime.onnxruntime_engine import default_threads
 from runtime.pipeline import Pipeline
 from runtime.segmented import load_segments
 
+from .comparison import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
 from .components import VAEFirst, VAENext, per_chunk_name
+from .errors import ComparisonError
 from .modules import LAYER_STEMS, ConditionerModule, StepModule
 from .reference import Reference, exact_length, step_feeds
 
-__all__ = ["Row", "TorchRunner", "compare_bundle"]
+__all__ = [
+    "PIXELS",
+    "ROLLOUT_FACTOR",
+    "SEED",
+    "Measured",
+    "TorchRunner",
+    "against_reference",
+    "bundle_runner",
+    "decoded",
+    "facts_of",
+    "frames_row",
+    "layer_plot",
+    "measure",
+    "open_bundle",
+    "play",
+    "reference_embedding",
+    "step_function",
+    "step_plot",
+    "tolerance_of",
+]
 
-TOLERANCES = {"fp32": 1e-4}
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.15, "nvfp4": 0.3}
 """Largest relative L2 error of one run of a component, by precision."""
 
 ROLLOUT_FACTOR = 30.0
@@ -45,49 +64,10 @@ ROLLOUT_FACTOR = 30.0
 PIXELS = 1e-3
 """Relative L2 error of pixels that is nothing but rounding: a value on the edge may fall to either level."""
 
+PROMPT, SEED = "a red square moves right", 3
+"""Of the rollout whose frames are compared."""
+
 Feed = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: the worst output over all runs.
-
-    Attributes:
-        scope: "component", "step" (real states of a rollout, one forward each), or "rollout".
-        relative: L2 norm of the difference over the L2 norm of the reference.
-        largest: largest absolute difference; for pixels, in levels of 0..255.
-    """
-
-    scope: str
-    name: str
-    runs: int
-    output: str
-    relative: float
-    largest: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """A comparison that came out as not-a-number fails."""
-        return self.relative <= self.tolerance
-
-
-@dataclass(frozen=True)
-class _Difference:
-    relative: float
-    largest: float
-    tolerance: float
-
-    def __bool__(self) -> bool:
-        return self.relative <= self.tolerance
-
-
-def _difference(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) -> _Difference:
-    wide, reference = actual.astype(np.float64), expected.astype(np.float64)
-    gap = np.linalg.norm(wide - reference)
-    scale = np.linalg.norm(reference)
-    relative = float(gap / scale) if scale else float(gap)
-    return _Difference(relative, float(np.abs(wide - reference).max(initial=0.0)), tolerance)
 
 
 class TorchRunner(BaseRunner):
@@ -133,7 +113,7 @@ class SegmentedRunner(BaseRunner):
         segments = self._bundle.manifest.segments
         assert segments is not None
         forwards = load_segments(
-            self._bundle, segments, lambda name: OnnxGraph(self._bundle, name, default_threads())
+            self._bundle, segments, lambda name: load_graph(self._bundle, name, default_threads())
         )
         self._forward = forwards[self._is_clean]
 
@@ -155,6 +135,29 @@ class SegmentedRunner(BaseRunner):
         return outputs
 
 
+class GraphRunner(BaseRunner):
+    """Polygraphy runner for a component that the runtime loads on the host and that is no ONNX file."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        super().__init__(prefix=bundle.manifest.backend)
+        self._bundle, self._name = bundle, name
+
+    def activate_impl(self) -> None:
+        self._graph = load_graph(self._bundle, self._name, default_threads())
+
+    def deactivate_impl(self) -> None:
+        del self._graph
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _metadata(self._bundle.component(self._name))
+
+    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
+        start = time.perf_counter()
+        values = self._graph.call(feed_dict)
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(zip(self._graph.outputs, values, strict=True))
+
+
 def _metadata(component: Component) -> TensorMetadata:
     metadata = TensorMetadata()
     for spec in component.inputs:
@@ -162,11 +165,58 @@ def _metadata(component: Component) -> TensorMetadata:
     return metadata
 
 
-def _bundle_runner(bundle: Bundle, name: str) -> BaseRunner:
+def bundle_runner(bundle: Bundle, name: str) -> BaseRunner:
     file = bundle.component(name).file
     if file is None:
         return SegmentedRunner(bundle, name)
+    if not file.endswith(".onnx"):
+        return GraphRunner(bundle, name)
     return OnnxrtRunner(SessionFromOnnx(str(bundle.path(file)), providers=["CPUExecutionProvider"]))
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Load a bundle that can be executed on this machine's processor.
+
+    Raises:
+        BundleError: it cannot be used.
+        ComparisonError: it holds engines for a GPU.
+    """
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    bundle = load_bundle(path)
+    if not runs_on_host(bundle):
+        manifest = bundle.manifest
+        raise ComparisonError(
+            f"{manifest.name} holds {manifest.backend} engines for {manifest.target.name}, which do not run on a "
+            "processor; compare what their precision costs with --precisions, and run `python -m runtime verify` on "
+            "the target"
+        )
+    return bundle
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and the difference of every output in every run."""
+
+    row: Row
+    runs: tuple[Mapping[str, Difference], ...]
+
+
+def measure(
+    runners: Sequence[BaseRunner], feeds: Sequence[Feed], *, scope: Scope, name: str, tolerance: float
+) -> Measured:
+    """Run two runners, the reference first, on `feeds`; the row holds the worst output of all runs."""
+    runs: list[Mapping[str, Difference]] = []
+
+    def compare(expected: Feed, actual: Feed) -> OrderedDict[str, Difference]:
+        found = OrderedDict((key, difference(actual[key], expected[key], tolerance)) for key in expected)
+        runs.append(found)
+        return found
+
+    results = Comparator.run(list(runners), data_loader=list(feeds))
+    Comparator.compare_accuracy(results, compare_func=compare)
+    output, worst = max((item for run in runs for item in run.items()), key=lambda item: item[1].rank)
+    row = Row(scope, name, len(feeds), output, worst.relative, worst.largest, tolerance)
+    return Measured(row, tuple(runs))
 
 
 def _run(
@@ -175,36 +225,18 @@ def _run(
     function: Callable[[Feed], Mapping[str, Tensor]],
     feeds: Sequence[Feed],
     tolerance: float,
-    scope: str = "component",
-) -> Row:
-    """Compare one component on `feeds`; the row holds the worst output."""
-    component = bundle.component(name)
-    runners = [TorchRunner(function, component), _bundle_runner(bundle, name)]
-    worst: list[tuple[str, _Difference]] = []
-
-    def compare(expected: Feed, actual: Feed) -> OrderedDict[str, _Difference]:
-        differences = OrderedDict(
-            (key, _difference(actual[key], expected[key], tolerance)) for key in expected
-        )
-        # NaN compares false with everything and must not hide: sort it last.
-        worst.append(
-            max(
-                differences.items(), key=lambda item: (item[1].relative != item[1].relative, item[1].relative)
-            )
-        )
-        return differences
-
-    results = Comparator.run(runners, data_loader=list(feeds))
-    Comparator.compare_accuracy(results, compare_func=compare)
-    output, difference = max(worst, key=lambda item: (item[1].relative != item[1].relative, item[1].relative))
-    return Row(scope, name, len(feeds), output, difference.relative, difference.largest, tolerance)
+    scope: Scope = "component",
+) -> Measured:
+    """Compare one component with a PyTorch callable."""
+    runners = [TorchRunner(function, bundle.component(name)), bundle_runner(bundle, name)]
+    return measure(runners, feeds, scope=scope, name=name, tolerance=tolerance)
 
 
 def _named(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, values, strict=True))
 
 
-def _step_function(module: StepModule, clean_step: int | None = None) -> Callable[[Feed], dict[str, Tensor]]:
+def step_function(module: StepModule, clean_step: int | None = None) -> Callable[[Feed], dict[str, Tensor]]:
     """The step (or, with `clean_step`, the clean forward) as a function of a feed."""
     layers = module.model.config.layers
 
@@ -255,7 +287,7 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
         lambda feed: {"hidden_out": layer(*(torch.from_numpy(value) for value in feed.values()))},
         feeds,
         tolerance,
-    )
+    ).row
 
     conditioner = ConditionerModule(reference.model)
     yield _run(
@@ -267,7 +299,7 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
         ),
         [{"text": normal(manifest.text.text_len, manifest.text.dim)} for _ in range(2)],
         tolerance,
-    )
+    ).row
 
     model = manifest.model
     latent = normal(model.latent_channels, 1, model.latent_height, model.latent_width)
@@ -286,12 +318,14 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
         return {"frames": frames, **_named(every, caches)}
 
     pixels = max(tolerance, PIXELS)
-    yield _run(bundle, "vae_first", run_first, [{"latent": latent}], pixels)
+    yield _run(bundle, "vae_first", run_first, [{"latent": latent}], pixels).row
     feed = {"latent": latent, **{cache.name: normal(*cache.shape) for cache in specs}}
-    yield _run(bundle, "vae_next", run_next, [feed], pixels)
+    yield _run(bundle, "vae_next", run_next, [feed], pixels).row
 
 
-def _step_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: float) -> Iterator[Row]:
+def _reference_steps(
+    bundle: Bundle, reference: Reference, chunks: int, tolerance: float
+) -> tuple[list[Row], list[Plot]]:
     """Every forward of a reference rollout, each from the reference's own state."""
     clean = bundle.manifest.schedule.denoise_steps
     wanted = {
@@ -310,86 +344,138 @@ def _step_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: flo
             exact = exact_length(feed)
             by_chunk[chunk] = {key: exact[key] for key in wanted[name]}
     module = reference.step_module(bundle.manifest)
-    yield _run(bundle, "step", _step_function(module), denoising, tolerance, "step")
-    yield _run(bundle, "clean", _step_function(module, clean), cleaning, tolerance, "step")
+    steps = _run(bundle, "step", step_function(module), denoising, tolerance, "step")
+    cleans = _run(bundle, "clean", step_function(module, clean), cleaning, tolerance, "step")
+    rows = [steps.row, cleans.row]
     for chunk, feed in by_chunk.items():
-        function = _step_function(reference.step_module(bundle.manifest, chunk=chunk))
-        yield _run(bundle, per_chunk_name(chunk), function, [feed], tolerance, "step")
+        function = step_function(reference.step_module(bundle.manifest, chunk=chunk))
+        rows.append(_run(bundle, per_chunk_name(chunk), function, [feed], tolerance, "step").row)
+    plots = [step_plot(bundle, {"x0": steps}), layer_plot(bundle, {"": steps})]
+    return rows, plots
 
 
-def _rollout_rows(bundle: Bundle, reference: Reference, chunks: int, tolerance: float) -> Iterator[Row]:
-    """Prompt to pixels through the runtime, against the reference from the same prompt and noise."""
-    prompt, seed, manifest = "a red square moves right", 3, bundle.manifest
+def step_plot(bundle: Bundle, measured: Mapping[str, Measured]) -> Plot:
+    """Error of the clean latent that each denoising forward predicts, a curve for each entry."""
+    steps = bundle.manifest.schedule.denoise_steps
+    runs = len(next(iter(measured.values())).runs)
+    labels = tuple(f"{index // steps}.{index % steps}" for index in range(runs))
+    series = tuple(
+        Series(name, tuple(_figure(run["x0"].relative) for run in entry.runs))
+        for name, entry in measured.items()
+    )
+    return Plot("Error of each forward, from equal states", labels, series, "chunk.step")
+
+
+def layer_plot(bundle: Bundle, measured: Mapping[str, Measured]) -> Plot:
+    """Largest error of each layer's keys and values, two curves for each entry."""
+    layers = range(bundle.manifest.model.layers)
+    series = []
+    for name, entry in measured.items():
+        for stem, title in (("k", "keys"), ("v", "values")):
+            worst = [max((run[f"{stem}.{i}"] for run in entry.runs), key=lambda d: d.rank) for i in layers]
+            values = tuple(_figure(d.relative) for d in worst)
+            series.append(Series(f"{name} {title}".strip(), values))
+    return Plot("Error of each layer's keys and values", tuple(map(str, layers)), tuple(series), "layer")
+
+
+def _figure(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def play(bundle: Bundle, chunks: int, *, embedding: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+    """Frames of a rollout through the runtime."""
+    with Pipeline.load(bundle.root, warmup=False, verify=False) as pipeline:
+        prompt = PROMPT if embedding is None else None
+        with pipeline.session(prompt, seed=SEED, embedding=embedding) as session:
+            return np.concatenate([chunk.frames for chunk in session.stream(chunks=chunks)])
+
+
+def reference_embedding(bundle: Bundle, reference: Reference) -> Tensor:
+    """The reference's embedding of the prompt, with the bundle's tokenizer."""
+    manifest = bundle.manifest
     encoder = build_encoder(reference.preset.text, reference.text_weights)
     tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
-    embedding = encode(
-        encoder, *tokenize(tokenizer, prompt, manifest.text.text_len, reference.preset.text)
+    return encode(
+        encoder, *tokenize(tokenizer, PROMPT, manifest.text.text_len, reference.preset.text)
     ).float()
+
+
+def frames_row(name: str, film: Film, expected: Film, allowed: float) -> Row:
+    """Two films of the same rollout."""
+    gap = difference(film.frames, expected.frames, allowed)
+    signal = psnr(film.frames, expected.frames)
+    return Row("rollout", name, 1, "frames", gap.relative, gap.largest, allowed, signal)
+
+
+def _reference_rollout(
+    bundle: Bundle, reference: Reference, chunks: int, tolerance: float
+) -> tuple[list[Row], list[Film]]:
+    """Prompt to pixels through the runtime, against the reference from the same prompt and noise."""
+    embedding = reference_embedding(bundle, reference)
     with Pipeline.load(bundle.root, warmup=False, verify=False) as pipeline:
-        difference = _difference(pipeline.embed(prompt), embedding.numpy(), tolerance)
-        yield Row("rollout", "embedding", 1, "text", difference.relative, difference.largest, tolerance)
-        with pipeline.session(prompt, seed=seed) as session:
-            frames = np.concatenate([chunk.frames for chunk in session.stream(chunks=chunks)])
-    latents = torch.cat(list(reference.rollout(manifest, embedding, seed).stream(chunks)), dim=1)
-    with torch.no_grad():
-        video = to_uint8(reference.decoder.decode(latents.transpose(0, 1))).numpy()
+        gap = difference(pipeline.embed(PROMPT), embedding.numpy(), tolerance)
+    text = Row("rollout", "embedding", 1, "text", gap.relative, gap.largest, tolerance)
+    latents = torch.cat(list(reference.rollout(bundle.manifest, embedding, SEED).stream(chunks)), dim=1)
+    films = [
+        Film("PyTorch", decoded(reference, latents)),
+        Film(bundle.manifest.name, play(bundle, chunks)),
+    ]
     allowed = max(tolerance * ROLLOUT_FACTOR, PIXELS)
-    difference = _difference(frames, video, allowed)
-    yield Row("rollout", f"{chunks} chunks", 1, "frames", difference.relative, difference.largest, allowed)
+    return [text, frames_row(f"{chunks} chunks", films[1], films[0], allowed)], films
 
 
-_FIGURES = ("runs", "relative L2", "largest", "tolerance")
+def decoded(reference: Reference, latents: Tensor) -> NDArray[np.uint8]:
+    """Frames of a rollout's latents `[channels, frames, h, w]`."""
+    with torch.no_grad():
+        frames: NDArray[np.uint8] = to_uint8(reference.decoder.decode(latents.transpose(0, 1))).numpy()
+    return frames
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Bundle against PyTorch", title_justify="left")
-    for heading in ("scope", "name", "runs", "worst output", "relative L2", "largest", "tolerance", ""):
-        justify: Literal["left", "right"] = "right" if heading in _FIGURES else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
-    for row in rows:
-        verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
-        figures = f"{row.relative:.1e}", f"{row.largest:.1e}", f"{row.tolerance:.0e}"
-        table.add_row(row.scope, row.name, str(row.runs), row.output, *figures, verdict)
-    return table
+def facts_of(bundle: Bundle) -> dict[str, str]:
+    """Where a bundle comes from, for a report."""
+    manifest = bundle.manifest
+    model, provenance = manifest.model, manifest.provenance
+    return {
+        "bundle": manifest.name,
+        "target": manifest.target.name,
+        "backend": f"{manifest.backend} in {manifest.precision}",
+        "execution": "segmented" if manifest.segments else "whole",
+        "model": f"{model.preset}, {model.video_height}x{model.video_width}, variant {manifest.variant}",
+        "weights": ", ".join(f"{name} {value}" for name, value in provenance.checkpoint.model_dump().items()),
+        "built": manifest.created,
+        "command": provenance.command or "-",
+    }
 
 
-def compare_bundle(
-    path: Path,
-    *,
-    chunks: int = 3,
-    tolerance: float | None = None,
-    json_path: Path | None = None,
-    reference: Reference | None = None,
-) -> bool:
-    """Compare the bundle at `path` with the reference model, print the table, and say whether all rows passed.
+def tolerance_of(bundle: Bundle, asked: float | None) -> float:
+    return TOLERANCES[bundle.manifest.precision] if asked is None else asked
+
+
+def against_reference(
+    path: Path, *, chunks: int = 3, tolerance: float | None = None, reference: Reference | None = None
+) -> Comparison:
+    """Compare the bundle at `path` with the reference model.
 
     Args:
         chunks: length of the rollout whose forwards are compared.
         tolerance: largest relative L2 error of one run; None = the precision's.
-        json_path: also write the table there.
         reference: the model with the bundle's weights; None = rebuilt from the seed that the manifest names.
 
     Raises:
         BundleError: the bundle cannot be used.
-        ComparisonError: the reference's weights are needed and were not given.
+        ComparisonError: the reference's weights are needed and were not given, or the bundle is for a GPU.
     """
-    G_LOGGER.module_severity = G_LOGGER.ERROR
-    bundle = load_bundle(path)
+    bundle = open_bundle(path)
     reference = reference or Reference.of(bundle.manifest)
-    limit = TOLERANCES[bundle.manifest.precision] if tolerance is None else tolerance
-    rows = [
-        *_component_rows(bundle, reference, limit),
-        *_step_rows(bundle, reference, chunks, limit),
-        *_rollout_rows(bundle, reference, chunks, limit),
-    ]
-    Console().print(_table(rows))
-    passed = all(row.passed for row in rows)
-    if json_path is not None:
-        document = {
-            "bundle": bundle.manifest.name,
-            "passed": passed,
-            "tools": bundle.manifest.provenance.tools,
-            "rows": [{**asdict(row), "passed": row.passed} for row in rows],
-        }
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
-    return passed
+    limit = tolerance_of(bundle, tolerance)
+    steps, plots = _reference_steps(bundle, reference, chunks, limit)
+    rollout, films = _reference_rollout(bundle, reference, chunks, limit)
+    return Comparison(
+        title=f"{bundle.manifest.name} against PyTorch",
+        bundle=bundle.manifest.name,
+        facts=facts_of(bundle),
+        tools=bundle.manifest.provenance.tools,
+        rows=[*_component_rows(bundle, reference, limit), *steps, *rollout],
+        plots=plots,
+        films=films,
+    )

@@ -7,15 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lightforcing_ref.sparsity import kept_blocks
-from runtime.bundle import Bundle, Component, Cost, Manifest, RandomInit, load_bundle
+from runtime.bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    Component,
+    Cost,
+    Manifest,
+    RandomInit,
+    hash_file,
+    load_bundle,
+)
 from runtime.kernels import KernelLibrary
 from runtime.memory import plan_buffers
+from runtime.verify import VERDICT_NAME, Verdict
 
 from .errors import InputError
 from .targets import load_target
@@ -24,9 +35,6 @@ __all__ = ["inspect_bundle"]
 
 _PER_LAYER_KERNELS = ("prepare", "score", "select", "attend")
 """Kernels launched once per layer in a denoising forward."""
-
-_SIDE_BY_SIDE = ("vae_first", "vae_next")
-"""Components that run beside the others, with activation memory of their own."""
 
 
 def inspect_bundle(path: Path, *, as_json: bool = False) -> None:
@@ -57,12 +65,12 @@ def _tables(bundle: Bundle) -> Iterator[Table]:
     yield _memory_table(manifest)
     yield _sparsity_table(manifest)
     if manifest.golden is not None:
-        yield _golden_table(manifest)
+        yield _golden_table(manifest, _verdict(bundle))
     yield _files(manifest)
 
 
 def _document(bundle: Bundle) -> dict[str, object]:
-    manifest, kernels = bundle.manifest, _kernels(bundle)
+    manifest, kernels, verdict = bundle.manifest, _kernels(bundle), _verdict(bundle)
     memory = plan_buffers(manifest, 1)
     return {
         **manifest.model_dump(mode="json"),
@@ -75,6 +83,7 @@ def _document(bundle: Bundle) -> dict[str, object]:
         "launches_per_forward": _launches(manifest),
         "sparsity_per_chunk": _sparsity(manifest),
         "quantization_by_kind": _quantized_kinds(manifest),
+        "verdict": None if verdict is None else verdict.model_dump(mode="json"),
         "kernel_images": None if kernels is None else kernels.index.model_dump(mode="json"),
     }
 
@@ -88,23 +97,17 @@ def _engine_bytes(manifest: Manifest) -> int:
     return sum(entry.bytes for entry in manifest.files if entry.path not in apart)
 
 
-def _activation_bytes(manifest: Manifest) -> int:
-    """One block for what runs in turn, one for the decoder beside it; 0 where engines do not tell."""
-    costs = {name: c.cost.activation_bytes for name, c in manifest.components.items() if c.cost}
-    beside = max((size for name, size in costs.items() if name in _SIDE_BY_SIDE), default=0)
-    return max((size for name, size in costs.items() if name not in _SIDE_BY_SIDE), default=0) + beside
-
-
 def _memory(manifest: Manifest) -> dict[str, int]:
     plan = plan_buffers(manifest, 1)
-    pool = sum(buffer.nbytes for buffer in plan.pool)
-    return {
+    parts = {
         "engines and weights": _engine_bytes(manifest),
-        "activations": _activation_bytes(manifest),
-        "buffers that sessions share": plan.total_bytes - plan.session_bytes,
-        "keys and values of a session": pool,
-        "the rest of a session": plan.session_bytes - pool,
+        "activations": sum(b.nbytes for b in plan.work if b.name.startswith("scratch.")),
+        "between engines": sum(b.nbytes for b in plan.work if not b.name.startswith("scratch.")),
+        "buffers of a chunk": sum(b.nbytes for b in plan.shared),
+        "keys and values of a session": sum(b.nbytes for b in plan.pool),
+        "the rest of a session": sum(b.nbytes for b in plan.session),
     }
+    return {name: size for name, size in parts.items() if size}
 
 
 def _peak(manifest: Manifest) -> int:
@@ -171,6 +174,15 @@ def _kernels(bundle: Bundle) -> KernelLibrary | None:
     return KernelLibrary.load(bundle.root / kernels.folder, (int(major), int(minor)))
 
 
+def _verdict(bundle: Bundle) -> Verdict | None:
+    """The verdict recorded beside this very manifest, on whatever machine; None if there is none."""
+    try:
+        verdict = Verdict.model_validate_json((bundle.root / VERDICT_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return verdict if verdict.manifest == hash_file(bundle.root / MANIFEST_NAME) else None
+
+
 # ---- in tables ----
 
 
@@ -191,6 +203,7 @@ def _summary(bundle: Bundle) -> Table:
         "backend": f"{manifest.backend} in {manifest.precision}",
         "library": f"{library.name} {library.version}, this version and no other" if library else None,
         "status": manifest.status,
+        "verdict": _judgement(_verdict(bundle)) if manifest.golden else None,
         "execution": _execution(manifest),
         "launches": (
             f"{launches['engines']} by engines and {launches['kernels']} by kernels in a denoising forward"
@@ -214,6 +227,13 @@ def _summary(bundle: Bundle) -> Table:
         if value is not None:
             table.add_row(f"[bold]{name}[/]", escape(value))
     return table
+
+
+def _judgement(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "none recorded: run `python -m runtime verify` where it is to run"
+    where = f"on {verdict.platform.device}, {verdict.created}"
+    return f"passed {where}" if verdict.passed else f"FAILED {where}: {verdict.failures()}"
 
 
 def _execution(manifest: Manifest) -> str:
@@ -323,8 +343,7 @@ def _quantization_table(manifest: Manifest) -> Table:
 def _memory_table(manifest: Manifest) -> Table:
     table = _table("Memory, one session", "", "size")
     for name, size in _memory(manifest).items():
-        if size:
-            table.add_row(name, _size(size))
+        table.add_row(name, _size(size))
     peak, limit = _peak(manifest), _target_memory(manifest)
     table.add_section()
     table.add_row("[bold]all[/]", f"[bold]{_size(peak)}[/]")
@@ -341,13 +360,20 @@ def _sparsity_table(manifest: Manifest) -> Table:
     return table
 
 
-def _golden_table(manifest: Manifest) -> Table:
+def _golden_table(manifest: Manifest, verdict: Verdict | None) -> Table:
     golden = manifest.golden
     assert golden is not None
-    table = _table("Golden vectors", "component", "largest relative error allowed")
+    table = _table("Golden vectors", "component", "error allowed", "error found", "")
     for name, limit in golden.tolerances.items():
-        table.add_row(escape(name), f"{limit:.0e}")
-    table.caption = f"in {escape(golden.file)}; `python -m runtime verify` runs them"
+        found = verdict.components.get(name) if verdict else None
+        if found is None:
+            table.add_row(escape(name), f"{limit:.2g}", "-", "")
+        else:
+            error = "not finite" if found.error is None else f"{found.error:.1e}"
+            table.add_row(
+                escape(name), f"{limit:.2g}", error, "[green]pass[/]" if found.passed else "[red]FAIL[/]"
+            )
+    table.caption = f"in {escape(golden.file)}; relative L2"
     return table
 
 
@@ -373,7 +399,7 @@ _FIGURES = frozenset(
             "shared memory",
             "spills",
         ),
-        *("layers", "chunk", "sparsity", "key blocks kept", "of", "largest relative error allowed"),
+        *("layers", "chunk", "sparsity", "key blocks kept", "of", "error allowed", "error found"),
     }
 )
 """Headings of columns of numbers."""

@@ -262,8 +262,7 @@ class _Planner:
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
 
     def activations(self) -> Iterator[MemoryItem]:
-        """Upper bounds of what the engines use while they run: one block for the transformer's, one for the
-        decoder's, which run side by side."""
+        """Upper bounds of what the engines use while they run: a block for each of the lanes that run side by side."""
         if not self.on_gpu:
             return
         from .expectations import Structure, load_expectations
@@ -282,7 +281,8 @@ class _Planner:
             pixels=request.height * request.width * self.vae.dim,
         )
         for name, components in (
-            ("transformer and text, at most", ("first", "layer", "last", "conditioner", "text_encoder")),
+            ("transformer, at most", ("first", "layer", "last", "conditioner")),
+            ("text encoder, at most", ("text_encoder",)),
             ("video decoder, at most", ("vae_first", "vae_next")),
         ):
             bound = max(known[component].activation_bytes.bytes(structure) for component in components)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,12 +25,14 @@ from runtime.bundle import Manifest, RandomInit
 from runtime.noise import fill_noise
 
 from .errors import ComparisonError
-from .modules import CACHE_STEMS, StepModule
+from .modules import CACHE_STEMS, LAYER_STEMS, StepModule
 from .weights import Weights
 
-__all__ = ["Reference", "exact_length", "step_feeds"]
+__all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds"]
 
 Feed = dict[str, NDArray[Any]]
+
+CROSS_STEMS = LAYER_STEMS[:2]
 
 
 def _spec(manifest: Manifest) -> AttentionSpec:
@@ -142,6 +144,80 @@ def step_feeds(
         rollout.commit(x, chunk)
 
 
+def synthetic_feeds(manifest: Manifest, chunks: int, *, seed: int = 5) -> Iterator[tuple[int, int, Feed]]:
+    """Inputs of the `step` component for every forward of a rollout, without a model: (chunk, step, inputs).
+
+    Latents, prompt and cached frames are drawn from the seed. Cached frames lie as in `step_feeds`.
+    """
+    rng = np.random.default_rng(seed)
+    model, text, steps = manifest.model, manifest.text, manifest.schedule.denoise_steps
+    per_head = (model.heads, model.head_dim)
+    latent = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    blocks = [
+        slice(start, start + manifest.attention.block_k)
+        for start in range(0, model.frame_tokens, manifest.attention.block_k)
+    ]
+    cross = {
+        f"{stem}.{i}": normal(text.text_len, *per_head) for stem in CROSS_STEMS for i in range(model.layers)
+    }
+    for chunk in range(chunks):
+        resident = min(chunk * model.chunk_frames, manifest.cache.max_past_frames)
+        past = []
+        for _ in range(model.layers):
+            k, v = (normal(resident, model.frame_tokens, *per_head) for _ in range(2))
+            means = np.stack([k[:, rows].mean(axis=1) for rows in blocks], axis=1)
+            past.append((k, v, means))
+        for step in range(steps + 1):
+            x, noise = normal(*latent), normal(*latent)
+            yield chunk, step, _inputs(manifest, x, noise, step, chunk, past, rng) | cross
+
+
+class GraphRollout(Rollout):
+    """A reference rollout whose forwards are executed by graphs; cache and order of things are the reference's."""
+
+    def __init__(
+        self,
+        reference: Rollout,
+        manifest: Manifest,
+        *,
+        step: Callable[[Feed], Feed],
+        clean: Callable[[Feed], Feed],
+        conditioner: Callable[[Feed], Feed],
+    ) -> None:
+        """Args: a fresh rollout whose settings to take; and the components as functions of their inputs."""
+        self._manifest, self._rng = manifest, np.random.default_rng(0)
+        self._step, self._clean, self._conditioner = step, clean, conditioner
+        super().__init__(**{field.name: getattr(reference, field.name) for field in fields(reference)})
+
+    def _condition(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        out = self._conditioner({"text": text.numpy()})
+        layers = range(self._manifest.model.layers)
+        return [
+            (torch.from_numpy(out[f"cross_k.{i}"])[None], torch.from_numpy(out[f"cross_v.{i}"])[None])
+            for i in layers
+        ]
+
+    def step(self, x: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor]:
+        last = step + 1 == self.schedule.clean_step
+        noise = torch.zeros_like(x) if last else self.noise(chunk, step + 1)
+        out = self._step(_feed(self, self._manifest, x, noise, step, chunk, self._rng))
+        return torch.from_numpy(out["next_latent"]), torch.from_numpy(out["x0"])
+
+    def commit(self, x0: Tensor, chunk: int) -> None:
+        clean = self.schedule.clean_step
+        out = self._clean(_feed(self, self._manifest, x0, torch.zeros_like(x0), clean, chunk, self._rng))
+        new = [
+            tuple(torch.from_numpy(out[f"{stem}.{i}"]) for stem in ("k", "v", "kmean"))
+            for i in range(self._manifest.model.layers)
+        ]
+        self.cache.commit(chunk * self._manifest.model.chunk_frames, [(k, v, means) for k, v, means in new])
+        self.latents[chunk] = x0
+
+
 def _feed(
     rollout: Rollout,
     manifest: Manifest,
@@ -151,27 +227,44 @@ def _feed(
     chunk: int,
     rng: np.random.Generator,
 ) -> Feed:
+    layers = range(manifest.model.layers)
+    past = [tuple(value.numpy() for value in rollout.past(layer, chunk)) for layer in layers]
+    feed = _inputs(manifest, latent.numpy(), noise.numpy(), step, chunk, past, rng)
+    for layer, (k, v) in enumerate(rollout.cross):
+        feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = k[0].numpy(), v[0].numpy()
+    return feed
+
+
+def _inputs(
+    manifest: Manifest,
+    latent: NDArray[Any],
+    noise: NDArray[Any],
+    step: int,
+    chunk: int,
+    past: Sequence[tuple[NDArray[Any], ...]],
+    rng: np.random.Generator,
+) -> Feed:
+    """Inputs of the `step` component but for the prompt's; `past`: keys, values and block means of each layer."""
     model, capacity = manifest.model, manifest.cache.max_past_frames
-    resident = rollout.cache.resident()
+    resident = len(past[0][0])
     positions = torch.arange(chunk * model.chunk_frames, (chunk + 1) * model.chunk_frames)
     cos, sin = rope_tables(positions, model.token_grid, model.head_dim, theta=model.rope.theta)
-    slots = rng.permutation(capacity + 2)[: len(resident)]
+    slots = rng.permutation(capacity + 2)[:resident]
     frame_slots = np.full(capacity, -1, dtype=np.int32)
-    frame_slots[: len(resident)] = slots
+    frame_slots[:resident] = slots
     feed: Feed = {
-        "latent": latent.numpy(),
-        "noise": noise.numpy(),
+        "latent": latent,
+        "noise": noise,
         "step": np.array(step, dtype=np.int32),
         "chunk": np.array(chunk, dtype=np.int32),
         "frame_slots": frame_slots,
         "rope_cos": cos.numpy(),
         "rope_sin": sin.numpy(),
     }
-    for layer, (k, v) in enumerate(rollout.cross):
-        feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = k[0].numpy(), v[0].numpy()
-        for stem, values in zip(CACHE_STEMS, rollout.past(layer, chunk), strict=True):
+    for layer, cached in enumerate(past):
+        for stem, values in zip(CACHE_STEMS, cached, strict=True):
             pool = np.full((capacity + 2, *values.shape[1:]), np.nan, dtype=np.float32)
-            pool[slots] = values.numpy()
+            pool[slots] = values
             feed[f"{stem}.{layer}"] = pool
     return feed
 

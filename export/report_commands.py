@@ -18,8 +18,10 @@ from .command import (
     positive,
     tolerance,
 )
+from .errors import InputError
 
 if TYPE_CHECKING:
+    from .comparison import Comparison
     from .plan_tables import PlanRequest
     from .reference import Reference
 
@@ -85,20 +87,38 @@ class Inspect(Command):
 
 
 class Compare(Command):
-    """Compare a bundle with the reference model: per component, per step and over a whole rollout.
+    """Compare a bundle with the reference model, with another bundle, or its model's precisions with one another.
 
-    Exit code 1 where a result is past its tolerance.
+    Per component, per step and over a whole rollout; `--report` writes a page with curves and frames. Exit code 1
+    where a result is past its tolerance.
     """
 
     name = "compare"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("bundle", type=Path, help="folder of the bundle")
+        against = parser.add_mutually_exclusive_group()
+        against.add_argument(
+            "--with",
+            dest="other",
+            type=Path,
+            metavar="BUNDLE",
+            help="compare with this bundle, which counts as right",
+        )
+        against.add_argument(
+            "--precisions",
+            type=precisions,
+            metavar="LIST",
+            help="what bf16, fp8, nvfp4 cost, e.g. bf16,fp8; runs on any machine, whatever the bundle's target",
+        )
         parser.add_argument("--chunks", type=positive, default=3, help="length of the rollout (default: 3)")
         parser.add_argument(
             "--tolerance", type=tolerance, help="largest relative L2 error (default: the precision's)"
         )
-        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+        parser.add_argument("--json", type=output, metavar="FILE", help="also write table and curves as JSON")
+        parser.add_argument(
+            "--report", type=output, metavar="FILE", help="also write an HTML page with curves and frames"
+        )
         files = parser.add_argument_group(
             "the files the bundle was built from, unless its weights are random"
         )
@@ -107,16 +127,63 @@ class Compare(Command):
 
     def run(self, args: argparse.Namespace) -> int:
         check_sources(args)
-        from .compare import compare_bundle
+        if args.other is not None and args.checkpoint:
+            raise InputError(
+                "--with compares two bundles and needs no weights; drop --checkpoint and the like"
+            )
+        comparison = _comparison(args)
 
-        passed = compare_bundle(
-            args.bundle,
-            chunks=args.chunks,
-            tolerance=args.tolerance,
-            json_path=args.json,
-            reference=_reference(args) if args.checkpoint else None,
+        from rich.console import Console
+
+        from .comparison import comparison_table
+
+        Console().print(comparison_table(comparison.title, comparison.rows))
+        if args.json is not None:
+            comparison.write_json(args.json)
+        if args.report is not None:
+            from .compare_report import write_report
+
+            write_report(comparison, args.report)
+        return 0 if comparison.passed else 1
+
+
+def _comparison(args: argparse.Namespace) -> Comparison:
+    """What `compare` was asked for."""
+    if args.other is not None:
+        from .compare_bundles import against_bundle
+
+        return against_bundle(args.bundle, args.other, chunks=args.chunks, tolerance=args.tolerance)
+    reference = _reference(args) if args.checkpoint else None
+    if args.precisions is not None:
+        from .compare_precisions import compare_precisions
+
+        return compare_precisions(
+            args.bundle, args.precisions, chunks=args.chunks, tolerance=args.tolerance, reference=reference
         )
-        return 0 if passed else 1
+    from .compare import against_reference
+
+    return against_reference(args.bundle, chunks=args.chunks, tolerance=args.tolerance, reference=reference)
+
+
+def precisions(text: str) -> list[str]:
+    names = text.split(",")
+    known = ("bf16", "fp8", "nvfp4")
+    for name in names:
+        if name not in known:
+            note = "; float32 is what they are compared with" if name == "fp32" else ""
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}{note}")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names a precision twice")
+    return names
+
+
+def output(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: {'it is a folder' if path.is_dir() else f'{path.parent} is no folder'}"
+        )
+    return path
 
 
 class Targets(Command):

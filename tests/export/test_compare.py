@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export.compare import compare_bundle
+from export.compare import against_reference
 from export.errors import ComparisonError
 from export.reference import Reference
 from lightforcing_ref.vae import to_uint8
@@ -22,10 +22,11 @@ from runtime.pipeline import Pipeline
 
 def compare(bundle, tmp_path, **settings) -> tuple[bool, dict[tuple[str, str], dict]]:
     report = tmp_path / "report.json"
-    passed = compare_bundle(bundle, json_path=report, **settings)
+    comparison = against_reference(bundle, **settings)
+    comparison.write_json(report)
     document = json.loads(report.read_text())
-    assert document["passed"] is passed
-    return passed, {(row["scope"], row["name"]): row for row in document["rows"]}
+    assert document["passed"] is comparison.passed
+    return comparison.passed, {(row["scope"], row["name"]): row for row in document["rows"]}
 
 
 def test_every_graph_of_a_short_bundle_agrees(tiny_bundle, tmp_path):

@@ -24,11 +24,13 @@ from runtime.bundle import (
     Quantization,
     Target,
     file_entry,
+    hash_file,
     load_bundle,
     write_manifest,
 )
 from runtime.kernels import Argument, Image, ImageSet
 from runtime.memory import plan_buffers
+from runtime.verify import ComponentVerdict, PlatformRecord, Verdict
 
 
 def planned(variant: str) -> PlanRequest:
@@ -101,7 +103,7 @@ def test_the_json_has_what_the_tables_show(tiny_bundle, capsys):
     real = plan_buffers(load_bundle(tiny_bundle).manifest, 1)
     memory = document["memory"]
     assert memory["peak"] == sum(memory["parts"].values())
-    buffers = ("buffers that sessions share", "keys and values of a session", "the rest of a session")
+    buffers = ("buffers of a chunk", "keys and values of a session", "the rest of a session")
     assert sum(memory["parts"][name] for name in buffers) == real.total_bytes
     assert document["sparsity_per_chunk"][6]["of"] == 42
     assert (document["launches_per_forward"], document["kernel_images"]) == (None, None)
@@ -198,7 +200,8 @@ def test_a_device_bundle(device_bundle, capsys, monkeypatch):
         "ffn.2 bf16, skipped 1 not measured",
         "activations static, calibrated on 2 prompts and 3 chunks (aaaaaaaaaaaa); left in bf16: blocks.0.ffn.2",
         "fits into the 32.00 GiB of rtx5090",
-        "layer 2e-02",
+        "layer 0.02 -",
+        "none recorded: run `python -m runtime verify`",
     ):
         assert expected in text
 
@@ -211,6 +214,28 @@ def test_a_device_bundle_as_json(device_bundle, capsys):
     assert document["kernel_images"]["images"][1]["spill_stores"] == 8
     assert document["launches_per_forward"] == {"engines": 17, "kernels": 0}
     assert {row["kind"] for row in document["quantization_by_kind"]} == {"ffn.0", "self_attn.qkv", "ffn.2"}
+
+
+def test_a_verdict_is_shown_while_it_belongs_to_the_manifest(device_bundle, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "judged"
+    shutil.copytree(device_bundle, copy)
+    verdict = Verdict(
+        created="2026-11-21T08:00:00+00:00",
+        manifest=hash_file(copy / "manifest.json"),
+        backend="tensorrt-rtx",
+        platform=PlatformRecord(device="GeForce RTX 5090", driver="580.1", libraries={}),
+        passed=False,
+        components={
+            "layer": ComponentVerdict(error=0.5, tolerance=0.02, passed=False, cases=1, worst="layer.0/x_out")
+        },
+    )
+    (copy / "verdict.json").write_text(verdict.model_dump_json())
+    text = inspected(copy, capsys, monkeypatch)
+    assert "FAILED on GeForce RTX 5090, 2026-11-21T08:00:00+00:00: component 'layer': relative error" in text
+    assert "layer 0.02 5.0e-01 FAIL" in text
+    stale = verdict.model_copy(update={"manifest": "0" * 64})
+    (copy / "verdict.json").write_text(stale.model_dump_json())
+    assert "none recorded" in inspected(copy, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
