@@ -15,7 +15,7 @@ from .builder import Builder, Built, Run
 from .errors import BuildError
 from .golden import write_golden
 from .onnx_parts import graph_types
-from .preflight import check_disk
+from .preflight import check_disk, check_target_memory
 from .progress import ProgressCallback
 from .request import BuildRequest
 from .targets import BackendName
@@ -63,6 +63,7 @@ def check_build(request: BuildRequest) -> None:
     """
     plan = request.plan
     _builder(request.backend).check(request, plan)
+    check_target_memory(request)
     check_disk(request, plan)
 
 

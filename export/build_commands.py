@@ -87,6 +87,8 @@ class Build(Command):
 
         from .build import build_bundle, check_build
         from .build_table import engine_table
+        from .plan_memory import plan_memory
+        from .plan_tables import memory_table
         from .progress import progress_bars
 
         request, choice = build_request(args)
@@ -96,6 +98,7 @@ class Build(Command):
             f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
         )
         console.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
+        console.print(memory_table(plan_memory(request)))
         with progress_bars(console) as progress:
             folder = build_bundle(request, progress)
         manifest = load_bundle(folder, verify=False).manifest

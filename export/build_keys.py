@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import engines
+import engines as engine_data
 import lightforcing_ref
 import plugins
 from runtime import bundle
@@ -43,11 +43,13 @@ class BuildKeys:
         model: the weights, the video's size, and the types of the graphs; enough for text encoder, conditioner and
             decoder.
         graphs: the attention variant too; enough for the step graphs.
-        build: backend, target and quantization too.
+        engines: model and target; enough for engines of components that are never quantized.
+        build: everything.
     """
 
     model: str
     graphs: str
+    engines: str
     build: str
 
     @classmethod
@@ -64,12 +66,12 @@ class BuildKeys:
             _source_digest(),
         )
         graphs = _digest(model, plan.fingerprint(), request.per_chunk)
+        engines = _digest(model, request.backend, request.target.model_dump())
         quantization = request.quantization
         calibration = quantization.calibration
         build = _digest(
             graphs,
-            request.target.model_dump(),
-            request.backend,
+            engines,
             request.precision,
             request.execution,
             request.embedded,
@@ -77,7 +79,7 @@ class BuildKeys:
             quantization.skip,
             None if calibration is None else bundle.hash_file(calibration),
         )
-        return cls(model, graphs, build)
+        return cls(model, graphs, engines, build)
 
 
 def _digest(*parts: object) -> str:
@@ -90,7 +92,7 @@ def _source_digest() -> str:
     folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
     files = [path for folder in folders for path in folder.rglob("*.py")]
     files += Path(__file__).parent.glob("*.py")
-    files += Path(engines.__path__[0], "expectations").glob("*.toml")
+    files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()

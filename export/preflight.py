@@ -5,27 +5,20 @@ from __future__ import annotations
 import shutil
 from math import prod
 
-import torch
-
 from lightforcing_ref.checkpoint_spec import umt5_shapes
-from lightforcing_ref.model import CausalWanModel
 
-from .errors import BuildError
+from .errors import BuildError, InputError
 from .machine import memory
 from .onnx_parts import graph_types
 from .plan import StepPlan
+from .plan_memory import plan_memory
 from .request import BuildRequest
+from .sizes import transformer_parameters
 
-__all__ = ["check_disk", "check_memory", "text_bytes", "transformer_parameters"]
+__all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]
 
 _COPIES, _BASE = 2, 2 << 30
 """Memory of an export: so many times the transformer's weights, and the libraries (measured)."""
-
-
-def transformer_parameters(plan: StepPlan) -> int:
-    """Parameters of the transformer."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in CausalWanModel(plan.preset.dit).parameters())
 
 
 def text_bytes(request: BuildRequest, plan: StepPlan) -> int:
@@ -42,7 +35,7 @@ def check_disk(request: BuildRequest, plan: StepPlan) -> None:
     """
     # Segments are cut from the whole graph, whose weights lie beside theirs until the bundle is complete.
     copies = 2 if request.execution == "segmented" else 1
-    needed = copies * transformer_parameters(plan) * graph_types(request).transformer.itemsize
+    needed = copies * transformer_parameters(plan.preset.dit) * graph_types(request).transformer.itemsize
     needed += text_bytes(request, plan)
     out = request.out.absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
@@ -62,9 +55,19 @@ def check_memory(request: BuildRequest, plan: StepPlan) -> None:
     """
     # Random weights are drawn in float32.
     itemsize = 4 if request.weights.checkpoint is None else graph_types(request).transformer.itemsize
-    needed, free = _COPIES * transformer_parameters(plan) * itemsize + _BASE, memory().available
+    needed, free = _COPIES * transformer_parameters(plan.preset.dit) * itemsize + _BASE, memory().available
     if free is not None and free < needed:
         raise BuildError(
             f"the build takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; close "
             "other programs, or use a machine with more"
         )
+
+
+def check_target_memory(request: BuildRequest) -> None:
+    """Refuse a bundle that one rollout of which does not fit into its target's memory.
+
+    Raises:
+        InputError: says what is needed and what the target has.
+    """
+    if request.target.memory_gib is not None and plan_memory(request).fits is False:
+        raise InputError(f"{request.name} {plan_memory(request).verdict}")

@@ -54,6 +54,8 @@ _DTYPES: Mapping[str, bundle.Dtype] = {
 _PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: "bf16"}
 """Formats of linears -> operand types of the products in plans."""
 
+_NEVER_QUANTIZED = frozenset({"text_encoder", "vae_first", "vae_next"})
+
 _EFFORT = {"conditioner": 12.0, "last": 5.0, "vae_first": 10.0, "vae_next": 10.0}
 _SMALL_EFFORT = 2.0
 
@@ -120,7 +122,9 @@ def _build(run: Run) -> Built:
         moved = _moved(plan, quantized.formats, _linears_of(name, run.plan.preset.dit.layers))
         check = partial(_check_plan, expectations, name, structure, moved)
         written = run.part(
-            _engine(name), partial(_write_engine, request=request, name=name, graph=graph, check=check)
+            _engine(name),
+            partial(_write_engine, request=request, name=name, graph=graph, check=check),
+            key=run.keys.engines if name in _NEVER_QUANTIZED else None,
         )
         described = json.loads((folder / _description(name)).read_text())
         entries[name] = bundle.Component.model_validate(described["component"])
