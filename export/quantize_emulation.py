@@ -45,7 +45,9 @@ def emulate_fp4(model: ir.Model) -> None:
         if value.dtype == _FOUR:
             tensor, value.type = value.const_value, ir.TensorType(_FLOAT)
             if tensor is not None:
-                value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
+                packed = np.frombuffer(tensor.tobytes(), dtype=np.uint8)
+                array = unpack_fp4(packed).reshape(tensor.shape.numpy())
+                value.const_value = ir.tensor(array, name=tensor.name)
 
 
 class _Emulation:

@@ -338,11 +338,13 @@ class Golden(_Part):
 
     ``file`` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
     ``tolerances`` gives for each component that has them the largest error: relative L2, see
-    :func:`runtime.golden.error_of`.
+    :func:`runtime.golden.error_of`. ``measured`` is the error of each component on the GPU that built it, for backends
+    that build there.
     """
 
     file: BundlePath
     tolerances: dict[str, Annotated[float, Field(gt=0)]]
+    measured: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class FileEntry(_Part):
