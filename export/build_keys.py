@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import engines as engine_data
@@ -86,6 +87,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+@cache
 def _source_digest() -> str:
     """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
     digest = hashlib.sha256()
