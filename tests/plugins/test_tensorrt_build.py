@@ -77,3 +77,32 @@ def test_command_line_builds_from_sources_to_a_library(tmp_path: Path) -> None:
         assert "set TENSORRT_ROOT to a folder" in " ".join(result.stdout.split())
     else:
         assert (tmp_path / "out" / tensorrt_build.PLUGIN_LIBRARY).exists()
+
+
+def test_nodes_name_the_plugin_and_stay_valid() -> None:
+    ir = pytest.importorskip("onnx_ir")
+    from plugins import contract, functions
+    from plugins.tensorrt_nodes import name_plugin
+
+    shapes = {
+        "qkv": (192, 384),
+        "bias": (384,),
+        "norm_q": (128,),
+        "norm_k": (128,),
+        "cos": (192, 32),
+        "sin": (192, 32),
+    }
+    inputs = [ir.val(name, ir.DataType.FLOAT, shape) for name, shape in shapes.items()]
+    geometry = {"heads": 2, "frame_tokens": 64, "block_q": 32, "block_k": 32}
+    ours = ir.node(
+        contract.QK_PREPARE, inputs, {**geometry, "eps": 1e-6}, domain=contract.DOMAIN, num_outputs=5
+    )
+    theirs = ir.node("Identity", [ours.outputs[0]])
+    opsets = {"": functions.OPSET, contract.DOMAIN: contract.VERSION}
+    graph = ir.Graph(inputs, theirs.outputs, nodes=[ours, theirs], opset_imports=opsets, name="graph")
+    model = ir.Model(graph, ir_version=10)
+    assert name_plugin(model) == 1
+    assert ours.attributes["plugin_namespace"].value == "lightforcing"
+    assert "plugin_namespace" not in theirs.attributes
+    assert name_plugin(model) == 1, "marking again changes nothing"
+    functions.attach(model)  # accepts the attribute
