@@ -19,7 +19,6 @@ class Backend:
     """What a backend can do.
 
     Attributes:
-        available: whether this version of the export tools builds it.
         capabilities: compute capabilities it builds for; None = any machine, with or without a GPU.
         precisions: what it can be built in.
         execution: the ways it can execute the step, the default first.
@@ -28,7 +27,6 @@ class Backend:
     """
 
     name: BackendName
-    available: bool
     capabilities: frozenset[str] | None
     precisions: tuple[Precision, ...]
     execution: tuple[Literal["whole", "segmented"], ...]
@@ -47,7 +45,6 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
     {
         "onnxruntime": Backend(
             name="onnxruntime",
-            available=True,
             capabilities=None,
             precisions=("fp32",),
             execution=("whole", "segmented"),
@@ -57,7 +54,6 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
         ),
         "tensorrt-rtx": Backend(
             name="tensorrt-rtx",
-            available=True,
             capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}),
             precisions=_REDUCED,
             execution=("segmented",),
@@ -67,7 +63,6 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
         ),
         "tensorrt": Backend(
             name="tensorrt",
-            available=False,
             capabilities=frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
             precisions=_REDUCED,
             execution=("whole",),
@@ -77,9 +72,8 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
         ),
         "inductor": Backend(
             name="inductor",
-            available=False,
             capabilities=frozenset({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
-            precisions=_REDUCED,
+            precisions=("bf16", "fp8"),
             execution=("segmented",),
             on_target=True,
             build_modules=("torch", "triton"),
@@ -112,12 +106,10 @@ def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | No
             f"({target.compute_capability or 'no GPU'}) is not"
         )
     problems = []
-    if not backend.available:
-        problems.append("not available in this version")
     if backend.on_target and not any(g.compute_capability == target.compute_capability for g in gpus.gpus):
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
         problems.append(f"built on the target GPU itself only, and here there is {here}")
-    if backend.available and (missing := missing_modules(backend.build_modules)):
+    if missing := missing_modules(backend.build_modules):
         problems.append(f"needs {', '.join(missing)}, not installed")
     return ", ".join(problems) or None
 

@@ -12,7 +12,6 @@ from runtime import bundle
 from . import components
 from .build_keys import BuildKeys, tool_versions
 from .builder import Builder, Built, Run
-from .errors import BuildError
 from .golden import write_golden
 from .onnx_parts import graph_types
 from .preflight import check_disk, check_target_memory
@@ -42,9 +41,23 @@ def _tensorrt_rtx() -> Builder:
     return BUILDER
 
 
+def _tensorrt() -> Builder:
+    from .trt_bundle import BUILDER
+
+    return BUILDER
+
+
+def _inductor() -> Builder:
+    from .inductor import BUILDER
+
+    return BUILDER
+
+
 _BUILDERS: Mapping[BackendName, Callable[[], Builder]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt-rtx": _tensorrt_rtx,
+    "tensorrt": _tensorrt,
+    "inductor": _inductor,
 }
 
 
@@ -62,7 +75,7 @@ def check_build(request: BuildRequest) -> None:
         As `build_bundle`.
     """
     plan = request.plan
-    _builder(request.backend).check(request, plan)
+    _BUILDERS[request.backend]().check(request, plan)
     check_target_memory(request)
     check_disk(request, plan)
 
@@ -81,7 +94,7 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
         InputError: the backend cannot build this.
     """
     check_build(request)
-    plan, builder = request.plan, _builder(request.backend)
+    plan, builder = request.plan, _BUILDERS[request.backend]()
     digests = request.weights.digests()
     keys = BuildKeys.of(request, plan, digests)
     with open_workspace(request.out, request.name, keys.build) as workspace:
@@ -126,14 +139,6 @@ def export_onnx(request: BuildRequest) -> Path:
             ),
         )
         return workspace.publish(files)
-
-
-def _builder(backend: BackendName) -> Builder:
-    if backend not in _BUILDERS:
-        raise BuildError(
-            f"this version does not build for {backend}; it builds for {', '.join(_BUILDERS)} (--backend)"
-        )
-    return _BUILDERS[backend]()
 
 
 # ---- the manifest ----

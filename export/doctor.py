@@ -176,10 +176,9 @@ def _load(modules: list[str]) -> dict[str, tuple[str | None, str | None]]:
 
 
 def _status(backend: Backend, gpus: GpuReport) -> BackendStatus:
-    version = [] if backend.available else ["not available in this version"]
     device = [gpus.problem] if gpus.problem and backend.capabilities is not None else []
-    build = version + (device if backend.on_target else []) + _missing(backend.build_modules)
-    run = version + device + _missing(backend.run_modules)
+    build = (device if backend.on_target else []) + _missing(backend.build_modules)
+    run = device + _missing(backend.run_modules)
     return BackendStatus(backend.name, "; ".join(build) or None, "; ".join(run) or None)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from export.backends import BACKENDS
 from export.doctor import BackendStatus, Library, Report, _load
 from export.machine import Gpu, GpuReport, Memory, find_gpus, importable, installed_version, memory
 from export.tables import doctor_tables
@@ -104,8 +105,12 @@ def test_report_says_what_can_be_built_and_why_not(report: dict[str, Any]) -> No
     statuses = {status["name"]: status for status in report["backends"]}
     assert set(statuses) == {"onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"}
     assert statuses["onnxruntime"] == {"name": "onnxruntime", "build": None, "run": None}
-    for name in ("tensorrt-rtx", "tensorrt", "inductor"):
-        assert "not available in this version" in statuses[name]["build"]
+    gpu = find_gpus()
+    for name, device in (("tensorrt-rtx", False), ("tensorrt", True), ("inductor", True)):
+        missing = [module for module in BACKENDS[name].build_modules if not importable(module)]
+        said = statuses[name]["build"] or ""
+        assert all(module in said for module in missing)
+        assert ((gpu.problem or "-") in said) == (device and gpu.problem is not None)
 
 
 def test_modules_that_fail_or_crash_do_not_hide_the_others(
