@@ -2,10 +2,9 @@
 //
 // Two ways lead here. TensorRT's registry loads the library (IPluginRegistry::loadLibrary, trtexec
 // --dynamicPlugins) and asks getCreators. Others only open it (trtexec --staticPlugins, Polygraphy --plugins,
-// Triton's plugins=) and expect it to register itself; it does so where libnvinfer is in the process.
-// TensorRT-RTX has no plugins: nothing is ever registered there by itself.
+// Triton's plugins=) and expect it to register itself; it does so where libnvinfer is in the process or the
+// dynamic linker finds it. TensorRT-RTX has no plugins: nothing is ever registered there by itself.
 #include <array>
-#include <iterator>
 #include <vector>
 
 #include <NvInferRuntime.h>
@@ -65,9 +64,14 @@ std::array<nvinfer1::IPluginCreatorInterface*, 2>& creators() {
 /// The registry with which this library has registered itself; null if it has not.
 nvinfer1::IPluginRegistry* ownRegistry = nullptr;
 
-/// Registers when the library is opened, as REGISTER_TENSORRT_PLUGIN would, without linking libnvinfer.
+/// Registers when the library is opened, as a library that links libnvinfer would with
+/// REGISTER_TENSORRT_PLUGIN.
 __attribute__((constructor)) void registerWhenOpened() {
-    const auto getRegistry = findInTensorRT<nvinfer1::IPluginRegistry* (*)() noexcept>("getPluginRegistry");
+    // Polygraphy opens plugins before TensorRT. The registry keeps our creators: its library stays.
+    void* const library = openTensorRT(true);
+    using GetRegistry = nvinfer1::IPluginRegistry* (*)() noexcept;
+    const auto getRegistry =
+        library != nullptr ? reinterpret_cast<GetRegistry>(dlsym(library, "getPluginRegistry")) : nullptr;
     nvinfer1::IPluginRegistry* const registry = getRegistry != nullptr ? getRegistry() : nullptr;
     if (registry == nullptr) {
         return;

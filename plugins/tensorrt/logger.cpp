@@ -18,7 +18,12 @@ nvinfer1::ILogger* findLogger() {
         }
     }
     // A library that was opened rather than registered gets no finder.
-    const auto getLogger = findInTensorRT<nvinfer1::ILogger* (*)() noexcept>("getLogger");
+    void* const library = openTensorRT(false);
+    if (library == nullptr) {
+        return nullptr;
+    }
+    const auto getLogger = reinterpret_cast<nvinfer1::ILogger* (*)() noexcept>(dlsym(library, "getLogger"));
+    dlclose(library); // gives the reference back; whoever loaded the library keeps it
     return getLogger != nullptr ? getLogger() : nullptr;
 }
 

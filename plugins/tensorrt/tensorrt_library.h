@@ -1,4 +1,4 @@
-// TensorRT's library, where it is in this process already; it is never loaded from here.
+// TensorRT's library, which is not linked.
 #pragma once
 
 #include <dlfcn.h>
@@ -9,17 +9,11 @@
 
 namespace lightforcing::tensorrt {
 
-/// The entry point `name` of libnvinfer, of the release that this was compiled for; null if it is not loaded.
-template <typename Function>
-Function findInTensorRT(const char* name) {
+/// libnvinfer of the release that this was compiled for, if it is in the process; null otherwise. With `load`
+/// it is also loaded from where the dynamic linker finds it.
+inline void* openTensorRT(bool load) {
     const std::string library = "libnvinfer.so." + std::to_string(NV_TENSORRT_MAJOR);
-    void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (handle == nullptr) {
-        return nullptr;
-    }
-    const auto function = reinterpret_cast<Function>(dlsym(handle, name));
-    dlclose(handle); // gives the reference back; whoever loaded the library keeps it
-    return function;
+    return dlopen(library.c_str(), RTLD_LAZY | RTLD_LOCAL | (load ? 0 : RTLD_NOLOAD));
 }
 
 } // namespace lightforcing::tensorrt

@@ -388,19 +388,24 @@ def test_registers_itself_where_it_is_only_opened(plugin: Path, tmp_path: Path) 
     assert major is not None
     name = f"libnvinfer.so.{major[1] or major[2]}"
     (tmp_path / name).symlink_to(library)
-    opened = f"import ctypes; ctypes.CDLL({str(tmp_path / name)!r})\n"
-    for how, expected in (("open", {"opened": BOTH}), ("open and load", {"opened": BOTH, "loaded": BOTH})):
-        result = subprocess.run(
-            [sys.executable, "-c", opened + REGISTRY, how, str(plugin)],
-            env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        seen = json.loads(result.stdout.splitlines()[-1])
-        assert {key: seen[key] for key in expected} == expected
+    # Before or after TensorRT, or by the registry after all.
+    for first in ("", f"import ctypes; ctypes.CDLL({name!r})\n"):
+        for how, expected in (
+            ("open", {"opened": BOTH}),
+            ("open and load", {"opened": BOTH, "loaded": BOTH}),
+        ):
+            program = first + f"import ctypes; ctypes.CDLL({str(plugin)!r})\n" + REGISTRY
+            result = subprocess.run(
+                [sys.executable, "-c", program, how, str(plugin)],
+                env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert result.returncode == 0, result.stderr
+            seen = json.loads(result.stdout.splitlines()[-1])
+            assert {key: seen[key] for key in expected} == expected
 
 
 def test_headers_are_fetched_from_a_repository_of_the_release(plugin: Path, tmp_path: Path) -> None:
