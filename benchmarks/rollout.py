@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .rollout_ladder import LADDER, RESOLUTIONS, SHORT_FRAMES, Case, Platform, Rung, bundle_spec
+from .rollout_ladder import LADDER, RESOLUTIONS, Case, Platform, Rung, bundle_spec
 
 if TYPE_CHECKING:
     from .rollout_measure import Clip, Runner
@@ -38,7 +38,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple((int(height), int(width)) for height, _, width in (part.partition("x") for part in text.split(",")))
+    return tuple(
+        (int(height), int(width)) for height, _, width in (part.partition("x") for part in text.split(","))
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,19 +49,33 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", choices=sorted(RESOLUTIONS), help="default: wan-1.3b on a GPU, tiny on a CPU")
+    parser.add_argument(
+        "--preset", choices=sorted(RESOLUTIONS), help="default: wan-1.3b on a GPU, tiny on a CPU"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
-    parser.add_argument("--backend", default="auto", help="of the bundles; default: the target's first that works")
+    parser.add_argument(
+        "--backend", default="auto", help="of the bundles; default: the target's first that works"
+    )
     parser.add_argument("--rungs", type=_numbers, default=tuple(r.number for r in LADDER), metavar="N,N")
     parser.add_argument("--frames", type=_numbers, default=(81, 243), metavar="N,N", help="default: 81,243")
     parser.add_argument("--resolution", type=_sizes, metavar="HxW,HxW", help="default: those of the preset")
-    parser.add_argument("--repeats", type=int, default=3, help="timed clips of each rung; default: %(default)s")
-    parser.add_argument("--flat-chunks", type=int, default=FLAT_CHUNKS, help="chunks of the long clip; 0: none")
-    parser.add_argument("--budget-seconds", type=float, default=520.0, help="for everything; default: %(default)s")
-    parser.add_argument("--bundles", type=Path, default=Path("build/ladder"), help="kept there; default: %(default)s")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed clips of each rung; default: %(default)s"
+    )
+    parser.add_argument(
+        "--flat-chunks", type=int, default=FLAT_CHUNKS, help="chunks of the long clip; 0: none"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=520.0, help="for everything; default: %(default)s"
+    )
+    parser.add_argument(
+        "--bundles", type=Path, default=Path("build/ladder"), help="kept there; default: %(default)s"
+    )
     parser.add_argument("--build-only", action="store_true", help="build the bundles and stop")
     parser.add_argument("--rebuild", action="store_true", help="build them again where they are there")
-    parser.add_argument("--jobs", type=int, help="builds at a time; default: a quarter of the cores, 2 at least")
+    parser.add_argument(
+        "--jobs", type=int, help="builds at a time; default: a quarter of the cores, 2 at least"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results; default: $OUT or benchmarks/results")
     return parser
 
@@ -67,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 class Ladder:
     """One run: the cases in order, the rungs of a case open side by side and timed in turn."""
 
-    def __init__(self, args: argparse.Namespace, platform: Platform, gpu: tuple[str, str], result: dict[str, Any]):
+    def __init__(
+        self, args: argparse.Namespace, platform: Platform, gpu: tuple[str, str], result: dict[str, Any]
+    ):
         self._args, self._platform, self._gpu, self._result = args, platform, gpu, result
         self._end = time.monotonic() + args.budget_seconds
         self._rungs = [rung for rung in LADDER if rung.number in args.rungs]
@@ -104,7 +122,12 @@ class Ladder:
 
         rows = [self._new_row(rung) for rung in self._rungs]
         about = {"preset": case.preset, "height": case.height, "width": case.width}
-        entry: dict[str, Any] = {**about, "asked_frames": case.asked_frames, "frames": case.frames, "rungs": rows}
+        entry: dict[str, Any] = {
+            **about,
+            "asked_frames": case.asked_frames,
+            "frames": case.frames,
+            "rungs": rows,
+        }
         self._result["cases"].append(entry)
         problems = self.build([case])
         open_rungs: dict[int, Runner] = {}
@@ -112,8 +135,12 @@ class Ladder:
         by_number = {row["number"]: row for row in rows}
         for rung in self._rungs:
             row = by_number[rung.number]
-            runner = self._guarded(row, lambda rung=rung, row=row: self._open(rung, case, row, problems, open_rungs))
-            if runner and self._guarded(row, lambda rung=rung, row=row: self._inspect(rung, case, row, open_rungs)):
+            runner = self._guarded(
+                row, lambda rung=rung, row=row: self._open(rung, case, row, problems, open_rungs)
+            )
+            if runner and self._guarded(
+                row, lambda rung=rung, row=row: self._inspect(rung, case, row, open_rungs)
+            ):
                 self._time(rung, case, row, open_rungs, clips)
             self.write()
         for _ in range(self._args.repeats - 1):
@@ -196,7 +223,9 @@ class Ladder:
         try:
             with watch.sampling():
                 in_torch = rung.runner == "eager"
-                found = inspected_clip(runners[rung.number], case.chunks, self._platform.device, in_torch=in_torch)
+                found = inspected_clip(
+                    runners[rung.number], case.chunks, self._platform.device, in_torch=in_torch
+                )
         except BaseException:
             runners.pop(rung.number).close()
             raise
@@ -223,6 +252,9 @@ class Ladder:
             return
         done.append(clip)
         row |= {**summarise(done), "status": "measured"}
+        # Work on a GPU is queued, so there the time between kernels tells what the host cost.
+        on_gpu = self._platform.device == "cuda"
+        row["overhead_percent"] = row["inspection"]["host_gap_percent"] if on_gpu else row["runtime_percent"]
         self._set_ratios()
         self.write()
 
@@ -233,7 +265,9 @@ class Ladder:
 
         chunks = self._args.flat_chunks
         if self._left() < chunks * max(row["chunk_s"]):
-            row["notes"].append("no time was left for the clip that shows whether the time per chunk stays flat")
+            row["notes"].append(
+                "no time was left for the clip that shows whether the time per chunk stays flat"
+            )
             return
         times = timed_clip(runners[rung.number], chunks).per_chunk
         late = min(FLAT_LATE, chunks - 2)
@@ -275,7 +309,10 @@ class Ladder:
         from .rollout_report import plot, table
 
         machine, cases = self._result["machine"], self._result["cases"]
-        for path in (Path(self._result["file"]), *plot(cases, stem, f"{machine['device']}, {machine['date']}")):
+        for path in (
+            Path(self._result["file"]),
+            *plot(cases, stem, f"{machine['device']}, {machine['date']}"),
+        ):
             print(path)
         print(table(cases, self._result["goals"]))
         return 0 if any(row["status"] == "measured" for case in cases for row in case["rungs"]) else 1
@@ -292,16 +329,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     unknown = [number for number in args.rungs if not 0 <= number < len(LADDER)]
     if unknown or args.repeats < 1 or min(args.frames) < 1:
-        print(f"rungs are 0 to {len(LADDER) - 1}, repeats and frames 1 or more; found {args}", file=sys.stderr)
+        print(
+            f"rungs are 0 to {len(LADDER) - 1}, repeats and frames 1 or more; found {args}", file=sys.stderr
+        )
         return 2
     if missing := _missing():
-        print(f"every rung needs {', '.join(missing)}, not installed here (docs/benchmarks.md)", file=sys.stderr)
+        print(
+            f"every rung needs {', '.join(missing)}, not installed here (docs/benchmarks.md)", file=sys.stderr
+        )
         return 1
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch finds no CUDA device; --device cpu runs the ladder with the tiny model", file=sys.stderr)
+        print(
+            "PyTorch finds no CUDA device; --device cpu runs the ladder with the tiny model", file=sys.stderr
+        )
         return 1
     return _run(args, device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ def bundle_folder(rung: Rung, case: Case, platform: Platform, folder: Path) -> P
 
 
 def build_here(arguments: Sequence[str]) -> None:
-    """Build one bundle in this process: preset, height, width, frames, rung, backend, device, GPU, capability, folder."""
+    """Build one bundle in this process; the arguments are those that `build_bundles` passes."""
     from export.build import build_bundle
 
     preset, height, width, frames, rung, backend, device, gpu, capability, folder = arguments
@@ -51,8 +52,6 @@ def build_bundles(
     Returns:
         Why a bundle could not be built, by its folder; empty if all are there.
     """
-    import time
-
     end = time.monotonic() + timeout
     missing: dict[Path, tuple[Case, Rung]] = {}
     for case, rung in wanted:

@@ -164,7 +164,7 @@ class EagerRollout:
         pending: Tensor | None = None
         history: list[Tensor] | None = None
         for chunk in range(chunks):
-            started = self._now()
+            started = self._mark()
             if pending is not None:
                 self._forward(pending, clean, chunk - 1, cross)
                 cache.past_frames += CHUNK_FRAMES
@@ -174,22 +174,25 @@ class EagerRollout:
                 x0 = x - plan.schedule.sigmas[step] * self._forward(x, step, chunk, cross)
                 sigma = plan.schedule.sigmas[step + 1]
                 x = x0 if step + 1 == clean else (1 - sigma) * x0 + sigma * self._noise()
-            pending, denoised = x, self._now()
+            pending, denoised = x, self._mark()
             parts = []
             for frame in x.to(self._dtype).split(1, dim=1):
                 if history is None:
-                    video, history = self._decoder.decode_first(frame)
+                    pixels, history = self._decoder.decode_first(frame)
                 else:
-                    video, history = self._decoder.decode_next(frame, history)
-                parts.append(to_uint8(video))
-            frames = torch.cat(parts).cpu()
-            yield ChunkRecord(len(frames), denoised - started, self._now() - denoised)
+                    pixels, history = self._decoder.decode_next(frame, history)
+                parts.append(to_uint8(pixels))
+            video, decoded = torch.cat(parts), self._mark()
+            frames = video.cpu()  # the only wait of the chunk
+            yield ChunkRecord(len(frames), _between(started, denoised), _between(denoised, decoded))
 
-    def _now(self) -> float:
-        """Host time when the work so far is done. The one wait per part is what tells the parts' times apart."""
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _mark(self) -> float | torch.cuda.Event:
+        """A point in time: on a GPU when the work queued so far is done, without waiting for it."""
+        if self._device == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _noise(self) -> Tensor:
         height, width = self._plan.latent_size
@@ -243,6 +246,13 @@ class EagerRollout:
     def _rotate(self, x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * self._rotation).flatten(-2).to(x.dtype)
+
+
+def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Seconds between two marks that have passed."""
+    if isinstance(start, torch.cuda.Event):
+        return start.elapsed_time(end) / 1000
+    return end - start
 
 
 @contextmanager

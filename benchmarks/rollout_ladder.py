@@ -135,7 +135,9 @@ class Platform:
     fp8_problem: str | None = None
 
     @classmethod
-    def here(cls, device: Literal["cpu", "cuda"], backend: str = "auto", gpu: tuple[str, str] = ("", "")) -> Platform:
+    def here(
+        cls, device: Literal["cpu", "cuda"], backend: str = "auto", gpu: tuple[str, str] = ("", "")
+    ) -> Platform:
         """What can be built for this machine.
 
         Args:
@@ -170,7 +172,9 @@ def _target(device: str, gpu: tuple[str, str]) -> Target:
     name, capability = gpu
     fitting = [target for target in list_targets() if target.compute_capability == capability]
     if not fitting:
-        raise InputError(f"there is no target of compute capability {capability} ({name}); add one to engines/targets/")
+        raise InputError(
+            f"there is no target of compute capability {capability} ({name}); add one to engines/targets/"
+        )
     plain = name.lower().replace(" ", "")
     return next((target for target in fitting if target.name in plain), fitting[0])
 
@@ -206,9 +210,11 @@ class BundleSpec:
         from pathlib import Path
         from typing import cast
 
+        from export.backends import BACKENDS
         from export.request import BuildRequest
         from export.targets import BackendName, Precision
 
+        backend = cast(BackendName, platform.backend) if platform.problem is None else "onnxruntime"
         preset = ladder_preset(case.preset, light_vae=self.light_vae)
         return BuildRequest(
             target=platform.target,
@@ -216,7 +222,8 @@ class BundleSpec:
             preset=preset,
             height=case.height,
             width=case.width,
-            backend=cast(BackendName, platform.backend),
+            backend=backend,
+            execution=BACKENDS[backend].execution[0],
             precision=cast(Precision, self.precision),
             out=Path(str(out)),
             name=self.name(case, platform),

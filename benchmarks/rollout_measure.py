@@ -85,13 +85,15 @@ def timed_clip(runner: Runner, chunks: int) -> Clip:
 
 def summarise(clips: Sequence[Clip]) -> dict[str, Any]:
     """Medians over clips of equal length."""
+
     def middle(values: Iterable[Sequence[float]]) -> list[float]:
         return [median(column) for column in zip(*values, strict=True)]
 
     frames = [record.frames for record in clips[0].records]
     seconds = median(clip.seconds for clip in clips)
     denoise, decode = (
-        middle([getattr(record, part) for record in clip.records] for clip in clips) for part in ("denoise", "decode")
+        middle([getattr(record, part) for record in clip.records] for clip in clips)
+        for part in ("denoise", "decode")
     )
     result: dict[str, Any] = {
         "repeats": len(clips),
@@ -103,17 +105,19 @@ def summarise(clips: Sequence[Clip]) -> dict[str, Any]:
         "chunk_s": middle(clip.per_chunk for clip in clips),
         "denoise_s": denoise,
         "decode_s": decode,
-        "overhead_percent": None,
+        "runtime_percent": None,
     }
     if clips[0].records[0].other is not None:
-        result["overhead_percent"] = median(_overhead(clip) for clip in clips)
+        result["runtime_percent"] = median(_runtime(clip) for clip in clips)
     return result
 
 
-def _overhead(clip: Clip) -> float:
+def _runtime(clip: Clip) -> float:
     """Time outside the engines in percent of all time spent on chunks, as `python -m runtime bench` counts it."""
     other = sum(record.other or 0.0 for record in clip.records)
-    return 100 * other / sum(record.denoise + record.decode + (record.other or 0.0) for record in clip.records)
+    return (
+        100 * other / sum(record.denoise + record.decode + (record.other or 0.0) for record in clip.records)
+    )
 
 
 # ---- memory ----
@@ -196,24 +200,26 @@ KERNEL_CLASSES: Mapping[str, tuple[str, ...]] = {
     "selection": ("topk", "sort", "score", "select", "radix", "bitonic"),
     "attention": ("flash", "fmha", "sdpa", "attend", "attention", "mha_", "softmax"),
     "conv": ("conv", "fprop", "dgrad", "im2col", "winograd", "nchwtonhwc", "nhwctonchw", "nchwtohwc"),
-    "gemm": ("gemm", "nvjet", "cutlass", "cublas", "gemv", "matmul", "splitk", "addmm", "_mm", "aten::mm", "aten::bmm", "linear"),
-    "copy": ("memcpy", "memset", "copy", "cat", "commit", "rope_sink", "upsample", "clone", "index_select", "gather"),
+    "gemm": ("gemm", "nvjet", "cutlass", "cublas", "gemv", "matmul", "splitk", "_mm", "::mm", "::bmm", "::addmm"),
+    "copy": ("memcpy", "memset", "copy", "::cat", "catarray", "commit", "rope_sink", "upsample", "gather"),
 }  # fmt: skip
 """Class -> parts of kernel names, lower case. The first class that matches counts; everything else is
 `norm/elementwise`."""
 OTHER_CLASS = "norm/elementwise"
 
-_SYNCS = frozenset(
-    ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy",
-     "cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
-)  # fmt: skip
+_SYNCS = frozenset(("Stream Sync", "Event Sync", "Context Sync"))
+"""The profiler's names of what makes the host wait, whichever of CUDA's interfaces it came through."""
+HOST_GAP_US = 20.0
+"""The device is idle between two kernels anyway, for a microsecond or so. A longer gap is one that the host left."""
 _MARK = "lightforcing measured chunk"
 
 
 def classify(kernel: str) -> str:
     """Class of a kernel (or, on a CPU, of a PyTorch operator) by its name."""
     name = kernel.lower()
-    return next((kind for kind, parts in KERNEL_CLASSES.items() if any(part in name for part in parts)), OTHER_CLASS)
+    return next(
+        (kind for kind, parts in KERNEL_CLASSES.items() if any(part in name for part in parts)), OTHER_CLASS
+    )
 
 
 @dataclass(frozen=True)
@@ -224,8 +230,9 @@ class Inspection:
         chunk: its index.
         shares: class -> fraction of all kernel time.
         kernels: launches.
-        host_syncs: CUDA calls that made the host wait, by name; None on a CPU.
+        host_syncs: calls by which the host waited for the device, by kind; None on a CPU.
         idle_percent: of the chunk's time in which nothing ran on the device; None on a CPU.
+        host_gap_percent: the same, gaps of at least `HOST_GAP_US` only: the time that the host cost.
         largest: the kernels that took most, with their share.
         note: why something is missing.
     """
@@ -235,6 +242,7 @@ class Inspection:
     kernels: int | None = None
     host_syncs: dict[str, int] | None = None
     idle_percent: float | None = None
+    host_gap_percent: float | None = None
     largest: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
@@ -250,13 +258,15 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
         for _ in runner.clip(chunks):
             pass
         return Inspection(chosen, note="the engine's kernels are not visible to the profiler on a CPU")
+    from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    config = _ExperimentalConfig(enable_cuda_sync_events=True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     clip = runner.clip(chunks)
     for _ in range(chosen):
         next(clip)
-    with profile(activities=activities) as profiler, record_function(_MARK):
+    with profile(activities=activities, experimental_config=config) as profiler, record_function(_MARK):
         next(clip)
     for _ in clip:
         pass
@@ -286,14 +296,13 @@ def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
             times[event.key] += event.self_cpu_time_total
             calls += event.count
     shares, largest = _shares(times)
-    return Inspection(chunk, shares, calls, largest=largest, note="classes of PyTorch operators, by their own time")
+    return Inspection(
+        chunk, shares, calls, largest=largest, note="classes of PyTorch operators, by their own time"
+    )
 
 
 def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection:
-    """What a trace of PyTorch's profiler says about the marked stretch of time.
-
-    Launches and waits through CUDA's driver interface are seen where the profiler records them.
-    """
+    """What a trace of PyTorch's profiler says about the marked stretch of time."""
     marked = [e for e in events if e.get("name") == _MARK and e.get("cat") == "user_annotation"]
     if not marked:
         return Inspection(chunk, note="the profiler's trace has no mark")
@@ -309,18 +318,21 @@ def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             times[name] += float(event["dur"])
             spans.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
-        elif kind in ("cuda_runtime", "cuda_driver") and name in _SYNCS:
+        elif kind == "cuda_sync" and name in _SYNCS:
             syncs[name] += 1
+    gaps = _gaps(spans, start, end)
+    idle, host = (
+        100 * sum(gap for gap in gaps if gap >= least) / (end - start) for least in (0.0, HOST_GAP_US)
+    )
     shares, largest = _shares(times)
-    idle = 100 * (1 - _covered(spans, end) / (end - start))
-    return Inspection(chunk, shares, len(spans), dict(syncs), idle, largest)
+    return Inspection(chunk, shares, len(spans), dict(syncs), idle, host, largest)
 
 
-def _covered(spans: Iterable[tuple[float, float]], end: float) -> float:
-    """Length of the union of `spans`, cut off at `end`."""
-    covered = reached = 0.0
+def _gaps(spans: Iterable[tuple[float, float]], start: float, end: float) -> list[float]:
+    """Stretches between `start` and `end` that no span covers."""
+    gaps, reached = [], start
     for first, last in sorted(spans):
-        last = min(last, end)
-        covered += max(0.0, last - max(first, reached))
+        if first > reached:
+            gaps.append(first - reached)
         reached = max(reached, last)
-    return covered
+    return [*gaps, max(0.0, end - reached)]

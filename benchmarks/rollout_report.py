@@ -32,18 +32,18 @@ class Goal:
         return figure >= self.limit if self.at_least else figure <= self.limit
 
 
+def _drift(rung: Mapping[str, Any]) -> float | None:
+    flat = rung.get("flatness")
+    return None if flat is None else abs(float(flat["drift_percent"]))
+
+
 GOALS = (
     Goal("latency of 81 frames", "s", 0.8, False, False, lambda rung: rung.get("latency_s")),
     Goal("speed over rung 0", "times", 5.0, True, False, lambda rung: rung.get("ratio_to_rung_0")),
     Goal("first frames from the encoded prompt", "s", 0.15, False, False, lambda rung: rung.get("first_frames_s")),
-    Goal("chunk 40 against chunk 8, long mode", "%", 2.0, False, True, lambda rung: _drift(rung)),
+    Goal("chunk 40 against chunk 8, long mode", "%", 2.0, False, True, _drift),
     Goal("runtime overhead", "%", 1.0, False, False, lambda rung: rung.get("overhead_percent")),
 )  # fmt: skip
-
-
-def _drift(rung: Mapping[str, Any]) -> float | None:
-    flat = rung.get("flatness")
-    return None if flat is None else abs(float(flat["drift_percent"]))
 
 
 def goals(cases: Sequence[Result], device: str) -> list[dict[str, Any]]:
@@ -57,7 +57,9 @@ def goals(cases: Sequence[Result], device: str) -> list[dict[str, Any]]:
         rung = _last_rung(case)
         figure = None if rung is None else goal.figure(rung)
         counts = bool(right) and GOAL_DEVICE in device and rung is not None and rung["number"] == 6
-        status = "unmeasured" if figure is None or not counts else "met" if goal.reached(figure) else "not met"
+        status = (
+            "unmeasured" if figure is None or not counts else "met" if goal.reached(figure) else "not met"
+        )
         about = None if case is None else f"{case['preset']}, {case['height']}x{case['width']}, {device}"
         result.append(
             {
@@ -104,7 +106,19 @@ def _row(rung: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_COLUMNS = ("", "rung", "type", "clip s", "FPS", "first s", "last chunk s", "GiB", "syncs", "overhead %", "ratio")
+_COLUMNS = (
+    "",
+    "rung",
+    "type",
+    "clip s",
+    "FPS",
+    "first s",
+    "last chunk s",
+    "GiB",
+    "syncs",
+    "overhead %",
+    "ratio",
+)
 
 
 def table(cases: Sequence[Result], reached: Sequence[Mapping[str, Any]]) -> str:
