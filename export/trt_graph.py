@@ -35,11 +35,11 @@ def prepare_for_trt(model: ir.Model, dimensions: Mapping[str, int]) -> None:
         ExportError: a dimension is left open.
     """
     graph = model.graph
-    for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
-        for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int) and str(dim) in dimensions:
-                assert value.shape is not None
-                value.shape[axis] = dimensions[str(dim)]
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else dimensions.get(str(dim), dim) for dim in value.shape]
+            )
     for value in graph.inputs:
         if value.shape is None or any(not isinstance(dim, int) for dim in value.shape):
             raise ExportError(
