@@ -150,7 +150,6 @@ lf_status lf_prepare_enqueue(const lf_prepare* prepare, const lf_shape* shape,
 lf_status lf_make_plan(int32_t capability, const char* kernel, const lf_problem* problem,
                        const lf_value* values, size_t value_count, lf_plan* plan) {
     return guarded([&] {
-        constexpr std::size_t kKernels = 4;
         const char* name = &dereference(kernel, "kernel");
         const std::size_t index = indexOf<Kernel>(name, kKernels);
         if (index == kKernels) {

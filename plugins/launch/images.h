@@ -27,6 +27,7 @@ struct View {
 };
 
 enum class Kernel : std::uint8_t { prepare, score, select, attend };
+constexpr std::size_t kKernels = 4;
 
 /// Integers that images are chosen by and that grids and integer arguments are made of. `dtype` is an
 /// lf_dtype.

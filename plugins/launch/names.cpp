@@ -7,6 +7,7 @@ namespace lightforcing {
 namespace {
 
 constexpr const char* kKernelNames[] = {"prepare", "score", "select", "attend"};
+static_assert(std::size(kKernelNames) == kKernels);
 
 constexpr const char* kSizeNames[] = {
     "dtype",      "heads",      "head_dim",       "frame_tokens", "chunk_frames", "past_frames",

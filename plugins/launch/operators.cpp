@@ -97,15 +97,6 @@ struct Workspace {
 
 } // namespace
 
-struct lf_attention::OnDevice {
-    KernelSet kernels;
-    DeviceTable table;
-};
-
-void lf_attention::Deleter::operator()(OnDevice* onDevice) const {
-    delete onDevice;
-}
-
 lf_attention::lf_attention(const lf_attention_attributes& attributes) : attributes_(attributes) {
     requireAtLeast(kAttention, "frame_tokens", attributes.frame_tokens, 1);
     requireAtLeast(kAttention, "block_q", attributes.block_q, 1);

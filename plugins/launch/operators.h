@@ -21,16 +21,16 @@ struct lf_attention {
                  std::size_t bytes, void* stream) const;
 
   private:
-    struct OnDevice;
-    struct Deleter {
-        void operator()(OnDevice* onDevice) const;
+    struct OnDevice {
+        lightforcing::KernelSet kernels;
+        lightforcing::DeviceTable table;
     };
 
     lightforcing::Sizes sizesOf(const lf_shape& shape) const;
 
     lf_attention_attributes attributes_;
     std::vector<std::int32_t> keepQ20_;
-    std::unique_ptr<OnDevice, Deleter> onDevice_;
+    std::unique_ptr<const OnDevice> onDevice_;
 };
 
 /// QKPrepare: one kernel.

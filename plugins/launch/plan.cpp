@@ -24,16 +24,7 @@ std::int64_t product(std::int64_t first, std::int64_t second) {
 }
 
 const char* nameOfDtype(std::int64_t dtype) {
-    switch (dtype) {
-    case LF_FLOAT32:
-        return "float32";
-    case LF_FLOAT16:
-        return "float16";
-    case LF_BFLOAT16:
-        return "bfloat16";
-    default:
-        return "unknown";
-    }
+    return dtype == LF_FLOAT32 ? "float32" : dtype == LF_FLOAT16 ? "float16" : "bfloat16";
 }
 
 std::string textOf(Size size, std::int64_t value) {
@@ -123,6 +114,10 @@ Sizes::Sizes(const lf_problem& problem) : Sizes() {
         {"block_q", problem.block_q, 1},
         {"block_k", problem.block_k, 1},
     };
+    if (problem.dtype != LF_FLOAT32 && problem.dtype != LF_FLOAT16 && problem.dtype != LF_BFLOAT16) {
+        throw Error(LF_INVALID_ARGUMENT, "dtype is " + std::to_string(problem.dtype) +
+                                             "; expected 0 (float32), 1 (float16) or 2 (bfloat16)");
+    }
     for (const auto& size : given) {
         if (size.value < size.least) {
             throw Error(LF_INVALID_ARGUMENT, std::string(size.name) + " is " + std::to_string(size.value) +

@@ -35,10 +35,9 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
         try {
             return Plugin::create(fc).release();
         } catch (const std::exception& error) {
-            logError(std::string("cannot create plugin '") + (name != nullptr ? name : "") +
-                     "': " + error.what());
+            logError({"cannot create plugin '", name != nullptr ? name : "", "': ", error.what()});
         } catch (...) {
-            logError("cannot create a plugin: unknown error");
+            logError({"cannot create plugin '", name != nullptr ? name : "", "': unknown error"});
         }
         return nullptr;
     }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <string>
 
 #include "tensorrt_library.h"
 
@@ -33,9 +34,12 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept {
     loggerFinder.store(finder);
 }
 
-void logError(const std::string& message) noexcept {
+void logError(std::initializer_list<const char*> parts) noexcept {
     try {
-        const std::string text = "lightforcing: " + message;
+        std::string text = "lightforcing: ";
+        for (const char* part : parts) {
+            text += part;
+        }
         if (nvinfer1::ILogger* const logger = findLogger()) {
             logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
         } else {

@@ -1,7 +1,7 @@
 // Where messages of the plugins go.
 #pragma once
 
-#include <string>
+#include <initializer_list>
 
 #include <NvInferRuntime.h>
 
@@ -10,7 +10,8 @@ namespace lightforcing::tensorrt {
 /// Remembers how TensorRT wants its logger to be found; it outlives the plugins.
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-/// Reports an error through TensorRT's logger, or to stderr where TensorRT has given none.
-void logError(const std::string& message) noexcept;
+/// Reports an error, the text of all parts, through TensorRT's logger, or to stderr where TensorRT has given
+/// none.
+void logError(std::initializer_list<const char*> parts) noexcept;
 
 } // namespace lightforcing::tensorrt

@@ -26,9 +26,9 @@ std::int32_t OperatorPlugin::guarded(const char* method, Body&& body) const noex
         body();
         return 0;
     } catch (const std::exception& error) {
-        logError(std::string(name_) + "::" + method + ": " + error.what());
+        logError({name_, "::", method, ": ", error.what()});
     } catch (...) {
-        logError(std::string(name_) + "::" + method + ": unknown error");
+        logError({name_, "::", method, ": unknown error"});
     }
     return 1;
 }

@@ -306,7 +306,8 @@ def test_shapes_without_a_kernel_are_refused(library: ctypes.CDLL, attention: lf
     for shape, message in (
         (lf.Shape(lf.DTYPES["float32"], 12, 128, 3, 18), "no 'attend' kernel .*dtype float32"),
         (lf.Shape(lf.DTYPES["bfloat16"], 12, 128, 3, 33), "past_frames 33"),
-        (lf.Shape(77, 12, 128, 3, 18), "dtype unknown"),
+        (lf.Shape(77, 12, 128, 3, 18), "dtype is 77; expected 0"),
+        (lf.Shape(-1, 12, 128, 3, 18), "dtype is -1; expected 0"),
         (lf.Shape(lf.DTYPES["bfloat16"], 0, 128, 3, 18), "heads is 0; expected at least 1"),
     ):
         with pytest.raises(lf.LaunchError, match=message):
