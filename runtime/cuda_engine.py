@@ -90,9 +90,13 @@ def open_library(bundle: Bundle, driver: CudaDriver) -> ComponentLibrary:
         from .tensorrt_rtx import TensorRtRtxLibrary
 
         return TensorRtRtxLibrary(bundle, driver, str(driver.device.name))
+    if backend == "inductor":
+        from .inductor_cuda import InductorLibrary
+
+        return InductorLibrary(bundle, driver.ordinal)
     raise EngineError(
         f"bundle {bundle.manifest.name!r} has the backend {backend!r}, which this runtime does not execute on a GPU; "
-        f"build it for tensorrt-rtx"
+        f"build it for tensorrt-rtx or inductor"
     )
 
 

@@ -24,6 +24,18 @@ _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Element types of tensors by name; all others are floating point."""
 _TEXT_WEIGHTS: Final = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
+_BETWEEN: Final = ("x", "attention_out", "step", "cross_k", "cross_v")
+_NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "first": (("latent", "step"), ("x_out", "qkv")),
+    "layer": (_BETWEEN, ("x_out", "qkv")),
+    "last": ((*_BETWEEN, "latent", "noise"), ("next_latent", "x0")),
+    "qk_prepare": (("qkv", "bias", "norm_q", "norm_k", "cos", "sin"), ("q", "k", "v", "q_mean", "k_mean")),
+    "conditioner": (("text",), ()),
+    "text_encoder": (("hidden", "mask", *_TEXT_WEIGHTS), ("hidden_out",)),
+    "vae_first": (("latent",), ("frames",)),
+    "vae_next": (("latent",), ("frames",)),
+}
+"""Inputs and outputs without which a component does not do its part. Layers' and caches' are checked apart."""
 
 
 def check_contract(bundle: Bundle, flaws: Flaws) -> None:
@@ -40,6 +52,7 @@ def check_contract(bundle: Bundle, flaws: Flaws) -> None:
                     _check_cache(manifest, spec, index, where, flaws)
                 elif stem in tensors:
                     _check(spec, tensors[stem], _TYPES.get(stem, _FLOATS), where, flaws)
+    _check_needed(manifest, flaws)
     _check_layers(manifest, flaws)
     _check_text_weights(bundle, flaws)
 
@@ -123,6 +136,17 @@ def _check_cache(manifest: Manifest, spec: TensorSpec, index: str, where: str, f
         )
 
 
+def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
+    for name, component in manifest.components.items():
+        inputs, outputs = _NEEDED.get(name.partition(".")[0], ((), ()))
+        for kind, specs, wanted in (
+            ("input", component.inputs, inputs),
+            ("output", component.outputs, outputs),
+        ):
+            for missing in sorted(set(wanted) - {spec.name for spec in specs}):
+                flaws.add(f"component {name!r}, {kind} {missing!r}", "it is missing")
+
+
 def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
     """Every layer has its tensors in the step, and every cache of the decoder is read and written."""
     layers = range(manifest.model.layers)
@@ -153,9 +177,10 @@ def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
         stored = weights.tensors
     shapes: dict[str, Dims] = {"token_embedding": (text.vocab, text.dim), "norm": (text.dim,)}
     specs = {spec.name: spec for spec in bundle.manifest.components["text_encoder"].inputs}
+    for name in sorted(specs.keys() - set(_NEEDED["text_encoder"][0])):
+        flaws.add(f"component 'text_encoder', input {name!r}", "the runtime knows no such tensor")
     for name in _TEXT_WEIGHTS:
         if name not in specs:
-            flaws.add(f"component 'text_encoder', input {name!r}", "it is missing")
             continue
         if specs[name].dtype not in _FLOATS:
             flaws.add(
