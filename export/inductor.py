@@ -28,6 +28,7 @@ from runtime import bundle
 from .builder import Builder, Built, Run
 from .components import TEXT_WEIGHTS, attention_form, component_of
 from .errors import BuildError, InputError
+from .inductor_golden import golden_graphs, write_golden_of
 from .inductor_modules import (
     Compiled,
     StepSegments,
@@ -39,6 +40,8 @@ from .inductor_modules import (
     vae_first,
     vae_next,
 )
+from .kernel_images import FOLDER as KERNELS_FOLDER
+from .kernel_images import kernel_arch, kernel_variants, write_kernels
 from .machine import find_gpus
 from .modules import StepModule, layer_names, merge_qkv
 from .onnx_parts import graph_types, tokenizer_part
@@ -55,6 +58,10 @@ __all__ = ["BUILDER", "compile_package", "fp8_linears"]
 WEIGHTS = "transformer.safetensors"
 
 ValueT = TypeVar("ValueT")
+
+_GOLDEN = "golden vectors"
+_GOLDEN_SECTION = "golden.json"
+"""The manifest's section on golden vectors, kept beside a build in progress."""
 
 _CONDITIONER_KINDS = ("cross_attn.k", "cross_attn.v")
 """Linears that run once per prompt and stay in the graph's type."""
@@ -95,7 +102,7 @@ def fp8_linears(request: BuildRequest, plan: StepPlan) -> frozenset[str]:
 
 
 def _check(request: BuildRequest, plan: StepPlan) -> None:
-    if request.execution == "whole" and request.per_chunk:
+    if request.per_chunk:
         raise InputError("the inductor backend has no graph per chunk; leave --per-chunk out")
     if request.embedded:
         raise InputError(
@@ -116,6 +123,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
                 f"PyTorch compiles for the CPU with {' or '.join(names)}, which is not installed"
             )
         return
+    kernel_variants(request.target, plan)
     wanted = request.target.compute_capability
     found = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in find_gpus().gpus) or "none"
     if not torch.cuda.is_available():
@@ -355,42 +363,14 @@ def _step_components(
     }
 
 
-# ---- kernels ----
-
-
-def _write_kernels(folder: Path, plan: StepPlan, arch: int) -> list[str]:
-    """The images that serve a plan on one architecture."""
-    from plugins.build import build
-    from plugins.kernels.specs import KERNELS, Problem, find_variant
-
-    dit, geometry = plan.preset.dit, plan.geometry
-    problem = Problem(
-        "bfloat16",
-        dit.heads,
-        dit.head_dim,
-        geometry.frame_tokens,
-        CHUNK_FRAMES,
-        plan.max_past_frames,
-        geometry.block_q,
-        geometry.block_k,
-        plan.variant.cache.sink_frames,
-    )
-    needed = {find_variant(kernel, problem, arch).name for kernel in KERNELS}
-    build([arch], folder / "kernels", only=lambda variant: variant.name in needed)
-    return [
-        path.relative_to(folder).as_posix()
-        for path in sorted((folder / "kernels").rglob("*"))
-        if path.is_file()
-    ]
-
-
 # ---- the build ----
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
     parts = {"tokenizer": 1.0, "text encoder": 60.0, "video decoder": 60.0, "conditioner": 20.0}
     parts |= {"transformer": 60.0, "weights": 60.0}
-    return parts | ({"operators": 10.0} if _device(request) == "cpu" else {"kernels": 30.0})
+    parts |= {"operators": 10.0} if _device(request) == "cpu" else {"kernels": 30.0}
+    return parts | {_GOLDEN: 60.0}
 
 
 def _build(run: Run) -> Built:
@@ -447,10 +427,9 @@ def _build(run: Run) -> Built:
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in ("qk_prepare", "attention")}
     else:
-        arch = int((request.target.sm or "").removeprefix("sm_"))
-        entries += run.part("kernels", lambda folder: _write_kernels(folder, plan, arch))
+        entries += run.part("kernels", lambda folder: write_kernels(folder, request.target, plan)[0])
         components |= _operator_specs(plan, types.transformer)
-        kernels = bundle.Kernels(folder="kernels", arch=f"sm_{arch}")
+        kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=f"sm_{kernel_arch(request.target)}")
     with torch.device("meta"):
         empty = CausalWanModel(plan.preset.dit).to(types.transformer)
     modules = {
@@ -461,16 +440,35 @@ def _build(run: Run) -> Built:
         "vae_next": vae_next(models.decoder(types.decoder), plan),
     }
     components |= {name: module.component(f"{name}.pt2") for name, module in modules.items()}
+    section = _section(segments, plan.preset.dit.layers, linears)
+    golden, written = _golden(run, components, section, linears)
     return Built(
         components=components,
-        files=entries,
+        files=[*entries, *written],
         graphs={},
         vae_dtype=dtype_name(types.decoder),
-        segments=_section(segments, plan.preset.dit.layers, linears),
+        segments=section,
         library=bundle.Library(name="torch", version=torch.__version__),
         kernels=kernels,
         quantization=_quantization(plan, linears) if linears else None,
+        golden=golden,
     )
+
+
+def _golden(
+    run: Run,
+    components: Mapping[str, bundle.Component],
+    section: bundle.Segments,
+    linears: frozenset[str],
+) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
+    def write(folder: Path) -> list[str]:
+        files, golden = write_golden_of(folder, golden_graphs(run, components, linears), section)
+        (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
+        return [*files, _GOLDEN_SECTION]
+
+    entries = run.part(_GOLDEN, write)
+    golden = bundle.Golden.model_validate_json((run.folder / _GOLDEN_SECTION).read_text())
+    return golden, [entry for entry in entries if entry.path != _GOLDEN_SECTION]
 
 
 def _quantization(plan: StepPlan, linears: frozenset[str]) -> bundle.Quantization:
@@ -483,4 +481,4 @@ def _quantization(plan: StepPlan, linears: frozenset[str]) -> bundle.Quantizatio
     )
 
 
-BUILDER = Builder(parts=_parts, build=_build, check=_check)
+BUILDER = Builder(parts=_parts, build=_build, check=_check, golden=False)

@@ -106,6 +106,9 @@ class Fp8Linear(nn.Module):
     The scale of a token is computed and applied in plain tensor operations, so Inductor fuses them into whatever
     element-wise kernel produces the input; the product is `torch._scaled_mm`. The numbers are those of
     `export.quantize_numerics.fake_linear`.
+
+    Attributes:
+        emulated: multiply the quantized values in float32 instead, which any PyTorch does on any machine.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -115,20 +118,25 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(fp8, requires_grad=False)
         self.post = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False)
         self.bias = linear.bias
+        self.emulated = False
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2).float()
         scale = (rows.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(SMALLEST_SCALE)
-        # The bias is added outside, where it fuses with what follows; inside it must be bfloat16.
-        product = torch._scaled_mm(
-            to_e4m3(rows / scale),
-            self.weight.t(),
-            scale_a=scale,
-            scale_b=self.post[None],
-            out_dtype=x.dtype,
-            use_fast_accum=x.is_cuda,
-        )
+        quantized = to_e4m3(rows / scale)
+        if self.emulated:
+            product = (quantized.float() @ self.weight.float().t() * scale * self.post).to(x.dtype)
+        else:
+            product = torch._scaled_mm(
+                quantized,
+                self.weight.t(),
+                scale_a=scale,
+                scale_b=self.post[None],
+                out_dtype=x.dtype,
+                use_fast_accum=x.is_cuda,
+            )
         out: Tensor = product.reshape(*x.shape[:-1], -1)
+        # The bias is added outside, where it fuses with what follows; inside it must be bfloat16.
         return out if self.bias is None else out + self.bias
 
 

@@ -6,6 +6,7 @@ place. PyTorch is imported when the first package is loaded and not before.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,4 +151,7 @@ def _tensor(component: str, spec: TensorSpec, arrays: Arrays) -> Tensor:
             f"component {component!r} takes {spec.name!r} as a contiguous {spec.dtype} {list(spec.shape)}, but was "
             f"given {found[0]} {list(found[1])}"
         )
+    if not array.flags.writeable:  # a mapped weight, which PyTorch would warn about; nothing writes to inputs
+        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+        array = np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape)
     return torch.from_numpy(array)
