@@ -23,6 +23,7 @@ from .builder import Builder, Built, Run
 from .errors import BuildError, InputError
 from .golden import write_golden
 from .graphs import clean_graph
+from .kernel_images import kernel_variants, write_kernels
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
 from .preflight import check_memory
@@ -46,6 +47,7 @@ _ENGINES: Mapping[str, float] = {
 _WITH_OPERATORS = ("step", "clean")
 _OPERATORS = [contract.HIERARCHICAL_SPARSE_ATTENTION, contract.QK_PREPARE]
 _QUANTIZATION, _GOLDEN, _COMPARISON = "quantization.json", "golden.json", "comparison.json"
+_KERNELS = "kernels.json"
 
 
 def _find_plugin() -> Path:
@@ -69,6 +71,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
         raise InputError("--per-chunk writes graphs for onnxruntime; drop it, or use --backend onnxruntime")
     _machine(request)
     _find_plugin()
+    kernel_variants(request.target, plan)
     plan_quantization(request, plan)
     check_memory(request, plan)
 
@@ -80,6 +83,7 @@ def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
         **graph_parts(request),
         "quantization": 60.0,
         "plugin": 1.0,
+        "kernels": 25.0,
         **engines,
         "golden vectors": 300.0,
         "comparison": 60.0,
@@ -95,8 +99,10 @@ def _build(run: Run) -> Built:
     quantized = json.loads((folder / _QUANTIZATION).read_text())
     plugin_files = run.part("plugin", _copy_plugin)
     plugin = TrtPlugin.at(folder / plugin_files[0].path)
+    # Attention is inside the engines; the runtime still commits frames into the cache, and turns sinks.
+    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
 
-    files = [*exported["tokenizer"], *plugin_files]
+    files = [*exported["tokenizer"], *plugin_files, *(entry for entry in kernels if entry.path != _KERNELS)]
     files += [entry for entry in exported["text encoder"] if entry.path == components.TEXT_WEIGHTS]
     graphs = {name: folder / quantized["graphs"].get(name, f"{name}.onnx") for name in _ENGINES}
     entries: dict[str, bundle.Component] = {}
@@ -121,6 +127,7 @@ def _build(run: Run) -> Built:
         vae_dtype="float16",
         status=f"built and verified on {machine.gpu.name}",
         library=bundle.Library(name="tensorrt", version=version),
+        kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),
         quantization=None if plan is None else plan.section(quantized["formats"], quantized["errors"]),
         golden=golden.model_copy(update={"measured": measured}),
     )
@@ -158,6 +165,12 @@ def _copy_plugin(folder: Path) -> list[str]:
     source = _find_plugin()
     shutil.copyfile(source, folder / source.name)
     return [source.name]
+
+
+def _write_kernels(folder: Path, run: Run) -> list[str]:
+    files, section = write_kernels(folder, run.request.target, run.plan)
+    (folder / _KERNELS).write_text(section.model_dump_json())
+    return [*files, _KERNELS]
 
 
 def _description(component: str) -> str:

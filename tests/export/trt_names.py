@@ -29,7 +29,7 @@ CLASSES = {
 }
 """What calls give, by the last part of what is called."""
 
-PARAMETERS = {"engine": "ICudaEngine", "context": "IExecutionContext"}
+PARAMETERS = {"engine": "ICudaEngine", "context": "IExecutionContext", "registry": "IPluginRegistry"}
 """What parameters of these names are."""
 
 

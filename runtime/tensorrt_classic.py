@@ -1,0 +1,208 @@
+"""TensorRT engines with this project's operators as plugins inside: loading, and enqueuing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from .bundle import Bundle, hash_file
+from .cuda_driver import Driver
+from .errors import BundleError, BundleIntegrityError, EngineError
+
+if TYPE_CHECKING:
+    from .device import Recording
+
+__all__ = ["PLUGIN_FILE", "TensorRtLibrary", "check_version", "plugin_entry"]
+
+PLUGIN_FILE: Final = "libnvinfer_plugin_lightforcing.so"
+"""The plugin library, as a bundle holds it."""
+
+_OPERATORS = ("HierarchicalSparseAttention", "QKPrepare")
+_PLUGIN_VERSION, _PLUGIN_NAMESPACE = "1", "lightforcing"
+
+_registered: dict[str, Any] = {}
+"""Plugin libraries that this process registered, by hash. There is one registry for all bundles."""
+_registering = threading.Lock()
+
+
+def check_version(bundle: Bundle, installed: str | None) -> None:
+    """An engine runs with the TensorRT that built it and no other.
+
+    ``installed`` is the version here, or ``None``.
+
+    Raises:
+        BundleError: the manifest does not say which version that is.
+        EngineError: it is not installed.
+    """
+    library = bundle.manifest.library
+    if library is None or library.name != "tensorrt":
+        raise BundleError(
+            f"bundle {bundle.root} has the backend 'tensorrt', but its manifest names "
+            f"{library.name if library else 'no library'}; rebuild the bundle"
+        )
+    if installed == library.version:
+        return
+    found = "which is not installed" if installed is None else f"but {installed} is installed"
+    raise EngineError(
+        f"the engines of bundle {bundle.manifest.name!r} were built by TensorRT {library.version} and run with no "
+        f"other version, {found}: run `pip install tensorrt=={library.version}`, or rebuild the bundle"
+    )
+
+
+def plugin_entry(bundle: Bundle) -> str:
+    """SHA-256 of the bundle's plugin library, which is checked now: what is loaded is executed.
+
+    Raises:
+        BundleError: the bundle has none.
+        BundleIntegrityError: it changed.
+    """
+    wanted = next((entry.sha256 for entry in bundle.manifest.files if entry.path == PLUGIN_FILE), None)
+    if wanted is None:
+        raise BundleError(f"bundle {bundle.root} has no {PLUGIN_FILE}, which its engines need; rebuild it")
+    found = hash_file(bundle.path(PLUGIN_FILE))
+    if found != wanted:
+        raise BundleIntegrityError(
+            f"bundle {bundle.root}: {PLUGIN_FILE!r} has SHA-256 {found}, the manifest says {wanted}; copy the bundle "
+            f"again or rebuild it"
+        )
+    return wanted
+
+
+def _register_plugins(bundle: Bundle, registry: Any) -> None:
+    """Register the bundle's plugins with TensorRT, once per process; before any engine is read.
+
+    Raises:
+        EngineError: the library does not load, or plugins of another bundle's library are registered.
+    """
+    digest, path = plugin_entry(bundle), bundle.path(PLUGIN_FILE)
+    with _registering:
+        if digest in _registered:
+            return
+        if _registered:
+            raise EngineError(
+                f"bundle {bundle.manifest.name!r} has a plugin library of another build than the bundle that this "
+                f"process loaded before, and TensorRT keeps one; load it in a process of its own"
+            )
+        handle = registry.load_library(str(path))
+        lacking = [
+            name
+            for name in _OPERATORS
+            if registry.get_creator(name, _PLUGIN_VERSION, _PLUGIN_NAMESPACE) is None
+        ]
+        if handle is None or lacking:
+            raise EngineError(
+                f"{path} registers no plugin {', '.join(lacking or _OPERATORS)} with TensorRT; rebuild the bundle"
+            )
+        _registered[digest] = handle
+
+
+class TensorRtLibrary:
+    """Implements :class:`~runtime.device.ComponentLibrary`. The activation memory of all engines is the caller's."""
+
+    def __init__(self, bundle: Bundle, driver: Driver) -> None:
+        """Raises :class:`EngineError` if TensorRT is not there in the right version, or without its plugins."""
+        try:
+            import tensorrt as trt
+        except ImportError:
+            check_version(bundle, None)
+            raise
+        check_version(bundle, trt.__version__)
+        self._trt = trt
+        self._bundle = bundle
+        self._driver = driver
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        registry = trt.get_plugin_registry()
+        _register_plugins(bundle, registry)
+        self._runtime = trt.Runtime(self._logger)
+        self._components: dict[str, _Component] = {}
+
+    def load(self, name: str) -> _Component:
+        """See :meth:`ComponentLibrary.load <runtime.device.ComponentLibrary.load>`."""
+        if name in self._components:
+            return self._components[name]
+        file = self._bundle.component(name).file
+        if file is None:
+            raise BundleError(
+                f"component {name!r} of bundle {self._bundle.root} has no file; rebuild the bundle"
+            )
+        path, trt = self._bundle.path(file), self._trt
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise EngineError(
+                f"component {name!r} ({path}) does not load in TensorRT {trt.__version__} on this GPU; the library's "
+                f"own message is above. Rebuild the bundle on this GPU"
+            )
+        self._check(name, engine)
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise EngineError(
+                f"component {name!r} ({path}) cannot be prepared on this GPU; TensorRT's own message is above. Free "
+                f"GPU memory, or rebuild the bundle on this GPU"
+            )
+        self._components[name] = _Component(name, engine, context)
+        return self._components[name]
+
+    def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
+        """See :meth:`ComponentLibrary.record <runtime.device.ComponentLibrary.record>`."""
+        return self._driver.capture(enqueue, stream)
+
+    def close(self) -> None:
+        """Let go of contexts and engines. The plugins stay: TensorRT has one registry for the process."""
+        self._components.clear()
+
+    def _check(self, name: str, engine: Any) -> None:
+        """The engine's tensors are those of the manifest."""
+        trt, component = self._trt, self._bundle.component(name)
+        kinds = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
+        found = {}
+        for index in range(engine.num_io_tensors):
+            tensor = engine.get_tensor_name(index)
+            shape = [int(dim) for dim in engine.get_tensor_shape(tensor)]
+            found[tensor] = f"{kinds[engine.get_tensor_mode(tensor)]} {shape}"
+        wanted = {
+            spec.name: f"{kind} {list(spec.shape)}"
+            for kind, specs in (("input", component.inputs), ("output", component.outputs))
+            for spec in specs
+        }
+        wrong = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+        if wrong:
+            raise BundleError(
+                f"component {name!r}: {len(wrong)} tensor(s) differ between manifest and engine, the first is "
+                f"{wrong[0]!r}: {wanted.get(wrong[0], 'absent')} in the manifest, {found.get(wrong[0], 'absent')} in "
+                f"the engine; rebuild the bundle"
+            )
+
+
+class _Component:
+    """One engine with its context. Addresses are only set where they differ from the last run's."""
+
+    def __init__(self, name: str, engine: Any, context: Any) -> None:
+        self._name = name
+        self._engine = engine  # outlives the context
+        self._context = context
+        self._bound: dict[str, int] = {}
+        self._scratch = 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """See :class:`~runtime.device.DeviceComponent`."""
+        return int(self._engine.device_memory_size_v2)
+
+    def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
+        """See :meth:`DeviceComponent.enqueue <runtime.device.DeviceComponent.enqueue>`."""
+        if scratch != self._scratch:
+            self._context.set_device_memory(scratch, self.scratch_bytes)
+            self._scratch = scratch
+        for tensor, address in addresses.items():
+            if self._bound.get(tensor) != address:
+                if not self._context.set_tensor_address(tensor, address):
+                    raise EngineError(
+                        f"component {self._name!r} refuses the address {address:#x} for {tensor!r}"
+                    )
+                self._bound[tensor] = address
+        if not self._context.execute_async_v3(stream):
+            raise EngineError(
+                f"component {self._name!r} failed; the message of TensorRT itself is above. Run `python -m runtime "
+                f"verify` on the bundle"
+            )
