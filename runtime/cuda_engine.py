@@ -94,9 +94,12 @@ def open_library(bundle: Bundle, driver: CudaDriver) -> ComponentLibrary:
         from .inductor_cuda import InductorLibrary
 
         return InductorLibrary(bundle, driver.ordinal)
+    if backend == "tensorrt":
+        from .tensorrt_classic import TensorRtLibrary
+
+        return TensorRtLibrary(bundle, driver)
     raise EngineError(
-        f"bundle {bundle.manifest.name!r} has the backend {backend!r}, which this runtime does not execute on a GPU; "
-        f"build it for tensorrt-rtx or inductor"
+        f"bundle {bundle.manifest.name!r} has the backend {backend!r}, which does not run on a GPU; load it on the host"
     )
 
 

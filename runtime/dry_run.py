@@ -126,6 +126,7 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
             if isinstance(operation, EngineRun):
                 runs.check(operation, where)
             elif isinstance(operation, KernelLaunch):
+                runs.check_operator(operation, where)
                 launches.check(operation, where)
     memory.check_lanes()
     if flaws.found:

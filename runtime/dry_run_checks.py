@@ -93,6 +93,12 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     },
 }
 
+_OPERATORS: Final[Mapping[str, str]] = {
+    "prepare": "qk_prepare",
+    **dict.fromkeys(("score", "select", "attend"), "attention"),
+}
+"""The component that each kernel executes, or a part of it."""
+
 
 class Flaws:
     """Collects what is wrong, each flaw once."""
@@ -130,6 +136,14 @@ class RunChecker:
         ):
             self._check_tensors(specs, views, f"{where}, {kind}")
         self._check_scratch(component, run, where)
+
+    def check_operator(self, launch: KernelLaunch, where: str) -> None:
+        """Note where the tensors of an operator that kernels execute are not what the manifest says of it."""
+        component = self._components.get(_OPERATORS.get(launch.kernel, ""))
+        for spec in () if component is None else (*component.inputs, *component.outputs):
+            problem = _mismatch(spec, launch.buffers[spec.name]) if spec.name in launch.buffers else ""
+            if problem:
+                self._flaws.add(f"{where}, tensor {spec.name!r} of the operator", problem)
 
     def _check_tensors(self, specs: tuple[TensorSpec, ...], views: Mapping[str, View], where: str) -> None:
         named = {spec.name: spec for spec in specs}

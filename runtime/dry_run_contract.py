@@ -30,6 +30,10 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "layer": (_BETWEEN, ("x_out", "qkv")),
     "last": ((*_BETWEEN, "latent", "noise"), ("next_latent", "x0")),
     "qk_prepare": (("qkv", "bias", "norm_q", "norm_k", "cos", "sin"), ("q", "k", "v", "q_mean", "k_mean")),
+    "attention": (
+        ("q", "k", "v", "q_mean", "k_mean", "past_k", "past_v", "past_kmean", "frame_slots", "chunk"),
+        ("out",),
+    ),
     "conditioner": (("text",), ()),
     "text_encoder": (("hidden", "mask", *_TEXT_WEIGHTS), ("hidden_out",)),
     "vae_first": (("latent",), ("frames",)),

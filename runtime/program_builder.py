@@ -261,6 +261,13 @@ class _Builder:
 
     def _segment(self, name: str, tensors: Views, weights: Mapping[str, str], layer: int | None) -> EngineRun:
         bound = {key: self._weight(name, tensor) for key, tensor in weights.items()}
+        component = self.manifest.components.get(name)
+        unknown = sorted(bound.keys() - {spec.name for spec in component.inputs}) if component else []
+        if unknown:
+            raise BundleError(
+                f"the manifest binds a weight to the input {unknown[0]!r} of component {name!r}, which has none of "
+                f"that name; rebuild the bundle"
+            )
         return self._run(name, {**tensors, **bound}.get, layer=layer)
 
     def _prepare(self, layer: int, weights: Mapping[str, str]) -> Operation:

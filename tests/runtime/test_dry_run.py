@@ -163,7 +163,17 @@ def test_activation_memory_is_promised_by_the_manifest(device_bundle: Path) -> N
         check_program(grown, program)
 
 
-EXECUTED = ("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next", "qk_prepare")
+EXECUTED = (
+    "first",
+    "layer",
+    "last",
+    "conditioner",
+    "text_encoder",
+    "vae_first",
+    "vae_next",
+    "qk_prepare",
+    "attention",
+)
 # The host converts what it feeds, so these may have any floating type.
 CONVERTED = {("conditioner", "text")}
 
