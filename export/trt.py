@@ -24,8 +24,8 @@ from runtime import bundle
 
 from .errors import BuildError, InputError
 from .machine import Gpu, find_gpus, installed_version
-from .trt_graph import operators_of, prepare_for_trt, quantized_products
-from .trt_inspect import Inspection, check_precision, read_inspection
+from .trt_graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
+from .trt_inspect import Inspection, check_plugins, check_precision, read_inspection
 
 __all__ = ["TrtEngine", "TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
 
@@ -183,6 +183,7 @@ def build_engine(
         ir.save(model, prepared)
         result = _run_worker(request, component, machine, progress)
         inspection = read_inspection(inspector)
+        check_plugins(component, inspection, operator_nodes(model))
         check_precision(component, inspection, quantized_products(model))
     except BaseException:
         engine_path.unlink(missing_ok=True)

@@ -8,21 +8,24 @@ from typing import Literal
 import onnx_ir as ir
 
 from plugins import contract
+from plugins.tensorrt_nodes import name_plugin
 
 from .errors import ExportError
 from .rtx_graph import prepare_for_rtx
 
-__all__ = ["ProductType", "operators_of", "prepare_for_trt", "quantized_products"]
-
-PLUGIN_NAMESPACE = "lightforcing"
-"""Namespace that the plugin library registers its creators under."""
+__all__ = ["ProductType", "operator_nodes", "operators_of", "prepare_for_trt", "quantized_products"]
 
 ProductType = Literal["fp8", "fp4"]
 
 
+def operator_nodes(model: ir.Model) -> dict[str, str]:
+    """Nodes of this project's operators: name -> operator."""
+    return {node.name or "": node.op_type for node in model.graph if node.domain == contract.DOMAIN}
+
+
 def operators_of(model: ir.Model) -> list[str]:
     """Operators of this project in `model`, by name, each once."""
-    return sorted({node.op_type for node in model.graph if node.domain == contract.DOMAIN})
+    return sorted(set(operator_nodes(model).values()))
 
 
 def prepare_for_trt(model: ir.Model, dimensions: Mapping[str, int]) -> None:
@@ -46,12 +49,8 @@ def prepare_for_trt(model: ir.Model, dimensions: Mapping[str, int]) -> None:
                 f"the input {value.name!r} has the shape {value.shape}; an engine is built for fixed sizes: give one "
                 "for every symbolic dimension"
             )
-    if not operators_of(model):
+    if not name_plugin(model):
         prepare_for_rtx(model)
-        return
-    for node in graph:
-        if node.domain == contract.DOMAIN:
-            node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE)
 
 
 def quantized_products(model: ir.Model) -> dict[str, ProductType]:

@@ -13,7 +13,7 @@ from typing import Any
 from .errors import BuildError
 from .trt_graph import ProductType
 
-__all__ = ["Inspection", "check_precision", "read_inspection"]
+__all__ = ["Inspection", "check_plugins", "check_precision", "read_inspection"]
 
 _TYPES = (
     ("fp4", re.compile(r"fp4|e2m1|float4", re.I)),
@@ -26,17 +26,19 @@ _TYPES = (
 
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _PRODUCT = re.compile(r"gemm|matmul|matrixmultiply|matrix_multiply|fc_", re.I)
+_PLUGIN = re.compile(r"plugin", re.I)
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of an engine: the types of what it reads, and the ONNX nodes that it computes."""
+    """A layer of an engine: the types of what it reads, the ONNX nodes that it computes, and what computes it."""
 
     name: str
     types: frozenset[str]
     nodes: frozenset[str]
     is_product: bool
+    is_plugin: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
         types=frozenset(_types(entry.get("Inputs", ()))),
         nodes=frozenset(_NODE.findall(str(entry.get("Metadata", "")))),
         is_product=_PRODUCT.search(described) is not None,
+        is_plugin=any(_PLUGIN.search(str(entry.get(key, ""))) for key in ("LayerType", "PluginType")),
     )
 
 
@@ -90,6 +93,27 @@ def _types(tensors: Any) -> Iterator[str]:
         found = next((name for name, pattern in _TYPES if pattern.search(text)), None)
         if found is not None:
             yield found
+
+
+def check_plugins(component: str, inspection: Inspection, expected: Mapping[str, str]) -> None:
+    """Check that a plugin computes each of this project's operators.
+
+    A parser that does not find the plugin takes the function body in its place without a word: right, and slow.
+
+    Args:
+        expected: as `trt_graph.operator_nodes` gives it.
+
+    Raises:
+        BuildError: a node is not in a layer that is a plugin.
+    """
+    found = {node for layer in inspection.layers if layer.is_plugin for node in (*layer.nodes, layer.name)}
+    missing = [f"{name} ({operator})" for name, operator in expected.items() if name not in found]
+    if missing:
+        raise BuildError(
+            f"{component}: {len(missing)} of {len(expected)} operators are not plugins in the engine, the first "
+            f"{missing[0]}: TensorRT took its function body, or the inspector's output is of another release. Build "
+            "the plugin library for this release of TensorRT: python -m plugins build --tensorrt"
+        )
 
 
 def check_precision(component: str, inspection: Inspection, expected: Mapping[str, ProductType]) -> None:

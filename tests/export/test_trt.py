@@ -23,7 +23,7 @@ from export.quantize import choose_formats, linear_names, quantize
 from export.trt import TrtMachine, TrtPlugin, build_engine, failure, find_machine
 from export.trt_bundle import judge
 from export.trt_graph import operators_of, prepare_for_trt, quantized_products
-from export.trt_inspect import check_precision, read_inspection
+from export.trt_inspect import check_plugins, check_precision, read_inspection
 
 CARD = Gpu("NVIDIA GeForce RTX 5090", "12.0", 32 << 30)
 
@@ -143,6 +143,18 @@ def test_a_product_in_the_wrong_type_or_nowhere_fails(tmp_path: Path) -> None:
         check_precision("step", inspection, {"d.product": "fp8"})
     with pytest.raises(BuildError, match=r"a\.product reads fp8 and not fp4"):
         check_precision("step", inspection, {"a.product": "fp4"})
+
+
+def test_an_operator_that_is_no_plugin_fails(tmp_path: Path) -> None:
+    attention, prepare = {"a": "HierarchicalSparseAttention"}, {"p": "QKPrepare"}
+    plugin = layer("x", "BFloat16", nodes=("a",), kind="PluginV3")
+    inlined = layer("p", "BFloat16", nodes=("p",), kind="kgen")
+    inspection = inspected(tmp_path / "i.json", document(plugin, inlined))
+    check_plugins("step", inspection, attention)
+    with pytest.raises(
+        BuildError, match=r"1 of 2 operators are not plugins .* p \(QKPrepare\): TensorRT took its"
+    ):
+        check_plugins("step", inspection, attention | prepare)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +334,11 @@ class HostTensorRt:
             layer(node.name or "", products.get(node.name or "", "BFloat16"), nodes=(node.name or "",))
             for node in model.graph
             if node.op_type == "MatMul"
+        ]
+        layers += [
+            layer(node.name or "", "BFloat16", nodes=(node.name or "",), kind="PluginV3")
+            for node in model.graph
+            if node.domain == "lightforcing"
         ]
         Path(request["inspector"]).write_text(document(*layers, layer("other", "Float", kind="kgen")))
 
