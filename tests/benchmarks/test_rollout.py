@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ def test_each_rung_adds_something() -> None:
     features = ("sparse", "fp8", "light_vae", "overlap", "graphs")
     executor = LADDER[2:]
     assert [rung.number for rung in LADDER] == list(range(7))
-    for lower, upper in zip(executor, executor[1:], strict=False):
+    for lower, upper in itertools.pairwise(executor):
         gained = [name for name in features if getattr(upper, name) and not getattr(lower, name)]
         lost = [name for name in features if getattr(lower, name) and not getattr(upper, name)]
         assert gained and not lost
