@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.vae import VAEDecoder
 from plugins import contract
 from runtime import bundle
 
@@ -53,9 +54,10 @@ from .request import BuildRequest
 from .tensor_files import StoredTensor, store, write_tensors
 from .tracing import attend, prepare, save_model, trace
 
-__all__ = ["BUILDER", "compile_package", "fp8_linears"]
+__all__ = ["BUILDER", "compile_package", "describe", "fp8_linears"]
 
 WEIGHTS = "transformer.safetensors"
+OPERATORS = ("qk_prepare", "attention")
 
 ValueT = TypeVar("ValueT")
 
@@ -421,25 +423,15 @@ def _build(run: Run) -> Built:
         ),
         *run.part("weights", write_weights),
     ]
-    components = _step_components(plan, segments, types.transformer)
     kernels = None
     if device == "cpu":
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
-        components |= {name: component_of(run.folder, f"{name}.onnx") for name in ("qk_prepare", "attention")}
     else:
         entries += run.part("kernels", lambda folder: write_kernels(folder, request.target, plan)[0])
-        components |= _operator_specs(plan, types.transformer)
         kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=f"sm_{kernel_arch(request.target)}")
-    with torch.device("meta"):
-        empty = CausalWanModel(plan.preset.dit).to(types.transformer)
-    modules = {
-        **segments.by_name,
-        "text_encoder": text,
-        "conditioner": conditioner(empty),
-        "vae_first": vae_first(models.decoder(types.decoder), plan),
-        "vae_next": vae_next(models.decoder(types.decoder), plan),
-    }
-    components |= {name: module.component(f"{name}.pt2") for name, module in modules.items()}
+    components = describe(request, models.decoder(types.decoder), linears)
+    if device == "cpu":
+        components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}
     section = _section(segments, plan.preset.dit.layers, linears)
     golden, written = _golden(run, components, section, linears)
     return Built(
@@ -453,6 +445,28 @@ def _build(run: Run) -> Built:
         quantization=_quantization(plan, linears) if linears else None,
         golden=golden,
     )
+
+
+def describe(
+    request: BuildRequest, decoder: VAEDecoder, linears: frozenset[str]
+) -> dict[str, bundle.Component]:
+    """The manifest's components of a compiled bundle; operators without a file, as where kernels execute them."""
+    plan, types = request.plan, graph_types(request)
+    segments = step_segments(plan, types.transformer, linears)
+    with torch.device("meta"):
+        model = CausalWanModel(plan.preset.dit).to(types.transformer)
+    modules = {
+        **segments.by_name,
+        "text_encoder": text_layer(plan, types.text),
+        "conditioner": conditioner(model),
+        "vae_first": vae_first(decoder, plan),
+        "vae_next": vae_next(decoder, plan),
+    }
+    return {
+        **_step_components(plan, segments, types.transformer),
+        **_operator_specs(plan, types.transformer),
+        **{name: module.component(f"{name}.pt2") for name, module in modules.items()},
+    }
 
 
 def _golden(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from torch import nn
 
 from export import inductor
+from export.build import _manifest
+from export.builder import Built, Models
+from export.components import TEXT_WEIGHTS
 from export.errors import BuildError, InputError
 from export.inductor import BUILDER, compile_package, fp8_linears
 from export.inductor_modules import Compiled, Fp8Linear, dtype_name, step_segments, tensor_name
@@ -23,21 +27,25 @@ from export.quantize_numerics import fake_linear, fold_weight, relative_error
 from export.reference import Reference, step_feeds
 from export.request import BuildRequest, QuantizationRequest
 from export.targets import load_target, load_variant
-from export.tensor_files import write_tensors
+from export.tensor_files import store, write_tensors
 from export.weights import Weights
 from lightforcing_ref.attention import hsa_attention, hsa_selection
 from lightforcing_ref.cache import AttentionSpec
+from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import PRESETS, Preset
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import kept_blocks
 from runtime.bundle import Bundle, file_entry, load_bundle, write_manifest
+from runtime.dry_run import dry_run
 from runtime.errors import BundleError, EngineError
 from runtime.host_engine import load_graph
 from runtime.inductor import InductorGraph
-from runtime.manifest import Library
+from runtime.inductor_cuda import InductorLibrary
+from runtime.manifest import Kernels, Library
 from runtime.pipeline import Pipeline
 from runtime.segmented import load_segments
 from tests.conftest import build
+from tests.runtime.device_bundles import write_kernels
 
 TINY = PRESETS["tiny"]
 EMBEDDING = np.random.default_rng(4).standard_normal((64, 64), dtype=np.float32)
@@ -316,6 +324,55 @@ def test_a_bundle_of_onnx_graphs_imports_no_pytorch(tiny_bundle: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+# ---- a bundle for a GPU, as far as it goes without one ----
+
+
+@pytest.mark.parametrize(("precision", "variant"), [("bf16", "short"), ("fp8", "long")])
+def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str, tmp_path: Path) -> None:
+    """Every tensor of every forward has a place, the type, and the shape that package, weights and kernels want."""
+    chosen = load_variant(variant).model_copy(update={"block": TINY.block})
+    request = request_for("rtx5090", precision=precision, variant=chosen)
+    plan, linears, models = request.plan, fp8_linears(request, request.plan), Models(request.weights)
+    components = inductor.describe(request, models.decoder(torch.float16), linears)
+    assert components["qk_prepare"].file is None
+    shapes = umt5_shapes(TINY.text)
+    write_tensors(
+        tmp_path / TEXT_WEIGHTS,
+        [store(n, shapes[n], torch.bfloat16, make) for n, make in request.weights.text_tensors().items()],
+    )
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files = [TEXT_WEIGHTS, "tokenizer.json", inductor.WEIGHTS]
+    for component in components.values():
+        if component.file is not None:
+            (tmp_path / component.file).write_bytes(component.file.encode())
+            files.append(component.file)
+    write_tensors(
+        tmp_path / inductor.WEIGHTS, inductor._weight_tensors(models.take_dit(torch.bfloat16), plan, linears)
+    )
+    files += write_kernels(tmp_path / "kernels")
+    built = Built(
+        components=components,
+        files=[file_entry(tmp_path, name) for name in files],
+        graphs={},
+        vae_dtype="float16",
+        segments=inductor._section(step_segments(plan, torch.bfloat16, linears), TINY.dit.layers, linears),
+        library=Library(name="torch", version=torch.__version__),
+        kernels=Kernels(folder="kernels", arch="sm_120"),
+    )
+    run = SimpleNamespace(request=request, plan=plan, models=models)
+    write_manifest(tmp_path, _manifest(run, built, {}))
+    report = dry_run(load_bundle(tmp_path), sessions=2)
+    assert report.checked_runs > 0
+    assert not report.unbound
+
+
+def test_without_a_gpu_the_library_says_so(mixed_bundle: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineError, match="sees none"):
+        InductorLibrary(load_bundle(mixed_bundle, verify=False), 0)
+
+
 # ---- the work does not depend on the weights ----
 
 
@@ -371,6 +428,7 @@ def whole_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_bundle_built_by_the_command_runs_by_itself(whole_bundle: Path, tiny_bundle: Path) -> None:
     manifest = load_bundle(whole_bundle).manifest
     assert (manifest.backend, manifest.library) == (

@@ -1,0 +1,141 @@
+"""Packages compiled by Inductor on a GPU: built here, verified, rolled out, replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.build import build_bundle
+from export.reference import Reference
+from export.request import BuildRequest
+from export.targets import Target, list_targets, load_variant
+from lightforcing_ref.config import PRESETS
+from lightforcing_ref.vae import to_uint8
+from runtime.backends import load_engine
+from runtime.bundle import load_bundle
+from runtime.inductor_cuda import device_tensor
+from runtime.memory import plan_buffers
+from runtime.pipeline import Pipeline
+from runtime.verify import judge
+
+NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
+
+EMBEDDING = np.random.default_rng(4).standard_normal((64, 64), dtype=np.float32)
+CHUNKS = 4
+
+
+def target() -> Target:
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    for candidate in list_targets():
+        if candidate.compute_capability == capability and "inductor" in candidate.backends:
+            return candidate
+    pytest.skip(f"no target of compute capability {capability} is built with inductor")
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp8"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` in the long mode, whose window slides and whose sinks move within a few chunks."""
+    chosen, precision, preset = target(), request.param, PRESETS["tiny"]
+    if precision not in chosen.precisions:
+        pytest.skip(f"{chosen.name} does not compute in {precision}")
+    variant = load_variant("long").model_copy(update={"block": preset.block})
+    return build_bundle(
+        BuildRequest(
+            chosen,
+            variant,
+            preset,
+            preset.height,
+            preset.width,
+            "inductor",
+            precision,
+            tmp_path_factory.mktemp("inductor"),
+            precision,
+            seed=0,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("bfloat16", (3, 8)),
+        ("float8_e4m3fn", (4, 16)),
+        ("float32", (2, 3, 4)),
+        ("int32", ()),
+        ("uint8", (5,)),
+        ("float16", (1, 8)),
+    ],
+)
+def test_tensors_lie_over_the_memory_they_are_given(dtype: str, shape: tuple[int, ...]) -> None:
+    memory = torch.zeros(256, dtype=torch.uint8, device="cuda")
+    tensor = device_tensor(memory.data_ptr(), dtype, shape, 0)
+    assert (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)) == (
+        memory.data_ptr(),
+        getattr(torch, dtype),
+        shape,
+    )
+    tensor.copy_(torch.ones(shape, device="cuda").to(tensor.dtype))
+    assert int((memory != 0).sum()) > 0
+    assert int((memory[tensor.nbytes :] != 0).sum()) == 0
+
+
+def test_every_component_computes_its_golden_vectors(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    engine = load_engine(loaded, plan_buffers(loaded.manifest, 1))
+    try:
+        verdict = judge(loaded, engine.component_runner())
+        assert verdict.passed, verdict.failures()
+    finally:
+        engine.close()
+
+
+def test_rollouts_repeat_and_are_isolated_bit_for_bit(bundle: Path) -> None:
+    """The first forward of each kind runs one by one, later ones from graphs, and each session has its own."""
+    with Pipeline.load(bundle, sessions=2, text_encoder="external") as pipe:
+        first = frames(pipe, seed=3)
+        assert np.array_equal(first, frames(pipe, seed=3))
+        with (
+            pipe.session(embedding=EMBEDDING, seed=3) as one,
+            pipe.session(embedding=-EMBEDDING, seed=5) as two,
+        ):
+            pairs = zip(one.stream(chunks=CHUNKS), two.stream(chunks=CHUNKS), strict=True)
+            beside = np.concatenate([a.frames for a, _ in pairs])
+        assert np.array_equal(first, beside)
+
+
+def frames(pipe: Pipeline, seed: int) -> np.ndarray:
+    with pipe.session(embedding=EMBEDDING, seed=seed) as session:
+        return np.concatenate([chunk.frames for chunk in session.stream(chunks=CHUNKS)])
+
+
+def test_the_rollout_is_near_the_reference(bundle: Path) -> None:
+    with Pipeline.load(bundle, text_encoder="external") as pipe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manifest, found = pipe.manifest, frames(pipe, seed=3)
+    reference = Reference.of(manifest)
+    rollout = reference.rollout(manifest, torch.from_numpy(EMBEDDING), 3)
+    latents = torch.cat(list(rollout.stream(CHUNKS)), dim=1).transpose(0, 1)
+    with torch.no_grad():
+        wanted = to_uint8(reference.decoder.decode(latents)).numpy()
+    gap = np.abs(found.astype(int) - wanted.astype(int)).mean()
+    assert gap < 3, f"frames differ by {gap:.2f} levels on average"
+
+
+def test_a_chunk_waits_for_its_frames_and_for_nothing_else(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    engine = load_engine(loaded, plan_buffers(loaded.manifest, 1))
+    engine.warmup()
+    with Pipeline(loaded, plan_buffers(loaded.manifest, 1), engine, None) as pipe:
+        counters = engine.executor.counters
+        with pipe.session(embedding=EMBEDDING, seed=0) as session:
+            stream = session.stream(chunks=CHUNKS)
+            next(stream)
+            before, launches = counters.waits, counters.graph_launches
+            rest = list(stream)
+        assert counters.waits - before <= 3 * len(rest) + 3
+        assert counters.graph_launches > launches
