@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .errors import EngineError
 from .kernels import cuda_core
 
-__all__ = ["CudaDriver", "Driver", "Graph", "host_bytes"]
+__all__ = ["CudaDriver", "Driver", "Graph", "free_memory", "host_bytes"]
 
 
 class Driver(Protocol):
@@ -85,6 +85,11 @@ class Driver(Protocol):
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
+
+
+def free_memory(ordinal: int = 0) -> int:
+    """Bytes of memory that are free on a device. Raises :class:`EngineError` if there is none."""
+    return CudaDriver(ordinal).memory()[0]
 
 
 def host_bytes(address: int, nbytes: int) -> NDArray[np.uint8]:

@@ -207,11 +207,12 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
 def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
     """:class:`CapacityError` if engines and buffers do not fit into ``free`` bytes; ``None`` means unknown.
 
-    The engines are counted with the size of their files; the text encoder's weights are streamed and not
-    counted.
+    Engines and weights are counted with the size of their files; the text encoder's weights are streamed and not
+    counted, nor are golden vectors. On a GPU, activation memory is among the buffers.
     """
     manifest = bundle.manifest
-    engines = sum(entry.bytes for entry in manifest.files if entry.path != manifest.text.weights)
+    outside = {manifest.text.weights, manifest.golden.file if manifest.golden else ""}
+    engines = sum(entry.bytes for entry in manifest.files if entry.path not in outside)
     needed = engines + plan.total_bytes
     if free is None or needed <= free:
         return

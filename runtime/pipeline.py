@@ -10,7 +10,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .backends import load_engine
+from .backends import load_engine, runs_on_host
 from .bundle import Bundle, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, InputError
@@ -21,6 +21,7 @@ from .rollout import PromptSwitch, Rollout
 from .scheduler import Lane, Scheduler
 from .session import Session
 from .text import TextEncoder, check_embedding
+from .verify import ensure_verified
 
 __all__ = ["Pipeline", "TextEncoderMode"]
 
@@ -64,13 +65,14 @@ class Pipeline:
             threads: CPU threads per forward; by default ``OMP_NUM_THREADS``, else all cores.
             text_encoder: read its weights for each prompt (``"on-demand"``), keep them after the first
                 (``"resident"``), or do without it (``"external"``: sessions then take embeddings only).
-            verify: check the SHA-256 of every file.
-            memory_limit: bytes the pipeline may use; by default what the system has available.
+            verify: check the SHA-256 of every file, and on a GPU that has not passed the bundle's golden vectors yet,
+                run them first.
+            memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
             CapacityError: it does not fit into memory; raised before anything is allocated.
-            EngineError: an engine does not load.
+            EngineError: an engine does not load, or computes something else than it should.
             InputError: an argument is out of range.
         """
         for name, value in (("sessions", sessions), ("threads", threads)):
@@ -82,14 +84,20 @@ class Pipeline:
             )
         bundle = load_bundle(path, verify=verify)
         plan = plan_buffers(bundle.manifest, sessions)
-        check_memory(bundle, plan, available_memory() if memory_limit is None else memory_limit)
+        check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
 
         engine = load_engine(bundle, plan, threads=threads)
-        encoder = None
-        if text_encoder != "external":
-            encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
-        if warmup:
-            engine.warmup()
+        try:
+            if verify:
+                ensure_verified(bundle, engine)
+            encoder = None
+            if text_encoder != "external":
+                encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
+            if warmup:
+                engine.warmup()
+        except BaseException:
+            engine.close()
+            raise
         return cls(bundle, plan, engine, encoder)
 
     @property
@@ -179,3 +187,11 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _free_memory(bundle: Bundle) -> int | None:
+    if runs_on_host(bundle):
+        return available_memory()
+    from .cuda_driver import free_memory
+
+    return free_memory()

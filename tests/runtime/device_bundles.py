@@ -204,9 +204,14 @@ def write_kernels(folder: Path, arch: int = 120) -> list[str]:
 
 
 def build_device_bundle(
-    folder: Path, *, sink_positions: str = "window", embedded: bool = False, sinks: int = 3
+    folder: Path,
+    *,
+    sink_positions: str = "window",
+    embedded: bool = False,
+    sinks: int = 3,
+    whole: bool = False,
 ) -> Path:
-    """Write a bundle for an RTX 5090 into `folder`."""
+    """Write a bundle for an RTX 5090 into `folder`; a `whole` one has engines for the step, as with the plugin."""
     folder.mkdir(parents=True)
     past = 6
     tensors, segments = stored_weights(embedded=embedded)
@@ -221,6 +226,11 @@ def build_device_bundle(
     save_file(text, folder / "text.safetensors")
     (folder / "tokenizer.json").write_text("{}")
     parts = components(past, embedded=embedded)
+    if whole:
+        for name in ("first", "layer", "last", "qk_prepare", "attention"):
+            del parts[name]
+        for name in ("step", "clean"):
+            parts[name] |= {"file": f"{name}.engine", "cost": cost(name)}
     files = ["transformer.safetensors", "text.safetensors", "tokenizer.json"]
     for part in parts.values():
         if part["file"] is not None:
@@ -290,7 +300,7 @@ def build_device_bundle(
             "spatial_factor": 8,
         },
         "components": parts,
-        "segments": segments,
+        "segments": None if whole else segments,
         "kernels": {"folder": "kernels", "arch": "sm_120"},
         "files": [file_entry(folder, name).model_dump() for name in files],
         "provenance": {"checkpoint": {"random": 0}, "tools": {}, "command": "test"},

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime import BundleError
+from runtime import BundleError, CapacityError, EngineError, Pipeline
 from runtime.bundle import Manifest, load_bundle
-from runtime.memory import available_memory, plan_buffers
+from runtime.memory import available_memory, check_memory, plan_buffers
+from runtime.program_builder import build_program
+from runtime.verify import gpu_problem
+from tests.runtime import device_bundles as device
 from tests.runtime.conftest import MakeBundle
 
 FLOAT = 4
@@ -59,3 +62,35 @@ def test_missing_tensor_and_unknown_dimension_are_named(bundle: Path) -> None:
 def test_the_system_says_what_is_free() -> None:
     free = available_memory()
     assert free is None or free > 1 << 20
+
+
+def test_a_gpu_needs_work_buffers_and_activation_memory(tmp_path: Path) -> None:
+    bundle = load_bundle(device.build_device_bundle(tmp_path / "bundle"))
+    plan = plan_buffers(bundle.manifest, 2)
+    work = {buffer.name: buffer.nbytes for buffer in plan.work}
+    # One piece for all components that take turns, one for the decoder, one for the text encoder.
+    scratch = {name: size for name, size in work.items() if name.startswith("scratch.")}
+    assert scratch == {"scratch.forward": 1 << 16, "scratch.decode": 1 << 14, "scratch.text": 1 << 13}
+    assert work["residual.0"] == work["residual.1"] == work["attention_out"] == 192 * 128 * 2
+    lists = (
+        2 * (3 * 2) * (9 * 2) * 4
+    )  # heads, query blocks, key blocks of 6 past and 3 present frames, 4 bytes
+    assert work["scores"] == work["lists"] == lists
+    weights = sum(entry.bytes for entry in bundle.manifest.files if entry.path != "text.safetensors")
+    needed = weights + plan.total_bytes
+    check_memory(bundle, plan, needed)
+    with pytest.raises(CapacityError, match="2 session") as caught:
+        check_memory(bundle, plan, needed - 1)
+    assert caught.value.needed == needed
+    arena = build_program(bundle, 2).arena_bytes
+    stored = (bundle.root / "transformer.safetensors").stat().st_size
+    assert abs(arena - plan.total_bytes - stored) < 256 * 200  # but for alignment and the file's header
+
+
+def test_a_gpu_bundle_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core", exc_type=ImportError)
+    if gpu_problem() is None:
+        pytest.skip("there is a GPU")
+    path = device.build_device_bundle(tmp_path / "bundle")
+    with pytest.raises(EngineError, match="no CUDA device 0 can be used here"):
+        Pipeline.load(path)
