@@ -353,6 +353,8 @@ def _run(args: argparse.Namespace, device: Any) -> int:
     from .timing import machine_facts
 
     facts = machine_facts()
+    if device == "cpu":
+        facts["device"] = f"{os.cpu_count()}-core CPU"
     gpu = (facts["device"], facts.get("compute_capability", "")) if device == "cuda" else ("", "")
     preset = args.preset or ("wan-1.3b" if device == "cuda" else "tiny")
     sizes = args.resolution or RESOLUTIONS[preset]

@@ -159,8 +159,7 @@ class EagerRollout:
     def _clip(self, chunks: int) -> Iterator[ChunkRecord]:
         plan, cache, clean = self._plan, self._cache, self._plan.schedule.clean_step
         cache.past_frames, self.kept = 0, []
-        cross = [(k.expand(CHUNK_FRAMES, -1, -1, -1), v.expand(CHUNK_FRAMES, -1, -1, -1))
-                 for k, v in self._model.embed_text(self._text)]  # fmt: skip
+        cross = self._model.embed_text(self._text)
         pending: Tensor | None = None
         history: list[Tensor] | None = None
         for chunk in range(chunks):
@@ -200,34 +199,32 @@ class EagerRollout:
         return torch.randn(shape, generator=self._random, device=self._device)
 
     def _forward(self, latent: Tensor, step: int, chunk: int, cross: list[CrossKV]) -> Tensor:
-        """Flow of a latent `[channels, frames, h, w]`, float32. Each frame is a batch entry: modulations are per
-        frame, and only self-attention mixes frames."""
+        """Flow of a latent `[channels, frames, h, w]`, float32. All frames of a chunk are at the same timestep."""
         model, plan = self._model, self._plan
         height, width = plan.latent_size
         patch = plan.preset.dit.patch
-        positions = torch.arange(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
-        if step == 0:
-            grid = (height // patch[1], width // patch[2])
-            cos, sin = rope_tables(
-                positions, grid, plan.preset.dit.head_dim, theta=plan.preset.dit.rope_theta
-            )
-            self._rotation = torch.complex(cos, sin)[:, None].to(self._device)
+        if step == 0:  # the clean pass follows with the same positions
+            dit, grid = plan.preset.dit, (height // patch[1], width // patch[2])
+            with torch.device(self._device):
+                positions = torch.arange(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
+                cos, sin = rope_tables(positions, grid, dit.head_dim, theta=dit.rope_theta)
+            self._rotation = torch.complex(cos, sin)[:, None]
 
         def core(layer: int, qkv: Tensor, params: QKVParams) -> Tensor:
             return self._attend(layer, qkv, params, chunk)
 
-        t = torch.full((CHUNK_FRAMES,), plan.schedule.timesteps[step], device=self._device)
+        t = torch.full((1,), plan.schedule.timesteps[step], device=self._device)
         e, e0 = model.modulations(t)
-        x = model.tokens(latent[None])[0].unflatten(0, (CHUNK_FRAMES, -1))
+        x = model.tokens(latent[None])
         for layer, block in enumerate(model.layers):
             modulation = (block.modulation + e0)[:, :, None].unbind(1)
             x = block(x, modulation, cross[layer], layer, core)
         out = model.head(x, (model.head.modulation + e[:, None])[:, :, None].unbind(1))
-        return model.latents(out.flatten(0, 1)[None], CHUNK_FRAMES, height, width)[0].float()
+        return model.latents(out, CHUNK_FRAMES, height, width)[0].float()
 
     def _attend(self, layer: int, qkv: Tensor, params: QKVParams, chunk: int) -> Tensor:
         spec = self._plan.spec
-        q, k, v = (qkv.flatten(0, 1) + params.bias).chunk(3, dim=-1)
+        q, k, v = (qkv[0] + params.bias).chunk(3, dim=-1)
         q, k = (
             self._rotate(rms_norm(part, weight, params.eps).unflatten(-1, (spec.heads, -1)))
             for part, weight in ((q, params.norm_q), (k, params.norm_k))
@@ -241,7 +238,7 @@ class EagerRollout:
             heads_first = (part[None].transpose(1, 2) for part in (q, keys, values))
             out = F.scaled_dot_product_attention(*heads_first, scale=spec.scale)[0].transpose(0, 1)
         self.kept.append(kept)
-        return out.reshape(*qkv.shape[:2], -1)
+        return out.flatten(1)[None]
 
     def _rotate(self, x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))

@@ -61,8 +61,21 @@ def test_the_ladder_with_the_tiny_model(tmp_path: Path) -> None:
     from benchmarks import rollout
 
     status = rollout.main(
-        ["--preset", "tiny", "--device", "cuda", "--frames", "45", "--repeats", "2", "--flat-chunks", "0"]
-        + ["--out", str(tmp_path), "--bundles", str(tmp_path / "bundles")]
+        [
+            *(
+                "--preset",
+                "tiny",
+                "--device",
+                "cuda",
+                "--frames",
+                "45",
+                "--repeats",
+                "2",
+                "--flat-chunks",
+                "0",
+            ),
+            *("--out", str(tmp_path), "--bundles", str(tmp_path / "bundles")),
+        ]
     )
     assert status == 0
     (file,) = tmp_path.glob("rollout-*.json")
