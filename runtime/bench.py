@@ -24,6 +24,7 @@ from .generate import read_prompt
 from .pipeline import Pipeline
 from .scheduler import ChunkTimes
 from .session import Session
+from .verify import HasRunner
 from .video import atomic_output
 
 __all__ = ["BenchResult", "measure", "run_bench"]
@@ -35,6 +36,8 @@ class BenchResult:
 
     ``overhead_percent`` is the time the runtime spends outside the engines, in percent of all the time spent on
     the measured chunks. ``seconds`` is wall time for all sessions together, and ``fps`` counts all their frames.
+    ``per_chunk`` says, on a GPU, how often graphs were launched and how often the host waited; see
+    :class:`~runtime.cuda_executor.CudaCounters`.
     """
 
     bundle: str
@@ -47,6 +50,7 @@ class BenchResult:
     other_per_chunk: float
     median_latency: float
     overhead_percent: float
+    per_chunk: dict[str, float]
     chunks: list[ChunkTimes]
     environment: dict[str, Any]
 
@@ -64,9 +68,11 @@ def measure(
         ]
         if warmup_chunks:
             list(pool.map(lambda session: _drain(session, warmup_chunks), opened))
+        before = _counters(pipeline)
         start = time.perf_counter()
         lists = list(pool.map(lambda session: _drain(session, chunks), opened))
         seconds = time.perf_counter() - start
+        counted = {name: value - before[name] for name, value in _counters(pipeline).items()}
     times = [times for per_session in lists for times in per_session]
     frames = sum(item.frames for item in times)
     other = sum(item.other for item in times)
@@ -81,8 +87,9 @@ def measure(
         other_per_chunk=mean(item.other for item in times),
         median_latency=median(item.latency for item in times),
         overhead_percent=100 * other / sum(item.denoise + item.decode + item.other for item in times),
+        per_chunk={name: value / len(times) for name, value in counted.items()},
         chunks=times,
-        environment=_environment(),
+        environment=_environment(pipeline),
     )
 
 
@@ -119,18 +126,30 @@ def _drain(session: Session, chunks: int) -> list[ChunkTimes]:
     return [ChunkTimes.of(chunk) for chunk in session.stream(chunks=chunks)]
 
 
-def _environment() -> dict[str, Any]:
-    # Not asked by distribution name: several distributions provide this module.
-    import onnxruntime
+def _counters(pipeline: Pipeline) -> dict[str, int]:
+    counters = getattr(getattr(pipeline.engine, "executor", None), "counters", None)
+    return {} if counters is None else asdict(counters)
 
-    return {
+
+def _environment(pipeline: Pipeline) -> dict[str, Any]:
+    environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "numpy": version("numpy"),
-        "onnxruntime": onnxruntime.__version__,
     }
+    library = pipeline.manifest.library
+    if library is not None:
+        environment[library.name] = library.version
+    if pipeline.manifest.backend == "onnxruntime":
+        # Not asked by distribution name: several distributions provide this module.
+        import onnxruntime
+
+        environment["onnxruntime"] = onnxruntime.__version__
+    if isinstance(pipeline.engine, HasRunner):
+        environment["device"] = pipeline.engine.component_runner().platform.device
+    return environment
 
 
 def _table(result: BenchResult) -> Table:
@@ -143,4 +162,6 @@ def _table(result: BenchResult) -> Table:
         table.add_row(f"{name} per chunk", f"{1000 * getattr(result, f'{name}_per_chunk'):.2f} ms")
     table.add_row("median latency", f"{1000 * result.median_latency:.2f} ms")
     table.add_row("time outside the engines", f"{result.overhead_percent:.2f} %")
+    for name, value in result.per_chunk.items():
+        table.add_row(f"{name.replace('_', ' ')} per chunk", f"{value:.1f}")
     return table

@@ -73,13 +73,16 @@ class _Fetched:
         self._slot = slot
         self._view = view
 
-    def into(self, out: NDArray[Any]) -> None:
-        """Wait, convert and copy."""
+    def into(self, out: NDArray[Any]) -> float:
+        """See :class:`~runtime.program_engine.Fetch`."""
+        start = time.perf_counter()
         self._executor.counters.waits += 1
         self._executor.driver.sync_event(self._slot.event)
+        seconds = time.perf_counter() - start
         view = self._view
         array = self._slot.memory[: view.nbytes].view(numpy_dtype(view.dtype)).reshape(view.shape)
         np.copyto(out, array.reshape(out.shape), casting="unsafe")
+        return seconds
 
 
 class CudaExecutor:

@@ -28,8 +28,9 @@ class _Fetched:
 
     array: NDArray[Any]
 
-    def into(self, out: NDArray[Any]) -> None:
+    def into(self, out: NDArray[Any]) -> float:
         np.copyto(out, self.array, casting="unsafe")
+        return 0.0
 
 
 class HostExecutor:

@@ -106,6 +106,11 @@ class Pipeline:
         return self._bundle.manifest
 
     @property
+    def engine(self) -> Engine:
+        """What executes the bundle."""
+        return self._engine
+
+    @property
     def memory(self) -> BufferPlan:
         """The buffers that were allocated."""
         return self._plan

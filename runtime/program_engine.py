@@ -26,8 +26,8 @@ __all__ = ["Executor", "Fetch", "ProgramEngine"]
 class Fetch(Protocol):
     """A buffer on its way to the host."""
 
-    def into(self, out: NDArray[Any]) -> None:
-        """Wait for it and copy it into ``out``."""
+    def into(self, out: NDArray[Any]) -> float:
+        """Wait for it and copy it into ``out``; the seconds spent waiting for the device."""
 
 
 class Executor(Protocol):
@@ -176,7 +176,7 @@ class ProgramEngine:
             fetches.append((self._executor.fetch(session, frames, "decode", index), count))
         written = 0
         for fetch, count in fetches:
-            fetch.into(out[written : written + count])
+            seconds += fetch.into(out[written : written + count])
             written += count
         return seconds
 
