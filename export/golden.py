@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +40,9 @@ from runtime.weights_file import WeightsFile
 
 from .components import TEXT_WEIGHTS
 from .errors import ExportError
-from .golden_reference import ReferenceGraph
+from .golden_reference import GoldenGraph, ReferenceGraph
 
-__all__ = ["GOLDEN_FILE", "TOLERANCES", "write_golden"]
+__all__ = ["GOLDEN_FILE", "PIXEL_TOLERANCES", "TOLERANCES", "write_golden", "write_vectors"]
 
 GOLDEN_FILE = "golden.safetensors"
 
@@ -108,26 +108,48 @@ def write_golden(
         raise ExportError(
             "golden vectors of a segmented bundle need the manifest's section on segments, which binds the weights"
         )
+    return write_vectors(folder, _opened(folder, parts), segments, progress=progress, total=len(parts))
+
+
+def _opened(folder: Path, parts: Mapping[str, Path]) -> Iterator[tuple[str, GoldenGraph]]:
+    """The graphs one after the other; the files of each are gone when the next one is asked for."""
+    for name, path in parts.items():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".golden-") as scratch:
+            yield name, ReferenceGraph(path, Path(scratch))
+
+
+def write_vectors(
+    folder: Path,
+    graphs: Iterable[tuple[str, GoldenGraph]],
+    segments: bundle.Segments | None,
+    *,
+    progress: Progress | None = None,
+    total: int = 0,
+) -> tuple[list[str], bundle.Golden]:
+    """Write the golden vectors of components whatever they are computed with; see `write_golden`.
+
+    Args:
+        graphs: component and what computes it, each used before the next one is taken.
+        total: their number, for `progress`.
+    """
     cases: list[GoldenCase] = []
     samples: dict[str, NDArray[np.float32]] = {}
     tolerances: dict[str, float] = {}
     files: dict[str, WeightsFile] = {}
-    for done, (name, path) in enumerate(parts.items()):
+    for done, (name, graph) in enumerate(graphs):
         if progress is not None:
-            progress(name, done, len(parts))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".golden-") as scratch:
-            graph = ReferenceGraph(path, Path(scratch))
-            tolerances[name] = _tolerance(graph)
-            for scenario in _scenarios(name, graph, segments, folder):
-                case, found = _run(name, graph, scenario, folder, files)
-                cases.append(case)
-                samples |= found
+            progress(name, done, total)
+        tolerances[name] = _tolerance(graph)
+        for scenario in _scenarios(name, graph, segments, folder):
+            case, found = _run(name, graph, scenario, folder, files)
+            cases.append(case)
+            samples |= found
     document = GoldenCases(cases=tuple(cases)).model_dump_json()
     save_file(samples, folder / GOLDEN_FILE, metadata={METADATA_KEY: document})
     return [GOLDEN_FILE], bundle.Golden(file=GOLDEN_FILE, tolerances=tolerances)
 
 
-def _tolerance(graph: ReferenceGraph) -> float:
+def _tolerance(graph: GoldenGraph) -> float:
     if any(spec.dtype == "uint8" for spec in graph.outputs):
         return PIXEL_TOLERANCES[graph.precision]
     depth = max(1.0, graph.layers / TOLERATED_LAYERS)
@@ -138,7 +160,7 @@ def _tolerance(graph: ReferenceGraph) -> float:
 
 
 def _scenarios(
-    name: str, graph: ReferenceGraph, segments: bundle.Segments | None, folder: Path
+    name: str, graph: GoldenGraph, segments: bundle.Segments | None, folder: Path
 ) -> Iterator[_Scenario]:
     last_step = FlowSchedule.warped().denoise_steps - 1
     inputs = {spec.name for spec in graph.inputs}
@@ -192,7 +214,7 @@ def _bindings(name: str, segments: bundle.Segments | None) -> list[_Bindings]:
 # ---- what goes in ----
 
 
-def _recipes(graph: ReferenceGraph, scenario: _Scenario) -> tuple[dict[str, Recipe], int]:
+def _recipes(graph: GoldenGraph, scenario: _Scenario) -> tuple[dict[str, Recipe], int]:
     """The recipe of every input, and the number of slots."""
     shapes = {spec.name: spec.shape for spec in graph.inputs}
     (most,) = shapes.get("frame_slots", (0,))
@@ -242,7 +264,7 @@ def _scale(name: str) -> float:
 
 def _run(
     component: str,
-    graph: ReferenceGraph,
+    graph: GoldenGraph,
     scenario: _Scenario,
     folder: Path,
     files: dict[str, WeightsFile],

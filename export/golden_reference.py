@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +19,7 @@ from .quantize import ORT_SESSION_CONFIG
 from .quantize_emulation import emulate_fp4, unpack_fp4
 from .quantize_twin import float32_twin
 
-__all__ = ["ReferenceGraph"]
+__all__ = ["GoldenGraph", "ReferenceGraph"]
 
 _DTYPES: Mapping[ir.DataType, Dtype] = {
     ir.DataType.FLOAT: "float32",
@@ -41,6 +41,26 @@ _COARSEST = {
 _NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _ERRORS_ONLY = 3
 _TWIN = "twin.onnx"
+
+
+class GoldenGraph(Protocol):
+    """What golden vectors are computed with: a component in float32.
+
+    Attributes:
+        path: the file it comes from, for messages.
+        inputs, outputs: as the component has them; floats may be given and returned wider.
+        precision: the coarsest type that the component computes in: fp32, fp16, bf16, fp8 or nvfp4.
+        layers: attentions in it.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    layers: int
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs, float32 where they are floats."""
 
 
 class ReferenceGraph:

@@ -197,9 +197,10 @@ def standard_normal(seed: int, count: int) -> NDArray[np.float32]:
     out = np.empty(count, dtype=np.float32)
     deviation = np.float32(1.0 / np.sqrt(_LANES * ((_LANE_MAX + 1) ** 2 - 1) / 12))
     for start, words in _bits(seed, count):
-        total = np.zeros(words.size, dtype=np.int32)
-        for lane in range(_LANES):
-            total += (words >> np.uint64(16 * lane)).astype(np.uint16)
+        lanes = words.astype("<u8", copy=False).view("<u2")
+        total = lanes[0::_LANES].astype(np.int32)
+        for lane in range(1, _LANES):
+            total += lanes[lane::_LANES]
         total -= _LANES * _LANE_MAX // 2
         np.multiply(total, deviation, out=out[start : start + words.size], dtype=np.float32)
     return out
