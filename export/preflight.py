@@ -17,7 +17,7 @@ from .sizes import transformer_parameters
 
 __all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]
 
-_COPIES, _BASE = 2, 2 << 30
+_COPIES, _BASE = 1.5, 2 << 30
 """Memory of an export: so many times the transformer's weights, and the libraries (measured)."""
 
 

@@ -87,4 +87,4 @@ def write_tensors(path: Path, tensors: Iterable[StoredTensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             written = file.write(tensor.read())
-            assert written == tensor.nbytes, (tensor.name, written, tensor.nbytes)
+            assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, expected {tensor.nbytes}"

@@ -172,6 +172,15 @@ def test_components_are_taken_over_only_if_intact_and_of_the_same_request(tmp_pa
         assert workspace.component("one", touch("1.txt"))[1] is False
 
 
+def test_a_component_with_a_key_of_its_own_outlives_a_change_of_the_rest(tmp_path):
+    with open_workspace(tmp_path, "b", "fp8") as workspace:
+        workspace.component("graph", touch("graph"), key="model")
+        workspace.component("engine", touch("engine"))
+    with open_workspace(tmp_path, "b", "bf16") as workspace:
+        assert workspace.component("graph", touch("graph"), key="model")[1] is True
+        assert workspace.component("engine", touch("engine"))[1] is False
+
+
 def test_publishing_replaces_the_old_result_and_drops_leftovers(tmp_path):
     for content in ("old", "new"):
         with open_workspace(tmp_path, "b", content, marker="m.txt") as workspace:
