@@ -54,7 +54,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     chosen = target(request.param)
     if request.param == "tensorrt-rtx":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
-    return built(tmp_path_factory.mktemp("device"), chosen, request.param, "bf16")
+    execution = "segmented" if request.param == "tensorrt-rtx" else "whole"  # inductor has one way only
+    out = tmp_path_factory.mktemp("device")
+    return built(out, chosen, request.param, "bf16", execution=execution)
 
 
 @pytest.fixture(scope="module")
