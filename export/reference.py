@@ -26,7 +26,7 @@ from runtime.noise import fill_noise
 
 from .errors import ComparisonError
 from .modules import CACHE_STEMS, LAYER_STEMS, StepModule
-from .weights import Weights
+from .weights import Weights, shipped_weights
 
 __all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds"]
 
@@ -58,18 +58,26 @@ class Reference:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Reference:
-        """The reference of a bundle with random weights.
+        """The reference of a bundle whose weights are random, or come with this package.
 
         Raises:
             ComparisonError: the bundle's weights come from a checkpoint, which must be given.
         """
-        origin = manifest.provenance.checkpoint
-        if not isinstance(origin, RandomInit):
+        origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
+        if isinstance(origin, RandomInit):
+            return cls(Weights(model, seed=origin.random))
+        shipped = shipped_weights(model)
+        if shipped is not None and shipped.source == origin.source:
+            if (found := shipped.digests()["checkpoint"]) == origin.sha256:
+                return cls(shipped)
             raise ComparisonError(
-                f"the bundle's weights come from {origin.source} (SHA-256 {origin.sha256[:12]}...); pass the files it "
-                "was built from: --checkpoint, --vae, --text-encoder, --tokenizer"
+                f"the bundle's weights are another release of {origin.source} (SHA-256 {origin.sha256[:12]}..., this "
+                f"package has {found[:12]}...); rebuild the bundle"
             )
-        return cls(Weights(preset(manifest.model.preset), seed=origin.random))
+        raise ComparisonError(
+            f"the bundle's weights come from {origin.source} (SHA-256 {origin.sha256[:12]}...); pass the files it "
+            "was built from: --checkpoint, --vae, --text-encoder, --tokenizer"
+        )
 
     @property
     def preset(self) -> Preset:

@@ -12,9 +12,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
+import export.reference
 from export.compare import against_reference
 from export.errors import ComparisonError
 from export.reference import Reference
+from export.weights import Weights
+from lightforcing_ref.config import PRESETS
 from lightforcing_ref.vae import to_uint8
 from runtime.bundle import Bundle, Checkpoint, file_entry, load_bundle, write_manifest
 from runtime.pipeline import Pipeline
@@ -77,6 +80,27 @@ def test_a_bundle_from_a_checkpoint_needs_the_checkpoint(tiny_bundle):
     provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
     with pytest.raises(ComparisonError, match=r"come from short_video_gen\.pt .* pass the files"):
         Reference.of(manifest.model_copy(update={"provenance": provenance}))
+
+
+def test_weights_that_come_with_the_package_are_found(tiny_bundle, tmp_path, monkeypatch):
+    """Whatever is shipped for the preset: a file of ours stands in for it."""
+    files = {name: tmp_path / name for name in ("checkpoint", "vae", "text_encoder", "tokenizer")}
+    files["checkpoint"].write_bytes(b"weights")
+    weights = Weights(PRESETS["tiny"], **files)
+    monkeypatch.setattr(export.reference, "shipped_weights", lambda preset: weights)
+    monkeypatch.setattr(Weights, "digests", lambda self: {"checkpoint": "a" * 64})
+    manifest = load_bundle(tiny_bundle).manifest
+
+    def built_from(source: str, digest: str):
+        origin = Checkpoint(source=source, sha256=digest)
+        provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
+        return manifest.model_copy(update={"provenance": provenance})
+
+    assert Reference.of(built_from(weights.source, "a" * 64)).weights is weights
+    with pytest.raises(ComparisonError, match="another release"):
+        Reference.of(built_from(weights.source, "b" * 64))
+    with pytest.raises(ComparisonError, match="pass the files"):
+        Reference.of(built_from("other.pt", "a" * 64))
 
 
 @pytest.mark.parametrize("recache", ["window", "all", "none"])
