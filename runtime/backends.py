@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from .bundle import Bundle
 from .engine import Engine
-from .memory import BufferPlan
+from .memory import BufferPlan, runs_on_gpu
 
 __all__ = ["load_engine", "runs_on_host"]
 
 
 def runs_on_host(bundle: Bundle) -> bool:
     """Whether the bundle is executed on the host: by ONNX Runtime, or by packages compiled for a CPU."""
-    manifest = bundle.manifest
-    return manifest.backend == "onnxruntime" or manifest.target.compute_capability is None
+    return not runs_on_gpu(bundle.manifest)
 
 
 def load_engine(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> Engine:

@@ -17,6 +17,7 @@ from .dry_run_contract import check_contract
 from .dry_run_memory import MemoryChecker
 from .errors import BundleError, LightForcingError
 from .kernels import KernelLibrary
+from .memory import runs_on_gpu
 from .program import Copy, EngineRun, Fill, Forward, KernelLaunch, Operation, Program
 from .program_builder import build_program
 
@@ -150,7 +151,7 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
 def _library(bundle: Bundle, flaws: Flaws) -> KernelLibrary | None:
     """The images for the bundle's target; ``None`` on a host, where nothing is launched."""
     kernels, capability = bundle.manifest.kernels, bundle.manifest.target.compute_capability
-    if capability is None:
+    if capability is None or not runs_on_gpu(bundle.manifest):
         return None
     if kernels is None:
         flaws.add("kernels", "the bundle is for a GPU and holds no kernel images")

@@ -21,6 +21,7 @@ __all__ = [
     "check_memory",
     "item_bits",
     "plan_buffers",
+    "runs_on_gpu",
     "work_buffers",
 ]
 
@@ -87,6 +88,11 @@ class BufferPlan:
         )
 
 
+def runs_on_gpu(manifest: Manifest) -> bool:
+    """Whether engines run on a GPU. ONNX Runtime's run on the host, whatever their target has."""
+    return manifest.backend != "onnxruntime" and manifest.target.compute_capability is not None
+
+
 def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     """Plan the buffers for ``sessions`` sessions. Raises :class:`BundleError` if a component's I/O is unusable."""
     slots = max(1, sessions * manifest.cache.max_past_frames)
@@ -142,7 +148,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         pool=tuple(pool),
         shared=tuple(shared),
         session=tuple(session),
-        work=() if manifest.target.compute_capability is None else work_buffers(manifest),
+        work=work_buffers(manifest) if runs_on_gpu(manifest) else (),
     )
 
 
