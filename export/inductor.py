@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lightforcing_ref.checkpoint_spec import umt5_shapes
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.vae import VAEDecoder
-from plugins import contract
 from runtime import bundle
 
 from .builder import Builder, Built, Run
 from .components import TEXT_WEIGHTS, attention_form, component_of
 from .errors import BuildError, InputError
-from .inductor_golden import golden_graphs, write_golden_of
+from .golden import write_vectors
+from .inductor_components import OPERATORS, describe, operator_components
+from .inductor_golden import golden_graphs
 from .inductor_modules import (
     Compiled,
     StepSegments,
@@ -43,8 +42,8 @@ from .inductor_modules import (
 )
 from .kernel_images import FOLDER as KERNELS_FOLDER
 from .kernel_images import kernel_arch, kernel_variants, write_kernels
-from .machine import find_gpus
-from .modules import StepModule, layer_names, merge_qkv
+from .machine import find_gpus, importable
+from .modules import StepModule, merge_qkv
 from .onnx_parts import graph_types, tokenizer_part
 from .plan import StepPlan
 from .quantize import choose_formats
@@ -54,10 +53,9 @@ from .request import BuildRequest
 from .tensor_files import StoredTensor, store, write_tensors
 from .tracing import attend, prepare, save_model, trace
 
-__all__ = ["BUILDER", "compile_package", "describe", "fp8_linears"]
+__all__ = ["BUILDER", "compile_package", "fp8_linears"]
 
 WEIGHTS = "transformer.safetensors"
-OPERATORS = ("qk_prepare", "attention")
 
 ValueT = TypeVar("ValueT")
 
@@ -125,7 +123,13 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
                 f"PyTorch compiles for the CPU with {' or '.join(names)}, which is not installed"
             )
         return
+    if request.precision == "fp32":
+        raise InputError(
+            f"attention on {request.target.name} is done by kernels in bf16; use --precision bf16 or fp8"
+        )
     kernel_variants(request.target, plan)
+    if not importable("triton"):
+        raise BuildError("PyTorch compiles for a GPU with Triton, which is not installed; pip install triton")
     wanted = request.target.compute_capability
     found = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in find_gpus().gpus) or "none"
     if not torch.cuda.is_available():
@@ -238,7 +242,7 @@ def _section(segments: StepSegments, layers: int, linears: frozenset[str]) -> bu
     )
 
 
-# ---- operators and the step as a whole ----
+# ---- operators ----
 
 
 class _Operator(nn.Module):
@@ -252,47 +256,6 @@ class _Operator(nn.Module):
         return self.operator(*tensors, **self.attributes)
 
 
-def _operator_specs(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.Component]:
-    """What goes into and comes out of the operators; no files."""
-    dit, geometry = plan.preset.dit, plan.geometry
-    heads = (dit.heads, dit.head_dim)
-    tokens = CHUNK_FRAMES * geometry.frame_tokens
-    shapes: dict[str, tuple[int | str, ...]] = {
-        "qkv": (tokens, 3 * dit.dim),
-        "bias": (3 * dit.dim,),
-        **dict.fromkeys(("norm_q", "norm_k"), (dit.dim,)),
-        **dict.fromkeys(("cos", "sin"), (tokens, dit.head_dim // 2)),
-        **dict.fromkeys(("q", "k", "v", "out"), (tokens, *heads)),
-        "q_mean": (CHUNK_FRAMES, geometry.q_blocks, *heads),
-        "k_mean": (CHUNK_FRAMES, geometry.k_blocks, *heads),
-        **dict.fromkeys(("past_k", "past_v"), ("slots", geometry.frame_tokens, *heads)),
-        "past_kmean": ("slots", geometry.k_blocks, *heads),
-        "frame_slots": (plan.max_past_frames,),
-        "chunk": (),
-    }
-    wide = {"cos", "sin", "q_mean", "k_mean", "past_kmean"}
-
-    def specs(names: Iterable[str]) -> tuple[bundle.TensorSpec, ...]:
-        kinds = {
-            n: "int32" if n in ("frame_slots", "chunk") else "float32" if n in wide else None for n in names
-        }
-        return tuple(
-            bundle.TensorSpec.model_validate(
-                {"name": n, "dtype": kind or dtype_name(dtype), "shape": shapes[n]}
-            )
-            for n, kind in kinds.items()
-        )
-
-    return {
-        "qk_prepare": bundle.Component(
-            file=None, inputs=specs(contract.QK_PREPARE_INPUTS), outputs=specs(contract.QK_PREPARE_OUTPUTS)
-        ),
-        "attention": bundle.Component(
-            file=None, inputs=specs(contract.HSA_INPUTS), outputs=specs(contract.HSA_OUTPUTS)
-        ),
-    }
-
-
 def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
     """The operators as ONNX graphs, for hosts."""
     spec, eps = plan.spec, plan.preset.dit.eps
@@ -301,7 +264,7 @@ def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
         "attention": (attend, spec.attend_attributes()),
     }
     files = []
-    for name, component in _operator_specs(plan, torch.float32).items():
+    for name, component in operator_components(plan, torch.float32).items():
         slots = torch.export.Dim("slots", min=1)
         examples, dynamic = [], []
         for item in component.inputs:
@@ -323,46 +286,6 @@ def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
         save_model(graph, folder / f"{name}.onnx", f"{name}.constants")
         files += [f"{name}.onnx", *(c for c in (f"{name}.constants",) if (folder / c).exists())]
     return files
-
-
-def _step_components(
-    plan: StepPlan, segments: StepSegments, dtype: torch.dtype
-) -> dict[str, bundle.Component]:
-    """The step and its clean variant as a whole: what goes in and comes out. No files."""
-    layers = plan.preset.dit.layers
-    known = {spec.name: spec for spec in (*segments.last.inputs, *segments.last.outputs)}
-    for component in _operator_specs(plan, dtype).values():
-        known |= {spec.name: spec for spec in (*component.inputs, *component.outputs)}
-
-    def named(source: str, *names: str) -> list[bundle.TensorSpec]:
-        return [known[source].model_copy(update={"name": name}) for name in names]
-
-    def per_layer(source: str, stem: str, count: int = layers) -> list[bundle.TensorSpec]:
-        return named(source, *layer_names(stem, count))
-
-    placement = [*named("chunk", "chunk"), *named("frame_slots", "frame_slots")]
-    placement += [*named("cos", "rope_cos"), *named("sin", "rope_sin")]
-
-    def inputs(first: list[bundle.TensorSpec], count: int) -> tuple[bundle.TensorSpec, ...]:
-        stems = ("cross_k", "cross_v", "past_k", "past_v", "past_kmean")
-        return (*first, *placement, *(spec for stem in stems for spec in per_layer(stem, stem, count)))
-
-    cache = [
-        spec
-        for source, stem in (("k", "k"), ("v", "v"), ("k_mean", "kmean"))
-        for spec in per_layer(source, stem)
-    ]
-    step = [*named("latent", "latent"), *named("noise", "noise"), *named("step", "step")]
-    return {
-        "step": bundle.Component(
-            file=None,
-            inputs=inputs(step, layers),
-            outputs=(*named("next_latent", "next_latent"), *named("x0", "x0"), *cache),
-        ),
-        "clean": bundle.Component(
-            file=None, inputs=inputs(named("latent", "latent"), layers - 1), outputs=tuple(cache)
-        ),
-    }
 
 
 # ---- the build ----
@@ -447,28 +370,6 @@ def _build(run: Run) -> Built:
     )
 
 
-def describe(
-    request: BuildRequest, decoder: VAEDecoder, linears: frozenset[str]
-) -> dict[str, bundle.Component]:
-    """The manifest's components of a compiled bundle; operators without a file, as where kernels execute them."""
-    plan, types = request.plan, graph_types(request)
-    segments = step_segments(plan, types.transformer, linears)
-    with torch.device("meta"):
-        model = CausalWanModel(plan.preset.dit).to(types.transformer)
-    modules = {
-        **segments.by_name,
-        "text_encoder": text_layer(plan, types.text),
-        "conditioner": conditioner(model),
-        "vae_first": vae_first(decoder, plan),
-        "vae_next": vae_next(decoder, plan),
-    }
-    return {
-        **_step_components(plan, segments, types.transformer),
-        **_operator_specs(plan, types.transformer),
-        **{name: module.component(f"{name}.pt2") for name, module in modules.items()},
-    }
-
-
 def _golden(
     run: Run,
     components: Mapping[str, bundle.Component],
@@ -476,7 +377,8 @@ def _golden(
     linears: frozenset[str],
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
     def write(folder: Path) -> list[str]:
-        files, golden = write_golden_of(folder, golden_graphs(run, components, linears), section)
+        graphs = golden_graphs(run.plan, run.request, run.models, components, linears)
+        files, golden = write_vectors(folder, graphs.items(), section)
         (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
         return [*files, _GOLDEN_SECTION]
 

@@ -14,28 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from runtime import bundle
-from runtime.golden import METADATA_KEY, GoldenCase, GoldenCases
-from runtime.weights_file import WeightsFile
 
-from .builder import Run
-from .golden import GOLDEN_FILE, _run, _scenarios, _tolerance
-from .golden_reference import ReferenceGraph
+from .builder import Models
+from .golden_reference import GoldenGraph
 from .inductor_modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer, vae_first, vae_next
 from .onnx_parts import GraphTypes, graph_types
 from .plan import StepPlan
+from .request import BuildRequest
 
-__all__ = ["golden_graphs", "write_golden_of"]
+__all__ = ["golden_graphs"]
 
 Arrays = Mapping[str, NDArray[Any]]
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-class _TorchGraph(ReferenceGraph):
+class _TorchGraph:
     """A component as the golden vectors take it, computed by PyTorch.
 
     Args:
@@ -79,30 +76,34 @@ def _of(compiled: Compiled) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]
 
 
 def golden_graphs(
-    run: Run, components: Mapping[str, bundle.Component], linears: frozenset[str]
-) -> dict[str, ReferenceGraph]:
+    plan: StepPlan,
+    request: BuildRequest,
+    models: Models,
+    components: Mapping[str, bundle.Component],
+    linears: frozenset[str],
+) -> dict[str, GoldenGraph]:
     """The reference of every component of a compiled bundle.
 
     Args:
         linears: kinds of the block linears that are in FP8.
     """
-    plan, types, wide = run.plan, graph_types(run.request), GraphTypes()
+    types, wide = graph_types(request), GraphTypes()
 
     def widened(module: nn.Module, dtype: torch.dtype) -> Any:
         return module if dtype == torch.float32 else copy.deepcopy(module).float()
 
-    decoder = widened(run.models.decoder(types.decoder), types.decoder)
+    decoder = widened(models.decoder(types.decoder), types.decoder)
     compiled: dict[str, tuple[Compiled, torch.dtype]] = {
         **{name: (part, types.transformer) for name, part in _segments(plan, linears).items()},
         "conditioner": (
-            conditioner(widened(run.models.dit(types.transformer), types.transformer)),
+            conditioner(widened(models.dit(types.transformer), types.transformer)),
             types.transformer,
         ),
         "text_encoder": (text_layer(plan, wide.text), types.text),
         "vae_first": (vae_first(decoder, plan), types.decoder),
         "vae_next": (vae_next(decoder, plan), types.decoder),
     }
-    graphs: dict[str, ReferenceGraph] = {}
+    graphs: dict[str, GoldenGraph] = {}
     for name, (module, dtype) in compiled.items():
         is_fp8 = any(spec.dtype == "float8_e4m3fn" for spec in components[name].inputs)
         precision = "fp8" if is_fp8 else _SHORT[str(dtype).removeprefix("torch.")]
@@ -130,22 +131,3 @@ def _segments(plan: StepPlan, linears: frozenset[str]) -> dict[str, Compiled]:
             if isinstance(module, Fp8Linear):
                 module.emulated = True
     return parts
-
-
-def write_golden_of(
-    folder: Path, graphs: Mapping[str, ReferenceGraph], segments: bundle.Segments
-) -> tuple[list[str], bundle.Golden]:
-    """Write the golden vectors of `graphs`; see `export.golden.write_golden`."""
-    cases: list[GoldenCase] = []
-    samples: dict[str, NDArray[np.float32]] = {}
-    tolerances: dict[str, float] = {}
-    files: dict[str, WeightsFile] = {}
-    for name, graph in graphs.items():
-        tolerances[name] = _tolerance(graph)
-        for scenario in _scenarios(name, graph, segments, folder):
-            case, found = _run(name, graph, scenario, folder, files)
-            cases.append(case)
-            samples |= found
-    document = GoldenCases(cases=tuple(cases)).model_dump_json()
-    save_file(samples, folder / GOLDEN_FILE, metadata={METADATA_KEY: document})
-    return [GOLDEN_FILE], bundle.Golden(file=GOLDEN_FILE, tolerances=tolerances)

@@ -20,7 +20,10 @@ from export.build import _manifest
 from export.builder import Built, Models
 from export.components import TEXT_WEIGHTS
 from export.errors import BuildError, InputError
+from export.golden import write_vectors
 from export.inductor import BUILDER, compile_package, fp8_linears
+from export.inductor_components import describe, step_components
+from export.inductor_golden import golden_graphs
 from export.inductor_modules import Compiled, Fp8Linear, dtype_name, step_segments, tensor_name
 from export.plan import StepPlan
 from export.quantize_numerics import fake_linear, fold_weight, relative_error
@@ -38,6 +41,7 @@ from lightforcing_ref.sparsity import kept_blocks
 from runtime.bundle import Bundle, file_entry, load_bundle, write_manifest
 from runtime.dry_run import dry_run
 from runtime.errors import BundleError, EngineError
+from runtime.golden import GoldenVectors
 from runtime.host_engine import load_graph
 from runtime.inductor import InductorGraph
 from runtime.inductor_cuda import InductorLibrary
@@ -97,7 +101,7 @@ def mixed_bundle(tiny_bundle: Path, plan: StepPlan, tmp_path_factory: pytest.Tem
         inductor._weight_tensors(Weights(TINY, 0).dit(torch.float32), plan, frozenset()),
     )
     components = {name: c for name, c in manifest.components.items() if not name.startswith("step_chunk")}
-    components |= inductor._step_components(plan, segments, torch.float32)
+    components |= step_components(plan, segments, torch.float32)
     components |= {name: part.component(f"{name}.pt2") for name, part in segments.by_name.items()}
     components |= {
         name: inductor.component_of(folder, f"{name}.onnx") for name in ("qk_prepare", "attention")
@@ -262,6 +266,12 @@ def test_a_gpu_bundle_is_built_on_such_a_gpu() -> None:
         BUILDER.check(request, request.plan)
 
 
+def test_kernels_decide_what_a_gpu_computes_in() -> None:
+    request = request_for("h200", precision="fp32")
+    with pytest.raises(InputError, match="--precision bf16 or fp8"):
+        BUILDER.check(request, request.plan)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -333,7 +343,7 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
     chosen = load_variant(variant).model_copy(update={"block": TINY.block})
     request = request_for("rtx5090", precision=precision, variant=chosen)
     plan, linears, models = request.plan, fp8_linears(request, request.plan), Models(request.weights)
-    components = inductor.describe(request, models.decoder(torch.float16), linears)
+    components = describe(request, models.decoder(torch.float16), linears)
     assert components["qk_prepare"].file is None
     shapes = umt5_shapes(TINY.text)
     write_tensors(
@@ -350,20 +360,29 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
         tmp_path / inductor.WEIGHTS, inductor._weight_tensors(models.take_dit(torch.bfloat16), plan, linears)
     )
     files += write_kernels(tmp_path / "kernels")
+    section = inductor._section(step_segments(plan, torch.bfloat16, linears), TINY.dit.layers, linears)
+    graphs = golden_graphs(plan, request, models, components, linears)
+    assert graphs["layer"].precision == precision
+    quick = [(name, graph) for name, graph in graphs.items() if not name.startswith("vae")]
+    written, golden = write_vectors(tmp_path, quick, section)
+    files += written
     built = Built(
         components=components,
         files=[file_entry(tmp_path, name) for name in files],
         graphs={},
         vae_dtype="float16",
-        segments=inductor._section(step_segments(plan, torch.bfloat16, linears), TINY.dit.layers, linears),
+        segments=section,
         library=Library(name="torch", version=torch.__version__),
         kernels=Kernels(folder="kernels", arch="sm_120"),
+        golden=golden,
     )
     run = SimpleNamespace(request=request, plan=plan, models=models)
     write_manifest(tmp_path, _manifest(run, built, {}))
     report = dry_run(load_bundle(tmp_path), sessions=2)
     assert report.checked_runs > 0
     assert not report.unbound
+    # Golden vectors fit the components' inputs and outputs, in the types of a GPU.
+    assert {case.component for case in GoldenVectors(load_bundle(tmp_path)).cases} == {n for n, _ in quick}
 
 
 def test_without_a_gpu_the_library_says_so(mixed_bundle: Path) -> None:
