@@ -259,8 +259,9 @@ class _Study:
                 found = {name: errors[name][format] for name in names}
                 worst = max(names, key=lambda name: (found[name] != found[name], found[name]))
                 limit = THRESHOLDS[format] if self.tolerance is None else self.tolerance
+                layer = f"layer {names.index(worst)}"
                 rows.append(
-                    Row("linear", f"{precision}: {kind}", len(names), worst, found[worst], None, limit)
+                    Row("linear", f"{precision}: {kind}", len(names), layer, found[worst], None, limit)
                 )
                 series.append(Series(f"{kind} ({format})", tuple(_finite(value) for value in found.values())))
             labels = tuple(str(layer) for layer in range(self.manifest.model.layers))

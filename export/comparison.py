@@ -151,28 +151,24 @@ def psnr(actual: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float | None
     return 10 * log10(255.0**2 / error) if error else None
 
 
-_FIGURES = ("runs", "relative L2", "largest", "PSNR", "tolerance")
+_FIGURES = ("runs", "error", "largest", "PSNR", "limit")
 
 
 def comparison_table(title: str, rows: Sequence[Row]) -> Table:
     """The rows, each with its verdict."""
-    table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
-    has_frames = any(row.psnr is not None for row in rows)
-    psnr_heading = ("PSNR",) if has_frames else ()
-    headings = (
-        "scope",
-        "name",
-        "runs",
-        "worst output",
-        "relative L2",
-        "largest",
-        *psnr_heading,
-        "tolerance",
-        "",
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=escape(title),
+        title_justify="left",
+        caption="error: relative L2 norm; largest: absolute difference, of frames in levels of 0 to 255",
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
     )
-    for heading in headings:
+    has_frames = any(row.psnr is not None for row in rows)
+    signal = ("PSNR",) if has_frames else ()
+    for heading in ("scope", "name", "runs", "worst", "error", "largest", *signal, "limit", ""):
         justify: Literal["left", "right"] = "right" if heading in _FIGURES else "left"
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading in _FIGURES)
     for row in rows:
         figures = [f"{row.relative:.1e}", "" if row.largest is None else f"{row.largest:.1e}"]
         if has_frames:

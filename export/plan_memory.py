@@ -260,6 +260,8 @@ class _Planner:
         key_blocks = (self.past + CHUNK_FRAMES) * self.geometry.k_blocks
         selection = dit.heads * q_blocks * (8 * key_blocks + 4) + 4 * q_blocks * dit.dim
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
+        text = 4 * dit.text_len * (2 * self.request.preset.text.d_model + 1)
+        yield MemoryItem("buffers", "text encoder's states and mask", text)
 
     def activations(self) -> Iterator[MemoryItem]:
         """Upper bounds of what the engines use while they run: a block for each of the lanes that run side by side."""

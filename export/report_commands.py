@@ -71,7 +71,10 @@ class Plan(Command):
 
 
 class Inspect(Command):
-    """Show what a bundle holds: components, shapes, sizes, sparsity table, provenance."""
+    """Show what a bundle holds: components, engines, kernels, quantization, memory, sparsity, provenance, verdict.
+
+    Launches, matrix products and activation memory are what each engine's own plan says. Files are verified first.
+    """
 
     name = "inspect"
 
