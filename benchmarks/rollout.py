@@ -73,9 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--build-only", action="store_true", help="build the bundles and stop")
     parser.add_argument("--rebuild", action="store_true", help="build them again where they are there")
-    parser.add_argument(
-        "--jobs", type=int, help="builds at a time; default: a quarter of the cores, 2 at least"
-    )
+    parser.add_argument("--jobs", type=int, help="builds at a time; default: half the cores, 2 at least")
     parser.add_argument("--out", type=Path, help="folder of the results; default: $OUT or benchmarks/results")
     return parser
 
@@ -102,7 +100,7 @@ class Ladder:
             self._platform,
             self._gpu,
             self._args.bundles,
-            jobs=self._args.jobs or max(2, (os.cpu_count() or 2) // 4),
+            jobs=self._args.jobs or max(2, (os.cpu_count() or 2) // 2),
             timeout=self._left(),
             rebuild=self._args.rebuild,
         )
@@ -129,17 +127,17 @@ class Ladder:
             "rungs": rows,
         }
         self._result["cases"].append(entry)
-        problems = self.build([case])
+        problems: dict[Path, str] | None = None
         open_rungs: dict[int, Runner] = {}
         clips: dict[int, list[Clip]] = {rung.number: [] for rung in self._rungs}
         by_number = {row["number"]: row for row in rows}
         for rung in self._rungs:
             row = by_number[rung.number]
-            runner = self._guarded(
-                row, lambda rung=rung, row=row: self._open(rung, case, row, problems, open_rungs)
-            )
-            if runner and self._guarded(
-                row, lambda rung=rung, row=row: self._inspect(rung, case, row, open_rungs)
+            if rung.runner == "executor" and problems is None:  # the rungs without a bundle are safe by now
+                problems = self.build([case])
+            found = problems or {}
+            if self._guarded(row, lambda r=rung, w=row, f=found: self._open(r, case, w, f, open_rungs)) and (
+                self._guarded(row, lambda r=rung, w=row: self._inspect(r, case, w, open_rungs))
             ):
                 self._time(rung, case, row, open_rungs, clips)
             self.write()
@@ -151,7 +149,7 @@ class Ladder:
             for rung in reversed(self._rungs):
                 if rung.runner == "executor" and rung.number in open_rungs:
                     row = by_number[rung.number]
-                    self._guarded(row, lambda rung=rung, row=row: self._flat(rung, row, open_rungs))
+                    self._guarded(row, lambda r=rung, w=row: self._flat(r, w, open_rungs))
         for runner in open_rungs.values():
             with suppress(Exception):  # what failed before may fail again; it was recorded
                 runner.close()
@@ -354,7 +352,7 @@ def _run(args: argparse.Namespace, device: Any) -> int:
 
     facts = machine_facts()
     if device == "cpu":
-        facts["device"] = f"{os.cpu_count()}-core CPU"
+        facts |= {"device": f"{os.cpu_count()}-core CPU", "threads": os.environ.get("OMP_NUM_THREADS", "all")}
     gpu = (facts["device"], facts.get("compute_capability", "")) if device == "cuda" else ("", "")
     preset = args.preset or ("wan-1.3b" if device == "cuda" else "tiny")
     sizes = args.resolution or RESOLUTIONS[preset]
