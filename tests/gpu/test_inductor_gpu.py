@@ -127,15 +127,15 @@ def test_the_rollout_is_near_the_reference(bundle: Path) -> None:
 
 
 def test_a_chunk_waits_for_its_frames_and_for_nothing_else(bundle: Path) -> None:
-    loaded = load_bundle(bundle)
-    engine = load_engine(loaded, plan_buffers(loaded.manifest, 1))
-    engine.warmup()
-    with Pipeline(loaded, plan_buffers(loaded.manifest, 1), engine, None) as pipe:
-        counters = engine.executor.counters
-        with pipe.session(embedding=EMBEDDING, seed=0) as session:
-            stream = session.stream(chunks=CHUNKS)
-            next(stream)
-            before, launches = counters.waits, counters.graph_launches
-            rest = list(stream)
-        assert counters.waits - before <= 3 * len(rest) + 3
+    with (
+        Pipeline.load(bundle, text_encoder="external") as pipe,
+        pipe.session(embedding=EMBEDDING, seed=0) as session,
+    ):
+        counters = pipe._engine.executor.counters
+        stream = session.stream(chunks=CHUNKS)
+        next(stream)
+        waits, launches = counters.waits, counters.graph_launches
+        rest = list(stream)
+        # Three fetched pieces of video a chunk; the first chunk's last ones may be counted here.
+        assert counters.waits - waits <= 3 * (len(rest) + 1)
         assert counters.graph_launches > launches
