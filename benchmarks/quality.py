@@ -1,7 +1,8 @@
 """Measures what a checkpoint generates: `python -m benchmarks.quality`.
 
 Prompts (half of them combinations that training never saw) x seeds, for each row: the dense rollout, selection
-policies at equal sparsity, built bundles. Scores come from a parser of the frames, not from another model.
+policies at equal sparsity, fp8 and nvfp4 linears, built bundles. Scores come from a parser of the frames, not from
+another model.
 
 What this shows: whether a lossy step (sparsity, a policy, reduced precision, a backend) changes what the tiny model
 does on synthetic shapes. What it cannot show: how natural video of the 1.3B model looks under that step. Its budget
@@ -52,11 +53,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of a shipped checkpoint")
-    parser.add_argument("--finetuned", type=Path, help="a second folder, whose rows are called finetuned-*")
     parser.add_argument(
-        "--rows", default="dense,hsa,hsa-uniform,top-k,top-k-uniform,nearest,nearest-uniform,random",
-        help="policies, comma-separated; dense comes first in any case",
+        "--rows",
+        default="dense,dense+fp8,dense+nvfp4,hsa,hsa-uniform,top-k,top-k-uniform,nearest,nearest-uniform,random",
+        help="policies, comma-separated, each alone or with a precision (hsa+fp8); dense comes first in any case",
     )  # fmt: skip
+    parser.add_argument(
+        "--finetuned-rows",
+        default="dense,hsa,hsa+fp8,hsa+nvfp4",
+        help="the same for the transformer that was finetuned under sparse attention, dit.safetensors; the rows "
+        "above run dit_dense.safetensors, which was not",
+    )
     parser.add_argument(
         "--bundle", action="append", default=[], metavar="NAME=PATH", help="add a built bundle as a row"
     )
@@ -78,11 +85,12 @@ def _rows(options: argparse.Namespace) -> list[Row]:
 
     names = [name for name in options.rows.split(",") if name]
     names = ["dense", *(name for name in names if name != "dense")]
-    weights = Weights.load(options.weights, PRESETS["tiny"])
+    weights = Weights.load(options.weights, PRESETS["tiny"], "dit_dense.safetensors")
     rows: list[Row] = [reference_row(name, weights, long=options.long) for name in names]
-    if options.finetuned is not None:
-        tuned = Weights.load(options.finetuned, PRESETS["tiny"])
-        rows += [reference_row(name, tuned, long=options.long, label="finetuned-") for name in names]
+    tuned_names = [name for name in options.finetuned_rows.split(",") if name]
+    if tuned_names:
+        tuned = Weights.load(options.weights, PRESETS["tiny"])
+        rows += [reference_row(name, tuned, long=options.long, label="finetuned-") for name in tuned_names]
     for item in options.bundle:
         name, _, path = item.partition("=")
         if not path:

@@ -1,12 +1,13 @@
 """What the quality benchmark compares: rows that turn a prompt and a seed into frames.
 
-Reference rows run the PyTorch rollout with another selection policy; bundle rows run a built bundle through the
-runtime, so that every lossy execution (fp8, nvfp4, another backend) plugs in as `NAME=PATH`.
+Reference rows run the PyTorch rollout with another selection policy, or with block linears that compute as fp8 or
+nvfp4 graphs do; bundle rows run a built bundle through the runtime, so that any execution plugs in as `NAME=PATH`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from export.modules import merge_qkv
+from export.quantize import QuantPrecision, choose_formats
+from export.quantize_errors import fake_quantized
+from export.trial import block_linears
 from lightforcing_ref.attention import dense_attention, hsa_attention
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
@@ -38,6 +43,7 @@ SPARSITY_TARGET, SPARSITY_BASE = 0.88, 0.98
 """Light Forcing's short configuration."""
 TABLE_FRAMES = 21
 LONG_WINDOW = 12
+PRECISIONS: dict[str, QuantPrecision] = {"fp8": "fp8", "nvfp4": "nvfp4"}
 EVERY_FRAME = 1 << 20
 """As `keep_frames`: more than there ever are, so that selection has one stage."""
 
@@ -63,15 +69,16 @@ class Weights:
     embed: Callable[[str], Tensor]
 
     @classmethod
-    def load(cls, folder: Path, preset: Preset) -> Weights:
-        """From `dit.safetensors`, `vae.safetensors`, `text_encoder.safetensors` and `tokenizer.json`.
+    def load(cls, folder: Path, preset: Preset, transformer: str = "dit.safetensors") -> Weights:
+        """From the transformer, `vae.safetensors`, `text_encoder.safetensors` and `tokenizer.json`.
 
         Raises:
             CheckpointError: a file is missing or does not fit the preset.
         """
-        state = load_dit_state(folder / "dit.safetensors", preset.dit, dtype=torch.float32)
+        state = load_dit_state(folder / transformer, preset.dit, dtype=torch.float32)
         model = CausalWanModel(preset.dit)
         model.load_state_dict(state)
+        merge_qkv(model)
         decoder = VAEDecoder(preset.vae)
         decoder.load_state_dict(load_vae_state(folder / "vae.safetensors", preset.vae, dtype=torch.float32))
         use_planar_convolutions(decoder)
@@ -191,12 +198,22 @@ def _attend_with(selection: Selection) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """The PyTorch rollout under a policy. `window_frames` as in `Rollout`."""
+    """The PyTorch rollout under a policy. `window_frames` as in `Rollout`.
+
+    precision: what the linears of the blocks compute in, dynamic scales; None = float32.
+    """
 
     name: str
     weights: Weights
     policy: Policy
     window_frames: int | None = None
+    precision: QuantPrecision | None = None
+
+    def _quantized(self) -> AbstractContextManager[None]:
+        if self.precision is None:
+            return nullcontext()
+        model = self.weights.model
+        return fake_quantized(model, choose_formats(block_linears(model), self.precision))
 
     @torch.no_grad()
     def generate(self, prompt: str, seed: int, chunks: int) -> Frames:
@@ -225,21 +242,27 @@ class ReferenceRow:
             sink_frames=1 if self.window_frames else 0,
             attend=hsa_attention if self.policy.selection is None else _attend_with(self.policy.selection),
         )
-        latents = torch.cat(list(rollout.stream(chunks)), dim=1)
+        with self._quantized():
+            latents = torch.cat(list(rollout.stream(chunks)), dim=1)
         return np.asarray(to_uint8(self.weights.decoder.decode(latents.transpose(0, 1))).numpy())
 
 
 def reference_row(name: str, weights: Weights, *, long: bool = False, label: str = "") -> ReferenceRow:
-    """A row by its policy's name.
+    """A row by its policy's name, optionally with a precision: "dense", "hsa", "dense+fp8", "hsa+nvfp4".
 
     Args:
         long: attend within a window, as a rollout without end must.
         label: prefix of the row's name, for a second set of weights.
     """
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; expected one of {', '.join(POLICIES)}")
+    policy, _, precision = name.partition("+")
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; expected one of {', '.join(POLICIES)}")
+    if precision not in ("", *PRECISIONS):
+        raise ValueError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     window = LONG_WINDOW if long else None
-    return ReferenceRow(f"{label}{name}", weights, POLICIES[name], window)
+    return ReferenceRow(
+        f"{label}{name}", weights, POLICIES[policy], window, PRECISIONS[precision] if precision else None
+    )
 
 
 class BundleRow:

@@ -35,8 +35,11 @@ def causal_layout(chunks: Sequence[int]) -> list[Segment]:
 
 
 def forcing_layout(chunks: Sequence[int]) -> list[Segment]:
-    """Clean chunks, then a noisy copy of each, which sees the clean chunks before it, as in a rollout."""
-    return [*causal_layout(chunks), *causal_layout(chunks)]
+    """All chunks but the last clean, then noisy ones, each of which sees the clean ones before it, as in a rollout.
+
+    The first chunk has a noisy copy only if it is chunk 0: what came before any other is missing.
+    """
+    return [*causal_layout(chunks[:-1]), *causal_layout(chunks)[min(1, chunks[0]) :]]
 
 
 def prepare(

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "ship", help="write the weights in half precision where the toolchain finds them"
     )
     ship.add_argument(
-        "--transformer", choices=("teacher", "student", "rollout", "hsa", "none"), help="default: the latest"
+        "--transformer", choices=("still", "student", "rollout", "hsa", "none"), help="default: the latest"
     )
     ship.add_argument("--to", type=Path, default=ASSETS)
     adopt = commands.add_parser("adopt", help="begin a new run from shipped weights")

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = ["CONFIGS", "STAGES", "Run", "StageConfig", "StageName", "TrainingConfig"]
 
 CONFIGS = Path(__file__).parent / "configs"
-StageName = Literal["latents", "text", "decoder", "teacher", "pairs", "student", "rollout", "hsa"]
+StageName = Literal["latents", "text", "decoder", "still", "student", "rollout", "hsa"]
 STAGES: tuple[StageName, ...] = (
-    "latents", "text", "decoder", "teacher", "pairs", "student", "rollout", "hsa",
+    "latents", "text", "decoder", "still", "student", "rollout", "hsa",
 )  # fmt: skip
 """In the order in which they build on each other."""
 
@@ -48,12 +48,8 @@ class DataConfig(_Model):
 
     kinds: tuple[str, ...]
     clips: int = Field(gt=0)
+    """At most; there are no more than captions."""
     pca_clips: int = Field(gt=0)
-    pairs: int = Field(gt=0)
-    """Clips of teacher trajectories."""
-    pair_steps: int = Field(default=16, ge=4)
-    """Euler steps of a trajectory."""
-    jitter: float = Field(ge=0)
 
 
 class LossConfig(_Model):
@@ -61,12 +57,14 @@ class LossConfig(_Model):
 
     foreground: float = Field(ge=1)
     """Weight of latent pixels that the object touches or is about to touch; the ground has 1."""
-    clean_context: float = Field(ge=0, le=1)
-    """Fraction of context chunks shown at t = 0."""
     context_noise: float = Field(ge=0)
     """Standard deviation of the noise on clean context."""
+    full_noise: float = Field(ge=0, le=1)
+    """Fraction of noisy chunks at the first step's noise level; the other steps share the rest."""
+    place: float = Field(ge=0)
+    """Weight of the readout of each token's own place (still and student stages)."""
     first_window: float = Field(ge=0, le=1)
-    """Fraction of training windows that begin at chunk 0."""
+    """Fraction of the student's steps that train the first chunk alone, on as many clips as take the same time."""
 
 
 class TrainingConfig(_Model):
@@ -81,7 +79,7 @@ class TrainingConfig(_Model):
     loss: LossConfig
     text: StageConfig
     decoder: StageConfig
-    teacher: StageConfig
+    still: StageConfig
     student: StageConfig
     rollout: StageConfig
     hsa: StageConfig

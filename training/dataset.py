@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import Run, TrainingConfig
-from .data import Clip, Motion, random_clip
+from .data import Clip, Motion, all_clips, random_clip
 from .latents import PatchPCA
 
 __all__ = ["LATENT_FRAMES", "ClipSet", "build_latents", "foreground"]
@@ -47,7 +47,10 @@ class ClipSet:
 def build_latents(
     config: TrainingConfig, run: Run, report: Callable[[str, float], None] | None = None
 ) -> None:
-    """Fit the PCA unless it exists, then render and encode clips; goes on where it was interrupted."""
+    """Fit the PCA unless it exists, then render and encode clips; goes on where it was interrupted.
+
+    Every caption occurs at most once and without jitter: the transformer's clips are functions of their captions.
+    """
     folder = run.stage("latents")
     folder.mkdir(parents=True, exist_ok=True)
     if not run.pca.exists():
@@ -64,16 +67,17 @@ def build_latents(
         record.write_text("".join(lines))
         with store.open("r+b") as file:
             file.truncate(done * size)
+    captions = all_clips(config.data.kinds, held_out=False)
+    order = np.random.default_rng([config.seed, 2]).permutation(len(captions))[: config.data.clips]
     with store.open("ab") as latents, record.open("a") as specs:
-        for index in range(done, config.data.clips):
-            generator = np.random.default_rng([config.seed, 2, index])
-            clip = random_clip(generator, config.data.kinds, jitter=config.data.jitter)
+        for index in range(done, len(order)):
+            clip = captions[order[index]]
             latents.write(pca.encode(clip.render()).astype(np.float16).tobytes())
             latents.flush()
             specs.write(json.dumps(asdict(clip)) + "\n")
             specs.flush()
             if report is not None:
-                report(f"{index + 1} clips", (index + 1) / config.data.clips)
+                report(f"{index + 1} clips", (index + 1) / len(order))
 
 
 def foreground(paths: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

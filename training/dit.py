@@ -1,37 +1,42 @@
-"""The transformer's stages: teacher, student on the teacher's trajectories, own rollouts, sparse attention."""
+# mypy: allow-untyped-calls, no-warn-return-any
+"""The transformer's stages: first frames, chunks after true ones, own rollouts, the same under sparse attention.
+
+A caption determines its clip, so x0 is regressed from the data at the few-step schedule's own noise levels; there is
+no teacher to distil.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.model import Block, CausalWanModel
+from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable
 
-from .attention import causal_layout, forcing_layout
+from .attention import Segment, WindowCore, forcing_layout
 from .config import LossConfig, StageConfig
-from .data import Clip
 from .dataset import LATENT_FRAMES, ClipSet, foreground
 from .device import tensor
-from .forward import BatchRollout, euler_sigmas, predict_flow, window_core
+from .forward import BatchRollout, predict_flow, window_core
 from .runner import Stage
 from .text import CaptionEncoder
 
-__all__ = ["PairSet", "RolloutStage", "StudentStage", "TeacherStage", "attention_spec", "build_pairs"]
+__all__ = ["RolloutStage", "StillStage", "StudentStage", "attention_spec"]
 
 CLIP_CHUNKS = LATENT_FRAMES // CHUNK_FRAMES
-SHIFT = 5.0
 ADAM_ONLY = ("patch_embedding", "text_embedding.0", "time_embedding.0", "head.head")
 SPARSITY_TARGET, SPARSITY_BASE = 0.88, 0.98
 """Light Forcing's short configuration."""
+PLACED_BY = 2
+"""Blocks after which every token is to know its place."""
 
 
 def attention_spec(preset: Preset, table: SparsityTable, hsa: HSAConfig | None = None) -> AttentionSpec:
@@ -44,10 +49,9 @@ def attention_spec(preset: Preset, table: SparsityTable, hsa: HSAConfig | None =
 
 
 class _TransformerStage(Stage):
-    """What the transformer stages share: batches of windows and the weighted loss."""
+    """What the transformer stages share: batches of clips and the weighted loss."""
 
-    adam_only = ADAM_ONLY
-    module: CausalWanModel
+    adam_only: tuple[str, ...] = ADAM_ONLY
 
     def __init__(
         self,
@@ -58,49 +62,75 @@ class _TransformerStage(Stage):
         captions: CaptionEncoder,
         start: dict[str, Tensor] | None,
     ) -> None:
-        self.config, self.weights, self.preset, self.clips, self.captions = (
-            config,
-            loss,
-            preset,
-            clips,
-            captions,
-        )
-        self.module = CausalWanModel(preset.dit)
+        self.config, self.weights, self.preset = config, loss, preset
+        self.clips, self.captions = clips, captions
+        self.model = CausalWanModel(preset.dit)
+        self.module = self.model
         if start is None:
-            start_at_identity(self.module)
+            start_at_identity(self.model)
         else:
-            self.module.load_state_dict(start)
+            self.model.load_state_dict(start)
         self.channel_weight = tensor(clips.channel_weight)[:, None, None, None]
         height, width = preset.latent_size()
         self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
+        self.schedule = FlowSchedule.warped()
 
-    def window(self, generator: np.random.Generator) -> tuple[int, int]:
-        """First chunk and number of chunks of a training window."""
-        count = self.config.chunks
-        if generator.random() < self.weights.first_window or count >= CLIP_CHUNKS:
-            return 0, count
-        return int(generator.integers(1, CLIP_CHUNKS - count + 1)), count
-
-    def batch(self, generator: np.random.Generator, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents `[B, 16, F, h, w]`, text, and loss weights `[B, 1, F, h, w]`."""
-        chosen = generator.integers(len(self.clips), size=self.config.batch)
-        frames = slice(first * CHUNK_FRAMES, (first + count) * CHUNK_FRAMES)
+    def batch(
+        self, generator: np.random.Generator, size: int, frames: int, first: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`frames` latent frames from `first` on: `[B, 16, F, h, w]`, text, and loss weights `[B, 1, F, h, w]`."""
+        chosen = generator.integers(len(self.clips), size=size)
         clips = [self.clips.clips[index] for index in chosen]
-        latents = tensor(np.stack([self.clips.latents[i][frames] for i in chosen]).astype(np.float32))
-        return (
-            latents.transpose(1, 2),
-            self.captions([clip.caption for clip in clips]),
-            self.weight(clips, frames),
-        )
+        part = slice(first, first + frames)
+        latents = tensor(np.stack([self.clips.latents[i][part] for i in chosen]).astype(np.float32))
+        touched = tensor(foreground(np.stack([clip.path for clip in clips]))[:, part])
+        weight = 1 + (self.weights.foreground - 1) * touched.float()
+        return latents.transpose(1, 2), self.captions([clip.caption for clip in clips]), weight[:, None]
 
-    def error(self, found: Tensor, wanted: Tensor) -> Tensor:
-        """Squared error over the channels, `[B, 1, F, h, w]`."""
-        return ((found - wanted).square() * self.channel_weight).mean(1, keepdim=True)
+    def noised(self, generator: np.random.Generator, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """`x0` with a noise level of the schedule for every chunk, and the level of each frame `[B, F]`."""
+        frames = x0.shape[2]
+        chunks = -(-frames // CHUNK_FRAMES)
+        steps = self.schedule.denoise_steps
+        rest = (1 - self.weights.full_noise) / (steps - 1)
+        odds = [self.weights.full_noise] + [rest] * (steps - 1)
+        drawn = tensor(generator.choice(steps, p=odds, size=(len(x0), chunks)))
+        sigma = torch.tensor(self.schedule.sigmas)[drawn].repeat_interleave(frames // chunks, 1)
+        level = over_pixels(sigma)
+        return (1 - level) * x0 + level * torch.randn_like(x0), sigma
 
-    def weight(self, clips: list[Clip], frames: slice) -> Tensor:
-        """Loss weight of each latent pixel, `[B, 1, F, h, w]`."""
-        touched = tensor(foreground(np.stack([clip.path for clip in clips]))[:, frames])
-        return (1 + (self.weights.foreground - 1) * touched.float())[:, None]
+    def error(self, x: Tensor, sigma: Tensor, flow: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+        """Weighted squared error of the x0 that `flow` stands for."""
+        found = x - over_pixels(sigma) * flow
+        error = ((found - x0).square() * self.channel_weight).mean(1, keepdim=True)
+        return (error * weight).sum() / weight.sum()
+
+    def continued(
+        self,
+        generator: np.random.Generator,
+        chunks: range,
+        context: Tensor,
+        latents: Tensor,
+        text: Tensor,
+        weight: Tensor,
+        spec: AttentionSpec | None = None,
+    ) -> Tensor:
+        """Loss of noised chunks, each seeing the chunks of `context` before it, as in a rollout.
+
+        Args:
+            chunks: the window.
+            context: clean chunks, one fewer than the window has.
+            latents, weight: the true window.
+        """
+        layout = forcing_layout(chunks)
+        targets = (len(layout) - len(chunks) + 1) * CHUNK_FRAMES
+        x0, weight = latents[:, :, -targets:], weight[:, :, -targets:]
+        x, sigma = self.noised(generator, x0)
+        t = torch.cat([torch.zeros(context.shape[0], context.shape[2]), sigma], dim=1)
+        core = window_core(self.model, layout, self.grid, spec)
+        both = torch.cat([context, x], dim=2)
+        flow = predict_flow(self.model, both, 1000 * t, self.model.embed_text(text), core)
+        return self.error(x, sigma, flow[:, :, -targets:], x0, weight)
 
 
 def start_at_identity(model: CausalWanModel) -> None:
@@ -125,140 +155,96 @@ def start_at_identity(model: CausalWanModel) -> None:
                 output.bias.zero_()
 
 
-def per_frame(values: Tensor) -> Tensor:
-    """`[B, chunks]` to `[B, 1, frames, 1, 1]`."""
-    return values.repeat_interleave(CHUNK_FRAMES, 1)[:, None, :, None, None].float()
+def over_pixels(values: Tensor) -> Tensor:
+    """`[B, F]` to `[B, 1, F, 1, 1]`."""
+    return values[:, None, :, None, None].float()
 
 
-class TeacherStage(_TransformerStage):
-    """Flow matching with a noise level of its own for every chunk; part of the context is clean."""
+class _PlacedStage(_TransformerStage):
+    """A stage that draws the first frames of clips, and in which every token learns where it is.
 
-    name = "teacher"
+    The model has no positions but relative ones, and attention over tokens that are all noise averages to the same
+    everywhere. A token can tell its place only from how its surroundings end at the picture's border. That is hard
+    to find by drawing and easy to find if asked for: row, column and frame are read out linearly after a few blocks.
+    """
+
+    adam_only = (*(f"model.{name}" for name in ADAM_ONLY), "readout")
+    handed_on = "model."
+
+    def __init__(
+        self,
+        config: StageConfig,
+        loss: LossConfig,
+        preset: Preset,
+        clips: ClipSet,
+        captions: CaptionEncoder,
+        start: dict[str, Tensor] | None,
+    ) -> None:
+        super().__init__(config, loss, preset, clips, captions, start)
+        self.sizes = (CHUNK_FRAMES, *self.grid)
+        self.readout = nn.Linear(preset.dit.dim, sum(self.sizes))
+        nn.init.zeros_(
+            self.readout.weight
+        )  # what the model can do already is not disturbed by a random readout
+        self.module = nn.ModuleDict({"model": self.model, "readout": self.readout})
+
+    def alone(
+        self, generator: np.random.Generator, size: int, frames: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of the first `frames` frames (at most a chunk) of `size` clips."""
+        latents, text, weight = self.batch(generator, size, frames)
+        x, sigma = self.noised(generator, latents)
+        dit = self.preset.dit
+        cos, sin = rope_tables(torch.arange(frames), self.grid, dit.head_dim, theta=dit.rope_theta)
+        core = WindowCore([Segment(0, ())], dit.heads, cos, sin)
+        placed: list[Tensor] = []
+
+        def watch(layer: int, tokens: Tensor) -> None:
+            if layer + 1 == PLACED_BY:
+                placed.append(self.readout(tokens.flatten(1, 2)))
+
+        flow = predict_flow(self.model, x, 1000 * sigma, self.model.embed_text(text), core, watch)
+        drawn = self.error(x, sigma, flow, latents, weight)
+        axes = torch.meshgrid(*(torch.arange(n) for n in (frames, *self.grid)), indexing="ij")
+        lost, right = torch.zeros(()), 1.0
+        for logits, axis in zip(placed[0].split(self.sizes, dim=-1), axes, strict=True):
+            wanted = axis.flatten().expand(logits.shape[:2])
+            lost = lost + F.cross_entropy(logits.transpose(1, 2), wanted)
+            right = min(right, float((logits.argmax(-1) == wanted).float().mean()))
+        return drawn + self.weights.place * lost, {"drawn": drawn.item(), "placed": right}
+
+
+class StillStage(_PlacedStage):
+    """The first frame only, as many different ones as fit into a step: what drawing is learnt from fastest."""
+
+    name = "still"
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        first, count = self.window(generator)
-        latents, text, weight = self.batch(generator, first, count)
-        uniform = tensor(generator.random((len(latents), count)))
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        clean = tensor(generator.random((len(latents), count)) < self.weights.clean_context)
-        clean[:, -1] = False
-        # The past of a later window is missing, so its first chunk cannot be predicted.
-        clean[:, 0] |= first > 0
-        sigma = torch.where(clean, 0.0, sigma)
-        noise = torch.randn_like(latents)
-        level = per_frame(sigma)
-        context = latents + self.weights.context_noise * torch.randn_like(latents)
-        noisy = torch.where(per_frame(clean) > 0, context, (1 - level) * latents + level * noise)
-        core = window_core(self.module, causal_layout(range(first, first + count)), self.grid)
-        cross = self.module.embed_text(text)
-        t = 1000 * sigma.repeat_interleave(CHUNK_FRAMES, 1)
-        flow = predict_flow(self.module, noisy, t, cross, core)
-        weight = weight * (1 - per_frame(clean))
-        error = self.error(flow, noise - latents)
-        start = float((error[:, :, :CHUNK_FRAMES] * weight[:, :, :CHUNK_FRAMES]).sum().detach())
-        start /= max(float(weight[:, :, :CHUNK_FRAMES].sum()), 1.0)
-        plain = (
-            (flow.detach() - (noise - latents)).square().mean(1, keepdim=True) * weight
-        ).sum() / weight.sum()
-        figures = {"first": float(first), "first_chunk": start, "plain": float(plain)}
-        return (error * weight).sum() / weight.sum(), figures
+        return self.alone(generator, self.config.batch, 1)
 
 
-class PairSet:
-    """Teacher trajectories: states at the student's four noise levels and the clean end, float16.
-
-    `states` `[N, 5, 21, 16, 16, 16]`: noise, three states on the way, x0; frames before channels.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        with np.load(folder / "pairs.npz") as content:
-            self.states = content["states"]
-            self.rows = content["rows"]
-
-
-def build_pairs(
-    stage: _TransformerStage,
-    folder: Path,
-    *,
-    count: int,
-    batch: int,
-    euler_steps: int,
-    seed: int,
-    report: Callable[[str, float], None] | None = None,
-) -> None:
-    """Run the teacher's ODE for `count` captions of the training set, chunk by chunk on its own output.
-
-    Parts are written as they are finished and joined at the end.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    levels = FlowSchedule.warped().sigmas
-    height, width = stage.preset.latent_size()
-    parts = []
-    for start in range(0, count, batch):
-        part = folder / f"part-{start}-{batch}.npz"
-        parts.append(part)
-        if not part.exists():
-            generator = torch.Generator("cpu").manual_seed(seed * 1_000_003 + start)
-            rows = [index % len(stage.clips) for index in range(start, min(start + batch, count))]
-            text = stage.captions([stage.clips.clips[row].caption for row in rows])
-            rollout = BatchRollout(stage.module, text, stage.grid)
-            chunks = []
-            for _ in range(CLIP_CHUNKS):
-                shape = (len(rows), stage.preset.dit.channels, CHUNK_FRAMES, height, width)
-                x0, states = rollout.euler(
-                    torch.randn(shape, generator=generator, device="cpu").to(text.device),
-                    euler_sigmas(euler_steps),
-                    levels[:-1],
-                )
-                rollout.commit(x0)
-                chunks.append(torch.stack([*states, x0], dim=1))
-            clips = torch.cat(chunks, dim=3).transpose(2, 3).half().cpu().numpy()
-            partial = part.with_name(f"partial-{part.name}")
-            np.savez(partial, states=clips, rows=np.array(rows))
-            partial.replace(part)
-        if report is not None:
-            report(f"{min(start + batch, count)} trajectories", min(start + batch, count) / count)
-    loaded = [dict(np.load(part)) for part in parts]
-    joined = {key: np.concatenate([content[key] for content in loaded]) for key in ("states", "rows")}
-    np.savez(folder / "pairs.npz", states=joined["states"], rows=joined["rows"])
-    for part in parts:
-        part.unlink()
-
-
-class StudentStage(_TransformerStage):
-    """Regression of the teacher's x0 from its states at the four noise levels."""
+class StudentStage(_PlacedStage):
+    """Chunks after true ones, mixed with steps that draw the first chunk alone, of more clips."""
 
     name = "student"
-    pairs: PairSet
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        first, count = self.window(generator)
-        chosen = generator.integers(len(self.pairs.rows), size=self.config.batch)
-        clips = [self.clips.clips[int(self.pairs.rows[index])] for index in chosen]
-        frames = slice(first * CHUNK_FRAMES, (first + count) * CHUNK_FRAMES)
-        states = tensor(np.stack([self.pairs.states[i][:, frames] for i in chosen]).astype(np.float32))
-        states = states.transpose(2, 3)
-        x0 = states[:, -1]
-        schedule = FlowSchedule.warped()
-        steps = tensor(generator.integers(schedule.denoise_steps, size=(len(chosen), count)))
-        clean = tensor(generator.random((len(chosen), count)) < self.weights.clean_context)
-        clean[:, -1] = False
-        clean[:, 0] |= first > 0
-        steps = torch.where(clean, schedule.clean_step, steps)
-        index = per_frame(steps).long().expand_as(x0)[:, None]
-        x = states.gather(1, index)[:, 0]
-        x = x + per_frame(clean) * self.weights.context_noise * torch.randn_like(x)
-        sigma = torch.tensor(schedule.sigmas)[steps]
-        core = window_core(self.module, causal_layout(range(first, first + count)), self.grid)
-        cross = self.module.embed_text(self.captions([clip.caption for clip in clips]))
-        flow = predict_flow(self.module, x, 1000 * sigma.repeat_interleave(CHUNK_FRAMES, 1), cross, core)
-        weight = self.weight(clips, frames) * (1 - per_frame(clean))
-        error = self.error(x - per_frame(sigma) * flow, x0)
-        return (error * weight).sum() / weight.sum(), {"first": float(first)}
+        longest = self.config.chunks
+        shown = 2 * (longest - 1) * self.config.batch  # chunks that a step computes, however they are grouped
+        if generator.random() < self.weights.first_window:
+            return self.alone(generator, shown, CHUNK_FRAMES)
+        count = int(generator.integers(2, longest + 1))
+        first = int(generator.integers(CLIP_CHUNKS - count + 1))
+        clips = shown // (2 * (count - 1))
+        latents, text, weight = self.batch(generator, clips, count * CHUNK_FRAMES, first * CHUNK_FRAMES)
+        context = latents[:, :, :-CHUNK_FRAMES]
+        context = context + self.weights.context_noise * torch.randn_like(context)
+        drawn = self.continued(generator, range(first, first + count), context, latents, text, weight)
+        return drawn, {"drawn": drawn.item(), "placed": float("nan")}
 
 
 class RolloutStage(_TransformerStage):
-    """The student on its own output: true first chunk, own later ones as context, true clip as target.
+    """The student on its own output: own chunks as context, the true clip as target.
 
     With `spec` the same under sparse attention, in the rollout as in the loss.
     """
@@ -268,24 +254,13 @@ class RolloutStage(_TransformerStage):
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         count = self.config.chunks
-        latents, text, weight = self.batch(generator, 0, count)
-        rollout = BatchRollout(self.module, text, self.grid, self.spec)
-        own = [
-            latents[:, :, :CHUNK_FRAMES]
-        ]  # its jitter is the clip's, so the clip is the target of what follows
+        latents, text, weight = self.batch(generator, self.config.batch, count * CHUNK_FRAMES)
+        rollout = BatchRollout(self.model, text, self.grid, self.spec)
+        own: list[Tensor] = []
         for _ in range(count - 1):
+            own.append(rollout.few_steps(lambda: torch.randn_like(latents[:, :, :CHUNK_FRAMES])))
             rollout.commit(own[-1])
-            own.append(rollout.few_steps(lambda: torch.randn_like(own[0])))
-        schedule = FlowSchedule.warped()
-        steps = tensor(generator.integers(schedule.denoise_steps, size=(len(latents), count)))
-        sigma = torch.tensor(schedule.sigmas)[steps]
-        level = per_frame(sigma)
-        noisy = (1 - level) * latents + level * torch.randn_like(latents)
-        x = torch.cat([*own, noisy], dim=2)
-        t = torch.cat([torch.zeros_like(sigma), sigma], dim=1).repeat_interleave(CHUNK_FRAMES, 1)
-        core = window_core(self.module, forcing_layout(range(count)), self.grid, self.spec)
-        flow = predict_flow(self.module, x, 1000 * t, self.module.embed_text(text), core)
-        x0 = noisy - level * flow[:, :, count * CHUNK_FRAMES :]
-        error = self.error(x0, latents)
-        drift = (torch.cat(own, 2) - latents)[:, :, CHUNK_FRAMES:].square().mean()
-        return (error * weight).sum() / weight.sum(), {"drift": float(drift)}
+        context = torch.cat(own, 2)
+        drift = float((context - latents[:, :, :-CHUNK_FRAMES]).square().mean())
+        drawn = self.continued(generator, range(count), context, latents, text, weight, self.spec)
+        return drawn, {"drift": drift}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -23,15 +22,22 @@ from lightforcing_ref.schedule import FlowSchedule
 
 from .attention import CachedCore, Segment, WindowCore, chunk_positions
 
-__all__ = ["BatchRollout", "euler_sigmas", "predict_flow", "window_core"]
-
-Shift = 5.0
+__all__ = ["BatchRollout", "predict_flow", "window_core"]
 
 
 def predict_flow(
-    model: CausalWanModel, x: Tensor, t: Tensor, cross: Sequence[CrossKV], core: SelfAttentionCore
+    model: CausalWanModel,
+    x: Tensor,
+    t: Tensor,
+    cross: Sequence[CrossKV],
+    core: SelfAttentionCore,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Flow for latents `[B, C, F, h, w]` at timesteps `[B, F]`."""
+    """Flow for latents `[B, C, F, h, w]` at timesteps `[B, F]`.
+
+    Args:
+        watch: called after each block with its index and tokens `[B, F, FT, dim]`.
+    """
     frames, height, width = x.shape[2:]
     tokens = model.tokens(x).unflatten(1, (frames, -1))
     e, e0 = model.modulations(t)
@@ -44,6 +50,8 @@ def predict_flow(
         seen = block.cross_attn(block.norm3(tokens).flatten(1, 2), cross[layer])
         tokens = tokens + seen.view_as(tokens)
         tokens = tokens + gate2 * block.ffn(block.norm2(tokens) * (1 + scale2) + shift2)
+        if watch is not None:
+            watch(layer, tokens)
     shift, scale = (model.head.modulation + e[:, :, None])[:, :, :, None].unbind(2)
     out = model.head.head(model.head.norm(tokens) * (1 + scale) + shift)
     return model.latents(out.flatten(1, 2), frames, height, width)
@@ -56,12 +64,6 @@ def window_core(
     positions = chunk_positions([segment.chunk for segment in layout])
     cos, sin = rope_tables(positions, grid, model.config.head_dim, theta=model.config.rope_theta)
     return WindowCore(layout, model.config.heads, cos, sin, spec)
-
-
-def euler_sigmas(steps: int) -> list[float]:
-    """`steps + 1` noise levels from 1 to 0, evenly spaced before the warp."""
-    levels = [1 - step / steps for step in range(steps + 1)]
-    return [Shift * s / (1 + (Shift - 1) * s) for s in levels]
 
 
 @dataclass
@@ -116,18 +118,3 @@ class BatchRollout:
             if sigmas[step + 1]:
                 x = (1 - sigmas[step + 1]) * x + sigmas[step + 1] * noise()
         return x
-
-    def euler(
-        self, x: Tensor, sigmas: Sequence[float], keep: Sequence[float] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The next chunk by Euler steps of the flow ODE from noise `x`.
-
-        Returns:
-            the clean chunk, and the states at the levels closest to `keep`.
-        """
-        nearest = [min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - level)) for level in keep]
-        states = [x]
-        for now, after in pairwise(sigmas):
-            x = x + (after - now) * self.flow(x, now)[0]
-            states.append(x)
-        return x, [states[index] for index in nearest]

@@ -65,6 +65,11 @@ class MuonAdam(torch.optim.Optimizer):
     def _is_matrix(parameter: Tensor) -> bool:
         return parameter.ndim >= 2 and parameter.shape[0] > 1 and parameter[0].numel() > 1
 
+    def set_base(self, lr: float, adam_lr: float) -> None:
+        """Change the step sizes, as in the constructor."""
+        for group in self.param_groups:
+            group["base_lr"] = lr if group["is_muon"] else adam_lr
+
     def set_progress(self, factor: float) -> None:
         """Scale every group's step size."""
         for group in self.param_groups:

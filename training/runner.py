@@ -26,12 +26,14 @@ CHECKPOINT_SECONDS = 60.0
 class Stage(ABC):
     """What a stage adds to the loop.
 
-    `module` holds everything that is trained, and its state dict is what the stage hands to the next one.
+    `module` holds everything that is trained. What the stage hands to the next one is its state dict, or the part of it
+    below `handed_on`, where there are helpers that serve training only.
     """
 
     name: str
     module: nn.Module
     adam_only: tuple[str, ...] = ()
+    handed_on: str = ""
 
     @abstractmethod
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -123,6 +125,7 @@ def run_stage(
         )
         stage.module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        optimizer.set_base(config.lr, config.adam_lr)  # as configured now, not as saved
         average.values = state["average"]
         step, before = state["step"], state["elapsed"]
     curve = _Curve(folder / "curve.csv", step)
@@ -140,7 +143,9 @@ def run_stage(
             "elapsed": elapsed(),
         }
         _write(state_file, lambda path: torch.save(content, path))
-        _write(folder / "weights.safetensors", lambda path: save_tensors(average.values, path))
+        prefix = stage.handed_on
+        kept = {k.removeprefix(prefix): v for k, v in average.values.items() if k.startswith(prefix)}
+        _write(folder / "weights.safetensors", lambda path: save_tensors(kept, path))
 
     while step < config.steps and elapsed() < 60 * config.minutes:
         torch.manual_seed(hash((seed, step)) & 0x7FFFFFFF)

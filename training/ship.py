@@ -14,19 +14,21 @@ from .config import Run
 from .device import load_weights
 from .latents import PatchPCA
 from .runner import save_tensors
-from .stages import PRESET, StageError, latest_transformer
+from .stages import PRESET, PREVIOUS, StageError, latest_transformer
 from .text import CaptionEncoder
 
 __all__ = ["FILES", "adopt", "ship"]
 
 FILES = {
     "transformer": "dit.safetensors",
+    "dense": "dit_dense.safetensors",
     "decoder": "vae.safetensors",
     "text": "text_encoder.safetensors",
     "tokenizer": "tokenizer.json",
     "latents": "latents.safetensors",
 }
-"""The latents' basis serves training only; the decoder holds its inverse."""
+"""`dense` is the transformer before it was finetuned under sparse attention, to compare with. The latents' basis
+serves training only; the decoder holds its inverse."""
 LEAVE_OUT = "none"
 
 
@@ -39,8 +41,11 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     Raises:
         StageError: a stage has no weights yet, or holds values outside half precision's range.
     """
-    name = transformer or latest_transformer(run, ("hsa", "rollout", "student", "teacher"))
-    for stage in ("decoder", "text", *([] if name == LEAVE_OUT else [name])):
+    name = transformer or latest_transformer(run, ("hsa", *PREVIOUS["hsa"]))
+    transformers = {} if name == LEAVE_OUT else {"transformer": name}
+    if name == "hsa":
+        transformers["dense"] = latest_transformer(run, PREVIOUS["hsa"])
+    for stage in ("decoder", "text", *transformers.values()):
         if not run.weights(stage).exists():
             raise StageError(
                 f"{run.weights(stage)} does not exist; run `python -m training run --stage {stage}` first"
@@ -51,8 +56,7 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
         "decoder": load_weights(run.weights("decoder")),
         "text": {names[key]: value for key, value in captions.weights.items()},
     }
-    if name != LEAVE_OUT:
-        states["transformer"] = load_weights(run.weights(name))
+    states |= {part: load_weights(run.weights(stage)) for part, stage in transformers.items()}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for part, state in states.items():
@@ -88,7 +92,7 @@ def adopt(run: Run, folder: Path) -> list[str]:
     }
     transformer = folder / FILES["transformer"]
     if transformer.exists():
-        states[run.start("teacher")] = load_dit_state(transformer, PRESET.dit, dtype=torch.float32)
+        states[run.start("student")] = load_dit_state(transformer, PRESET.dit, dtype=torch.float32)
     for path, state in states.items():
         path.parent.mkdir(parents=True)
         save_tensors(state, path)

@@ -18,12 +18,10 @@ from .device import load_weights
 from .dit import (
     SPARSITY_BASE,
     SPARSITY_TARGET,
-    PairSet,
     RolloutStage,
+    StillStage,
     StudentStage,
-    TeacherStage,
     attention_spec,
-    build_pairs,
 )
 from .latents import PatchPCA
 from .runner import Stage, run_stage
@@ -33,9 +31,9 @@ __all__ = ["PREVIOUS", "StageError", "latest_transformer", "run"]
 
 PRESET = PRESETS["tiny"]
 PREVIOUS: dict[str, tuple[str, ...]] = {
-    "student": ("teacher",),
-    "rollout": ("student", "teacher"),
-    "hsa": ("rollout", "student", "teacher"),
+    "student": ("still",),
+    "rollout": ("student", "still"),
+    "hsa": ("rollout", "student", "still"),
 }
 """Stages whose transformer a stage starts from: the first that exists."""
 
@@ -56,7 +54,7 @@ def latest_transformer(run: Run, candidates: tuple[str, ...]) -> str:
         if run.weights(name).exists():
             return name
     raise StageError(
-        f"none of {', '.join(candidates)} has weights under {run.folder}; run the teacher stage first"
+        f"none of {', '.join(candidates)} has weights under {run.folder}; run the still stage first"
     )
 
 
@@ -77,13 +75,10 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
     elif name in PREVIOUS:
         start = load_weights(run.weights(latest_transformer(run, PREVIOUS[name])))
     common = (settings, config.loss, PRESET, clips, captions, start)
-    if name == "teacher":
-        return TeacherStage(*common)
+    if name == "still":
+        return StillStage(*common)
     if name == "student":
-        student = StudentStage(*common)
-        _need(run.stage("pairs") / "pairs.npz", "pairs")
-        student.pairs = PairSet(run.stage("pairs"))
-        return student
+        return StudentStage(*common)
     rollout = RolloutStage(*common)
     if name == "hsa":
         rollout.name = "hsa"
@@ -115,19 +110,6 @@ def run(
         build_latents(config, folder, report)
     elif name == "text" and folder.weights(name).exists() and not (folder.stage(name) / "state.pt").exists():
         return  # adopted: training on would change what the transformer reads
-    elif name == "pairs":
-        stage = _build("teacher", config, folder, config.teacher)
-        assert isinstance(stage, TeacherStage)
-        stage.module.load_state_dict(load_weights(_need(folder.weights("teacher"), "teacher")))
-        build_pairs(
-            stage,
-            folder.stage("pairs"),
-            count=config.data.pairs,
-            batch=config.teacher.batch,
-            euler_steps=config.data.pair_steps,
-            seed=config.seed,
-            report=report,
-        )
     else:
         settings = config.stage(name)
         if minutes is not None:

@@ -34,7 +34,7 @@ def needs(part: str) -> pytest.MarkDecorator:
 
 @needs("decoder")
 def test_the_shipped_files_are_small() -> None:
-    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 8 * 2**20
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 16 * 2**20
 
 
 @needs("decoder")

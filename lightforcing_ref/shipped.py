@@ -1,0 +1,33 @@
+"""Weights that come with the package, by preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ASSETS", "Shipped", "shipped"]
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Files of one preset, all of them present."""
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    tokenizer: Path
+
+
+def shipped(preset: str) -> Shipped | None:
+    """The files that come with the package for a preset; None if there are none, or not all of them."""
+    folder = ASSETS / preset
+    files = Shipped(
+        transformer=folder / "dit.safetensors",
+        vae=folder / "vae.safetensors",
+        text_encoder=folder / "text_encoder.safetensors",
+        tokenizer=folder / "tokenizer.json",
+    )
+    complete = all(path.is_file() for path in vars(files).values())
+    return files if complete else None
