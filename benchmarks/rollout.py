@@ -348,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, device: Any) -> int:
+    from export.errors import InputError
+    from lightforcing_ref.errors import ConfigError
+
     from .timing import machine_facts
 
     facts = machine_facts()
@@ -361,7 +364,13 @@ def _run(args: argparse.Namespace, device: Any) -> int:
     out = args.out or Path(os.environ.get("OUT") or "benchmarks/results")
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"rollout-{facts['device'].lower().replace(' ', '-')}-{facts['date']}"
-    platform = Platform.here(device, args.backend, gpu)
+    try:
+        platform = Platform.here(device, args.backend, gpu)
+        for case in cases:
+            bundle_spec(LADDER[-1], platform).request(case, platform, args.bundles).plan  # noqa: B018 (it checks)
+    except (ConfigError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     about = {"target": platform.target.name, "backend": platform.backend, "weights": "random"}
     result: dict[str, Any] = {"benchmark": "rollout", "machine": facts, **about, "goals": [], "cases": []}
     ladder = Ladder(args, platform, gpu, {**result, "file": f"{stem}.json"})

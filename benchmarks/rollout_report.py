@@ -154,7 +154,7 @@ def plot(cases: Sequence[Result], stem: Path, title: str) -> list[Path]:
 
     def figure(height: float) -> Any:
         made, axes = pyplot.subplots(
-            1, len(cases), figsize=(5 * len(cases), height), squeeze=False, layout="constrained"
+            1, len(cases), figsize=(6.5 * len(cases), height), squeeze=False, layout="constrained"
         )
         made.suptitle(title)
         for axis, case in zip(axes[0], cases, strict=True):
@@ -195,6 +195,6 @@ def _bars(axis: Any, rungs: Sequence[Mapping[str, Any]]) -> None:
     for row, rung in enumerate(rungs):
         axis.text(rung["latency_s"], row, f" {rung['latency_s']:.2f} s", va="center", fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_xlabel("latency of the clip [s], by class of kernel")
+    axis.set_xlim(0, 1.15 * max(rung["latency_s"] for rung in rungs))
+    axis.set_xlabel("latency of the clip [s]")
     axis.legend(fontsize=6, loc="lower right")

@@ -262,6 +262,8 @@ def test_inputs_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert rollout.main(["--rungs", "0,7"]) == 2
     assert "rungs are 0 to 6" in capsys.readouterr().err
     assert rollout.main(["--repeats", "0"]) == 2
+    assert rollout.main(["--device", "cpu", "--resolution", "100x128"]) == 2
+    assert "multiple of 16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
