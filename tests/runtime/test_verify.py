@@ -29,6 +29,7 @@ from runtime.verify import (
     judge,
     record,
 )
+from tests.runtime.device_bundles import build_device_bundle
 from tests.runtime.handmade import edit_manifest
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -281,3 +282,24 @@ def test_inputs_of_one_run_are_not_those_of_another(golden_bundle: Path) -> None
     assert sorted(second["frame_slots"]) == list(range(second["frame_slots"].size))
     for name in first:
         assert not np.array_equal(first[name], second[name]), name
+
+
+def test_a_dry_run_executes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, report = build_device_bundle(tmp_path / "card"), tmp_path / "dry.json"
+    assert main(["verify", str(folder), "--dry-run", "--json", str(report)]) == 0
+    assert "checked, not executed" in capsys.readouterr().out
+    assert json.loads(report.read_text())["checked_launches"] > 0
+    assert not (folder / VERDICT_NAME).exists()
+
+
+def test_a_dry_run_names_what_does_not_fit(golden_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hand-made bundle is for the host: its noise lies where no engine on a GPU would take it."""
+    assert main(["verify", str(golden_bundle), "--dry-run"]) == 2
+    assert "component 'step', 'noise'" in capsys.readouterr().err
+
+
+def test_a_folder_for_the_json_that_does_not_exist_is_refused(
+    golden_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(golden_bundle), "--json", "/nowhere/at/all.json"]) == 2
+    assert "of --json does not exist" in capsys.readouterr().err
