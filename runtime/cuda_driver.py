@@ -19,9 +19,15 @@ from .kernels import cuda_core
 
 __all__ = ["CudaDriver", "Driver", "Graph", "free_memory", "host_bytes"]
 
+_DLPACK_CUDA = 2
+
 
 class Driver(Protocol):
     """What the executor needs of a GPU. Everything with a stream is asynchronous."""
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """The device as DLPack names it: type and number."""
 
     def enter(self) -> None:
         """Make the device current in this thread."""
@@ -138,6 +144,11 @@ class CudaDriver:
         """Compute capability of the device."""
         major, minor = self.device.compute_capability
         return int(major), int(minor)
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """See :class:`Driver`."""
+        return _DLPACK_CUDA, self.ordinal
 
     def enter(self) -> None:
         """See :class:`Driver`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .bundle import Bundle
 from .cuda_driver import CudaDriver
 from .cuda_executor import CudaExecutor
 from .device import ComponentLibrary
+from .device_frames import DeviceFrames
 from .errors import EngineError
 from .kernels import KernelLauncher, KernelLibrary, cuda_core
 from .manifest import Manifest
@@ -116,6 +118,20 @@ class CudaEngine(ProgramEngine):
     def executor(self) -> CudaExecutor:
         """The executor; its ``counters`` tell what was launched and how often the host waited."""
         return self._cuda
+
+    def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
+        """See :class:`~runtime.engine.DeviceFrameEngine`."""
+        lease, written = self._cuda.lease_frames(), 0
+        shape = self._program.buffers["frames_next"].buffer.shape[1:]
+
+        def take(buffer: str, count: int, index: int) -> None:
+            nonlocal written
+            self._cuda.keep(session, buffer, lease.address + written * math.prod(shape))
+            written += count
+
+        seconds = self._decode(session, latent, first, take)
+        seconds += self._cuda.finish_decoding()
+        return DeviceFrames(lease, (written, *shape), self._cuda.driver.dlpack_device), seconds
 
     def component_runner(self) -> ComponentRunner:
         """Runs single components, for verification; only while no session is open."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from .cuda_driver import Driver, host_bytes
 from .device import ComponentLibrary, DeviceComponent, Recording
+from .device_frames import FramePool
 from .errors import EngineError
 from .program import ALIGNMENT, Copy, EngineRun, Fill, KernelLaunch, Lane, Operation, Program, View
 from .weights_file import numpy_dtype
@@ -109,6 +110,7 @@ class CudaExecutor:
         self._pinned: list[int] = []
         self._graphs: dict[tuple[int, str], Recording] = {}
         self._ran: set[str] = set()
+        self._frames = FramePool(driver.alloc, _chunk_bytes(program))
         self._base = driver.alloc(program.arena_bytes)
         try:
             self._components = self._load_components()
@@ -117,6 +119,7 @@ class CudaExecutor:
             self._pieces = [self._slot(_PIECE) for _ in range(2)]
             self._next = {"ring": 0, "piece": 0}
             self._fetches = self._fetch_slots()
+            self._decoded = self._event()
             self._latents = [
                 [self._event() for _ in range(program.latent_slots)] for _ in range(program.sessions)
             ]
@@ -196,6 +199,26 @@ class CudaExecutor:
         self.counters.copies += 1
         return _Fetched(self, slot, view)
 
+    def keep(self, session: int, buffer: str, address: int) -> None:
+        """Enqueue a copy of a decoder's output to memory outside of the arena."""
+        self.driver.enter()
+        view = self._program.buffers[buffer].view
+        self.driver.copy(address, self.address(view, session), view.nbytes, self._streams["decode"])
+        self.counters.copies += 1
+
+    def finish_decoding(self) -> float:
+        """Wait for what is enqueued in lane ``decode``; the seconds it took."""
+        start = time.perf_counter()
+        self.counters.waits += 1
+        self.driver.record(self._decoded, self._streams["decode"])
+        self.driver.sync_event(self._decoded)
+        return time.perf_counter() - start
+
+    def lease_frames(self) -> Any:
+        """Device memory for the frames of one chunk, see :class:`~runtime.device_frames.FramePool`."""
+        self.driver.enter()
+        return self._frames.lease()
+
     def prepare(self, session: int) -> None:
         """Record every forward of ``session`` that has a graph."""
         self.driver.enter()
@@ -231,7 +254,7 @@ class CudaExecutor:
         steps += [graph.close for graph in self._graphs.values()]
         steps += [self._library.close, partial(driver.destroy, list(self._streams.values()), self._events)]
         steps += [partial(driver.free_pinned, address) for address in self._pinned]
-        steps.append(partial(driver.free, base))
+        steps += [partial(driver.free, address) for address in (*self._frames.owned, base)]
         for step in steps:
             with suppress(EngineError):
                 step()
@@ -345,6 +368,11 @@ class CudaExecutor:
         slots = {("decode", i): self._slot(video) for i in range(buffers["clean_latent"].shape[1])}
         slots["text", 0] = self._slot(buffers["encoder.hidden_out"].nbytes)
         return slots  # type: ignore[return-value]
+
+
+def _chunk_bytes(program: Program) -> int:
+    buffers = program.buffers
+    return buffers["frames_next"].buffer.nbytes * buffers["clean_latent"].buffer.shape[1]
 
 
 def _is_fed(forward: Any) -> bool:

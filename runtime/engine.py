@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache import Move
 
-__all__ = ["Engine", "Placement"]
+if TYPE_CHECKING:
+    from .device_frames import DeviceFrames
+
+__all__ = ["DeviceFrameEngine", "Engine", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +88,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything. No other method may be running."""
+
+
+@runtime_checkable
+class DeviceFrameEngine(Protocol):
+    """What an engine offers besides if frames may stay on its device."""
+
+    def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
+        """Like :meth:`Engine.decode`, into memory of the device; the frames and the seconds."""

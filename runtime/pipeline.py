@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .backends import load_engine, runs_on_host
 from .bundle import Bundle, load_bundle
-from .engine import Engine
+from .engine import DeviceFrameEngine, Engine
 from .errors import CapacityError, ClosedError, InputError
 from .manifest import Manifest
 from .memory import BufferPlan, available_memory, check_memory, plan_buffers
@@ -116,17 +116,29 @@ class Pipeline:
         return self._plan
 
     def session(
-        self, prompt: str | None = None, *, seed: int = 0, embedding: ArrayLike | None = None
+        self,
+        prompt: str | None = None,
+        *,
+        seed: int = 0,
+        embedding: ArrayLike | None = None,
+        frames: Literal["host", "device"] = "host",
     ) -> Session:
         """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
 
-        The same seed gives the same bits on the same backend.
+        The same seed gives the same bits on the same backend. With ``frames="device"`` the frames stay on the GPU, for
+        encoders and others that read DLPack: ``torch.from_dlpack(chunk.frames)``.
 
         Raises:
             CapacityError: all sessions that the pipeline was loaded for are open.
             InputError: neither or both of prompt and embedding, or an argument that is not usable.
         """
         seed = check_seed(seed)
+        device = self._engine if frames == "device" and isinstance(self._engine, DeviceFrameEngine) else None
+        if frames != "host" and device is None:
+            raise InputError(
+                f"frames is {frames!r}; expected 'host', or 'device' with a bundle that runs on a GPU (this one: "
+                f"{self.manifest.backend} on {self.manifest.target.name})"
+            )
         first = PromptSwitch(self.embed(prompt, embedding), recache="none")
         with self._lock:
             self._require_open()
@@ -139,7 +151,9 @@ class Pipeline:
                     free=0,
                 )
             number = self._free.pop(0)
-            lane = Lane(Rollout(self._engine, number, self.manifest, seed=seed), switches=[(0, first)])
+            lane = Lane(
+                Rollout(self._engine, number, self.manifest, seed=seed, device=device), switches=[(0, first)]
+            )
             self._scheduler.add(lane)
         return Session(
             scheduler=self._scheduler,

@@ -7,7 +7,7 @@ and which side of the decoder's caches is next.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -162,8 +162,21 @@ class ProgramEngine:
 
     def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
         """See :meth:`Engine.decode <runtime.engine.Engine.decode>`."""
+        fetches: list[tuple[Fetch, int]] = []
+
+        def take(buffer: str, count: int, index: int) -> None:
+            fetches.append((self._executor.fetch(session, buffer, "decode", index), count))
+
+        seconds, written = self._decode(session, latent, first, take), 0
+        for fetch, count in fetches:
+            seconds += fetch.into(out[written : written + count])
+            written += count
+        return seconds
+
+    def _decode(self, session: int, latent: int, first: bool, take: Callable[[str, int, int], None]) -> float:
+        """Run the decoder for each frame of a latent; ``take`` gets the buffer that then holds so many frames."""
         self._executor.wait(session, latent)
-        seconds, fetches = 0.0, []
+        seconds = 0.0
         for index in range(self._chunk_frames):
             self._executor.copy(session, self._program.decode_latent(latent, index), "decode")
             if first and index == 0:
@@ -172,12 +185,7 @@ class ProgramEngine:
                 forward, frames = f"decode_next.{'ab'[self._side[session]]}", "frames_next"
                 self._side[session] ^= 1
             seconds += self._executor.run(session, forward)
-            count = self._program.buffers[frames].buffer.shape[0]
-            fetches.append((self._executor.fetch(session, frames, "decode", index), count))
-        written = 0
-        for fetch, count in fetches:
-            seconds += fetch.into(out[written : written + count])
-            written += count
+            take(frames, self._program.buffers[frames].buffer.shape[0], index)
         return seconds
 
     def encode_text_layer(

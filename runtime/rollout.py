@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .cache import FrameTable, LatentRing
-from .engine import Engine, Placement
+from .engine import DeviceFrameEngine, Engine, Placement
 from .errors import SessionCancelledError
 from .manifest import Manifest
 from .noise import fill_noise
@@ -43,11 +43,21 @@ def chunk_pixel_frames(manifest: Manifest, chunk: int) -> int:
 class Rollout:
     """One session's rollout. :meth:`advance` and :meth:`decode` may run at once, on two threads."""
 
-    def __init__(self, engine: Engine, session: int, manifest: Manifest, *, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        session: int,
+        manifest: Manifest,
+        *,
+        seed: int,
+        device: DeviceFrameEngine | None = None,
+    ) -> None:
+        """``device`` is the engine again if frames stay there."""
         model, cache = manifest.model, manifest.cache
         past = cache.max_past_frames
         slots = range(session * past, (session + 1) * past)
         self._engine = engine
+        self._device = device
         self._session = session
         self._manifest = manifest
         self._seed = seed
@@ -77,10 +87,17 @@ class Rollout:
         return seconds
 
     def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:
-        """Frames of a chunk, uint8 ``[N, H, W, 3]`` in an array of the caller's, and the backend's seconds.
+        """Frames of a chunk, uint8 ``[N, H, W, 3]``, and the backend's seconds.
+
+        They are an array of the caller's, or, if they stay on the device, :class:`~runtime.device_frames.DeviceFrames`.
 
         Chunks must be decoded in order, at most one behind the chunk that :meth:`advance` works on.
         """
+        if self._device is not None:
+            kept, seconds = self._device.decode_on_device(
+                self._session, self._latents.slot(chunk), first=chunk == 0
+            )
+            return cast(NDArray[np.uint8], kept), seconds
         model = self._manifest.model
         count = chunk_pixel_frames(self._manifest, chunk)
         frames = np.empty((count, model.video_height, model.video_width, 3), dtype=np.uint8)

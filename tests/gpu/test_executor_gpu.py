@@ -160,6 +160,15 @@ def test_sessions_are_isolated_bit_for_bit(bundle: Path) -> None:
             session.close()
 
 
+def test_frames_on_the_device_are_those_on_the_host(bundle: Path) -> None:
+    with Pipeline.load(bundle, text_encoder="external") as pipe:
+        expected = frames(pipe, seed=2, chunks=6)
+        with pipe.session(embedding=EMBEDDING, seed=2, frames="device") as session:
+            found = [torch.from_dlpack(chunk.frames) for chunk in session.stream(chunks=6)]
+        assert all(tensor.is_cuda for tensor in found)
+        assert np.array_equal(torch.cat(found).cpu().numpy(), expected)
+
+
 @pytest.mark.parametrize("recache", ["window", "all", "none"])
 def test_a_prompt_switch_is_near_that_on_the_host(bundle: Path, host_bundle: Path, recache: str) -> None:
     rolled = []

@@ -54,6 +54,8 @@ class SimulatedDriver:
         self.captures = 0
         self.waits = 0
 
+    dlpack_device = (1, 0)
+
     def enter(self) -> None:
         pass
 

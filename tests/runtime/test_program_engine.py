@@ -10,10 +10,10 @@ import pytest
 
 from runtime import pipeline as pipeline_module
 from runtime.bundle import Bundle, load_bundle
-from runtime.cuda_engine import constants
+from runtime.cuda_engine import CudaEngine, constants
 from runtime.cuda_executor import CudaExecutor
 from runtime.engine import Engine
-from runtime.errors import SessionFailedError
+from runtime.errors import InputError, SessionFailedError
 from runtime.host_engine import HostEngine, load_graph
 from runtime.host_executor import HostExecutor
 from runtime.memory import BufferPlan
@@ -53,7 +53,7 @@ class OnGpu:
         self.executor = CudaExecutor(
             program, self.driver, library, launcher(self.driver), constants(manifest, weights)
         )
-        return ProgramEngine(manifest, program, self.executor)
+        return CudaEngine(bundle, program, self.driver, self.executor)
 
 
 def rollout(
@@ -154,6 +154,35 @@ def test_a_chunk_waits_for_the_device_only_for_its_frames(
         for _ in session.stream(chunks=chunks):
             pass
         assert load.executor.counters.waits - before <= chunks * 3 + 2
+
+
+def test_frames_on_the_device_are_handed_over_without_a_copy(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu()
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle) as pipe:
+        with pipe.session("a red fox", seed=1) as session:
+            expected = [chunk.frames for chunk in session.stream(chunks=8)]
+        with pipe.session("a red fox", seed=1, frames="device") as session:
+            stream = session.stream(chunks=8)
+            held = np.from_dlpack(next(stream).frames)
+            before = load.driver.allocations
+            for wanted, chunk in zip(expected[1:], stream, strict=True):
+                assert (len(chunk.frames), chunk.frames.shape) == (len(wanted), wanted.shape)
+                capsule = chunk.frames.__dlpack__()  # that nobody takes anything out of
+                found = np.from_dlpack(chunk.frames)
+                assert np.array_equal(found, wanted)
+                assert found.ctypes.data == chunk.frames.address
+                del capsule, found, chunk
+            assert np.array_equal(held, expected[0]), "memory was used again while it was held"
+            # Besides the one that is held: the present chunk, the one waiting, and the one being decoded.
+            assert load.driver.allocations - before <= 3, "memory is not used again"
+            with pytest.raises(BufferError):
+                np.from_dlpack(next(session.stream(chunks=1)).frames, copy=True)
+    monkeypatch.setattr(pipeline_module, "load_engine", by_hand)
+    with Pipeline.load(bundle) as pipe, pytest.raises(InputError, match="runs on a GPU"):
+        pipe.session("a red fox", frames="device")
 
 
 @pytest.mark.slow
