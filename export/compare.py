@@ -27,6 +27,7 @@ from runtime.host_engine import load_graph
 from runtime.onnxruntime_engine import default_threads
 from runtime.pipeline import Pipeline
 from runtime.segmented import load_segments
+from runtime.weights_file import numpy_dtype
 
 from .comparison import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
 from .components import VAEFirst, VAENext, per_chunk_name
@@ -124,11 +125,11 @@ class SegmentedRunner(BaseRunner):
         return _metadata(self._component)
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
-        inputs = {name: np.ascontiguousarray(value) for name, value in feed_dict.items()}
+        inputs = _typed(feed_dict, self._component)
         if self._is_clean:
             inputs["step"] = np.array(self._bundle.manifest.schedule.denoise_steps, dtype=np.int32)
         outputs = OrderedDict(
-            (spec.name, np.full([int(dim) for dim in spec.shape], np.nan, dtype=spec.dtype))
+            (spec.name, np.full([int(dim) for dim in spec.shape], np.nan, dtype=numpy_dtype(spec.dtype)))
             for spec in self._component.outputs
         )
         self.inference_time = self._forward.run(self._forward.bind(inputs, outputs))
@@ -153,7 +154,7 @@ class GraphRunner(BaseRunner):
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
         start = time.perf_counter()
-        values = self._graph.call(feed_dict)
+        values = self._graph.call(_typed(feed_dict, self._bundle.component(self._name)))
         self.inference_time = time.perf_counter() - start
         return OrderedDict(zip(self._graph.outputs, values, strict=True))
 
@@ -161,8 +162,16 @@ class GraphRunner(BaseRunner):
 def _metadata(component: Component) -> TensorMetadata:
     metadata = TensorMetadata()
     for spec in component.inputs:
-        metadata.add(spec.name, np.dtype(spec.dtype), spec.shape)
+        metadata.add(spec.name, numpy_dtype(spec.dtype), spec.shape)
     return metadata
+
+
+def _typed(feed: Feed, component: Component) -> dict[str, NDArray[Any]]:
+    """A feed in the component's own types; the reference computes in float32."""
+    types = {spec.name: numpy_dtype(spec.dtype) for spec in component.inputs}
+    return {
+        name: np.asarray(value, dtype=types.get(name, value.dtype), order="C") for name, value in feed.items()
+    }
 
 
 def bundle_runner(bundle: Bundle, name: str) -> BaseRunner:

@@ -315,7 +315,7 @@ def _run_of(session: ort.InferenceSession) -> Run:
     outputs = [entry.name for entry in session.get_outputs()]
 
     def run(feed: Feed) -> dict[str, NDArray[Any]]:
-        values = session.run(outputs, {name: np.ascontiguousarray(feed[name]) for name in inputs})
+        values = session.run(outputs, {name: np.asarray(feed[name], order="C") for name in inputs})
         return dict(zip(outputs, values, strict=True))
 
     return run

@@ -65,13 +65,17 @@ def tampered(bundle, tmp_path, name: str) -> Bundle:
 def test_a_wrong_weight_is_found_and_located(tiny_bundle, tmp_path):
     bundle = tampered(tiny_bundle, tmp_path, "model.blocks.3.ffn.0.weight")
     command = [sys.executable, "-m", "export", "compare", str(bundle), "--chunks", "1", "--json"]
-    result = subprocess.run([*command, str(tmp_path / "r.json")], capture_output=True, text=True, check=False)
+    command += [str(tmp_path / "r.json"), "--report", str(tmp_path / "r.html")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stderr
     assert "FAIL" in result.stdout
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert not rows["step"]["passed"]
     assert rows["step"]["relative"] > 1e-4
     assert all(rows[name]["passed"] for name in ("text_encoder", "conditioner", "vae_first", "vae_next"))
+    page = (tmp_path / "r.html").read_text()
+    assert "past their tolerance" in page
+    assert page.count("<img ") == 3 * 4  # both rollouts and their difference
 
 
 def test_a_bundle_from_a_checkpoint_needs_the_checkpoint(tiny_bundle):
