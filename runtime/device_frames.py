@@ -98,7 +98,7 @@ class DeviceFrames:
 
     Take them with ``torch.from_dlpack(frames)``, ``cupy.from_dlpack(frames)`` or whatever reads DLPack; nothing is
     copied. The memory is used for a later chunk when this object and every tensor made of it are gone, and it is freed
-    with the pipeline.
+    with the pipeline; so keep them until work that reads them has finished, not only until it is queued.
     """
 
     def __init__(self, lease: _Lease, shape: tuple[int, ...], device: tuple[int, int]) -> None:

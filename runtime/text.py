@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from .bundle import Bundle
 from .errors import BundleError, ClosedError, InputError
 from .manifest import Text
+from .weights_file import numpy_dtype
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,7 +84,7 @@ class TextEncoder:
         self._weights = bundle.path(self._text.weights)
         self._tokenizer = _load_tokenizer(bundle.path(self._text.tokenizer))
         component = bundle.component("text_encoder")
-        self._dtypes = {spec.name: np.dtype(spec.dtype) for spec in component.inputs}
+        self._dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in component.inputs}
         self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
         self._lock = threading.Lock()
         self._closed = False

@@ -199,8 +199,8 @@ class SimulatedLibrary:
         self._bundle = bundle
         self._driver = driver
 
-    def load(self, name: str) -> _Component:
-        return _Component(self._bundle, name, self._driver)
+    def load(self, name: str) -> SimulatedComponent:
+        return SimulatedComponent(self._bundle, name, self._driver)
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Graph:
         return self._driver.capture(enqueue, stream)
@@ -209,12 +209,13 @@ class SimulatedLibrary:
         pass
 
 
-class _Component:
+class SimulatedComponent:
     scratch_bytes = 0
+    slots = 0
+    """Slots of the pool, set by the test."""
 
     def __init__(self, bundle: Bundle, name: str, driver: SimulatedDriver) -> None:
         self._graph = load_graph(bundle, name, 1)
-        self._slots = driver
         self._driver = driver
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
@@ -226,9 +227,6 @@ class _Component:
                 arrays[name] = array_at(addresses[name], spec.dtype, shape)
         binding = graph.bind(arrays, arrays)
         self._driver.push(stream, lambda: graph.run(binding) and None)
-
-    slots = 0
-    """Slots of the pool, set by the test."""
 
 
 def array_at(address: int, dtype: Any, shape: list[int] | tuple[int, ...]) -> np.ndarray:

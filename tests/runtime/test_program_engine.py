@@ -12,18 +12,20 @@ from runtime import pipeline as pipeline_module
 from runtime.bundle import Bundle, load_bundle
 from runtime.cuda_engine import CudaEngine, constants
 from runtime.cuda_executor import CudaExecutor
+from runtime.cuda_runner import CudaComponentRunner
 from runtime.engine import Engine
-from runtime.errors import InputError, SessionFailedError
+from runtime.errors import BundleError, InputError, SessionFailedError
 from runtime.host_engine import HostEngine, load_graph
 from runtime.host_executor import HostExecutor
-from runtime.memory import BufferPlan
+from runtime.host_runner import HostRunner
+from runtime.memory import BufferPlan, plan_buffers
 from runtime.pipeline import Pipeline
 from runtime.program_builder import build_program
 from runtime.program_engine import ProgramEngine
 from runtime.weights_file import WeightsFile
 from tests.conftest import build
 from tests.runtime.conftest import MakeBundle
-from tests.runtime.simulated_gpu import SimulatedDriver, SimulatedLibrary, _Component, launcher
+from tests.runtime.simulated_gpu import SimulatedComponent, SimulatedDriver, SimulatedLibrary, launcher
 
 Load = Callable[..., Engine]
 
@@ -49,7 +51,7 @@ class OnGpu:
         program = build_program(bundle, plan.sessions)
         weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
         library = SimulatedLibrary(bundle, self.driver)
-        _Component.slots = program.buffers["past_k.0"].buffer.shape[0]
+        SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
         self.executor = CudaExecutor(
             program, self.driver, library, launcher(self.driver), constants(manifest, weights)
         )
@@ -183,6 +185,28 @@ def test_frames_on_the_device_are_handed_over_without_a_copy(
     monkeypatch.setattr(pipeline_module, "load_engine", by_hand)
     with Pipeline.load(bundle) as pipe, pytest.raises(InputError, match="runs on a GPU"):
         pipe.session("a red fox", frames="device")
+
+
+def test_components_run_alone_as_on_the_host(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    load = OnGpu()
+    engine = load(loaded, plan_buffers(loaded.manifest, 1))
+    runner, host = CudaComponentRunner(loaded, load.driver, load.executor), HostRunner(loaded)
+    rng = np.random.default_rng(0)
+    allocated = len(load.driver._memory)
+    for name in ("conditioner", "text_encoder", "vae_first", "vae_next"):
+        inputs = {
+            spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
+            for spec in loaded.component(name).inputs
+        }
+        found, expected = runner.run(name, inputs), host.run(name, inputs)
+        assert found.keys() == expected.keys()
+        for output, array in expected.items():
+            assert np.array_equal(found[output], array), (name, output)
+    assert len(load.driver._memory) == allocated, "memory was not given back"
+    with pytest.raises(BundleError, match="no component 'nothing'"):
+        runner.run("nothing", {})
+    engine.close()
 
 
 @pytest.mark.slow
