@@ -75,7 +75,7 @@ class Run:
         self.workspace, self.request, self.plan, self.keys = workspace, request, plan, keys
         self.models = Models(request.weights)
         self._parts, self._progress = parts, progress
-        self._done = 0.0
+        self._done, self._current = 0.0, ""
 
     @property
     def folder(self) -> Path:
@@ -94,10 +94,16 @@ class Run:
         Returns:
             the part's files.
         """
+        self._current = name
         self._progress(name, self._done, sum(self._parts.values()))
         entries, _ = self.workspace.component(name, build, key=key)
         self._done += self._parts[name]
         return entries
+
+    def within(self, phase: str, done: int, total: int) -> None:
+        """Show how far the part under way is, where what makes it tells: a phase of its work, and the steps of that."""
+        share = self._parts[self._current] * done / max(1, total)
+        self._progress(f"{self._current}: {phase}", self._done + share, sum(self._parts.values()))
 
     def finish(self, name: str) -> None:
         """Show that all parts are done, and what comes now."""

@@ -187,6 +187,7 @@ def _write_engine(
         machine=machine,
         plugin=plugin,
         dimensions={"slots": max(1, run.plan.max_past_frames)},
+        progress=run.within,
     )
     document = {"component": engine.component.model_dump(mode="json"), "version": engine.version}
     (folder / _description(name)).write_text(json.dumps(document))
