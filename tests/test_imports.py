@@ -16,7 +16,7 @@ ROOMS: dict[str, set[str]] = {
     "plugins": set(),
     "runtime": set(),
     "engines": set(),
-    "export": {"lightforcing_ref", "plugins", "runtime"},
+    "export": {"lightforcing_ref", "plugins", "runtime", "engines"},
     "training": {"lightforcing_ref", "plugins", "runtime", "export"},
 }
 # What the manifest and its files are, and how golden vectors are drawn and compared: defined once, on the runtime's side.
