@@ -10,15 +10,17 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lightforcing_ref.config import CHUNK_FRAMES
 
 from .errors import BuildError, InputError
-from .plan import StepPlan
 from .plan_reader import Kind, PlanReport
+
+if TYPE_CHECKING:
+    from .plan import StepPlan
 
 __all__ = ["ComponentExpectation", "Expectations", "Structure", "load_expectations"]
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from .dimensions import LIGHT_VAE, TINY_VAE, UMT5_TINY, UMT5_XXL, UMT5Config, VAEConfig
 from .errors import ConfigError
 from .sparsity import BlockGeometry
-from .text import UMT5_TINY, UMT5_XXL, UMT5Config
-from .vae import LIGHT_VAE, TINY_VAE, VAEConfig
 
 __all__ = ["CHUNK_FRAMES", "PRESETS", "DiTConfig", "Preset", "preset", "video_frames"]
 

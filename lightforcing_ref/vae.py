@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dimensions import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEConfig
+
 __all__ = [
     "LATENT_MEAN",
     "LATENT_STD",
@@ -41,39 +43,6 @@ LATENT_STD = (
 
 HISTORY = 2
 """Past frames seen by a causal convolution, whose kernel spans three."""
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Widths of a decoder: `dim` at full resolution, times `dim_mult[-1]` at the latent's."""
-
-    dim: int
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_dim: int = 16
-    temporal_upsample: tuple[bool, ...] = (True, True, False)
-    """Whether each upsampling also doubles the frame rate, from the latent's resolution upwards."""
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of the middle, then of each stage's output, from the latent's resolution upwards."""
-        return tuple(self.dim * mult for mult in (self.dim_mult[-1], *reversed(self.dim_mult)))
-
-    @property
-    def temporal_factor(self) -> int:
-        """Pixel frames per latent frame after the first."""
-        return 1 << sum(self.temporal_upsample)
-
-    @property
-    def spatial_factor(self) -> int:
-        """Pixels per latent pixel, in height and in width."""
-        return 1 << len(self.temporal_upsample)
-
-
-WAN_VAE = VAEConfig(dim=96)
-LIGHT_VAE = VAEConfig(dim=24)
-"""Every width of `WAN_VAE` cut to int(d * (1 - 0.75))."""
-TINY_VAE = VAEConfig(dim=8)
 
 
 @dataclass(frozen=True)

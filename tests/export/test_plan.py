@@ -327,7 +327,10 @@ def test_default_precisions():
 
 def test_planning_loads_no_pytorch():
     script = (
-        "import sys, export.plan_memory, export.predict, export.plan_tables; "
-        "sys.exit(int(bool({'torch', 'onnx', 'onnx_ir'} & sys.modules.keys())))"
+        "import sys; from export.cli import main; code = main(['plan', '--gpu', 'rtx5090', '--preset', 'wan-1.3b']); "
+        "sys.exit(code or int(bool({'torch', 'onnx', 'onnx_ir'} & sys.modules.keys())))"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60).returncode == 0
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, timeout=60, capture_output=True
+    )
+    assert result.returncode == 0
