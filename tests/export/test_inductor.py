@@ -51,6 +51,9 @@ from runtime.segmented import load_segments
 from tests.conftest import build
 from tests.runtime.device_bundles import write_kernels
 
+# Compiling takes a minute on a quiet core, and much longer beside other work.
+pytestmark = pytest.mark.timeout(1800)
+
 TINY = PRESETS["tiny"]
 EMBEDDING = np.random.default_rng(4).standard_normal((64, 64), dtype=np.float32)
 ALL_LINEARS = frozenset({"self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"})
