@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ftfy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +54,8 @@ __all__ = [
 
 def clean_prompt(prompt: str) -> str:
     """Repair mojibake, unescape HTML twice, strip, and collapse white space, as Wan does before tokenising."""
+    import ftfy  # here, because a model without its tokenizer needs it not
+
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", text).strip()
 
