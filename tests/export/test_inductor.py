@@ -91,10 +91,8 @@ def mixed_bundle(tiny_bundle: Path, plan: StepPlan, tmp_path_factory: pytest.Tem
     for name in kept:
         (folder / name).hardlink_to(tiny_bundle / name)
     segments = step_segments(plan, torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        # Looking for vector instructions takes longer than compiling without them.
-        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
-        patch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
+    # Looking for vector instructions takes longer than compiling without them.
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
         for name, part in segments.by_name.items():
             compile_package(part, folder / f"{name}.pt2", "cpu")
     files = [*kept, *(f"{name}.pt2" for name in segments.by_name)]
