@@ -213,13 +213,14 @@ class BundleSpec:
         from export.backends import BACKENDS
         from export.request import BuildRequest
         from export.targets import BackendName, Precision
+        from export.weights import Weights
 
         backend = cast(BackendName, platform.backend) if platform.problem is None else "onnxruntime"
         preset = ladder_preset(case.preset, light_vae=self.light_vae)
         return BuildRequest(
             target=platform.target,
             variant=variant_for(case, platform.target, preset, sparse=self.sparse),
-            preset=preset,
+            weights=Weights(preset, seed=seed),
             height=case.height,
             width=case.width,
             backend=backend,
@@ -227,7 +228,6 @@ class BundleSpec:
             precision=cast(Precision, self.precision),
             out=Path(str(out)),
             name=self.name(case, platform),
-            seed=seed,
             command="python -m benchmarks.rollout",
         )
 

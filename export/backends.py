@@ -27,7 +27,7 @@ class Backend:
     """
 
     name: BackendName
-    capabilities: frozenset[str] | None
+    capabilities: frozenset[str | None] | None
     precisions: tuple[Precision, ...]
     execution: tuple[Literal["whole", "segmented"], ...]
     on_target: bool
@@ -72,12 +72,12 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
         ),
         "inductor": Backend(
             name="inductor",
-            capabilities=frozenset({"8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "12.1"}),
-            precisions=("bf16", "fp8"),
+            capabilities=frozenset({None, "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"}),
+            precisions=("fp32", "bf16", "fp8"),
             execution=("segmented",),
             on_target=True,
-            build_modules=("torch", "triton"),
-            run_modules=("torch", "triton"),
+            build_modules=_EXPORT,
+            run_modules=("torch",),
         ),
     }
 )
@@ -101,12 +101,18 @@ def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | No
     """Why `backend` cannot be built for `target` on this machine; None where it can."""
     supported = backend.capabilities
     if supported is not None and target.compute_capability not in supported:
+        known = ", ".join(sorted(filter(None, supported), key=_order))
         return (
-            f"only for compute capability {', '.join(sorted(supported, key=_order))}, which {target.name} "
+            f"only for compute capability {known}, which {target.name} "
             f"({target.compute_capability or 'no GPU'}) is not"
         )
     problems = []
-    if backend.on_target and not any(g.compute_capability == target.compute_capability for g in gpus.gpus):
+    on_gpu = target.compute_capability is not None
+    if (
+        backend.on_target
+        and on_gpu
+        and not any(g.compute_capability == target.compute_capability for g in gpus.gpus)
+    ):
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
         problems.append(f"built on the target GPU itself only, and here there is {here}")
     if missing := missing_modules(backend.build_modules):

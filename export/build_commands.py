@@ -161,12 +161,11 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     request = BuildRequest(
         target=target,
         variant=variant,
-        preset=model,
+        weights=chosen_weights(args, model),
         height=height,
         width=width,
         backend=choice.backend,
         precision=choice.precision,
-        files=chosen_weights(args, model),
         per_chunk=args.per_chunk,
         execution=execution,
         embedded=embedded,

@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry
 
 from .machine import memory
@@ -26,7 +27,7 @@ from .sizes import (
     text_layer_parameters,
     text_outer_parameters,
 )
-from .targets import CHUNK_FRAMES, Precision, Target, Variant
+from .targets import Precision, Target, Variant
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import Preset

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 
 from .errors import InputError
 from .plan_memory import Planned
 from .sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
-from .targets import CHUNK_FRAMES, Peak, Precision
+from .targets import Peak, Precision
 
 __all__ = [
     "PUBLISHED",

@@ -38,8 +38,7 @@ class BuildRequest:
 
     Attributes:
         height, width: of the video, in pixels.
-        seed: draws random weights where there are no `files`.
-        files: where the weights come from; None = from the seed.
+        weights: the model, and where its weights come from.
         per_chunk: also write a step graph for each chunk.
         execution: the step as one graph, or cut into segments.
         embedded: segments hold their weights, an engine per layer; otherwise weights are inputs of one engine.
@@ -48,15 +47,13 @@ class BuildRequest:
 
     target: Target
     variant: Variant
-    preset: Preset
+    weights: Weights
     height: int
     width: int
     backend: BackendName
     precision: Precision
     out: Path
     name: str
-    seed: int | None = None
-    files: Weights | None = None
     per_chunk: bool = False
     execution: Execution = "whole"
     embedded: bool = False
@@ -64,9 +61,9 @@ class BuildRequest:
     command: str = ""
 
     @property
-    def weights(self) -> Weights:
-        """Where the weights come from."""
-        return self.files or Weights(self.preset, self.seed)
+    def preset(self) -> Preset:
+        """The model's dimensions."""
+        return self.weights.preset
 
     @property
     def plan(self) -> StepPlan:

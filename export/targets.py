@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import SparsityTable
 from runtime.bundle import BackendName, Precision
 
 from .errors import InputError
 
 __all__ = [
-    "CHUNK_FRAMES",
     "BackendName",
     "Blocks",
     "CachePolicy",
@@ -36,9 +36,6 @@ __all__ = [
     "load_variant",
     "unknown_name",
 ]
-
-CHUNK_FRAMES = 3
-"""Latent frames per chunk."""
 
 _MAX_BASE = 0.999
 

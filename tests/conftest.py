@@ -11,20 +11,20 @@ def build(out: Path, variant: str, **changes: object) -> Path:
     """Build a `tiny` bundle for the CPU through the code path of the command line."""
     from export.build import BuildRequest, build_bundle
     from export.targets import load_target, load_variant
+    from export.weights import Weights
     from lightforcing_ref.config import PRESETS
 
     preset = PRESETS["tiny"]
     settings: dict[str, object] = {
         "target": load_target("cpu"),
         "variant": load_variant(variant),
-        "preset": preset,
+        "weights": Weights(preset, seed=0),
         "height": preset.height,
         "width": preset.width,
         "backend": "onnxruntime",
         "precision": "fp32",
         "out": out,
         "name": variant,
-        "seed": 0,
     }
     return build_bundle(BuildRequest(**settings | changes))
 

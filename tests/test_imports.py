@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "export": {"lightforcing_ref", "plugins", "runtime", "engines"},
     "training": {"lightforcing_ref", "plugins", "runtime", "export"},
 }
-# What the manifest and its files are, and how golden vectors are drawn and compared: defined once, on the runtime's side.
+# What the manifest and its files are, and how golden vectors are drawn and compared: defined on the runtime's side.
 FROM_RUNTIME = {"runtime.bundle", "runtime.errors", "runtime.golden", "runtime.weights_file"}
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
 READS_BUNDLES = {"export/compare.py", "export/inspect.py", "export/reference.py"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from export.build import build_bundle
 from export.request import BuildRequest
 from export.targets import load_target, load_variant
+from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 
 ENGINES = ("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next")
@@ -29,14 +30,13 @@ def request(out: Path, precision: str, variant: str = "short", **changes: object
     settings: dict[str, object] = {
         "target": load_target("rtx5090"),
         "variant": load_variant(variant),
-        "preset": preset,
+        "weights": Weights(preset, seed=0),
         "height": preset.height,
         "width": preset.width,
         "backend": "tensorrt-rtx",
         "precision": precision,
         "out": out,
         "name": f"{variant}-{precision}",
-        "seed": 0,
         "execution": "segmented",
     }
     return BuildRequest(**settings | changes)

@@ -64,14 +64,13 @@ def request_for(target: str = "cpu", preset: Preset = TINY, **changes: Any) -> B
     settings: dict[str, Any] = {
         "target": chosen,
         "variant": load_variant("short"),
-        "preset": preset,
+        "weights": Weights(preset, seed=0),
         "height": preset.height,
         "width": preset.width,
         "backend": "inductor",
         "precision": "fp32" if target == "cpu" else "bf16",
         "out": Path("nowhere"),
         "name": "x",
-        "seed": 0,
     }
     return BuildRequest(**settings | changes)
 

@@ -10,6 +10,7 @@ import pytest
 from export.build import build_bundle, check_build
 from export.errors import InputError
 from export.targets import load_target
+from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 
@@ -22,7 +23,7 @@ SHALLOW = replace(WAN, dit=replace(WAN.dit, layers=3), text=replace(WAN.text, la
 
 
 def full_size(out: Path, precision: str, **changes: object):
-    sizes = {"preset": SHALLOW, "height": WAN.height, "width": WAN.width}
+    sizes = {"weights": Weights(SHALLOW, seed=0), "height": WAN.height, "width": WAN.width}
     return request(out, precision, **sizes | changes)
 
 
@@ -51,7 +52,9 @@ def test_full_size_components_are_what_they_should_be(tmp_path, precision, heigh
 
 
 def test_a_bundle_that_does_not_fit_into_its_target_is_refused(tmp_path):
-    large = full_size(tmp_path, "bf16", preset=WAN, height=1024, width=1024, target=load_target("rtx5080"))
+    large = full_size(
+        tmp_path, "bf16", weights=Weights(WAN, seed=0), height=1024, width=1024, target=load_target("rtx5080")
+    )
     with pytest.raises(InputError, match=r"does not fit: 1 session needs .* GiB \(GeForce RTX 5080\)"):
         check_build(large)
     assert not list(tmp_path.iterdir())

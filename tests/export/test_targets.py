@@ -8,7 +8,6 @@ import pytest
 
 from export.errors import InputError
 from export.targets import (
-    CHUNK_FRAMES,
     Blocks,
     Target,
     Variant,
@@ -115,10 +114,6 @@ def test_published_sparsity_tables() -> None:
         [0, 0.735, 0.774, 0.798, 0.884], abs=5.5e-4
     )  # published after rounding to four decimals first
     assert set(load_variant("dense").table().values) == {0.0}
-
-
-def test_chunk_length_is_the_models() -> None:
-    assert CHUNK_FRAMES == config.CHUNK_FRAMES == 3
 
 
 def test_unknown_names_suggest_and_list() -> None:

@@ -15,6 +15,7 @@ import torch
 from export.build import build_bundle
 from export.request import BuildRequest
 from export.targets import Target, list_targets, load_target, load_variant
+from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 from runtime.cuda_driver import CudaDriver, host_bytes
@@ -45,7 +46,9 @@ def built(out: Path, chosen: Target, backend: str, precision: str, **changes: ob
     variant = load_variant("long").model_copy(update={"block": preset.block})
     sizes = (preset.height, preset.width)
     return build_bundle(
-        BuildRequest(chosen, variant, preset, *sizes, backend, precision, out, backend, seed=0, **changes)
+        BuildRequest(
+            chosen, variant, Weights(preset, seed=0), *sizes, backend, precision, out, backend, **changes
+        )
     )
 
 

@@ -13,6 +13,7 @@ from export.build import build_bundle
 from export.reference import Reference
 from export.request import BuildRequest
 from export.targets import Target, list_targets, load_variant
+from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.vae import to_uint8
 from runtime.backends import load_engine
@@ -48,14 +49,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         BuildRequest(
             chosen,
             variant,
-            preset,
+            Weights(preset, seed=0),
             preset.height,
             preset.width,
             "inductor",
             precision,
             tmp_path_factory.mktemp("inductor"),
             precision,
-            seed=0,
         )
     )
 

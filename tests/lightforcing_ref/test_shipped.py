@@ -17,7 +17,8 @@ def test_the_tiny_preset_comes_with_all_its_weights() -> None:
     files = shipped("tiny")
     assert files is not None
     preset = PRESETS["tiny"]
-    load_dit_state(files.transformer, preset.dit)
+    for transformer in (files.transformer, files.dense_transformer):
+        load_dit_state(transformer, preset.dit)
     load_vae_state(files.vae, preset.vae)
     load_umt5_state(files.text_encoder, preset.text)
 
@@ -29,7 +30,13 @@ def test_a_preset_without_files_has_none() -> None:
 
 def test_an_incomplete_folder_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ASSETS", tmp_path)
-    names = ("dit.safetensors", "vae.safetensors", "text_encoder.safetensors", "tokenizer.json")
+    names = (
+        "dit.safetensors",
+        "dit_dense.safetensors",
+        "vae.safetensors",
+        "text_encoder.safetensors",
+        "tokenizer.json",
+    )
     (tmp_path / "small").mkdir()
     for name in names:
         assert shipped("small") is None

@@ -30,11 +30,13 @@ from tests.runtime.simulated_gpu import SimulatedComponent, SimulatedDriver, Sim
 Load = Callable[..., Engine]
 
 
-def by_hand(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> Engine:
+def by_hand(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True) -> Engine:
     return HostEngine(bundle, plan, threads=1)
 
 
-def on_host(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> ProgramEngine:
+def on_host(
+    bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+) -> ProgramEngine:
     program = build_program(bundle, plan.sessions)
     executor = HostExecutor(bundle, program, lambda name: load_graph(bundle, name, 1))
     return ProgramEngine(bundle.manifest, program, executor)
@@ -46,15 +48,16 @@ class OnGpu:
     def __init__(self, seed: int = 0, eagerness: float = 0.2) -> None:
         self.driver = SimulatedDriver(seed, eagerness)
 
-    def __call__(self, bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> ProgramEngine:
+    def __call__(
+        self, bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+    ) -> ProgramEngine:
         manifest = bundle.manifest
         program = build_program(bundle, plan.sessions)
         weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
         library = SimulatedLibrary(bundle, self.driver)
         SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
-        self.executor = CudaExecutor(
-            program, self.driver, library, launcher(self.driver), constants(manifest, weights)
-        )
+        fed = constants(manifest, weights)
+        self.executor = CudaExecutor(program, self.driver, library, launcher(self.driver), fed, graphs=graphs)
         return CudaEngine(bundle, program, self.driver, self.executor)
 
 
@@ -67,11 +70,12 @@ def rollout(
     sessions: int = 2,
     warmup: bool = True,
     recache: tuple[str, ...] = ("window", "all"),
+    graphs: bool = True,
 ) -> np.ndarray:
     """Frames of several sessions taking turns, each with a prompt switch of its own."""
     monkeypatch.setattr(pipeline_module, "load_engine", load)
     frames = []
-    with Pipeline.load(path, sessions=sessions, warmup=warmup) as pipe:
+    with Pipeline.load(path, sessions=sessions, warmup=warmup, graphs=graphs) as pipe:
         opened = [pipe.session("a red fox", seed=number) for number in range(sessions)]
         streams = [session.stream(chunks=chunks) for session in opened]
         for chunk in range(chunks):
@@ -100,6 +104,17 @@ def test_streams_graphs_and_pinned_memory_change_no_bit(
     expected = rollout(by_hand, bundle, monkeypatch)
     found = rollout(OnGpu(seed, eagerness), bundle, monkeypatch, warmup=warmup)
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
+def test_without_graphs_every_operation_is_enqueued_anew(
+    bundle: Path, warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu(3, 0.3)
+    expected = rollout(by_hand, bundle, monkeypatch, chunks=3)
+    assert np.array_equal(rollout(load, bundle, monkeypatch, chunks=3, warmup=warmup, graphs=False), expected)
+    assert (load.driver.captures, load.executor.counters.graph_launches) == (0, 0)
+    assert load.executor.counters.operations > 0
 
 
 @pytest.mark.parametrize("missing", ["the decoder's wait", "the wait for room", "the wait for frames"])
