@@ -12,9 +12,14 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Shipped:
-    """Files of one preset, all of them present."""
+    """Files of one preset, all of them present.
+
+    `transformer` is finetuned under sparse attention; `dense_transformer` is the same model before that, and the
+    better one where every chunk attends densely.
+    """
 
     transformer: Path
+    dense_transformer: Path
     vae: Path
     text_encoder: Path
     tokenizer: Path
@@ -25,6 +30,7 @@ def shipped(preset: str) -> Shipped | None:
     folder = ASSETS / preset
     files = Shipped(
         transformer=folder / "dit.safetensors",
+        dense_transformer=folder / "dit_dense.safetensors",
         vae=folder / "vae.safetensors",
         text_encoder=folder / "text_encoder.safetensors",
         tokenizer=folder / "tokenizer.json",
