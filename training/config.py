@@ -40,7 +40,7 @@ class StageConfig(_Model):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     chunks: int = Field(default=4, ge=1)
-    """Chunks per training window (transformer stages)."""
+    """Chunks of the longest training windows (transformer stages but the first)."""
 
 
 class DataConfig(_Model):
@@ -65,6 +65,8 @@ class LossConfig(_Model):
     """Weight of the readout of each token's own place (still and student stages)."""
     first_window: float = Field(ge=0, le=1)
     """Fraction of the student's steps that train the first chunk alone, on as many clips as take the same time."""
+    own_context: float = Field(ge=0, le=1)
+    """Fraction of the later stages' steps that start from a rollout of the model's own."""
 
 
 class TrainingConfig(_Model):

@@ -132,6 +132,21 @@ class _TransformerStage(Stage):
         flow = predict_flow(self.model, both, 1000 * t, self.model.embed_text(text), core)
         return self.error(x, sigma, flow[:, :, -targets:], x0, weight)
 
+    @property
+    def shown(self) -> int:
+        """Chunks that a step on windows computes, however long they are."""
+        return 2 * (self.config.chunks - 1) * self.config.batch
+
+    def window(self, generator: np.random.Generator, spec: AttentionSpec | None = None) -> Tensor:
+        """Loss of windows of some length, with slightly noisy true context; the shorter, the more of them."""
+        count = int(generator.integers(2, self.config.chunks + 1))
+        first = int(generator.integers(CLIP_CHUNKS - count + 1))
+        clips = self.shown // (2 * (count - 1))
+        latents, text, weight = self.batch(generator, clips, count * CHUNK_FRAMES, first * CHUNK_FRAMES)
+        context = latents[:, :, :-CHUNK_FRAMES]
+        context = context + self.weights.context_noise * torch.randn_like(context)
+        return self.continued(generator, range(first, first + count), context, latents, text, weight, spec)
+
 
 def start_at_identity(model: CausalWanModel) -> None:
     """Let an untrained model's flow be its input, which at full noise is right but for the clip itself.
@@ -229,22 +244,14 @@ class StudentStage(_PlacedStage):
     name = "student"
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        longest = self.config.chunks
-        shown = 2 * (longest - 1) * self.config.batch  # chunks that a step computes, however they are grouped
         if generator.random() < self.weights.first_window:
-            return self.alone(generator, shown, CHUNK_FRAMES)
-        count = int(generator.integers(2, longest + 1))
-        first = int(generator.integers(CLIP_CHUNKS - count + 1))
-        clips = shown // (2 * (count - 1))
-        latents, text, weight = self.batch(generator, clips, count * CHUNK_FRAMES, first * CHUNK_FRAMES)
-        context = latents[:, :, :-CHUNK_FRAMES]
-        context = context + self.weights.context_noise * torch.randn_like(context)
-        drawn = self.continued(generator, range(first, first + count), context, latents, text, weight)
+            return self.alone(generator, self.shown, CHUNK_FRAMES)
+        drawn = self.window(generator)
         return drawn, {"drawn": drawn.item(), "placed": float("nan")}
 
 
 class RolloutStage(_TransformerStage):
-    """The student on its own output: own chunks as context, the true clip as target.
+    """The student on its own output: own chunks as context, the true clip as target; mixed with true windows.
 
     With `spec` the same under sparse attention, in the rollout as in the loss.
     """
@@ -253,14 +260,15 @@ class RolloutStage(_TransformerStage):
     spec: AttentionSpec | None = None
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        count = self.config.chunks
-        latents, text, weight = self.batch(generator, self.config.batch, count * CHUNK_FRAMES)
+        if generator.random() >= self.weights.own_context:
+            return self.window(generator, self.spec), {"drift": float("nan")}
+        latents, text, weight = self.batch(generator, self.config.batch, LATENT_FRAMES)
         rollout = BatchRollout(self.model, text, self.grid, self.spec)
         own: list[Tensor] = []
-        for _ in range(count - 1):
+        for _ in range(CLIP_CHUNKS - 1):
             own.append(rollout.few_steps(lambda: torch.randn_like(latents[:, :, :CHUNK_FRAMES])))
             rollout.commit(own[-1])
         context = torch.cat(own, 2)
         drift = float((context - latents[:, :, :-CHUNK_FRAMES]).square().mean())
-        drawn = self.continued(generator, range(count), context, latents, text, weight, self.spec)
+        drawn = self.continued(generator, range(CLIP_CHUNKS), context, latents, text, weight, self.spec)
         return drawn, {"drift": drift}
