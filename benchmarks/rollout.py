@@ -196,8 +196,7 @@ class Ladder:
             return False
         row["_watch"] = MemoryWatch(self._platform.device)
         if rung.runner == "executor":
-            bundle = BundleRollout(folder, rung, self._platform.device)
-            row["bundle"], row["notes"], into[rung.number] = folder.name, bundle.notes, bundle
+            row["bundle"], into[rung.number] = folder.name, BundleRollout(folder, rung)
             return True
         import torch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 import time
@@ -84,20 +83,13 @@ def build_bundles(
 class BundleRollout:
     """A loaded bundle that generates clips from a random prompt embedding."""
 
-    def __init__(self, folder: Path, rung: Rung, device: str, seed: int = 0) -> None:
+    def __init__(self, folder: Path, rung: Rung, seed: int = 0) -> None:
         import numpy as np
 
         from runtime import Pipeline
 
-        self.notes: list[str] = []
-        options = {}
-        if device == "cuda":
-            if "graphs" in inspect.signature(Pipeline.load).parameters:
-                options["graphs"] = rung.graphs
-            elif not rung.graphs:
-                self.notes.append("this runtime cannot switch CUDA graphs off, so they may be on")
         self._overlap = rung.overlap
-        self._pipeline = Pipeline.load(folder, text_encoder="external", verify=False, **options)
+        self._pipeline = Pipeline.load(folder, text_encoder="external", verify=False, graphs=rung.graphs)
         text = self._pipeline.manifest.text
         random = np.random.default_rng(seed)
         self._embedding = random.standard_normal((text.text_len, text.dim), dtype=np.float32)

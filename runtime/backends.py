@@ -14,11 +14,14 @@ def runs_on_host(bundle: Bundle) -> bool:
     return not runs_on_gpu(bundle.manifest)
 
 
-def load_engine(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None) -> Engine:
+def load_engine(
+    bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+) -> Engine:
     """Load the engine for a bundle's backend and target.
 
     ``plan`` is :func:`~runtime.memory.plan_buffers` of the bundle, checked against memory by the caller.
-    ``threads`` is the number of threads per forward of an engine that runs on the host.
+    ``threads`` is the number of threads per forward of an engine that runs on the host. ``graphs`` says whether an
+    engine on a GPU replays CUDA graphs or enqueues every operation anew.
 
     Raises:
         EngineError: the backend cannot run what the bundle was built for, or does not load.
@@ -29,4 +32,4 @@ def load_engine(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None)
         return HostEngine(bundle, plan, threads=threads)
     from .cuda_engine import load_cuda_engine
 
-    return load_cuda_engine(bundle, plan.sessions)
+    return load_cuda_engine(bundle, plan.sessions, graphs=graphs)

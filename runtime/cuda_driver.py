@@ -250,7 +250,7 @@ class CudaDriver:
             enqueue()
         except BaseException:
             _, graph = self._cuda.cuStreamEndCapture(stream)
-            if int(graph):
+            if graph is not None and int(graph):  # a capture that cannot end gives none
                 self._cuda.cuGraphDestroy(graph)
             raise
         graph = self._call("cuStreamEndCapture", stream)

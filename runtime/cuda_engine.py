@@ -140,8 +140,8 @@ class CudaEngine(ProgramEngine):
         return CudaComponentRunner(self._bundle, self._driver, self._cuda)
 
 
-def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0) -> CudaEngine:
-    """Load the engine for the GPU that the bundle was built for.
+def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0, graphs: bool = True) -> CudaEngine:
+    """Load the engine for the GPU that the bundle was built for; ``graphs`` as the executor takes it.
 
     Raises:
         EngineError: no such GPU is here, or an engine or kernel does not load.
@@ -163,7 +163,7 @@ def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0) -> CudaE
     library = open_library(bundle, driver)
     weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
     try:
-        executor = CudaExecutor(program, driver, library, launch, constants(manifest, weights))
+        executor = CudaExecutor(program, driver, library, launch, constants(manifest, weights), graphs=graphs)
     finally:
         if weights is not None:
             weights.close()

@@ -87,7 +87,11 @@ class _Fetched:
 
 
 class CudaExecutor:
-    """Implements :class:`~runtime.program_engine.Executor`. ``constants`` are the values of what ``load`` feeds."""
+    """Implements :class:`~runtime.program_engine.Executor`.
+
+    ``constants`` are the values of what ``load`` feeds. Without ``graphs``, every run of a forward enqueues its
+    operations one by one.
+    """
 
     def __init__(
         self,
@@ -96,6 +100,8 @@ class CudaExecutor:
         library: ComponentLibrary,
         launch: LaunchKernel,
         constants: Mapping[str, NDArray[Any]],
+        *,
+        graphs: bool = True,
     ) -> None:
         self.counters = CudaCounters()
         self.driver = driver
@@ -110,6 +116,7 @@ class CudaExecutor:
         self._pinned: list[int] = []
         self._graphs: dict[tuple[int, str], Recording] = {}
         self._ran: set[str] = set()
+        self._with_graphs = graphs
         self._frames = FramePool(driver.alloc, _chunk_bytes(program))
         self._base = driver.alloc(program.arena_bytes)
         try:
@@ -164,7 +171,7 @@ class CudaExecutor:
         self.driver.enter()
         lane = self._program.forwards[forward].lane
         with self._locks[lane]:
-            if forward in _EAGER or forward not in self._ran:
+            if not self._with_graphs or forward in _EAGER or forward not in self._ran:
                 self._enqueue(session, forward)
                 self._ran.add(forward)
                 self.counters.operations += len(self._program.forwards[forward].operations)
@@ -220,7 +227,7 @@ class CudaExecutor:
         return self._frames.lease()
 
     def prepare(self, session: int) -> None:
-        """Record every forward of ``session`` that has a graph."""
+        """Record every forward of ``session`` that has a graph; without graphs, run what has not run yet."""
         self.driver.enter()
         for name, forward in self._program.forwards.items():
             if name in _EAGER or not forward.operations:
@@ -228,7 +235,8 @@ class CudaExecutor:
             if name not in self._ran:
                 self._enqueue(session, name)
                 self._ran.add(name)
-            self._recorded(session, name)
+            if self._with_graphs:
+                self._recorded(session, name)
         self.sync()
 
     def sync(self) -> None:

@@ -55,6 +55,7 @@ class Pipeline:
         text_encoder: TextEncoderMode = "on-demand",
         verify: bool = True,
         memory_limit: int | None = None,
+        graphs: bool = True,
     ) -> Pipeline:
         """Load a bundle for up to ``sessions`` rollouts at a time.
 
@@ -68,6 +69,8 @@ class Pipeline:
             verify: check the SHA-256 of every file, and on a GPU that has not passed the bundle's golden vectors yet,
                 run them first.
             memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
+            graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
+                slower, for measurements and debuggers. On the host it changes nothing.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -86,7 +89,7 @@ class Pipeline:
         plan = plan_buffers(bundle.manifest, sessions)
         check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
 
-        engine = load_engine(bundle, plan, threads=threads)
+        engine = load_engine(bundle, plan, threads=threads, graphs=graphs)
         try:
             if verify:
                 ensure_verified(bundle, engine)
