@@ -195,7 +195,7 @@ def _spread(count: int) -> list[int]:
 
 def _bindings(name: str, segments: bundle.Segments | None) -> list[_Bindings]:
     """The weights of each run of a segment; empty where weights are inside the engine."""
-    if segments is None or segments.weights is None:
+    if segments is None:
         return []
     rows: dict[str, list[dict[str, str]]] = {
         "first": [segments.first],

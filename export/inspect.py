@@ -240,7 +240,7 @@ def _execution(manifest: Manifest) -> str:
     segments = manifest.segments
     if segments is None:
         return "the step as one graph"
-    where = "inputs of one engine for all layers" if segments.weights else "inside, an engine per layer"
+    where = "inputs of one engine for all layers" if not segments.embedded else "inside, an engine per layer"
     return (
         f"the step in segments, weights {where}; operators by {'kernels' if manifest.kernels else 'graphs'}"
     )

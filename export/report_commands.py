@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .build_commands import chosen_variant
 from .command import (
     DEFAULT_OUT,
     Command,
@@ -255,20 +256,9 @@ def efficiency(text: str) -> float:
 def _planned(args: argparse.Namespace) -> PlanRequest:
     """Check the arguments of `plan`."""
     from .plan_tables import PlanRequest, planned_precision
-    from .targets import load_target, load_variant
 
-    target = load_target(args.gpu)
+    target, variant = chosen_variant(args)
     precision = planned_precision(target, args.precision)
-    variant = load_variant(args.variant or target.default_variant).changed(
-        target=args.sparsity,
-        base=args.sparsity_base,
-        keep_frames=args.keep_frames,
-        sink_frames=args.sink,
-        near_frames=args.near,
-        window_frames=args.window,
-        table_frames=args.table_frames,
-    )
-    variant.table()
 
     from lightforcing_ref.config import preset
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .scheduler import Chunk
     from .session import ChunkStream, Session
+    from .verify import VerificationError
 
 __all__ = [
     "Bundle",
@@ -45,6 +46,7 @@ __all__ = [
     "Session",
     "SessionCancelledError",
     "SessionFailedError",
+    "VerificationError",
     "load_bundle",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "pipeline": ("Pipeline",),
     "scheduler": ("Chunk",),
     "session": ("ChunkStream", "Session"),
+    "verify": ("VerificationError",),
 }
 
 

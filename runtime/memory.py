@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .bundle import Bundle
 from .cache import LatentRing
-from .errors import BundleError, CapacityError
+from .errors import BundleError, CapacityError, InputError
 from .manifest import Component, Dtype, Manifest, TensorSpec
 
 __all__ = [
@@ -94,7 +94,12 @@ def runs_on_gpu(manifest: Manifest) -> bool:
 
 
 def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
-    """Plan the buffers for ``sessions`` sessions. Raises :class:`BundleError` if a component's I/O is unusable."""
+    """Plan the buffers for ``sessions`` sessions.
+
+    Raises:
+        BundleError: a component's inputs or outputs are unusable.
+        InputError: the engines are built for fewer sessions.
+    """
     slots = max(1, sessions * manifest.cache.max_past_frames)
     step, clean = manifest.components["step"], manifest.components["clean"]
     conditioner = manifest.components["conditioner"]
@@ -110,6 +115,11 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     )
 
     pool = [_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("past_")]
+    if any(buffer.shape[0] < slots for buffer in pool):
+        raise InputError(
+            f"the engines of this bundle have {pool[0].shape[0]} frame slots, which is one rollout, and {sessions} "
+            f"sessions need {slots}; load one session, or use a bundle of another backend"
+        )
     shared = [
         Buffer("noise", latent.dtype, (steps, *_fixed(latent))),
         Buffer("denoised", latent.dtype, (steps, *_fixed(latent))),

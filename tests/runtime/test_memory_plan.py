@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import BundleError, CapacityError, EngineError, Pipeline
+from runtime import BundleError, CapacityError, EngineError, InputError, Pipeline
 from runtime.bundle import Manifest, load_bundle
 from runtime.memory import available_memory, check_memory, plan_buffers
 from runtime.program_builder import build_program
@@ -57,6 +57,21 @@ def test_missing_tensor_and_unknown_dimension_are_named(bundle: Path) -> None:
     )
     with pytest.raises(BundleError, match=r"tensor 'past_k\.1' has the symbolic dimension 'batch'"):
         plan_buffers(edited(manifest, "step", inputs=strange), 1)
+
+
+def test_engines_for_one_rollout_refuse_several_sessions(bundle: Path) -> None:
+    manifest = load_bundle(bundle).manifest
+    past = manifest.cache.max_past_frames
+    fixed = tuple(
+        spec.model_copy(update={"shape": (past, *spec.shape[1:])}) if spec.name.startswith("past_") else spec
+        for spec in manifest.components["step"].inputs
+    )
+    one_rollout = edited(manifest, "step", inputs=fixed)
+    assert plan_buffers(one_rollout, 1) == plan_buffers(manifest, 1)
+    with pytest.raises(
+        InputError, match=rf"{past} frame slots.*2 sessions need {2 * past}; load one session"
+    ):
+        plan_buffers(one_rollout, 2)
 
 
 def test_the_system_says_what_is_free() -> None:
