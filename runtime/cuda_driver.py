@@ -7,8 +7,10 @@ context and launches kernels. Addresses and handles are plain integers.
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from .errors import EngineError
 from .kernels import cuda_core
 
-__all__ = ["CudaDriver", "Driver", "Graph", "free_memory", "host_bytes"]
+__all__ = ["CudaDriver", "Driver", "Graph", "free_memory", "host_bytes", "no_collection"]
 
 _DLPACK_CUDA = 2
 
@@ -101,6 +103,18 @@ def free_memory(ordinal: int = 0) -> int:
 def host_bytes(address: int, nbytes: int) -> NDArray[np.uint8]:
     """Host memory as an array, without a copy; it must stay allocated."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from running: in a capture, freeing what somebody left behind would spoil it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Graph:
@@ -247,7 +261,8 @@ class CudaDriver:
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
         try:
-            enqueue()
+            with no_collection():
+                enqueue()
         except BaseException:
             _, graph = self._cuda.cuStreamEndCapture(stream)
             if graph is not None and int(graph):  # a capture that cannot end gives none

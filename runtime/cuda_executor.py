@@ -115,12 +115,13 @@ class CudaExecutor:
         self._events: list[int] = []
         self._pinned: list[int] = []
         self._graphs: dict[tuple[int, str], Recording] = {}
+        self._components: dict[str, DeviceComponent] = {}
         self._ran: set[str] = set()
         self._with_graphs = graphs
         self._frames = FramePool(driver.alloc, _chunk_bytes(program))
         self._base = driver.alloc(program.arena_bytes)
         try:
-            self._components = self._load_components()
+            self._load_components()
             feeds = max(_padded(forward.feeds) for forward in program.forwards.values() if _is_fed(forward))
             self._ring = [self._slot(feeds) for _ in range(_RING)]
             self._pieces = [self._slot(_PIECE) for _ in range(2)]
@@ -260,7 +261,11 @@ class CudaExecutor:
         driver = self.driver
         steps = [driver.enter, self.sync]
         steps += [graph.close for graph in self._graphs.values()]
-        steps += [self._library.close, partial(driver.destroy, list(self._streams.values()), self._events)]
+        steps += [
+            self._components.clear,
+            self._library.close,
+            partial(driver.destroy, list(self._streams.values()), self._events),
+        ]
         steps += [partial(driver.free_pinned, address) for address in self._pinned]
         steps += [partial(driver.free, address) for address in (*self._frames.owned, base)]
         for step in steps:
@@ -268,8 +273,8 @@ class CudaExecutor:
                 step()
         self._graphs.clear()
 
-    def _load_components(self) -> dict[str, DeviceComponent]:
-        components: dict[str, DeviceComponent] = {}
+    def _load_components(self) -> None:
+        components = self._components
         for _, operation in self._program.walk():
             if not isinstance(operation, EngineRun):
                 continue
@@ -282,7 +287,6 @@ class CudaExecutor:
                     f"component {name!r} wants {components[name].scratch_bytes:,} bytes of activation memory, the "
                     f"manifest promises it {given:,}; rebuild the bundle"
                 )
-        return components
 
     def _fill(self, constants: Mapping[str, NDArray[Any]]) -> None:
         """Constants and weights; ``weights.NAME`` is a tensor of the weights file."""

@@ -8,10 +8,12 @@ PyTorch's too, and the graphs of one stream, which never run at once, share one 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
+from .cuda_driver import no_collection
 from .errors import EngineError
 from .inductor import load_package, require_torch
 from .manifest import Component, Dtype
@@ -122,6 +124,32 @@ class _Graph:
         self._graph.reset()
 
 
+class _Workspaces:
+    """cuBLAS keeps tens of megabytes for each stream it has worked on, also when the stream is gone.
+
+    Graphs hold their addresses, so they are given back only when no library is open any more.
+    """
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def give_back(self) -> None:
+        import torch
+
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch._C._cuda_clearCublasWorkspaces()
+
+
+_workspaces = _Workspaces()
+
+
 class InductorLibrary:
     """Implements :class:`~runtime.device.ComponentLibrary`. ``device`` is the CUDA device's number.
 
@@ -142,6 +170,7 @@ class InductorLibrary:
         self._bundle = bundle
         self._device = device
         self._streams = _Streams(device)
+        _workspaces.take()
 
     def load(self, name: str) -> _Package:
         """See :meth:`ComponentLibrary.load <runtime.device.ComponentLibrary.load>`."""
@@ -156,7 +185,8 @@ class InductorLibrary:
         with self._streams.use(stream):
             graph.capture_begin(self._streams.pool(stream), capture_error_mode="thread_local")
             try:
-                enqueue()
+                with no_collection():
+                    enqueue()
             except BaseException:
                 _abandon(graph)
                 raise
@@ -168,6 +198,7 @@ class InductorLibrary:
         import torch
 
         self._streams = _Streams(self._device)
+        _workspaces.give_back()
         torch.cuda.empty_cache()
 
 
