@@ -150,6 +150,14 @@ class _Never(set[str]):
         pass
 
 
+def test_without_graphs_the_bits_are_the_same(bundle: Path) -> None:
+    with Pipeline.load(bundle, text_encoder="external") as pipe:
+        replayed = frames(pipe, seed=1, chunks=4)
+    with Pipeline.load(bundle, text_encoder="external", graphs=False) as pipe:
+        assert np.array_equal(frames(pipe, seed=1, chunks=4), replayed)
+        assert pipe.engine.executor.counters.graph_launches == 0
+
+
 def test_sessions_are_isolated_bit_for_bit(bundle: Path) -> None:
     with Pipeline.load(bundle, sessions=3, text_encoder="external") as pipe:
         alone = [frames(pipe, seed, 5, sign * EMBEDDING) for seed, sign in ((1, 1), (2, -1), (3, 0.5))]
@@ -225,14 +233,14 @@ def resident_bytes() -> int:
 def test_everything_is_given_back(bundle: Path) -> None:
     with Pipeline.load(bundle, text_encoder="external") as pipe:
         frames(pipe, 0, 1)
-    torch.cuda.empty_cache()
     gc.collect()
+    torch.cuda.empty_cache()
     free = CudaDriver().memory()[0]
     for _ in range(3):
         with Pipeline.load(bundle, text_encoder="external") as pipe:
             frames(pipe, 0, 1)
-    torch.cuda.empty_cache()
     gc.collect()
+    torch.cuda.empty_cache()
     assert free - CudaDriver().memory()[0] <= 16 << 20
 
 
