@@ -31,7 +31,7 @@ setup:
 
 demo: setup
 	@mkdir -p demo
-	@$(BIN)/python -m export build --gpu cpu --preset tiny --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
+	@$(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
 	@$(BIN)/python -m runtime generate $(DEMO_BUNDLE) --prompt "$(DEMO_PROMPT)" --seconds 5 \
 		--out demo/clip.mp4 --contact-sheet demo/contact_sheet.png
 

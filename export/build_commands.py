@@ -161,7 +161,7 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     request = BuildRequest(
         target=target,
         variant=variant,
-        weights=chosen_weights(args, model),
+        weights=chosen_weights(args, model, variant),
         height=height,
         width=width,
         backend=choice.backend,
@@ -181,7 +181,7 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     return request, choice
 
 
-def chosen_weights(args: argparse.Namespace, model: Preset) -> Weights:
+def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) -> Weights:
     """Where the weights come from: files, what the package ships, or a seed."""
     from .weights import Weights, shipped_weights
 
@@ -194,7 +194,11 @@ def chosen_weights(args: argparse.Namespace, model: Preset) -> Weights:
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
         )
-    shipped = None if args.init or args.seed is not None else shipped_weights(model)
+    shipped = (
+        None
+        if args.init or args.seed is not None
+        else shipped_weights(model, dense=not variant.sparsity.target)
+    )
     return shipped or Weights(model, seed=args.seed or 0)
 
 

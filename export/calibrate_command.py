@@ -70,7 +70,7 @@ class Calibrate(Command):
         height, width = args.resolution or (model.height, model.width)
         blocks = variant.blocks(target, model.block)
         plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
-        weights, prompts = chosen_weights(args, model), read_prompts(args.prompts)
+        weights, prompts = chosen_weights(args, model, variant), read_prompts(args.prompts)
         console = Console()
         console.print(f"weights: {weights.described}", markup=False, soft_wrap=True)
         with console.status("starting") as status:

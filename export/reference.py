@@ -66,7 +66,7 @@ class Reference:
         origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
         if isinstance(origin, RandomInit):
             return cls(Weights(model, seed=origin.random))
-        shipped = shipped_weights(model)
+        shipped = shipped_weights(model, dense=manifest.sparsity.target == 0)
         if shipped is not None and shipped.source == origin.source:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:
                 return cls(shipped)

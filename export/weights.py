@@ -156,14 +156,15 @@ class Weights:
         return drawn.mul_(fan_in**-0.5)
 
 
-def shipped_weights(preset: Preset) -> Weights | None:
-    """The trained weights that come with this package for `preset`; None if there are none."""
+def shipped_weights(preset: Preset, *, dense: bool) -> Weights | None:
+    """The trained weights that come with this package for `preset`, for dense or for sparse attention; None if there
+    are none."""
     files = shipped(preset.name)
     if files is None:
         return None
     return Weights(
         preset,
-        checkpoint=files.transformer,
+        checkpoint=files.dense_transformer if dense else files.transformer,
         vae=files.vae,
         text_encoder=files.text_encoder,
         tokenizer=files.tokenizer,
