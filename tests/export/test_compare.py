@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,12 +13,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
-import export.reference
 from export.compare import against_reference
 from export.errors import ComparisonError
 from export.reference import Reference
-from export.weights import Weights
-from lightforcing_ref.config import PRESETS
+from lightforcing_ref.shipped import shipped
 from lightforcing_ref.vae import to_uint8
 from runtime.bundle import Bundle, Checkpoint, file_entry, load_bundle, write_manifest
 from runtime.pipeline import Pipeline
@@ -86,25 +85,26 @@ def test_a_bundle_from_a_checkpoint_needs_the_checkpoint(tiny_bundle):
         Reference.of(manifest.model_copy(update={"provenance": provenance}))
 
 
-def test_weights_that_come_with_the_package_are_found(tiny_bundle, tmp_path, monkeypatch):
-    """Whatever is shipped for the preset: a file of ours stands in for it."""
-    files = {name: tmp_path / name for name in ("checkpoint", "vae", "text_encoder", "tokenizer")}
-    files["checkpoint"].write_bytes(b"weights")
-    weights = Weights(PRESETS["tiny"], **files)
-    monkeypatch.setattr(export.reference, "shipped_weights", lambda preset: weights)
-    monkeypatch.setattr(Weights, "digests", lambda self: {"checkpoint": "a" * 64})
+@pytest.mark.parametrize("dense", [True, False])
+def test_weights_that_come_with_the_package_are_found(tiny_bundle, dense):
+    """Dense variants have weights of their own."""
+    files = shipped("tiny")
+    transformer = files.dense_transformer if dense else files.transformer
+    digest = hashlib.sha256(transformer.read_bytes()).hexdigest()
     manifest = load_bundle(tiny_bundle).manifest
 
     def built_from(source: str, digest: str):
-        origin = Checkpoint(source=source, sha256=digest)
-        provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
-        return manifest.model_copy(update={"provenance": provenance})
+        provenance = manifest.provenance.model_copy(
+            update={"checkpoint": Checkpoint(source=source, sha256=digest)}
+        )
+        sparsity = manifest.sparsity.model_copy(update={"target": 0.0 if dense else 0.88})
+        return manifest.model_copy(update={"provenance": provenance, "sparsity": sparsity})
 
-    assert Reference.of(built_from(weights.source, "a" * 64)).weights is weights
+    assert Reference.of(built_from("shipped:tiny", digest)).weights.checkpoint == transformer
     with pytest.raises(ComparisonError, match="another release"):
-        Reference.of(built_from(weights.source, "b" * 64))
+        Reference.of(built_from("shipped:tiny", "b" * 64))
     with pytest.raises(ComparisonError, match="pass the files"):
-        Reference.of(built_from("other.pt", "a" * 64))
+        Reference.of(built_from("other.pt", digest))
 
 
 @pytest.mark.parametrize("recache", ["window", "all", "none"])
