@@ -6,13 +6,9 @@ returns to the system, and the file does not depend on what was built before it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +20,7 @@ from .errors import BuildError, InputError
 from .machine import installed_version, memory
 from .plan_reader import PlanReport, read_plan
 from .rtx_graph import prepare_for_rtx
+from .worker import run_worker
 
 __all__ = ["CAPABILITIES", "EngineInfo", "EngineProgress", "EngineTensor", "build_engine", "check_request"]
 
@@ -225,33 +222,10 @@ def _gib(count: int) -> str:
 
 
 def _run_worker(request: dict[str, Any], component: str, progress: EngineProgress | None) -> dict[str, Any]:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.rtx_worker", json.dumps(request)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        result: dict[str, Any] = {}
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                message = json.loads(line)
-                if "phase" in message and progress is not None:
-                    progress(message["phase"], message["done"], message["total"])
-                result |= message
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-        if code == 0 and "seconds" in result:
-            return result
-        log.seek(0)
-        raise BuildError(_failure(component, request, result, code, log.read()))
+    outcome = run_worker("rtx_worker", request, os.environ, progress)
+    if outcome.code == 0 and "seconds" in outcome.result:
+        return outcome.result
+    raise BuildError(_failure(component, request, outcome.result, outcome.code, outcome.log))
 
 
 def _failure(component: str, request: dict[str, Any], result: dict[str, Any], code: int, log: str) -> str:

@@ -6,13 +6,9 @@ and a crash of the library ends one engine and not the build.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +22,7 @@ from .errors import BuildError, InputError
 from .machine import Gpu, find_gpus, installed_version
 from .trt_graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
 from .trt_inspect import Inspection, check_plugins, check_precision, read_inspection
+from .worker import run_worker
 
 __all__ = ["TrtEngine", "TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
 
@@ -255,33 +252,10 @@ def _specs(tensors: list[tuple[str, str, list[int]]]) -> tuple[bundle.TensorSpec
 def _run_worker(
     request: dict[str, Any], component: str, machine: TrtMachine, progress: Progress | None
 ) -> dict[str, Any]:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.trt_worker", json.dumps(request)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**machine.environment(), "PYTHONPATH": path},
-        )
-        result: dict[str, Any] = {}
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                message = json.loads(line)
-                if "phase" in message and progress is not None:
-                    progress(message["phase"], message["done"], message["total"])
-                result |= message
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-        if code == 0:
-            return result
-        log.seek(0)
-        raise BuildError(failure(component, str(result.get("stage", "start")), code, log.read()))
+    outcome = run_worker("trt_worker", request, machine.environment(), progress)
+    if outcome.code == 0:
+        return outcome.result
+    raise BuildError(failure(component, str(outcome.result.get("stage", "start")), outcome.code, outcome.log))
 
 
 _LOG_LINES, _LOG_CHARACTERS = 4, 1500
