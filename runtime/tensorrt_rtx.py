@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
 from .cuda_driver import Driver
-from .errors import BundleError, EngineError
+from .errors import EngineError
+from .tensorrt_engine import (
+    TENSORRT_RTX,
+    EngineComponent,
+    engine_path,
+    require_same_tensors,
+    require_version,
+)
 
 if TYPE_CHECKING:
     from .device import Recording
 
-__all__ = ["TensorRtRtxLibrary", "cache_file", "check_version"]
-
-
-def check_version(bundle: Bundle, installed: str | None) -> None:
-    """An engine runs with the TensorRT-RTX that built it and no other.
-
-    ``installed`` is the version here, or ``None``.
-
-    Raises:
-        BundleError: the manifest does not say which version that is.
-        EngineError: it is not installed.
-    """
-    library = bundle.manifest.library
-    if library is None or library.name != "tensorrt-rtx":
-        raise BundleError(
-            f"bundle {bundle.root} has the backend 'tensorrt-rtx', but its manifest names "
-            f"{library.name if library else 'no library'}; rebuild the bundle"
-        )
-    if installed == library.version:
-        return
-    found = "which is not installed" if installed is None else f"but {installed} is installed"
-    raise EngineError(
-        f"the engines of bundle {bundle.manifest.name!r} were built by TensorRT-RTX {library.version} and run with no "
-        f"other version, {found}: run `pip install tensorrt-rtx-cu13=={library.version}`, or rebuild the bundle"
-    )
+__all__ = ["TensorRtRtxLibrary", "cache_file"]
 
 
 def cache_file(bundle: Bundle, device: str) -> Path:
@@ -71,9 +54,9 @@ class TensorRtRtxLibrary:
         try:
             import tensorrt_rtx as trt
         except ImportError:
-            check_version(bundle, None)
+            require_version(bundle, TENSORRT_RTX, None)
             raise
-        check_version(bundle, trt.__version__)
+        require_version(bundle, TENSORRT_RTX, trt.__version__)
         self._trt = trt
         self._bundle = bundle
         self._driver = driver
@@ -81,19 +64,14 @@ class TensorRtRtxLibrary:
         self._runtime = trt.Runtime(self._logger)
         self._file = cache_file(bundle, device)
         self._cache: Any = None
-        self._components: dict[str, _RtxComponent] = {}
+        self._components: dict[str, EngineComponent] = {}
         self._stored = b""
 
-    def load(self, name: str) -> _RtxComponent:
+    def load(self, name: str) -> EngineComponent:
         """See :meth:`ComponentLibrary.load <runtime.device.ComponentLibrary.load>`."""
         if name in self._components:
             return self._components[name]
-        file = self._bundle.component(name).file
-        if file is None:
-            raise BundleError(
-                f"component {name!r} of bundle {self._bundle.root} has no file; rebuild the bundle"
-            )
-        path, trt = self._bundle.path(file), self._trt
+        path, trt = engine_path(self._bundle, name), self._trt
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(
@@ -118,7 +96,7 @@ class TensorRtRtxLibrary:
                 f"component {name!r} ({path}) cannot be prepared on this GPU; TensorRT-RTX's own message is above. "
                 f"Free GPU memory, or rebuild the bundle for this GPU"
             )
-        self._components[name] = _RtxComponent(name, engine, context)
+        self._components[name] = EngineComponent(name, TENSORRT_RTX, engine, context)
         return self._components[name]
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
@@ -163,47 +141,7 @@ class TensorRtRtxLibrary:
             for kind, specs in (("input", component.inputs), ("output", component.outputs))
             for spec in specs
         }
-        wrong = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
-        if wrong:
-            raise BundleError(
-                f"component {name!r}: {len(wrong)} tensor(s) differ between manifest and engine, the first is "
-                f"{wrong[0]!r}: {wanted.get(wrong[0], 'absent')} in the manifest, {found.get(wrong[0], 'absent')} in "
-                f"the engine; rebuild the bundle"
-            )
-
-
-class _RtxComponent:
-    """One engine with its context. Addresses are only set where they differ from the last run's."""
-
-    def __init__(self, name: str, engine: Any, context: Any) -> None:
-        self._name = name
-        self._engine = engine  # outlives the context
-        self._context = context
-        self._bound: dict[str, int] = {}
-        self._scratch = 0
-
-    @property
-    def scratch_bytes(self) -> int:
-        """See :class:`~runtime.device.DeviceComponent`."""
-        return int(self._engine.device_memory_size_v2)
-
-    def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
-        """See :meth:`DeviceComponent.enqueue <runtime.device.DeviceComponent.enqueue>`."""
-        if scratch != self._scratch:
-            self._context.set_device_memory(scratch, self.scratch_bytes)
-            self._scratch = scratch
-        for tensor, address in addresses.items():
-            if self._bound.get(tensor) != address:
-                if not self._context.set_tensor_address(tensor, address):
-                    raise EngineError(
-                        f"component {self._name!r} refuses the address {address:#x} for {tensor!r}"
-                    )
-                self._bound[tensor] = address
-        if not self._context.execute_async_v3(stream):
-            raise EngineError(
-                f"component {self._name!r} failed; the message of TensorRT-RTX itself is above. Run `python -m runtime "
-                f"verify` on the bundle"
-            )
+        require_same_tensors(name, found, wanted)
 
 
 def _type_name(trt: Any, dtype: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.export.trt_names import names_of
+from tests.export.trt_names import names_of, touched
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests" / "stubs"
@@ -31,15 +31,9 @@ SOURCES = sorted(
     for path in (ROOT / room).rglob("*.py")
     if "tensorrt" in path.read_text(encoding="utf-8")
 )
-TOUCHED = {path: names_of(path.read_text(encoding="utf-8")) for path in SOURCES}
-
-
-def of_module(module: str) -> dict[str, list[str]]:
-    return {
-        path.relative_to(ROOT).as_posix(): sorted(names)
-        for path, (found, names) in TOUCHED.items()
-        if found == module
-    }
+TOUCHED = touched(SOURCES, ROOT)
+SHARED = "runtime/tensorrt_engine.py"
+"""Imports neither library and is handed objects of both."""
 
 
 def missing(module: str, names: list[str], libraries: Path | None = None) -> tuple[str, list[str]]:
@@ -72,14 +66,15 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_name_is_in_the_bindings_of_tensorrt(stubs: Path) -> None:
-    touched = of_module("tensorrt")
-    assert "export/trt_worker.py" in touched
-    names = sorted({name for names in touched.values() for name in names})
+    found = TOUCHED["tensorrt"]
+    assert {"export/trt_worker.py", "runtime/tensorrt_classic.py", SHARED} <= set(found)
+    assert {"IExecutionContext.execute_async_v3", "ICudaEngine.device_memory_size_v2"} <= found[SHARED]
+    names = sorted(set().union(*found.values()))
     assert {"OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE", "IPluginRegistry.load_library"} <= set(names)
     assert {"IProgressMonitor.step_complete", "ICudaEngine.get_tensor_mode"} <= set(names)
     version, absent = missing("tensorrt_bindings", names, stubs)
     assert version.split(".")[0] == "11"
-    assert absent == [], f"TensorRT {version} has no {absent}; they are used in {touched}"
+    assert absent == [], f"TensorRT {version} has no {absent}; they are used in {found}"
 
 
 def test_names_that_tensorrt_does_not_have_are_found(stubs: Path) -> None:
@@ -96,12 +91,13 @@ def test_names_that_tensorrt_does_not_have_are_found(stubs: Path) -> None:
 
 def test_every_name_is_in_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    touched = of_module("tensorrt_rtx")
-    assert {"export/rtx_worker.py", "runtime/tensorrt_rtx.py"} <= set(touched)
-    names = sorted({name for names in touched.values() for name in names})
+    found = TOUCHED["tensorrt_rtx"]
+    assert {"export/rtx_worker.py", "runtime/tensorrt_rtx.py", SHARED} <= set(found)
+    assert found[SHARED] == TOUCHED["tensorrt"][SHARED]
+    names = sorted(set().union(*found.values()))
     assert {"IExecutionContext.execute_async_v3", "BuilderFlag.REQUIRE_USER_ALLOCATION"} <= set(names)
     version, absent = missing("tensorrt_rtx", names)
-    assert absent == [], f"TensorRT-RTX {version} has no {absent}; they are used in {touched}"
+    assert absent == [], f"TensorRT-RTX {version} has no {absent}; they are used in {found}"
     assert missing("tensorrt_rtx", ["BuilderFlag.MADE_UP", "Runtime"])[1] == ["BuilderFlag.MADE_UP"]
 
 
@@ -132,6 +128,23 @@ def test_names_are_read_from_the_syntax(code: str, expected: set[str]) -> None:
 def test_imports_that_would_escape_the_check_are_refused(code: str) -> None:
     with pytest.raises(AssertionError, match="as trt"):
         names_of(code)
+
+
+def test_names_of_what_both_import_count_for_both(tmp_path: Path) -> None:
+    files = {
+        "room/one.py": "import tensorrt as trt\nfrom .between import g\nfrom .two import other\n",
+        "room/two.py": "def f():\n import tensorrt_rtx as trt\n from other import shared\n trt.Two\n",
+        "room/between.py": "import other.shared\n",
+        "other/shared.py": "def f(context):\n context.run()\n",
+        "room/apart.py": "def f(context):\n context.walk()\n",
+    }
+    for name, code in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    assert touched(map(tmp_path.joinpath, files), tmp_path) == {
+        "tensorrt": {"other/shared.py": {"IExecutionContext.run"}},
+        "tensorrt_rtx": {"room/two.py": {"Two"}, "other/shared.py": {"IExecutionContext.run"}},
+    }
 
 
 def polygraphy_calls(path: Path) -> list[tuple[str, set[str]]]:

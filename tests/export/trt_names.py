@@ -1,13 +1,15 @@
 """Which names of TensorRT's Python bindings a source file touches, read from its syntax tree.
 
 Beside `trt.X.Y` these are attributes of objects whose class follows from where they come from (`CLASSES`), and methods
-that a subclass of one of the bindings' classes overrides.
+that a subclass of one of the bindings' classes overrides. A file that imports no bindings, but that files with bindings
+import, is handed objects of theirs: its names count for the bindings of each of these.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 
@@ -87,11 +89,8 @@ def _assignments(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def names_of(source: str) -> tuple[str | None, set[str]]:
-    """The bindings' module that `source` imports as `trt`, and the dotted names it touches there."""
+    """The bindings' module that `source` imports as `trt`, and the dotted names of bindings that it touches."""
     tree = ast.parse(source)
-    module = module_of(tree)
-    if module is None:
-        return None, set()
     names: set[str] = set()
     classes = dict(PARAMETERS)
     for name, value in _assignments(tree):
@@ -120,4 +119,45 @@ def names_of(source: str) -> tuple[str | None, set[str]]:
                 for item in node.body
                 if isinstance(item, ast.FunctionDef) and not item.name.startswith("_")
             }
-    return module, names
+    return module_of(tree), names
+
+
+def imports_of(path: Path, root: Path) -> set[Path]:
+    """Files of the repository at `root` that the file `path` imports anything from, anywhere."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.relative_to(root).parents[node.level - 1].parts if node.level else ()
+            module = ".".join([*folder, *filter(None, [node.module])])
+            modules = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        places = [root.joinpath(*module.split(".")) for module in modules]
+        candidates = (file for place in places for file in (place.with_suffix(".py"), place / "__init__.py"))
+        found |= {file for file in candidates if file.is_file()}
+    return found
+
+
+def touched(sources: Iterable[Path], root: Path) -> dict[str, dict[str, set[str]]]:
+    """Names to look for in each module of bindings, by file: those of `sources` that import the module, and every
+    file of the repository without bindings that they import, directly or through one another.
+    """
+    result: dict[str, dict[str, set[str]]] = {module: {} for module in MODULES}
+    for source in sources:
+        wanted, _ = names_of(source.read_text(encoding="utf-8"))
+        if wanted is None:
+            continue
+        waiting, seen = [source], {source}
+        while waiting:
+            path = waiting.pop()
+            module, names = names_of(path.read_text(encoding="utf-8"))
+            if module not in (wanted, None):
+                continue  # checked against its own
+            if names:
+                result[wanted][path.relative_to(root).as_posix()] = names
+            new = imports_of(path, root) - seen
+            seen |= new
+            waiting += new
+    return result

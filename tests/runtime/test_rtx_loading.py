@@ -8,7 +8,8 @@ import pytest
 
 from runtime.bundle import Bundle, Library, load_bundle
 from runtime.errors import BundleError, EngineError
-from runtime.tensorrt_rtx import TensorRtRtxLibrary, cache_file, check_version
+from runtime.tensorrt_engine import TENSORRT_RTX, require_version
+from runtime.tensorrt_rtx import TensorRtRtxLibrary, cache_file
 from tests.runtime import device_bundles
 from tests.runtime.simulated_gpu import SimulatedDriver
 
@@ -23,13 +24,13 @@ def with_library(bundle: Bundle, library: Library | None) -> Bundle:
 
 
 def test_only_the_version_that_built_an_engine_loads_it(loaded: Bundle) -> None:
-    check_version(loaded, "1.7.1.116")
+    require_version(loaded, TENSORRT_RTX, "1.7.1.116")
     for installed, found in (("1.7.1.117", "1.7.1.117 is installed"), (None, "which is not installed")):
         with pytest.raises(EngineError, match=rf"{found}.*pip install tensorrt-rtx-cu13==1\.7\.1\.116"):
-            check_version(loaded, installed)
+            require_version(loaded, TENSORRT_RTX, installed)
     for library in (None, Library(name="torch", version="2.13.0")):
         with pytest.raises(BundleError, match="its manifest names"):
-            check_version(with_library(loaded, library), "1.7.1.116")
+            require_version(with_library(loaded, library), TENSORRT_RTX, "1.7.1.116")
 
 
 def test_the_installed_library_is_asked(loaded: Bundle) -> None:

@@ -12,7 +12,8 @@ import pytest
 from runtime import tensorrt_classic
 from runtime.bundle import Bundle, file_entry, load_bundle
 from runtime.errors import BundleError, BundleIntegrityError, EngineError
-from runtime.tensorrt_classic import PLUGIN_FILE, TensorRtLibrary, check_version, plugin_entry
+from runtime.tensorrt_classic import PLUGIN_FILE, TensorRtLibrary, plugin_entry
+from runtime.tensorrt_engine import TENSORRT, require_version
 from tests.runtime.handmade import edit_manifest
 
 
@@ -51,15 +52,15 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_engines_run_with_the_version_that_built_them(bundle: Path, tmp_path: Path) -> None:
     found = with_plugin(bundle, tmp_path / "b")
-    check_version(found, "11.4.0.106")
+    require_version(found, TENSORRT, "11.4.0.106")
     with pytest.raises(
         EngineError, match=r"TensorRT 11\.4\.0\.106 .* but 11\.5 is installed.*pip install tensorrt==11"
     ):
-        check_version(found, "11.5")
+        require_version(found, TENSORRT, "11.5")
     with pytest.raises(EngineError, match="which is not installed"):
-        check_version(found, None)
+        require_version(found, TENSORRT, None)
     with pytest.raises(BundleError, match="its manifest names no library"):
-        check_version(load_bundle(bundle), "11.4.0.106")
+        require_version(load_bundle(bundle), TENSORRT, "11.4.0.106")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
