@@ -2,13 +2,11 @@
 
 Its argument is a JSON object: `onnx` and `engine` (paths), `compute_capability`, `memory_limit` (bytes or null). It
 writes JSON objects to its standard output, one a line: progress, then the result, or the stage and errors of a failure.
-It imports nothing but the standard library and TensorRT-RTX, so that it starts fast.
+It needs nothing but the standard library and TensorRT-RTX, so that it starts fast.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import resource
 import sys
@@ -16,19 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .worker import Send, peak_bytes, serve
+
 _DTYPES = {"FLOAT": "fp32", "HALF": "fp16"}
 
 
-def _peak_bytes() -> int:
-    """Largest resident memory of this program; the system's own figure counts the program that started it, too."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _work(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
+def _work(request: dict[str, Any], send: Send) -> None:
     """Build one engine; everything worth knowing goes through `send`."""
     if request["memory_limit"]:
         resource.setrlimit(resource.RLIMIT_AS, (request["memory_limit"],) * 2)
@@ -97,24 +88,11 @@ def _work(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> No
             "inputs": table(network.num_inputs, network.get_input),
             "outputs": table(network.num_outputs, network.get_output),
             "seconds": time.monotonic() - started,
-            "peak_bytes": _peak_bytes(),
+            "peak_bytes": peak_bytes(),
             "version": trt.__version__,
         }
     )
 
 
-def _worker() -> None:
-    # The library may write to the standard output, which carries the results.
-    with os.fdopen(os.dup(1), "w") as channel:
-        os.dup2(2, 1)
-
-        def send(message: dict[str, Any]) -> None:
-            channel.write(json.dumps(message) + "\n")
-            channel.flush()
-
-        with contextlib.suppress(BrokenPipeError):
-            _work(json.loads(sys.argv[1]), send)
-
-
 if __name__ == "__main__":
-    _worker()
+    serve(_work)

@@ -6,16 +6,13 @@ line: progress, then results, or the stage of a failure; what the library says g
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import resource
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .worker import Send, peak_bytes, serve
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "lightforcing", "1"
 
@@ -30,8 +27,6 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-
-Send = Callable[[dict[str, Any]], None]
 
 
 def _load_plugin(request: dict[str, Any], send: Send) -> None:
@@ -121,7 +116,7 @@ def _build(request: dict[str, Any], send: Send) -> None:
             "activation_bytes": engine.device_memory_size_v2,
             "layers": engine.num_layers,
             "seconds": time.monotonic() - started,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": peak_bytes(),
             "version": trt.__version__,
         }
     )
@@ -192,19 +187,9 @@ def _array(output: Any) -> Any:
     return (output.float() if output.dtype in (torch.bfloat16, torch.float8_e4m3fn) else output).numpy()
 
 
-def _worker() -> None:
-    # The library may write to the standard output, which carries the results.
-    with os.fdopen(os.dup(1), "w") as channel:
-        os.dup2(2, 1)
-
-        def send(message: dict[str, Any]) -> None:
-            channel.write(json.dumps(message) + "\n")
-            channel.flush()
-
-        request = json.loads(sys.argv[1])
-        with contextlib.suppress(BrokenPipeError):
-            (_build if request["task"] == "build" else _measure)(request, send)
+def _work(request: dict[str, Any], send: Send) -> None:
+    (_build if request["task"] == "build" else _measure)(request, send)
 
 
 if __name__ == "__main__":
-    _worker()
+    serve(_work)

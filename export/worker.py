@@ -1,9 +1,14 @@
-"""A process of its own for work that may take its process down with it."""
+"""A process of its own for work that may take its process down with it: its caller's side, and its own.
+
+Nothing but the standard library is imported here, so that a worker starts fast.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Outcome", "run_worker"]
+__all__ = ["Outcome", "Send", "peak_bytes", "run_worker", "serve"]
+
+Send = Callable[[dict[str, Any]], None]
+"""What a worker sends its messages with."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +68,28 @@ def run_worker(
                 worker.wait()
         log.seek(0)
         return Outcome(code, result, log.read())
+
+
+def serve(work: Callable[[dict[str, Any], Send], None]) -> None:
+    """Be the worker: do `work` on the request that is this program's argument.
+
+    Libraries may write to the standard output, which carries the messages: theirs goes to the standard error.
+    """
+    with os.fdopen(os.dup(1), "w") as channel:
+        os.dup2(2, 1)
+
+        def send(message: dict[str, Any]) -> None:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+
+        with contextlib.suppress(BrokenPipeError):
+            work(json.loads(sys.argv[1]), send)
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this program; the system's own figure counts the program that started it, too."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
