@@ -11,6 +11,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,9 +20,21 @@ from numpy.typing import NDArray
 from .errors import EngineError
 from .kernels import cuda_core
 
-__all__ = ["CudaDriver", "Driver", "Graph", "free_memory", "host_bytes", "no_collection"]
+__all__ = ["CudaDriver", "Driver", "Graph", "RowCopy", "free_memory", "host_bytes", "no_collection"]
 
 _DLPACK_CUDA = 2
+
+
+@dataclass(frozen=True)
+class RowCopy:
+    """``rows`` rows of ``width`` bytes each; a pitch is the distance in bytes from a row to the next."""
+
+    target: int
+    target_pitch: int
+    source: int
+    source_pitch: int
+    width: int
+    rows: int
 
 
 class Driver(Protocol):
@@ -58,17 +71,8 @@ class Driver(Protocol):
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Copy between any two addresses."""
 
-    def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
-    ) -> None:
-        """Copy ``rows`` rows of ``width`` bytes between device addresses."""
+    def copy_rows(self, copy: RowCopy, stream: int) -> None:
+        """Copy rows between device addresses."""
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:
         """Set bytes to zero."""
@@ -210,22 +214,13 @@ class CudaDriver:
         """See :class:`Driver`."""
         self._call("cuMemcpyAsync", target, source, nbytes, stream)
 
-    def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
-    ) -> None:
+    def copy_rows(self, copy: RowCopy, stream: int) -> None:
         """See :class:`Driver`."""
         what = self._cuda.CUDA_MEMCPY2D()
         what.srcMemoryType = what.dstMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        what.srcDevice, what.srcPitch = source, source_pitch
-        what.dstDevice, what.dstPitch = target, target_pitch
-        what.WidthInBytes, what.Height = width, rows
+        what.srcDevice, what.srcPitch = copy.source, copy.source_pitch
+        what.dstDevice, what.dstPitch = copy.target, copy.target_pitch
+        what.WidthInBytes, what.Height = copy.width, copy.rows
         self._call("cuMemcpy2DAsync", what, stream)
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .cuda_driver import Driver, host_bytes
+from .cuda_driver import Driver, RowCopy, host_bytes
 from .device import ComponentLibrary, DeviceComponent, Recording
 from .device_frames import FramePool
 from .errors import EngineError
@@ -352,16 +352,14 @@ class CudaExecutor:
             self.driver.zero(self.address(operation.target, session), operation.target.nbytes, stream)
         else:
             source, target = operation.source, operation.target
-            addresses_of = self.address(target, session), self.address(source, session)
+            to, at = self.address(target, session), self.address(source, session)
             if source.pitch is None and target.pitch is None:
-                self.driver.copy(*addresses_of, source.nbytes, stream)
+                self.driver.copy(to, at, source.nbytes, stream)
             else:
                 rows = (source if source.pitch is not None else target).shape[0]
                 width = source.nbytes // rows
-                pitches = target.pitch or width, source.pitch or width
-                self.driver.copy_rows(
-                    addresses_of[0], pitches[0], addresses_of[1], pitches[1], width, rows, stream
-                )
+                copy = RowCopy(to, target.pitch or width, at, source.pitch or width, width, rows)
+                self.driver.copy_rows(copy, stream)
 
     def _event(self) -> int:
         event = self.driver.create_event()

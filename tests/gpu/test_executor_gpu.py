@@ -18,7 +18,7 @@ from export.targets import Target, list_targets, load_target, load_variant
 from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
-from runtime.cuda_driver import CudaDriver, host_bytes
+from runtime.cuda_driver import CudaDriver, RowCopy, host_bytes
 from runtime.cuda_engine import CudaEngine, load_cuda_engine
 from runtime.errors import EngineError
 from runtime.memory import plan_buffers
@@ -100,7 +100,9 @@ def test_copies_rows_events_and_graphs() -> None:
         driver.copy(device, pinned, 1024, one)
         driver.record(event, one)
         driver.wait(two, event)
-        graph = driver.capture(lambda: driver.copy_rows(device + 2048, 8, device, 32, 8, 4, two), two)
+        graph = driver.capture(
+            lambda: driver.copy_rows(RowCopy(device + 2048, 8, device, 32, 8, 4), two), two
+        )
         graph.launch(two)
         driver.sync(two)
         driver.copy(pinned + 1024, device + 2048, 64, two)

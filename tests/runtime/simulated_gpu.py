@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.cuda_driver import Graph, host_bytes
+from runtime.cuda_driver import Graph, RowCopy, host_bytes
 from runtime.host_engine import load_graph
 from runtime.host_executor import KERNELS
 from runtime.program import KernelLaunch
@@ -101,19 +101,11 @@ class SimulatedDriver:
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         self.push(stream, lambda: ctypes.memmove(target, source, nbytes) and None)
 
-    def copy_rows(
-        self,
-        target: int,
-        target_pitch: int,
-        source: int,
-        source_pitch: int,
-        width: int,
-        rows: int,
-        stream: int,
-    ) -> None:
+    def copy_rows(self, copy: RowCopy, stream: int) -> None:
         def work() -> None:
-            for row in range(rows):
-                ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+            for row in range(copy.rows):
+                target, source = copy.target + row * copy.target_pitch, copy.source + row * copy.source_pitch
+                ctypes.memmove(target, source, copy.width)
 
         self.push(stream, work)
 
