@@ -41,16 +41,19 @@ def _work(request: dict[str, Any], send: Send) -> None:
             self.phases: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.phases[phase_name] = num_steps
-            send({"phase": phase_name, "done": 0, "total": num_steps})
+            if parent_phase is None:  # the phases inside of one start over and over
+                self.phases[phase_name] = num_steps
+                send({"phase": phase_name, "done": 0, "total": num_steps})
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            send({"phase": phase_name, "done": step + 1, "total": self.phases[phase_name]})
+            if phase_name in self.phases:
+                send({"phase": phase_name, "done": step + 1, "total": self.phases[phase_name]})
             return True
 
         def phase_finish(self, phase_name: str) -> None:
-            total = self.phases.pop(phase_name)
-            send({"phase": phase_name, "done": total, "total": total})
+            total = self.phases.pop(phase_name, None)
+            if total is not None:
+                send({"phase": phase_name, "done": total, "total": total})
 
     started = time.monotonic()
     # No plugin is ever registered here: the parser aborts the process where a node maps to one.
