@@ -105,16 +105,18 @@ class Build(Command):
         if manifest.library is not None:
             console.print(engine_table(manifest))
         console.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
-        for command in _next_commands(str(folder), on_device=manifest.target.compute_capability is not None):
+        on_device = manifest.target.compute_capability is not None
+        for command in _next_commands(str(folder), request.weights.example_prompt, on_device=on_device):
             console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
 
 
-def _next_commands(folder: str, *, on_device: bool) -> list[str]:
-    generate = f"python -m runtime generate {shlex.quote(folder)} --prompt 'a red fox in snow' --out clip.mp4"
+def _next_commands(folder: str, prompt: str, *, on_device: bool) -> list[str]:
+    folder, prompt = shlex.quote(folder), shlex.quote(prompt)
+    generate = f"python -m runtime generate {folder} --prompt {prompt} --out clip.mp4"
     if not on_device:
         return [generate]
-    return [f"python -m runtime verify --dry-run {shlex.quote(folder)}", f"{generate}   (on the target)"]
+    return [f"python -m runtime verify --dry-run {folder}", f"{generate}   (on the target)"]
 
 
 class Onnx(Command):

@@ -22,7 +22,7 @@ from lightforcing_ref.checkpoint import (
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.shipped import ASSETS, shipped
+from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
 from lightforcing_ref.text import byte_tokenizer, load_tokenizer
 from lightforcing_ref.vae import VAEDecoder
 
@@ -51,20 +51,27 @@ class Weights:
     tokenizer: Path | None = None
 
     @property
+    def _shipped(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint.is_relative_to(ASSETS)
+
+    @property
     def source(self) -> str:
         """What the transformer's weights are called in a manifest."""
         if self.checkpoint is None:
             return f"random:{self.seed or 0}"
-        return (
-            f"shipped:{self.preset.name}" if self.checkpoint.is_relative_to(ASSETS) else self.checkpoint.name
-        )
+        return f"shipped:{self.preset.name}" if self._shipped else self.checkpoint.name
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt that these weights can show something for."""
+        return CAPTIONS[self.preset.name] if self._shipped else "a red fox in snow"
 
     @property
     def described(self) -> str:
         """Where the weights come from, in words."""
         if self.checkpoint is None:
             return f"random, from seed {self.seed or 0} (--checkpoint and the other files give trained ones)"
-        if self.checkpoint.is_relative_to(ASSETS):
+        if self._shipped:
             return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
         return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ASSETS", "Shipped", "shipped"]
+__all__ = ["ASSETS", "CAPTIONS", "Shipped", "shipped"]
 
 ASSETS = Path(__file__).parent / "assets"
+
+CAPTIONS: Mapping[str, str] = {"tiny": "a yellow square on black moves right from the top left"}
+"""By preset, a prompt of the form that its weights were trained on; they know no others."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from export.build_commands import build_request
+from export.build_commands import _next_commands, build_request
 from export.cli import COMMANDS, _parser, main
 from export.machine import importable
 
@@ -241,3 +242,20 @@ def test_ctrl_c_leaves_no_bundle_and_exits_130(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert errors == "interrupted; a build resumes when the same command runs again\n"
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        ("", "a yellow square on black moves right from the top left"),
+        ("--init random", "a red fox in snow"),
+        ("--preset wan-1.3b", "a red fox in snow"),
+    ],
+)
+def test_the_prompt_that_a_build_suggests_is_one_that_its_weights_know(arguments: str, prompt: str) -> None:
+    args = _parser().parse_args(["build", *arguments.split()])
+    args.command_line = ""
+    request, _ = build_request(args)
+    assert request.weights.example_prompt == prompt
+    (command,) = _next_commands("built here", prompt, on_device=False)
+    assert shlex.split(command)[4:7] == ["built here", "--prompt", prompt]

@@ -10,7 +10,8 @@ import pytest
 from lightforcing_ref import shipped as module
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.config import PRESETS
-from lightforcing_ref.shipped import Shipped, shipped
+from lightforcing_ref.shipped import CAPTIONS, Shipped, shipped
+from training.data import all_clips
 
 
 def test_the_tiny_preset_comes_with_all_its_weights() -> None:
@@ -21,6 +22,11 @@ def test_the_tiny_preset_comes_with_all_its_weights() -> None:
         load_dit_state(transformer, preset.dit)
     load_vae_state(files.vae, preset.vae)
     load_umt5_state(files.text_encoder, preset.text)
+
+
+def test_the_example_captions_are_of_the_form_that_the_weights_were_trained_on() -> None:
+    assert CAPTIONS["tiny"] in {clip.caption for clip in all_clips()}
+    assert all(shipped(preset) is not None for preset in CAPTIONS)
 
 
 def test_a_preset_without_files_has_none() -> None:
