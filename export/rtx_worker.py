@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .worker import Send, peak_bytes, serve
+from .worker import Send, peak_bytes, progress_monitor, serve
 
 _DTYPES = {"FLOAT": "fp32", "HALF": "fp16"}
 
@@ -35,26 +35,6 @@ def _work(request: dict[str, Any], send: Send) -> None:
             if severity <= trt.ILogger.ERROR:
                 errors.append(message)
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:  # the phases inside of one start over and over
-                self.phases[phase_name] = num_steps
-                send({"phase": phase_name, "done": 0, "total": num_steps})
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self.phases:
-                send({"phase": phase_name, "done": step + 1, "total": self.phases[phase_name]})
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            total = self.phases.pop(phase_name, None)
-            if total is not None:
-                send({"phase": phase_name, "done": total, "total": total})
-
     started = time.monotonic()
     # No plugin is ever registered here: the parser aborts the process where a node maps to one.
     logger = Logger()
@@ -67,7 +47,7 @@ def _work(request: dict[str, Any], send: Send) -> None:
         send({"stage": "parse", "errors": named or errors})
         sys.exit(1)
     config = builder.create_builder_config()
-    monitor = Monitor()
+    monitor = progress_monitor(trt, send)
     config.progress_monitor = monitor
     config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.num_compute_capabilities = 1

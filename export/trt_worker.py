@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .worker import Send, peak_bytes, serve
+from .worker import Send, peak_bytes, progress_monitor, serve
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "lightforcing", "1"
 
@@ -59,26 +59,6 @@ def _build(request: dict[str, Any], send: Send) -> None:
         NetworkFromOnnxPath,
     )
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.phases: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:  # the phases inside of one start over and over
-                self.phases[phase_name] = num_steps
-                send({"phase": phase_name, "done": 0, "total": num_steps})
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self.phases:
-                send({"phase": phase_name, "done": step + 1, "total": self.phases[phase_name]})
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            total = self.phases.pop(phase_name, None)
-            if total is not None:
-                send({"phase": phase_name, "done": total, "total": total})
-
     started = time.monotonic()
     _load_plugin(request, send)
     send({"stage": "parse"})
@@ -89,7 +69,7 @@ def _build(request: dict[str, Any], send: Send) -> None:
     send({"stage": "build"})
     cache = request["timing_cache"]
     limit = request["workspace_limit"]
-    monitor = Monitor()
+    monitor = progress_monitor(trt, send)
     config = CreateConfig(
         memory_pool_limits=None if limit is None else {trt.MemoryPoolType.WORKSPACE: limit},
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Outcome", "Send", "peak_bytes", "run_worker", "serve"]
+__all__ = ["Outcome", "Send", "peak_bytes", "progress_monitor", "run_worker", "serve"]
 
 Send = Callable[[dict[str, Any]], None]
 """What a worker sends its messages with."""
@@ -93,3 +93,29 @@ def peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def progress_monitor(trt: Any, send: Send) -> Any:
+    """An `IProgressMonitor` of TensorRT or TensorRT-RTX, whose module `trt` is, that sends how far a build is."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:  # the phases inside of one start over and over
+                self.phases[phase_name] = num_steps
+                send({"phase": phase_name, "done": 0, "total": num_steps})
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.phases:
+                send({"phase": phase_name, "done": step + 1, "total": self.phases[phase_name]})
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            total = self.phases.pop(phase_name, None)
+            if total is not None:
+                send({"phase": phase_name, "done": total, "total": total})
+
+    return Monitor()
