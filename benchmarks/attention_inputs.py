@@ -1,18 +1,28 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """Inputs of the attention benchmark: random ones for time, structured ones for quality."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from plugins.policies import ChunkInputs
 
-__all__ = ["AttentionInputs", "Shape", "random_inputs", "video_inputs"]
+__all__ = ["AttentionInputs", "FrameChoice", "Shape", "random_inputs", "video_inputs"]
 
 CHUNK_FRAMES = 3
+
+
+class FrameChoice(TypedDict):
+    """How many frames hierarchical sparse attention keeps, and which of them in any case."""
+
+    keep_frames: int
+    sink_frames: int
+    near_frames: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from plugins.launch_torch import TorchKernels
 from plugins.policies import HSAPolicy, SelectionPolicy, TopKPolicy, WindowPolicy, mask_from_lists
 
-from .attention_inputs import AttentionInputs, Shape, video_inputs
+from .attention_inputs import AttentionInputs, FrameChoice, Shape, video_inputs
 
 __all__ = ["method_table"]
 
@@ -29,7 +29,7 @@ def _dense(inputs: AttentionInputs, scale: float, column: Tensor, resident: int)
 def method_table(
     shape: Shape,
     grid: tuple[int, int],
-    hsa: dict[str, int],
+    hsa: FrameChoice,
     sparsities: tuple[float, ...],
     device: str,
     seed: int,
@@ -55,7 +55,7 @@ def method_table(
 
     kernels = TorchKernels()
     # Just-in-time kernels take 16-bit types on a GPU; the interpreter takes float32.
-    cast = (lambda x: x.bfloat16()) if device == "cuda" else (lambda x: x)
+    compute = torch.bfloat16 if device == "cuda" else torch.float32
     table = []
     for sparsity in sparsities:
         keep = shape.keep_q20(sparsity)
@@ -67,7 +67,11 @@ def method_table(
         for policy in policies:
             lists = policy.select(inputs.chunk)
             out = kernels.attend(
-                *(cast(x) for x in (inputs.q, inputs.k, inputs.v, inputs.past_k, inputs.past_v)),
+                inputs.q.to(compute),
+                inputs.k.to(compute),
+                inputs.v.to(compute),
+                inputs.past_k.to(compute),
+                inputs.past_v.to(compute),
                 inputs.chunk.frame_slots,
                 lists,
                 frame_tokens=shape.frame_tokens,

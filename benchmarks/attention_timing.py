@@ -1,9 +1,11 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """Times of *prepare*, *select* and *attend* against dense attention and FlexAttention on one GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -16,13 +18,13 @@ from plugins.kernels.specs import Variant
 from plugins.launch_torch import BlockLists, TorchKernels, TritonLauncher
 from plugins.policies import DensePolicy, HSAPolicy, mask_from_lists
 
-from .attention_inputs import CHUNK_FRAMES, AttentionInputs, Shape, random_inputs
+from .attention_inputs import CHUNK_FRAMES, AttentionInputs, FrameChoice, Shape, random_inputs
 from .timing import Work, microseconds
 
 __all__ = ["HSA_LONG", "HSA_SHORT", "measure", "measure_prepare", "sweep"]
 
-HSA_SHORT = {"keep_frames": 6, "sink_frames": 1, "near_frames": 2}
-HSA_LONG = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
+HSA_SHORT: FrameChoice = {"keep_frames": 6, "sink_frames": 1, "near_frames": 2}
+HSA_LONG: FrameChoice = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
 DTYPE = torch.bfloat16
 BUFFER_SETS = 3
 
@@ -41,19 +43,23 @@ def _attempt(run: Callable[[], Any]) -> Any:
 
 def dense_baselines(sets: Sequence[AttentionInputs], scale: float) -> dict[str, Microseconds | Reason]:
     """Time of each dense attention, in the memory layout it likes best."""
-    heads_first = [tuple(x.transpose(0, 1).contiguous()[None] for x in (s.q, s.keys, s.values)) for s in sets]
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous()[None]
+
+    in_order = [(heads_first(s.q), heads_first(s.keys), heads_first(s.values)) for s in sets]
 
     def sdpa(backend: SDPBackend) -> Microseconds:
-        def run(inputs: tuple[Tensor, ...]) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*inputs, scale=scale)
+                return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
-        return microseconds([lambda i=inputs: run(i) for inputs in heads_first])
+        return microseconds([partial(run, *inputs) for inputs in in_order])
 
     def flash(module: str) -> Microseconds:
         function = import_module(module).flash_attn_func
         return microseconds(
-            [lambda s=s: function(s.q[None], s.keys[None], s.values[None], softmax_scale=scale) for s in sets]
+            [partial(function, s.q[None], s.keys[None], s.values[None], softmax_scale=scale) for s in sets]
         )
 
     return {
@@ -86,10 +92,10 @@ def _flex(
         entries = one.entries[..., : shape.resident]
         valid = torch.arange(shape.resident, device=entries.device) < one.counts[..., None]
         index = torch.where(valid, (entries >> 16) * shape.k_blocks + (entries & 0xFFFF), 0).int()[None]
-        counts, size = one.counts[None], {"BLOCK_SIZE": (shape.block_q, shape.block_k)}
+        counts, size = one.counts[None], (shape.block_q, shape.block_k)
         if padded_frame == shape.frame_tokens:  # every block is full: nothing to mask inside
-            return BlockMask.from_kv_blocks(torch.zeros_like(counts), index, counts, index, **size)
-        return BlockMask.from_kv_blocks(counts, index, mask_mod=in_frame, **size)
+            return BlockMask.from_kv_blocks(torch.zeros_like(counts), index, counts, index, BLOCK_SIZE=size)
+        return BlockMask.from_kv_blocks(counts, index, BLOCK_SIZE=size, mask_mod=in_frame)
 
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -139,7 +145,7 @@ class _Steps:
             "block_k": shape.block_k,
         }
 
-    def select(self, hsa: dict[str, int], keep_q20: tuple[int, ...]) -> Work:
+    def select(self, hsa: FrameChoice, keep_q20: tuple[int, ...]) -> Work:
         c = self._inputs.chunk
         return lambda: self._kernels.select(
             c.q_mean,
@@ -173,7 +179,7 @@ class _Steps:
 def measure(
     kernels: TorchKernels,
     shape: Shape,
-    hsa: dict[str, int],
+    hsa: FrameChoice,
     sparsities: Sequence[float],
     flex: Sequence[float],
 ) -> list[dict[str, Any]]:
@@ -216,7 +222,7 @@ def measure(
             "error": _error(steps[0].out, sets[0], mask, shape, scale),
         }
         if sparsity in flex:
-            result = _attempt(lambda lists=[step.lists for step in steps]: _flex(sets, lists, shape, scale))
+            result = _attempt(partial(_flex, sets, [step.lists for step in steps], shape, scale))
             row["flex_us"] = result if isinstance(result, str) else result[0]
             if not isinstance(result, str):
                 row["flex_error"] = _error(result[1], sets[0], mask, shape, scale)
@@ -268,7 +274,7 @@ CANDIDATES = [
 ]
 
 
-def sweep(shape: Shape, hsa: dict[str, int], sparsity: float) -> list[dict[str, Any]]:
+def sweep(shape: Shape, hsa: FrameChoice, sparsity: float) -> list[dict[str, Any]]:
     """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU.
 
     Candidates that cannot work (too much shared memory, say) have the reason in place of the time.
@@ -295,7 +301,7 @@ def sweep(shape: Shape, hsa: dict[str, int], sparsity: float) -> list[dict[str, 
 
         kernels = TorchKernels(TritonLauncher(adjust))
         works = [_Steps(kernels, shape, s, one).attend() for s, one in zip(sets, lists, strict=True)]
-        time = _attempt(lambda works=works: microseconds(works, repeats=10))
+        time = _attempt(partial(microseconds, works, repeats=10))
         rows.append({**asdict(tiles), "attend_us": time})
     return sorted(
         rows, key=lambda row: row["attend_us"] if isinstance(row["attend_us"], float) else float("inf")

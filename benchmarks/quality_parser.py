@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 
 from training.data import COLOURS, GROUNDS, MOTIONS, SHAPES, Clip, Motion, coverage
 

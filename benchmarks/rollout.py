@@ -85,7 +85,7 @@ class Ladder:
         self, args: argparse.Namespace, platform: Platform, gpu: tuple[str, str], result: dict[str, Any]
     ):
         self._args, self._platform, self._gpu, self._result = args, platform, gpu, result
-        self._end = time.monotonic() + args.budget_seconds
+        self._end: float = time.monotonic() + args.budget_seconds
         self._rungs = [rung for rung in LADDER if rung.number in args.rungs]
 
     # ---- bundles ----
@@ -359,7 +359,7 @@ def _run(args: argparse.Namespace, device: Any) -> int:
     preset = args.preset or ("wan-1.3b" if device == "cuda" else "tiny")
     sizes = args.resolution or RESOLUTIONS[preset]
     # What the goals are about comes first, in case the budget ends.
-    cases = [Case(preset, *size, frames) for frames in sorted(args.frames) for size in sizes]
+    cases = [Case(preset, height, width, frames) for frames in sorted(args.frames) for height, width in sizes]
     out = args.out or Path(os.environ.get("OUT") or "benchmarks/results")
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"rollout-{facts['device'].lower().replace(' ', '-')}-{facts['date']}"

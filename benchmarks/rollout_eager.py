@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """Rungs 0 and 1: the rollout in plain PyTorch, as the public pipelines run it.
 
 A key-value cache in one buffer per layer, four denoising forwards and a clean one per chunk, attention by SDPA with
@@ -29,6 +30,9 @@ from .rollout_measure import ChunkRecord
 from .rollout_sparse import sparse_attention
 
 __all__ = ["EagerRollout", "SdpaChoice", "fastest_sdpa"]
+
+Mark = float | torch.cuda.Event
+"""A point in time: seconds of the host's clock, or an event on the device."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,8 @@ class EagerRollout:
             frames = video.cpu()  # the only wait of the chunk
             yield ChunkRecord(len(frames), _between(started, denoised), _between(denoised, decoded))
 
-    def _mark(self) -> float | torch.cuda.Event:
-        """A point in time: on a GPU when the work queued so far is done, without waiting for it."""
+    def _mark(self) -> Mark:
+        """Now; on a GPU when the work queued so far is done, without waiting for it."""
         if self._device == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -235,8 +239,8 @@ class EagerRollout:
             out, kept = sparse_attention(q, keys, values, chunk, spec)
         else:
             kept = (past_frames + CHUNK_FRAMES) * spec.geometry.k_blocks
-            heads_first = (part[None].transpose(1, 2) for part in (q, keys, values))
-            out = F.scaled_dot_product_attention(*heads_first, scale=spec.scale)[0].transpose(0, 1)
+            q, keys, values = (part[None].transpose(1, 2) for part in (q, keys, values))
+            out = F.scaled_dot_product_attention(q, keys, values, scale=spec.scale)[0].transpose(0, 1)
         self.kept.append(kept)
         return out.flatten(1)[None]
 
@@ -245,10 +249,11 @@ class EagerRollout:
         return torch.view_as_real(pairs * self._rotation).flatten(-2).to(x.dtype)
 
 
-def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _between(start: Mark, end: Mark) -> float:
     """Seconds between two marks that have passed."""
-    if isinstance(start, torch.cuda.Event):
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         return start.elapsed_time(end) / 1000
+    assert isinstance(start, float) and isinstance(end, float)
     return end - start
 
 

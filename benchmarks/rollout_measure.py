@@ -7,10 +7,12 @@ import json
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -279,17 +281,17 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
     return inspect_trace(events, chosen)
 
 
-def _shares(times: Counter[str]) -> tuple[dict[str, float], dict[str, float]]:
+def _shares(times: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     total = sum(times.values()) or 1.0
-    classes: Counter[str] = Counter()
+    classes: defaultdict[str, float] = defaultdict(float)
     for name, spent in times.items():
         classes[classify(name)] += spent
-    largest = {name[:100]: spent / total for name, spent in times.most_common(12)}
+    largest = {name[:100]: spent / total for name, spent in nlargest(12, times.items(), key=itemgetter(1))}
     return {kind: classes[kind] / total for kind in (*KERNEL_CLASSES, OTHER_CLASS)}, largest
 
 
 def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
-    times: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
     calls = 0
     for event in averages:
         if event.key != _MARK:
@@ -308,7 +310,7 @@ def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection
         return Inspection(chunk, note="the profiler's trace has no mark")
     start = float(marked[0]["ts"])
     end = start + float(marked[0]["dur"])
-    times: Counter[str] = Counter()
+    times: defaultdict[str, float] = defaultdict(float)
     syncs: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
     for event in events:

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """Hierarchical sparse attention as a plain PyTorch implementation does it: the yardstick of rung 1.
 
 Written from the paper's description (Light Forcing, arXiv 2602.04789), one obvious operation after another: queries

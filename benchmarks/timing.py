@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """Device time of GPU work, and what to record about the machine."""
 
 from __future__ import annotations
