@@ -15,8 +15,9 @@ from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
 from plugins.functions import AttentionForm
-from runtime.bundle import Component, TensorSpec
+from runtime.bundle import Component
 
+from .graph_specs import tensor_specs
 from .graphs import clean_graph, per_chunk_graph
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .plan import StepPlan
@@ -41,32 +42,11 @@ __all__ = [
 TEXT_WEIGHTS = "text_encoder.safetensors"
 TOKENIZER = "tokenizer.json"
 
-_DTYPES = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
-    ir.DataType.FLOAT4E2M1: "float4_e2m1",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-}
-
 
 def component_of(folder: Path, file: str) -> Component:
     """The manifest entry of the graph `folder/file`, read from the graph itself."""
     graph = ir.load(folder / file).graph
-
-    def spec(value: ir.Value) -> TensorSpec:
-        assert value.name is not None and value.dtype is not None and value.shape is not None
-        shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
-        return TensorSpec.model_validate({"name": value.name, "dtype": _DTYPES[value.dtype], "shape": shape})
-
-    return Component(
-        file=file,
-        inputs=tuple(spec(value) for value in graph.inputs),
-        outputs=tuple(spec(value) for value in graph.outputs),
-    )
+    return Component(file=file, inputs=tensor_specs(graph.inputs), outputs=tensor_specs(graph.outputs))
 
 
 def per_chunk_name(chunk: int) -> str:

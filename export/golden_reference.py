@@ -12,26 +12,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
-from runtime.bundle import Dtype, TensorSpec
+from runtime.bundle import TensorSpec
 
 from .errors import ExportError
+from .graph_specs import tensor_specs
 from .quantize import ORT_SESSION_CONFIG
 from .quantize_emulation import emulate_fp4, unpack_fp4
 from .quantize_twin import float32_twin
 
 __all__ = ["GoldenGraph", "ReferenceGraph"]
 
-_DTYPES: Mapping[ir.DataType, Dtype] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
-    ir.DataType.FLOAT4E2M1: "float4_e2m1",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-    ir.DataType.BOOL: "bool",
-}
 _COARSEST = {
     ir.DataType.FLOAT4E2M1: "nvfp4",
     ir.DataType.FLOAT8E4M3FN: "fp8",
@@ -83,8 +73,8 @@ class ReferenceGraph:
 
         self.path = path
         model = ir.load(path)
-        self.inputs = tuple(_spec(value) for value in model.graph.inputs)
-        self.outputs = tuple(_spec(value) for value in model.graph.outputs)
+        self.inputs = tensor_specs(model.graph.inputs)
+        self.outputs = tensor_specs(model.graph.outputs)
         self.precision = _precision(model)
         self.layers = sum(node.op_type == HIERARCHICAL_SPARSE_ATTENTION for node in model.graph)
         if any(_holds(model, dtype) for dtype in (*_NARROW, ir.DataType.FLOAT4E2M1)):
@@ -124,12 +114,6 @@ def _feed(value: NDArray[Any], spec: TensorSpec) -> Any:
     if value.dtype in (ml_dtypes.bfloat16, np.float16):
         value = value.astype(np.float32)
     return OrtValue.ortvalue_from_numpy(value)
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
-    return TensorSpec(name=value.name, dtype=_DTYPES[value.dtype], shape=shape)
 
 
 def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
