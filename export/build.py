@@ -98,7 +98,7 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
     digests = request.weights.digests()
     keys = BuildKeys.of(request, plan, digests)
     with open_workspace(request.out, request.name, keys.build) as workspace:
-        parts = {**builder.parts(request, plan), **({_GOLDEN: 30.0} if builder.golden else {})}
+        parts = {**builder.parts(request, plan), **({_GOLDEN: 70.0} if builder.golden else {})}
         run = Run(workspace, request, plan, keys, parts, progress)
         built = builder.build(run)
         if builder.golden:
@@ -111,7 +111,7 @@ def _with_golden(run: Run, built: Built) -> Built:
     """What was built, with the golden vectors of its components."""
 
     def write(folder: Path) -> list[str]:
-        files, section = write_golden(folder, built.graphs, segments=built.segments)
+        files, section = write_golden(folder, built.graphs, segments=built.segments, progress=run.within)
         (folder / _GOLDEN_SECTION).write_text(section.model_dump_json())
         return [*files, _GOLDEN_SECTION]
 

@@ -75,7 +75,8 @@ class Run:
         self.workspace, self.request, self.plan, self.keys = workspace, request, plan, keys
         self.models = Models(request.weights)
         self._parts, self._progress = parts, progress
-        self._done, self._current = 0.0, ""
+        self._done, self._total = 0.0, sum(parts.values())
+        self._current, self._within = "", 0.0
 
     @property
     def folder(self) -> Path:
@@ -85,7 +86,7 @@ class Run:
     def part(
         self, name: str, build: Callable[[Path], Sequence[str]], *, key: str | None = None
     ) -> list[bundle.FileEntry]:
-        """Make the part `name`, or take it over from an interrupted build.
+        """Make the part `name`, or take it over from an interrupted build; that costs no effort, and is none.
 
         Args:
             build: writes into the folder it is given and returns the paths of its files, relative to it.
@@ -94,21 +95,28 @@ class Run:
         Returns:
             the part's files.
         """
-        self._current = name
-        self._progress(name, self._done, sum(self._parts.values()))
-        entries, _ = self.workspace.component(name, build, key=key)
-        self._done += self._parts[name]
+        self._current, self._within = name, 0.0
+        self._progress(name, self._done, self._total)
+        entries, taken_over = self.workspace.component(name, build, key=key)
+        if taken_over:
+            self._total -= self._parts[name]
+        else:
+            self._done += self._parts[name]
         return entries
 
     def within(self, phase: str, done: int, total: int) -> None:
-        """Show how far the part under way is, where what makes it tells: a phase of its work, and the steps of that."""
-        share = self._parts[self._current] * done / max(1, total)
-        self._progress(f"{self._current}: {phase}", self._done + share, sum(self._parts.values()))
+        """Show how far the part under way is, where what makes it tells: a `StepCallback`.
+
+        A part never goes back: where its phases count their steps from the start again, it waits.
+        """
+        self._within = max(self._within, done / max(1, total))
+        share = self._parts[self._current] * self._within
+        self._progress(f"{self._current}: {phase}", self._done + share, self._total)
 
     def finish(self, name: str) -> None:
         """Show that all parts are done, and what comes now."""
-        total = sum(self._parts.values())
-        self._progress(name, total, total)
+        whole = sum(self._parts.values())
+        self._progress(name, whole, whole)
 
 
 @dataclass(frozen=True)

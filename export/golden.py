@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from runtime.weights_file import WeightsFile
 from .components import TEXT_WEIGHTS
 from .errors import ExportError
 from .golden_reference import GoldenGraph, ReferenceGraph
+from .progress import StepCallback
 
 __all__ = ["GOLDEN_FILE", "PIXEL_TOLERANCES", "TOLERANCES", "write_golden", "write_vectors"]
 
@@ -62,7 +63,6 @@ LAYER_SAMPLES = 3
 
 _SEGMENTED = frozenset({"first", "layer", "last", "qk_prepare"})
 
-Progress = Callable[[str, int, int], None]
 _Bindings = Mapping[str, Stored]
 
 
@@ -86,7 +86,7 @@ def write_golden(
     parts: Mapping[str, Path],
     *,
     segments: bundle.Segments | None = None,
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
 ) -> tuple[list[str], bundle.Golden]:
     """Write the golden vectors of a bundle's components.
 
@@ -123,7 +123,7 @@ def write_vectors(
     graphs: Iterable[tuple[str, GoldenGraph]],
     segments: bundle.Segments | None,
     *,
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
     total: int = 0,
 ) -> tuple[list[str], bundle.Golden]:
     """Write the golden vectors of components whatever they are computed with; see `write_golden`.

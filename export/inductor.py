@@ -173,8 +173,10 @@ def compile_package(module: Compiled, path: Path, device: str) -> None:
         gc.collect()
 
 
-def _write_packages(folder: Path, modules: Mapping[str, Callable[[], Compiled]], device: str) -> list[str]:
-    for name, make in modules.items():
+def _write_packages(run: Run, modules: Mapping[str, Callable[[], Compiled]]) -> list[str]:
+    folder, device = run.folder, _device(run.request)
+    for done, (name, make) in enumerate(modules.items()):
+        run.within(f"compiling {name}", done, len(modules))
         compile_package(make(), folder / f"{name}.pt2", device)
     return [f"{name}.pt2" for name in modules]
 
@@ -306,18 +308,16 @@ def _build(run: Run) -> Built:
 
     def write_text(folder: Path) -> list[str]:
         makers, shapes = models.weights.text_tensors(), umt5_shapes(plan.preset.text)
-        write_tensors(
-            folder / TEXT_WEIGHTS, [store(n, shapes[n], types.text, make) for n, make in makers.items()]
-        )
-        return [*_write_packages(folder, {"text_encoder": lambda: text.to(device)}, device), TEXT_WEIGHTS]
+        tensors = [store(n, shapes[n], types.text, make) for n, make in makers.items()]
+        write_tensors(folder / TEXT_WEIGHTS, tensors, run.within)
+        return [*_write_packages(run, {"text_encoder": lambda: text.to(device)}), TEXT_WEIGHTS]
 
     def write_decoder(folder: Path) -> list[str]:
         decoder = models.decoder(types.decoder).to(device)
         try:
             return _write_packages(
-                folder,
+                run,
                 {"vae_first": lambda: vae_first(decoder, plan), "vae_next": lambda: vae_next(decoder, plan)},
-                device,
             )
         finally:
             decoder.cpu()
@@ -325,12 +325,13 @@ def _build(run: Run) -> Built:
     def write_conditioner(folder: Path) -> list[str]:
         model = models.dit(types.transformer).to(device)
         try:
-            return _write_packages(folder, {"conditioner": lambda: conditioner(model)}, device)
+            return _write_packages(run, {"conditioner": lambda: conditioner(model)})
         finally:
             model.cpu()
 
     def write_weights(folder: Path) -> list[str]:
-        write_tensors(folder / WEIGHTS, _weight_tensors(models.take_dit(types.transformer), plan, linears))
+        tensors = _weight_tensors(models.take_dit(types.transformer), plan, linears)
+        write_tensors(folder / WEIGHTS, tensors, run.within)
         return [WEIGHTS]
 
     entries = [
@@ -341,7 +342,7 @@ def _build(run: Run) -> Built:
         *run.part(
             "transformer",
             lambda folder: _write_packages(
-                folder, {name: partial(_same, part) for name, part in segments.by_name.items()}, device
+                run, {name: partial(_same, part) for name, part in segments.by_name.items()}
             ),
         ),
         *run.part("weights", write_weights),
@@ -350,7 +351,9 @@ def _build(run: Run) -> Built:
     if device == "cpu":
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
     else:
-        entries += run.part("kernels", lambda folder: write_kernels(folder, request.target, plan)[0])
+        entries += run.part(
+            "kernels", lambda folder: write_kernels(folder, request.target, plan, run.within)[0]
+        )
         kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=f"sm_{kernel_arch(request.target)}")
     components = describe(request, models.decoder(types.decoder), linears)
     if device == "cpu":
@@ -378,7 +381,7 @@ def _golden(
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
     def write(folder: Path) -> list[str]:
         graphs = golden_graphs(run.plan, run.request, run.models, components, linears)
-        files, golden = write_vectors(folder, graphs.items(), section)
+        files, golden = write_vectors(folder, graphs.items(), section, progress=run.within, total=len(graphs))
         (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
         return [*files, _GOLDEN_SECTION]
 

@@ -13,6 +13,7 @@ from runtime import bundle
 
 from .errors import BuildError, InputError
 from .plan import StepPlan
+from .progress import StepCallback
 from .targets import Target
 
 __all__ = ["FOLDER", "kernel_arch", "kernel_variants", "write_kernels"]
@@ -67,8 +68,13 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
         ) from error
 
 
-def write_kernels(folder: Path, target: Target, plan: StepPlan) -> tuple[list[str], bundle.Kernels]:
+def write_kernels(
+    folder: Path, target: Target, plan: StepPlan, progress: StepCallback | None = None
+) -> tuple[list[str], bundle.Kernels]:
     """Compile the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`.
+
+    Args:
+        progress: called as kernels are compiled.
 
     Returns:
         the files, relative to `folder`, and the manifest's section.
@@ -77,8 +83,15 @@ def write_kernels(folder: Path, target: Target, plan: StepPlan) -> tuple[list[st
         BuildError: a kernel does not compile, or keeps registers in memory.
     """
     arch, wanted = kernel_arch(target), kernel_variants(target, plan)
+
+    def show(done: int, total: int) -> None:
+        if progress is not None:
+            progress("compiling", done, total)
+
     try:
-        built = kernel_build.build([arch], folder / FOLDER, only=lambda variant: variant.name in wanted)
+        built = kernel_build.build(
+            [arch], folder / FOLDER, only=lambda variant: variant.name in wanted, progress=show
+        )
     except PluginError as error:
         raise BuildError(f"the attention kernels cannot be built: {error}") from error
     if spilled := kernel_build.spilling(built):

@@ -33,7 +33,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
-    segments = {"segments": 60.0} if request.execution == "segmented" else {}
+    segments = {"segments": 20.0} if request.execution == "segmented" else {}
     return {**graph_parts(request), **segments}
 
 
@@ -48,7 +48,7 @@ def _build(run: Run) -> Built:
     if run.request.execution == "segmented":
         # The whole graphs were a step on the way: what stays of them is what goes in and comes out.
         files = [entry for entry in files if Path(entry.path).stem not in _WHOLE]
-        written = run.part("segments", lambda into: _segments(into, run.plan))
+        written = run.part("segments", lambda into: _segments(into, run))
         section = bundle.Segments.model_validate_json((folder / _SECTION).read_text())
         files += [entry for entry in written if entry.path != _SECTION]
         entries |= {name: entries[name].model_copy(update={"file": None}) for name in _WHOLE}
@@ -61,9 +61,9 @@ def _build(run: Run) -> Built:
     return Built(entries, files, graphs, segments=section)
 
 
-def _segments(folder: Path, plan: StepPlan) -> list[str]:
-    model = ir.load(folder / "step.onnx")
-    files, section = write_segments(folder, model, components.attention_form(plan))
+def _segments(folder: Path, run: Run) -> list[str]:
+    model, form = ir.load(folder / "step.onnx"), components.attention_form(run.plan)
+    files, section = write_segments(folder, model, form, progress=run.within)
     (folder / _SECTION).write_text(section.model_dump_json())
     return [*files, _SECTION]
 

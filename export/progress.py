@@ -16,10 +16,15 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-__all__ = ["ProgressCallback", "progress_bars", "time_left"]
+from .interrupts import kept_interrupts
+
+__all__ = ["ProgressCallback", "StepCallback", "progress_bars", "time_left"]
 
 ProgressCallback = Callable[[str, float, float], None]
 """Called with what is worked on now, how much of the effort is done and how much there is."""
+
+StepCallback = Callable[[str, int, int], None]
+"""Called from inside a part with a phase of its work, the steps of the part that are done, and their number."""
 
 
 def time_left(elapsed: float, done: float, total: float) -> str:
@@ -32,7 +37,11 @@ def time_left(elapsed: float, done: float, total: float) -> str:
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
-    """A bar on `console` while the body runs; call the result as the work goes on."""
+    """A bar on `console` while the body runs; call the result as the work goes on.
+
+    Raises:
+        KeyboardInterrupt: from the result, for a Ctrl-C that went unnoticed before.
+    """
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<28}"),
@@ -42,10 +51,11 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[left]}"),
     )
     started = time.monotonic()
-    with Progress(*columns, console=console) as bars:
+    with kept_interrupts() as check, Progress(*columns, console=console) as bars:
         task = bars.add_task("starting", total=None, left="")
 
         def show(part: str, done: float, total: float) -> None:
+            check()
             left = time_left(time.monotonic() - started, done, total)
             bars.update(task, description=part, completed=done, total=total, left=left)
 

@@ -13,6 +13,7 @@ from runtime import bundle
 from .calibrate import Calibration, Measured, load_calibration
 from .errors import InputError
 from .plan import StepPlan
+from .progress import StepCallback
 from .quantize import QuantPrecision, auto_formats, choose_formats, wanted_format
 from .quantize_errors import seeded_error
 from .quantize_graph import KINDS, find_linears, is_block_linear, weight_tensor
@@ -174,28 +175,39 @@ def _require_uniform(formats: Mapping[str, Format], names: tuple[str, ...]) -> N
         )
 
 
-def seeded_errors(models: Iterable[ir.Model]) -> Errors:
-    """Errors of every block linear of the graphs in every format, on seeded inputs."""
+def seeded_errors(models: Iterable[ir.Model], progress: StepCallback) -> Errors:
+    """Errors of every block linear of the graphs in every format, on seeded inputs.
+
+    Args:
+        progress: called before each linear.
+    """
     formats: tuple[Format, ...] = ("fp8", "nvfp4")
-    return {
-        linear.name: {
+    linears = [linear for model in models for linear in find_linears(model)]
+    errors: Errors = {}
+    for done, linear in enumerate(linears):
+        progress("measuring", done, len(linears))
+        weight = weight_tensor(linear.weight)
+        errors[linear.name] = {
             format: seeded_error(linear.name, format, weight, fold_weight(weight, format))
             for format in formats
         }
-        for model in models
-        for linear in find_linears(model)
-        for weight in (weight_tensor(linear.weight),)
-    }
+    return errors
 
 
 class ErrorLog:
     """Collects the error of each linear as it is quantized: the calibration's figure, else one on seeded inputs.
 
     A static scale suits real inputs only; without a measured error there is none then.
+
+    Args:
+        progress: called after each linear.
+        total: linears there are.
     """
 
-    def __init__(self, plan: QuantizationPlan) -> None:
+    def __init__(self, plan: QuantizationPlan, progress: StepCallback, total: int) -> None:
         self._measured, self._static = plan.measured(), plan.static
+        self._progress, self._total = progress, total
+        self._seen: set[str] = set()
         self.errors: dict[str, float] = {}
 
     def __call__(self, name: str, format: Format, weight: Tensor, folded: FoldedWeight) -> None:
@@ -203,3 +215,5 @@ class ErrorLog:
             self.errors[name] = self._measured[name][format]
         elif not self._static or format == "nvfp4":
             self.errors[name] = seeded_error(name, format, weight, folded)
+        self._seen.add(name)  # what is too small for the file of weights makes its linear be quantized again
+        self._progress("quantizing", len(self._seen), self._total)

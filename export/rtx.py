@@ -19,10 +19,11 @@ import onnx_ir as ir
 from .errors import BuildError, InputError
 from .machine import installed_version, memory
 from .plan_reader import PlanReport, read_plan
+from .progress import StepCallback
 from .rtx_graph import prepare_for_rtx
 from .worker import run_worker
 
-__all__ = ["CAPABILITIES", "EngineInfo", "EngineProgress", "EngineTensor", "build_engine", "check_request"]
+__all__ = ["CAPABILITIES", "EngineInfo", "EngineTensor", "build_engine", "check_request"]
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities that TensorRT-RTX builds for."""
@@ -41,9 +42,6 @@ _DISK_FACTOR, _DISK_BASE = 2.2, 64 << 20
 """Disk: the engine holds the weights, some of them twice, and the kernels."""
 
 _FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
-
-EngineProgress = Callable[[str, int, int], None]
-"""Called with the phase of a build, its steps done, and their number."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def build_engine(
     *,
     component: str,
     compute_capability: str,
-    progress: EngineProgress | None = None,
+    progress: StepCallback | None = None,
     check: Callable[[PlanReport], None] | None = None,
     memory_limit: int | None = None,
 ) -> EngineInfo:
@@ -143,8 +141,11 @@ def build_engine(
     _check_static(model, component)
     prepare_for_rtx(model)
     _check_room(model, engine_path, component)
-    prepared = onnx_path.with_name(f".{onnx_path.stem}.rtx.onnx")  # beside its weights, which it refers to
-    unchecked = engine_path.with_name(f".{engine_path.name}.tmp")
+    # Names of this process's own: the worker of a build that was killed may still be at its last engine.
+    prepared = onnx_path.with_name(
+        f".{onnx_path.stem}.{os.getpid()}.onnx"
+    )  # beside its weights, which it refers to
+    unchecked = engine_path.with_name(f".{engine_path.name}.{os.getpid()}")
     request = {
         "onnx": str(prepared),
         "engine": str(unchecked),
@@ -221,7 +222,7 @@ def _gib(count: int) -> str:
 # ---- the parent of the process that builds ----
 
 
-def _run_worker(request: dict[str, Any], component: str, progress: EngineProgress | None) -> dict[str, Any]:
+def _run_worker(request: dict[str, Any], component: str, progress: StepCallback | None) -> dict[str, Any]:
     outcome = run_worker("rtx_worker", request, os.environ, progress)
     if outcome.code == 0 and "seconds" in outcome.result:
         return outcome.result

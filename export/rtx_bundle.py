@@ -56,8 +56,8 @@ _PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: 
 
 _NEVER_QUANTIZED = frozenset({"text_encoder", "vae_first", "vae_next"})
 
-_EFFORT = {"conditioner": 12.0, "last": 5.0, "vae_first": 10.0, "vae_next": 10.0}
-_SMALL_EFFORT = 2.0
+_EFFORT = {"conditioner": 5.0, "vae_first": 2.5, "vae_next": 2.5}
+_SMALL_EFFORT = 1.0
 
 
 # ---- before the work ----
@@ -93,7 +93,10 @@ def _engines(request: BuildRequest, plan: StepPlan) -> list[str]:
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
     engines = {_engine(name): _EFFORT.get(name, _SMALL_EFFORT) for name in _engines(request, plan)}
-    return {**graph_parts(request), "quantization": 40.0, "segments": 40.0, **engines, "kernels": 25.0}
+    quantized = {"quantization": 12.0, "segments": 40.0}
+    written = {"quantization": 0.1, "segments": 10.0}
+    of_weights = written if request.precision == "bf16" else quantized
+    return {**graph_parts(request), **of_weights, **engines, "kernels": 10.0}
 
 
 def _engine(component: str) -> str:
@@ -107,7 +110,7 @@ def _build(run: Run) -> Built:
     request, folder = run.request, run.folder
     exported = export_graphs(run)
     plan = plan_quantization(request, run.plan)
-    run.part("quantization", lambda into: _quantize(into, plan))
+    run.part("quantization", lambda into: _quantize(into, run, plan))
     quantized = _Quantized.read(folder)
     segments = run.part("segments", lambda into: _cut(into, run, plan, quantized))
     section = bundle.Segments.model_validate_json((folder / _SEGMENTS).read_text())
@@ -123,14 +126,14 @@ def _build(run: Run) -> Built:
         check = partial(_check_plan, expectations, name, structure, moved)
         written = run.part(
             _engine(name),
-            partial(_write_engine, request=request, name=name, graph=graph, check=check),
+            partial(_write_engine, run=run, name=name, graph=graph, check=check),
             key=run.keys.engines if name in _NEVER_QUANTIZED else None,
         )
         described = json.loads((folder / _description(name)).read_text())
         entries[name] = bundle.Component.model_validate(described["component"])
         library = bundle.Library(name="tensorrt-rtx", version=described["version"])
         files += _named(written, f"{name}.engine")
-    kernels = run.part("kernels", lambda into: _write_kernels(into, request, run.plan))
+    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
     files += [entry for entry in kernels if entry.path != _KERNELS]
     # What comes in and goes out where no engine runs: the step as a whole, and the operators, which are kernels.
     for name in ("step", "clean", "qk_prepare", "attention"):
@@ -178,18 +181,18 @@ def _read_errors(folder: Path) -> dict[str, float]:
     return errors
 
 
-def _quantize(folder: Path, plan: QuantizationPlan | None) -> list[str]:
+def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str]:
     """Decide the format of every linear, and quantize the conditioner."""
     formats: Mapping[str, Format] = {}
     errors: dict[str, float] = {}
     files, conditioner = [_QUANTIZATION], "conditioner.onnx"
     if plan is not None:
         model = ir.load(folder / conditioner)
-        formats = plan.formats if plan.formats is not None else _automatic(folder, plan)
+        formats = plan.formats if plan.formats is not None else _automatic(folder, run, plan)
         names = set(linear_names(model))
         own = {name: format for name, format in formats.items() if name in names}
         conditioner, weights = "conditioner_quantized.onnx", "conditioner_quantized.weights"
-        log = ErrorLog(plan)
+        log = ErrorLog(plan, run.within, len(own))
         quantize(model, own, amax=plan.amax, observe=log)
         save_quantized(model, folder / conditioner, weights, alone=True)
         errors = log.errors
@@ -199,10 +202,11 @@ def _quantize(folder: Path, plan: QuantizationPlan | None) -> list[str]:
     return files
 
 
-def _automatic(folder: Path, plan: QuantizationPlan) -> dict[str, Format]:
+def _automatic(folder: Path, run: Run, plan: QuantizationPlan) -> dict[str, Format]:
     errors = plan.measured()
     if errors is None:
-        errors = seeded_errors(ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
+        models = (ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
+        errors = seeded_errors(models, run.within)
     return plan.automatic(errors)
 
 
@@ -210,13 +214,13 @@ def _cut(folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quan
     """Quantize the step and cut it; its weights are quantized as they are written."""
     model, errors = ir.load(folder / "step.onnx"), dict[str, float]()
     if plan is not None:
-        log = ErrorLog(plan)
         names = set(linear_names(model))
         own = {name: format for name, format in quantized.formats.items() if name in names}
+        log = ErrorLog(plan, run.within, len(own))
         quantize(model, own, amax=plan.amax, observe=log)
         errors = log.errors
     form = components.attention_form(run.plan)
-    files, section = write_segments(folder, model, form, embedded=run.request.embedded)
+    files, section = write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)
     (folder / _SEGMENTS).write_text(section.model_dump_json())
     (folder / _STEP_ERRORS).write_text(json.dumps(errors))
     return [*files, _SEGMENTS, _STEP_ERRORS]
@@ -267,13 +271,16 @@ def _description(component: str) -> str:
     return f"{component}.engine.json"
 
 
-def _write_engine(
-    folder: Path, *, request: BuildRequest, name: str, graph: Path, check: partial[None]
-) -> list[str]:
-    capability = request.target.compute_capability
+def _write_engine(folder: Path, *, run: Run, name: str, graph: Path, check: partial[None]) -> list[str]:
+    capability = run.request.target.compute_capability
     assert capability is not None
     info = build_engine(
-        graph, folder / f"{name}.engine", component=name, compute_capability=capability, check=check
+        graph,
+        folder / f"{name}.engine",
+        component=name,
+        compute_capability=capability,
+        check=check,
+        progress=run.within,
     )
     described = {"component": _component(info).model_dump(mode="json"), "version": info.version}
     (folder / _description(name)).write_text(json.dumps(described))
@@ -296,8 +303,8 @@ def _component(info: EngineInfo) -> bundle.Component:
     )
 
 
-def _write_kernels(folder: Path, request: BuildRequest, plan: StepPlan) -> list[str]:
-    files, section = write_kernels(folder, request.target, plan)
+def _write_kernels(folder: Path, run: Run) -> list[str]:
+    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
     (folder / _KERNELS).write_text(section.model_dump_json())
     return [*files, _KERNELS]
 

@@ -16,6 +16,7 @@ from runtime.bundle import Segments
 
 from .errors import ExportError
 from .partition import Partition, Segment, merge_repeated, partition
+from .progress import StepCallback
 from .tensor_files import StoredTensor, StoredType, write_tensors
 from .tracing import EXTERNAL_BYTES
 
@@ -46,7 +47,12 @@ def is_parameter(name: str) -> bool:
 
 
 def write_segments(
-    folder: Path, model: ir.Model, attention: functions.AttentionForm, *, embedded: bool = False
+    folder: Path,
+    model: ir.Model,
+    attention: functions.AttentionForm,
+    *,
+    embedded: bool = False,
+    progress: StepCallback | None = None,
 ) -> tuple[list[str], Segments]:
     """Cut a step graph and write the segments, the operators and the weights.
 
@@ -56,6 +62,7 @@ def write_segments(
         attention: form of the attention operator's function body, for runtimes without kernels.
         embedded: leave the weights inside, in a graph for every layer (`layer.0`, ...). The file of weights then holds
             those of the operators only.
+        progress: called as weights are written.
 
     Returns:
         the files, relative to `folder`, and the manifest's section.
@@ -67,15 +74,17 @@ def write_segments(
     if len(cut.segments) < _FEWEST:
         raise ExportError("the step graph has one layer; segmented execution needs two or more")
     names = _canonical_names(cut)
-    write = _write_embedded if embedded else _write_shared
-    files, (first, *layers, last) = write(folder, cut.segments, names)
+    if embedded:
+        files, (first, *layers, last) = _write_embedded(folder, cut.segments, names, progress)
+    else:
+        files, (first, *layers, last) = _write_shared(folder, cut.segments, names)
     prepare, attend = _operators(cut)
     for name, nodes in (("qk_prepare", prepare), ("attention", attend)):
         ir.save(_operator_model(model, nodes[0], attention), folder / f"{name}.onnx")
     kernel_weights = [_kernel_weights(node) for node in prepare]
     used = {tensor for row in (first, *layers, last, *kernel_weights) for tensor in row.values()}
     stored = [_stored(value) for name, value in model.graph.initializers.items() if name in used]
-    write_tensors(folder / SEGMENT_WEIGHTS, stored)
+    write_tensors(folder / SEGMENT_WEIGHTS, stored, progress)
     section = Segments(
         weights=SEGMENT_WEIGHTS, first=first, layers=tuple(layers), last=last, prepare=tuple(kernel_weights)
     )
@@ -105,12 +114,14 @@ def _write_shared(
 
 
 def _write_embedded(
-    folder: Path, segments: Sequence[Segment], names: Mapping[str, str]
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str], progress: StepCallback | None
 ) -> tuple[list[str], _Rows]:
     """A graph for every segment, each with a file of its weights."""
     files = []
     titles = ["first", *(f"layer.{index}" for index in range(len(segments) - 2)), "last"]
-    for title, segment in zip(titles, segments, strict=True):
+    for done, (title, segment) in enumerate(zip(titles, segments, strict=True)):
+        if progress is not None:
+            progress(title, done, len(titles))
         _rename(segment.model, names)
         weights = f"{title}.weights"
         ir.save(

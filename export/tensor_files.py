@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .progress import StepCallback
+
 __all__ = ["StoredTensor", "StoredType", "store", "write_tensors"]
 
 StoredType = Literal["F32", "F16", "BF16", "F8_E4M3", "U8", "I32", "I64", "BOOL"]
@@ -68,8 +70,12 @@ def store(name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[
     return StoredTensor(name, _TORCH[dtype], shape, read)
 
 
-def write_tensors(path: Path, tensors: Iterable[StoredTensor]) -> None:
-    """Write `tensors` to the safetensors file `path`, in their order but for those of odd sizes, which come last."""
+def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCallback | None = None) -> None:
+    """Write `tensors` to the safetensors file `path`, in their order but for those of odd sizes, which come last.
+
+    Args:
+        progress: called before each tensor, with the megabytes written so far.
+    """
     ordered = sorted(tensors, key=lambda tensor: tensor.nbytes % _ALIGNMENT != 0)
     header: dict[str, object] = {}
     offset = 0
@@ -86,5 +92,7 @@ def write_tensors(path: Path, tensors: Iterable[StoredTensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
+            if progress is not None:
+                progress("writing", file.tell() >> 20, offset >> 20)
             written = file.write(tensor.read())
             assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, expected {tensor.nbytes}"

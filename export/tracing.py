@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 import plugins.functions as functions
 import plugins.ops as ops
 from lightforcing_ref.attention import hsa_attention, qk_prepare
+
+from .progress import StepCallback
 
 __all__ = ["OPSET", "attend", "prepare", "save_model", "trace"]
 
@@ -112,14 +115,23 @@ def trace(
     return model
 
 
-def save_model(model: ir.Model, path: Path, weights: str | None = None) -> None:
+def save_model(
+    model: ir.Model, path: Path, weights: str | None = None, progress: StepCallback | None = None
+) -> None:
     """Write `model` to `path`.
 
     Args:
         weights: name of a new file beside `path` for the initializers; None keeps references to the weights file
             that the model was loaded with (which must lie in the same folder) and writes no weights.
+        progress: called before each initializer that is written.
     """
     if weights is None:
         ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=weights, size_threshold_bytes=EXTERNAL_BYTES)
+        return
+    written = itertools.count()
+
+    def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        if progress is not None:
+            progress("writing", next(written), info.total)
+
+    ir.save(model, path, external_data=weights, size_threshold_bytes=EXTERNAL_BYTES, callback=show)

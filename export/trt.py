@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from runtime import bundle
 
 from .errors import BuildError, InputError
 from .machine import Gpu, find_gpus, installed_version
+from .progress import StepCallback
 from .trt_graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
 from .trt_inspect import Inspection, check_plugins, check_precision, read_inspection
 from .worker import run_worker
@@ -36,7 +37,6 @@ _MINIMUM = {"bf16": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0)}
 _WORKSPACE_SHARE = 0.5
 """Part of the GPU's memory that tactics may use while an engine is built."""
 
-Progress = Callable[[str, int, int], None]
 """Called with the phase of a build, its steps done, and their number."""
 
 
@@ -148,7 +148,7 @@ def build_engine(
     machine: TrtMachine,
     plugin: TrtPlugin,
     dimensions: Mapping[str, int],
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
 ) -> TrtEngine:
     """Build the graph at `onnx_path` and write the engine to `engine_path`, with the inspector's output beside it.
 
@@ -250,7 +250,7 @@ def _specs(tensors: list[tuple[str, str, list[int]]]) -> tuple[bundle.TensorSpec
 
 
 def _run_worker(
-    request: dict[str, Any], component: str, machine: TrtMachine, progress: Progress | None
+    request: dict[str, Any], component: str, machine: TrtMachine, progress: StepCallback | None
 ) -> dict[str, Any]:
     outcome = run_worker("trt_worker", request, machine.environment(), progress)
     if outcome.code == 0:

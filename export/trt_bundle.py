@@ -27,6 +27,7 @@ from .kernel_images import kernel_variants, write_kernels
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
 from .preflight import check_memory
+from .progress import StepCallback
 from .quantize import linear_names, quantize, save_quantized
 from .quantize_plan import ErrorLog, QuantizationPlan, plan_quantization, seeded_errors
 from .request import BuildRequest
@@ -115,7 +116,7 @@ def _build(run: Run) -> Built:
         version = described["version"]
         files += [entry for entry in written if entry.path != _description(name)]
 
-    own = run.part("golden vectors", lambda into: _write_golden(into, graphs))
+    own = run.part("golden vectors", lambda into: _write_golden(into, graphs, run.within))
     files += [entry for entry in own if entry.path != _GOLDEN]
     golden = bundle.Golden.model_validate_json((folder / _GOLDEN).read_text())
     run.part("comparison", lambda into: _compare(into, entries, golden, machine, plugin))
@@ -141,9 +142,10 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str
         names = ("step", "conditioner")
         formats = plan.formats
         if formats is None:
-            errors = plan.measured() or seeded_errors(ir.load(folder / f"{name}.onnx") for name in names)
+            models = (ir.load(folder / f"{name}.onnx") for name in names)
+            errors = plan.measured() or seeded_errors(models, run.within)
             formats = plan.automatic(errors)
-        log = ErrorLog(plan)
+        log = ErrorLog(plan, run.within, len(formats))
         for name in names:
             model = ir.load(folder / f"{name}.onnx")
             own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
@@ -168,7 +170,7 @@ def _copy_plugin(folder: Path) -> list[str]:
 
 
 def _write_kernels(folder: Path, run: Run) -> list[str]:
-    files, section = write_kernels(folder, run.request.target, run.plan)
+    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
     (folder / _KERNELS).write_text(section.model_dump_json())
     return [*files, _KERNELS]
 
@@ -194,8 +196,8 @@ def _write_engine(
     return [f"{name}.engine", inspector_name(f"{name}.engine"), _description(name)]
 
 
-def _write_golden(folder: Path, graphs: Mapping[str, Path]) -> list[str]:
-    files, section = write_golden(folder, graphs)
+def _write_golden(folder: Path, graphs: Mapping[str, Path], progress: StepCallback) -> list[str]:
+    files, section = write_golden(folder, graphs, progress=progress)
     (folder / _GOLDEN).write_text(section.model_dump_json())
     return [*files, _GOLDEN]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from export.expectations import load_expectations
-from export.progress import time_left
 
 
 def gemms(component: str, moved: dict[tuple[str, str], int], precision: str = "fp8") -> dict[str, object]:
@@ -27,9 +26,3 @@ def test_bf16_products_of_one_input_may_become_one() -> None:
 
 def test_nothing_moved_changes_nothing() -> None:
     assert gemms("layer", {}) == {"fp8": (6, 6)}
-
-
-def test_time_left_follows_from_the_effort_so_far() -> None:
-    assert time_left(20, 10, 40) == "about 60 s left"
-    assert time_left(60, 10, 40) == "about 3 min left"
-    assert time_left(5, 0, 40) == time_left(5, 40, 40) == ""

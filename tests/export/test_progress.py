@@ -1,0 +1,59 @@
+"""The progress bar of a build: time left, and Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import signal
+import weakref
+
+import pytest
+from rich.console import Console
+
+from export.interrupts import kept_interrupts
+from export.progress import progress_bars, time_left
+
+
+class Node:
+    """Something that a weak reference can point to."""
+
+
+def lose_an_interruption() -> None:
+    """A Ctrl-C in the callback of a weak reference, from where Python lets no exception out."""
+    node = Node()
+    reference = weakref.ref(node, lambda _: signal.raise_signal(signal.SIGINT))
+    del node
+    assert reference() is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_lost_interruption_ends_the_work_at_its_next_step() -> None:
+    with progress_bars(Console(file=io.StringIO())) as progress:
+        progress("one", 0, 2)
+        lose_an_interruption()
+        with pytest.raises(KeyboardInterrupt):
+            progress("two", 1, 2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_is_raised_where_it_arrives() -> None:
+    with pytest.raises(KeyboardInterrupt), kept_interrupts() as check:
+        check()
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
+
+
+def test_where_interruptions_are_ignored_they_stay_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with kept_interrupts() as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_time_left_follows_from_the_effort_so_far() -> None:
+    assert time_left(20, 10, 40) == "about 60 s left"
+    assert time_left(60, 10, 40) == "about 3 min left"
+    assert time_left(5, 0, 40) == time_left(5, 40, 40) == ""
