@@ -14,6 +14,7 @@ from .plan import StepPlan
 from .plan_memory import plan_memory
 from .request import BuildRequest
 from .sizes import transformer_parameters
+from .workspace import partial_folder
 
 __all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]
 
@@ -28,7 +29,7 @@ def text_bytes(request: BuildRequest, plan: StepPlan) -> int:
 
 
 def check_disk(request: BuildRequest, plan: StepPlan) -> None:
-    """Refuse a build that cannot fit on the disk.
+    """Refuse a build that cannot fit on the disk; what an interrupted one left counts as room.
 
     Raises:
         BuildError: says what is needed and what is free.
@@ -40,7 +41,8 @@ def check_disk(request: BuildRequest, plan: StepPlan) -> None:
     out = request.out.absolute()
     existing = next(path for path in (out, *out.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    left = [path.stat().st_size for path in partial_folder(out, request.name).rglob("*") if path.is_file()]
+    if free + sum(left) < needed:
         raise BuildError(
             f"the build needs {needed / 2**30:.1f} GiB and {existing} has {free / 2**30:.1f} GiB free; make room or "
             "choose another --out"

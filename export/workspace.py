@@ -21,7 +21,7 @@ from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_
 
 from .errors import BuildError
 
-__all__ = ["Workspace", "open_workspace"]
+__all__ = ["Workspace", "open_workspace", "partial_folder"]
 
 _STATE = ".finished.json"
 _FULL = {
@@ -96,11 +96,7 @@ class Workspace:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            free = shutil.disk_usage(self.folder).free
-            raise BuildError(
-                f"{_FULL[error.errno]} while writing {name!r} to {self.folder} ({free / 2**30:.2f} GiB free); make "
-                "room or choose another --out, then run the same command again: it resumes"
-            ) from error
+            raise _full(error, name, self.folder) from error
         return entries, False
 
     def _remember(self, name: str, key: str, entries: Sequence[FileEntry]) -> None:
@@ -131,6 +127,41 @@ class Workspace:
         return self.destination
 
 
+def _full(error: OSError, name: str, folder: Path) -> BuildError:
+    free = shutil.disk_usage(folder).free
+    return BuildError(
+        f"{_FULL[error.errno or 0]} while writing {name!r} to {folder} ({free / 2**30:.2f} GiB free); make room or "
+        "choose another --out, then run the same command again: it resumes"
+    )
+
+
+def _separate(folder: Path) -> None:
+    """Give files that have other names elsewhere, such as in a backup made of hard links, content of their own.
+
+    What is built here would otherwise be written into the other file too, and onnx-ir refuses to read such weights.
+
+    Raises:
+        BuildError: the disk is full.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_file() or path.stat().st_nlink == 1:
+            continue
+        copy = path.with_name(f".{path.name}.copy")
+        try:
+            shutil.copy2(path, copy)
+        except OSError as error:
+            copy.unlink(missing_ok=True)
+            if error.errno not in _FULL:
+                raise
+            raise _full(error, path.name, folder) from error
+        os.replace(copy, path)
+
+
+def partial_folder(out: Path, name: str) -> Path:
+    """Where the bundle `out/name` is while it is built."""
+    return out / f".{name}.partial"
+
+
 @contextmanager
 def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAME) -> Iterator[Workspace]:
     """The workspace of `out/name`, locked against a second build under the same name.
@@ -159,6 +190,7 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
             raise BuildError(
                 f"another process is building {destination}; wait for it, or choose another --name"
             ) from error
-        folder = out / f".{name}.partial"
+        folder = partial_folder(out, name)
         folder.mkdir(exist_ok=True)
+        _separate(folder)
         yield Workspace(folder, destination, key)

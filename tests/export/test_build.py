@@ -16,11 +16,14 @@ import onnx
 import pytest
 
 from export.errors import BuildError
+from export.preflight import check_disk
 from export.workspace import open_workspace
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 from runtime.errors import BundleError
 from tests.conftest import build
+
+from .rtx_bundles import partial, request
 
 LAYERS = PRESETS["tiny"].dit.layers
 
@@ -218,3 +221,32 @@ def test_a_build_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BuildError, match=r"the build needs 0\.0 GiB and .* has 0\.0 GiB free"):
         build(tmp_path, "short")
+
+
+def test_files_that_are_hard_links_become_the_builds_own(tmp_path):
+    """As `cp -l` or a backup leaves them: they resume, and the other copy is not written into."""
+    with open_workspace(tmp_path, "b", "key") as workspace:
+        workspace.component("kept", touch("kept"))
+        workspace.component("changed", touch("changed"))
+        backup = tmp_path / "backup"
+        shutil.copytree(workspace.folder, backup, copy_function=os.link)
+    with open_workspace(tmp_path, "b", "key") as workspace:
+        assert workspace.component("kept", touch("kept"))[1] is True
+        (workspace.folder / "changed").write_text("something else")
+        assert (backup / "changed").read_text() == "changed"
+        names = {path.name for path in workspace.folder.iterdir()}
+        assert names == {"kept", "changed", ".finished.json"}
+        assert all(path.stat().st_nlink == 1 for path in workspace.folder.iterdir())
+
+
+def test_what_an_interrupted_build_left_counts_as_room(tmp_path, monkeypatch):
+    wanted = request(tmp_path, "bf16")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BuildError, match="make room"):
+        check_disk(wanted, wanted.plan)
+    left = partial(wanted) / "text_encoder.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    os.truncate(left, 1 << 30)
+    check_disk(wanted, wanted.plan)
