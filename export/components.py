@@ -21,6 +21,7 @@ from .graph_specs import tensor_specs
 from .graphs import clean_graph, per_chunk_graph
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .plan import StepPlan
+from .progress import StepCallback, no_steps
 from .rtx_graph import sink_uint8
 from .tensor_files import store, write_tensors
 from .tracing import attend, prepare, save_model, trace
@@ -42,6 +43,9 @@ __all__ = [
 TEXT_WEIGHTS = "text_encoder.safetensors"
 TOKENIZER = "tokenizer.json"
 
+TRACING = "tracing"
+"""The phase of a part before its weights are written."""
+
 
 def component_of(folder: Path, file: str) -> Component:
     """The manifest entry of the graph `folder/file`, read from the graph itself."""
@@ -54,11 +58,19 @@ def per_chunk_name(chunk: int) -> str:
     return f"step_chunk{chunk}"
 
 
-def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk: bool) -> list[str]:
+def write_step(
+    folder: Path,
+    model: CausalWanModel,
+    plan: StepPlan,
+    *,
+    per_chunk: bool,
+    progress: StepCallback = no_steps,
+) -> list[str]:
     """Write the step graph, the clean graph derived from it, and if wanted one graph per planned chunk.
 
     All share one weights file. `model` is used up: its projections are merged in place.
     """
+    progress(TRACING, 0, 1)
     merge_qkv(model)
     module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
     layers = plan.preset.dit.layers
@@ -74,7 +86,7 @@ def write_step(folder: Path, model: CausalWanModel, plan: StepPlan, *, per_chunk
         metadata={"lightforcing.component": "step"},
     )
     _name_dimension(step, "slots")
-    save_model(step, folder / "step.onnx", "step.weights")
+    save_model(step, folder / "step.onnx", "step.weights", progress)
     files = ["step.onnx", "step.weights", "clean.onnx"]
     save_model(clean_graph(ir.load(folder / "step.onnx"), plan.schedule.clean_step), folder / "clean.onnx")
     for chunk in range(plan.planned_chunks if per_chunk else 0):
@@ -105,8 +117,9 @@ def _name_dimension(model: ir.Model, name: str) -> None:
                     value.shape[axis] = ir.SymbolicDim(name)
 
 
-def write_conditioner(folder: Path, model: CausalWanModel) -> list[str]:
+def write_conditioner(folder: Path, model: CausalWanModel, progress: StepCallback = no_steps) -> list[str]:
     """Write the graph that turns a prompt's embedding into every layer's cross-attention keys and values."""
+    progress(TRACING, 0, 1)
     module = ConditionerModule(model)
     config = model.config
     graph = trace(
@@ -116,7 +129,7 @@ def write_conditioner(folder: Path, model: CausalWanModel) -> list[str]:
         output_names=module.output_names,
         metadata={"lightforcing.component": "conditioner"},
     )
-    save_model(graph, folder / "conditioner.onnx", "conditioner.weights")
+    save_model(graph, folder / "conditioner.onnx", "conditioner.weights", progress)
     return ["conditioner.onnx", "conditioner.weights"]
 
 
@@ -137,6 +150,7 @@ def write_text_encoder(
     plan: StepPlan,
     weights: Mapping[str, Callable[[], Tensor]],
     dtype: torch.dtype = torch.float32,
+    progress: StepCallback = no_steps,
 ) -> list[str]:
     """Write the graph of one encoder layer, whose weights are inputs, and the weights of all layers.
 
@@ -158,6 +172,7 @@ def write_text_encoder(
     write_tensors(
         folder / TEXT_WEIGHTS,
         [store(name, shapes[name], dtype, make) for name, make in weights.items()],
+        progress,
     )
     files = ["text_encoder.onnx", TEXT_WEIGHTS]
     return [*files, "text_encoder.constants"] if (folder / "text_encoder.constants").exists() else files
@@ -195,12 +210,15 @@ def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(weight.dtype), *args[1:])
 
 
-def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
+def write_vae(
+    folder: Path, decoder: VAEDecoder, plan: StepPlan, progress: StepCallback = no_steps
+) -> list[str]:
     """Write the two graphs of the streaming decoder: first frame and later ones.
 
     They compute in the type of the decoder's weights, which is that of the caches. The latent is float32 and is
     denormalised in float32, and so is the arithmetic of the pixels.
     """
+    progress(TRACING, 0, 1)
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
     latent = torch.zeros(plan.preset.vae.z_dim, 1, height, width)
@@ -225,7 +243,7 @@ def write_vae(folder: Path, decoder: VAEDecoder, plan: StepPlan) -> list[str]:
         handle.remove()
     for graph, name in ((later, "vae_next"), (first, "vae_first")):
         sink_uint8(graph)
-        save_model(graph, folder / f"{name}.onnx", f"{name}.weights")
+        save_model(graph, folder / f"{name}.onnx", f"{name}.weights", progress)
     return ["vae_next.onnx", "vae_next.weights", "vae_first.onnx", "vae_first.weights"]
 
 

@@ -41,7 +41,7 @@ from runtime.weights_file import WeightsFile
 from .components import TEXT_WEIGHTS
 from .errors import ExportError
 from .golden_reference import GoldenGraph, ReferenceGraph
-from .progress import StepCallback
+from .progress import StepCallback, no_steps
 
 __all__ = ["GOLDEN_FILE", "PIXEL_TOLERANCES", "TOLERANCES", "write_golden", "write_vectors"]
 
@@ -86,7 +86,7 @@ def write_golden(
     parts: Mapping[str, Path],
     *,
     segments: bundle.Segments | None = None,
-    progress: StepCallback | None = None,
+    progress: StepCallback = no_steps,
 ) -> tuple[list[str], bundle.Golden]:
     """Write the golden vectors of a bundle's components.
 
@@ -123,7 +123,7 @@ def write_vectors(
     graphs: Iterable[tuple[str, GoldenGraph]],
     segments: bundle.Segments | None,
     *,
-    progress: StepCallback | None = None,
+    progress: StepCallback = no_steps,
     total: int = 0,
 ) -> tuple[list[str], bundle.Golden]:
     """Write the golden vectors of components whatever they are computed with; see `write_golden`.
@@ -137,8 +137,7 @@ def write_vectors(
     tolerances: dict[str, float] = {}
     files: dict[str, WeightsFile] = {}
     for done, (name, graph) in enumerate(graphs):
-        if progress is not None:
-            progress(name, done, total)
+        progress(name, done, total)
         tolerances[name] = _tolerance(graph)
         for scenario in _scenarios(name, graph, segments, folder):
             case, found = _run(name, graph, scenario, folder, files)

@@ -13,7 +13,7 @@ from runtime import bundle
 
 from .errors import BuildError, InputError
 from .plan import StepPlan
-from .progress import StepCallback
+from .progress import StepCallback, no_steps
 from .targets import Target
 
 __all__ = ["FOLDER", "kernel_arch", "kernel_variants", "write_kernels"]
@@ -69,7 +69,7 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
 
 
 def write_kernels(
-    folder: Path, target: Target, plan: StepPlan, progress: StepCallback | None = None
+    folder: Path, target: Target, plan: StepPlan, progress: StepCallback = no_steps
 ) -> tuple[list[str], bundle.Kernels]:
     """Compile the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`.
 
@@ -85,8 +85,7 @@ def write_kernels(
     arch, wanted = kernel_arch(target), kernel_variants(target, plan)
 
     def show(done: int, total: int) -> None:
-        if progress is not None:
-            progress("compiling", done, total)
+        progress("compiling", done, total)
 
     try:
         built = kernel_build.build(

@@ -64,24 +64,30 @@ def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
     parts = {"tokenizer": tokenizer_part(run)}
     parts["text encoder"] = run.part(
         "text encoder",
-        lambda folder: components.write_text_encoder(folder, plan, models.weights.text_tensors(), types.text),
+        lambda folder: components.write_text_encoder(
+            folder, plan, models.weights.text_tensors(), types.text, run.within
+        ),
         key=run.keys.model,
     )
     parts["video decoder"] = run.part(
         "video decoder",
-        lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan),
+        lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan, run.within),
         key=run.keys.model,
     )
     parts["conditioner"] = run.part(
         "conditioner",
-        lambda folder: components.write_conditioner(folder, models.dit(types.transformer)),
+        lambda folder: components.write_conditioner(folder, models.dit(types.transformer), run.within),
         key=run.keys.model,
     )
     # Last, because it uses the model up.
     parts["transformer"] = run.part(
         "transformer",
         lambda folder: components.write_step(
-            folder, models.take_dit(types.transformer), plan, per_chunk=run.request.per_chunk
+            folder,
+            models.take_dit(types.transformer),
+            plan,
+            per_chunk=run.request.per_chunk,
+            progress=run.within,
         ),
         key=run.keys.graphs,
     )

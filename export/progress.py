@@ -18,13 +18,17 @@ from rich.progress import (
 
 from .interrupts import kept_interrupts
 
-__all__ = ["ProgressCallback", "StepCallback", "progress_bars", "time_left"]
+__all__ = ["ProgressCallback", "StepCallback", "no_steps", "progress_bars", "time_left"]
 
 ProgressCallback = Callable[[str, float, float], None]
 """Called with what is worked on now, how much of the effort is done and how much there is."""
 
 StepCallback = Callable[[str, int, int], None]
 """Called from inside a part with a phase of its work, the steps of the part that are done, and their number."""
+
+
+def no_steps(phase: str, done: int, total: int) -> None:
+    """The `StepCallback` of those whom nobody watches."""
 
 
 def time_left(elapsed: float, done: float, total: float) -> str:

@@ -16,7 +16,7 @@ from runtime.bundle import Segments
 
 from .errors import ExportError
 from .partition import Partition, Segment, merge_repeated, partition
-from .progress import StepCallback
+from .progress import StepCallback, no_steps
 from .tensor_files import StoredTensor, StoredType, write_tensors
 from .tracing import EXTERNAL_BYTES
 
@@ -52,7 +52,7 @@ def write_segments(
     attention: functions.AttentionForm,
     *,
     embedded: bool = False,
-    progress: StepCallback | None = None,
+    progress: StepCallback = no_steps,
 ) -> tuple[list[str], Segments]:
     """Cut a step graph and write the segments, the operators and the weights.
 
@@ -114,14 +114,13 @@ def _write_shared(
 
 
 def _write_embedded(
-    folder: Path, segments: Sequence[Segment], names: Mapping[str, str], progress: StepCallback | None
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str], progress: StepCallback
 ) -> tuple[list[str], _Rows]:
     """A graph for every segment, each with a file of its weights."""
     files = []
     titles = ["first", *(f"layer.{index}" for index in range(len(segments) - 2)), "last"]
     for done, (title, segment) in enumerate(zip(titles, segments, strict=True)):
-        if progress is not None:
-            progress(title, done, len(titles))
+        progress(title, done, len(titles))
         _rename(segment.model, names)
         weights = f"{title}.weights"
         ir.save(

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .progress import StepCallback
+from .progress import StepCallback, no_steps
 
 __all__ = ["StoredTensor", "StoredType", "store", "write_tensors"]
 
@@ -70,7 +70,7 @@ def store(name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[
     return StoredTensor(name, _TORCH[dtype], shape, read)
 
 
-def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCallback | None = None) -> None:
+def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCallback = no_steps) -> None:
     """Write `tensors` to the safetensors file `path`, in their order but for those of odd sizes, which come last.
 
     Args:
@@ -92,7 +92,6 @@ def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCal
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            if progress is not None:
-                progress("writing", file.tell() >> 20, offset >> 20)
+            progress("writing", file.tell() >> 20, offset >> 20)
             written = file.write(tensor.read())
             assert written == tensor.nbytes, f"{tensor.name}: {written} bytes, expected {tensor.nbytes}"

@@ -21,7 +21,7 @@ import plugins.functions as functions
 import plugins.ops as ops
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 
-from .progress import StepCallback
+from .progress import StepCallback, no_steps
 
 __all__ = ["OPSET", "attend", "prepare", "save_model", "trace"]
 
@@ -116,7 +116,7 @@ def trace(
 
 
 def save_model(
-    model: ir.Model, path: Path, weights: str | None = None, progress: StepCallback | None = None
+    model: ir.Model, path: Path, weights: str | None = None, progress: StepCallback = no_steps
 ) -> None:
     """Write `model` to `path`.
 
@@ -131,7 +131,6 @@ def save_model(
     written = itertools.count()
 
     def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        if progress is not None:
-            progress("writing", next(written), info.total)
+        progress("writing", next(written), info.total)
 
     ir.save(model, path, external_data=weights, size_threshold_bytes=EXTERNAL_BYTES, callback=show)
