@@ -5,18 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from export.build import build_bundle
-from export.request import BuildRequest
-from export.targets import Target, list_targets, load_target, load_variant
-from export.weights import Weights
-from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 from runtime.cuda_driver import CudaDriver, RowCopy, host_bytes
 from runtime.cuda_engine import CudaEngine, load_cuda_engine
@@ -28,44 +23,20 @@ from tests.runtime import device_bundles
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
 
+BundleNamed = Callable[[str], Path]
+
 EMBEDDING = np.random.default_rng(4).standard_normal((64, 64), dtype=np.float32)
 SOAK_CHUNKS = 500
 
 
-def target(backend: str) -> Target:
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    for candidate in list_targets():
-        if candidate.compute_capability == capability and backend in candidate.backends:
-            return candidate
-    pytest.skip(f"no target of compute capability {capability} is built with {backend}")
-
-
-def built(out: Path, chosen: Target, backend: str, precision: str, **changes: object) -> Path:
-    """`tiny` in the long mode: within a few chunks its window slides and its sinks move."""
-    preset = PRESETS["tiny"]
-    variant = load_variant("long").model_copy(update={"block": preset.block})
-    sizes = (preset.height, preset.width)
-    return build_bundle(
-        BuildRequest(
-            chosen, variant, Weights(preset, seed=0), *sizes, backend, precision, out, backend, **changes
-        )
-    )
-
-
-@pytest.fixture(scope="module", params=["inductor", "tensorrt-rtx"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chosen = target(request.param)
-    if request.param == "tensorrt-rtx":
-        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed", exc_type=ImportError)
-    execution = "segmented" if request.param == "tensorrt-rtx" else "whole"  # inductor has one way only
-    out = tmp_path_factory.mktemp("device")
-    return built(out, chosen, request.param, "bf16", execution=execution)
+@pytest.fixture(scope="module", params=["inductor-bf16", "tensorrt-rtx-bf16"])
+def bundle(request: pytest.FixtureRequest, bundle_named: BundleNamed) -> Path:
+    return bundle_named(request.param)
 
 
 @pytest.fixture(scope="module")
-def host_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("host")
-    return built(out, load_target("cpu"), "onnxruntime", "fp32", execution="segmented")
+def host_bundle(bundle_named: BundleNamed) -> Path:
+    return bundle_named("host")
 
 
 @pytest.fixture

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from export.build import build_bundle
 from export.reference import Reference
-from export.request import BuildRequest
-from export.targets import Target, list_targets, load_variant
-from export.weights import Weights
-from lightforcing_ref.config import PRESETS
 from lightforcing_ref.vae import to_uint8
 from runtime.backends import load_engine
 from runtime.bundle import load_bundle
@@ -30,34 +26,9 @@ EMBEDDING = np.random.default_rng(4).standard_normal((64, 64), dtype=np.float32)
 CHUNKS = 4
 
 
-def target() -> Target:
-    capability = "{}.{}".format(*torch.cuda.get_device_capability())
-    for candidate in list_targets():
-        if candidate.compute_capability == capability and "inductor" in candidate.backends:
-            return candidate
-    pytest.skip(f"no target of compute capability {capability} is built with inductor")
-
-
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny` in the long mode, whose window slides and whose sinks move within a few chunks."""
-    chosen, precision, preset = target(), request.param, PRESETS["tiny"]
-    if precision not in chosen.precisions:
-        pytest.skip(f"{chosen.name} does not compute in {precision}")
-    variant = load_variant("long").model_copy(update={"block": preset.block})
-    return build_bundle(
-        BuildRequest(
-            chosen,
-            variant,
-            Weights(preset, seed=0),
-            preset.height,
-            preset.width,
-            "inductor",
-            precision,
-            tmp_path_factory.mktemp("inductor"),
-            precision,
-        )
-    )
+def bundle(request: pytest.FixtureRequest, bundle_named: Callable[[str], Path]) -> Path:
+    return bundle_named(f"inductor-{request.param}")
 
 
 @pytest.mark.parametrize(
