@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ MISSING_TOOLS = ", ".join(
     if found is None
 )
 needs_tools = pytest.mark.skipif(bool(MISSING_TOOLS), reason=f"not installed: {MISSING_TOOLS}")
+
+WAN = {
+    "dtype": "bfloat16",
+    "heads": 12,
+    "head_dim": 128,
+    "frame_tokens": 1560,
+    "chunk_frames": 3,
+    "past_frames": 18,
+    "block_q": 64,
+    "block_k": 64,
+}
+"""The attention problem of the full-size model, as kernels see it: 832 x 480 pixels, the last chunk."""
+ATTRIBUTES: dict[str, Any] = {
+    "frame_tokens": 1560,
+    "block_q": 64,
+    "block_k": 64,
+    "keep_frames": 6,
+    "sink_frames": 1,
+    "near_frames": 2,
+    "scale": 0.125,
+    "keep_q20": [1 << 20, 200_000],
+}
+"""Attributes of an attention operator at that size, with a table of two entries."""
+needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 OK, INVALID_ARGUMENT, NOT_SERVED, NO_DRIVER, CUDA_FAILURE, NOT_LOADED, INTERNAL = range(7)
@@ -313,3 +338,22 @@ def build_stand_in_driver(folder: Path) -> Path:
     ]
     subprocess.run([*command, str(source), "-o", str(folder / "libcuda.so.1")], check=True)
     return folder
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What a shared library needs and exports, by readelf."""
+
+    dynamic: str
+    needed: list[str]
+    exported: set[str]
+
+
+def linked(path: Path) -> Linked:
+    def readelf(option: str) -> str:
+        return subprocess.check_output(["readelf", "--wide", option, str(path)], text=True)
+
+    dynamic = readelf("--dynamic")
+    symbols = [line.split() for line in readelf("--dyn-syms").splitlines()[3:] if line.strip()]
+    exported = {fields[7].split("@")[0] for fields in symbols if len(fields) > 7 and fields[6] != "UND"}
+    return Linked(dynamic, re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic), exported)

@@ -21,22 +21,13 @@ from plugins import images
 from plugins.kernels import specs
 from runtime import kernels as reader
 from runtime.errors import BundleIntegrityError, BundleSchemaError, EngineError
+from tests.plugins.launch_interface import WAN
 
 pytest.importorskip("triton")
 
 # Largest shared memory of one thread block, CUDA C++ programming guide, table of compute capabilities.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SAMPLE = ("attend-bf16-d128-q64-ragged", "select-b16")
-WAN = {
-    "dtype": "bfloat16",
-    "heads": 12,
-    "head_dim": 128,
-    "frame_tokens": 1560,
-    "chunk_frames": 3,
-    "past_frames": 18,
-    "block_q": 64,
-    "block_k": 64,
-}
 
 
 def wanted(variant: specs.Variant) -> bool:

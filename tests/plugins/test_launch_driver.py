@@ -25,16 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parents[2]
-ATTRIBUTES: dict[str, Any] = {
-    "frame_tokens": 1560,
-    "block_q": 64,
-    "block_k": 64,
-    "keep_frames": 6,
-    "sink_frames": 1,
-    "near_frames": 2,
-    "scale": 0.125,
-    "keep_q20": [1 << 20, 200_000, 130_000],
-}
+ATTRIBUTES = {**lf.ATTRIBUTES, "keep_q20": [1 << 20, 200_000, 130_000]}
 INPUTS = ("q", "k", "v", "q_mean", "k_mean", "past_k", "past_v", "past_kmean", "frame_slots", "chunk", "out")
 ADDRESSES = {name: 4096 * (index + 1) for index, name in enumerate(INPUTS)}
 WORKSPACE = 1 << 20

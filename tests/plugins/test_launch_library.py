@@ -25,6 +25,7 @@ from plugins.tensorrt_build import build_libraries
 from runtime import kernels as reader
 from runtime.errors import EngineError
 from tests.plugins import launch_interface as lf
+from tests.plugins.launch_interface import ATTRIBUTES, WAN
 
 pytest.importorskip("triton")
 pytestmark = lf.needs_tools
@@ -32,16 +33,6 @@ pytestmark = lf.needs_tools
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "plugins" / "launch"
 BY_HAND = "attend-by-hand"
-WAN = {
-    "dtype": "bfloat16",
-    "heads": 12,
-    "head_dim": 128,
-    "frame_tokens": 1560,
-    "chunk_frames": 3,
-    "past_frames": 18,
-    "block_q": 64,
-    "block_k": 64,
-}
 WANTED = sorted({name for kernel in EMBEDDED_KERNELS for name in specs.KERNELS[kernel][1]})
 BUFFERS = {name: 16 * (index + 1) for index, name in enumerate(WANTED)}
 OPTIONS = {
@@ -51,16 +42,6 @@ OPTIONS = {
     "keep_frames": 6,
     "sink_frames": 1,
     "near_frames": 2,
-}
-ATTRIBUTES: dict[str, Any] = {
-    "frame_tokens": 1560,
-    "block_q": 64,
-    "block_k": 64,
-    "keep_frames": 6,
-    "sink_frames": 1,
-    "near_frames": 2,
-    "scale": 0.125,
-    "keep_q20": [1 << 20, 200_000],
 }
 
 
@@ -353,19 +334,14 @@ def test_every_architecture_is_named(library: ctypes.CDLL) -> None:
     assert library.lf_architectures() == b"sm_80 sm_86 sm_89 sm_90a sm_100a sm_120a"
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+@lf.needs_readelf
 def test_links_no_cuda_and_exports_its_interface_only(path: Path) -> None:
-    def readelf(option: str) -> str:
-        return subprocess.check_output(["readelf", "--wide", option, str(path)], text=True)
-
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic"))
-    assert not [name for name in needed if re.search("cuda|nvinfer|nvrtc|python", name)], needed
-    assert "RUNPATH" not in readelf("--dynamic")
-    symbols = [line.split() for line in readelf("--dyn-syms").splitlines()[3:] if line.strip()]
-    exported = {fields[7].split("@")[0] for fields in symbols if len(fields) > 7 and fields[6] != "UND"}
+    found = lf.linked(path)
+    assert not [name for name in found.needed if re.search("cuda|nvinfer|nvrtc|python", name)], found
+    assert "RUNPATH" not in found.dynamic
     header = (SOURCES / "lightforcing_launch.h").read_text()
     declared = set(re.findall(r"^LF_API .*?\b(lf_\w+)\(", header, re.MULTILINE))
-    assert exported == declared
+    assert found.exported == declared
     content = path.read_bytes()
     assert str(path.parent).encode() not in content, "paths of this machine leak into the library"
     assert str(ROOT).encode() not in content
