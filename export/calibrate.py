@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +20,7 @@ from .errors import InputError
 from .quantize_graph import KINDS
 from .trial import Trial, block_linears
 
-__all__ = ["Calibration", "calibrate", "fake_quantize", "load_calibration"]
+__all__ = ["Calibration", "calibrate", "fake_quantize", "load_calibration", "modelopt_quantization"]
 
 Activations = Literal["dynamic", "static"]
 
@@ -114,6 +115,25 @@ def modelopt_config(activations: Activations) -> dict[str, Any]:
     return {"quant_cfg": entries, "algorithm": "max"}
 
 
+def modelopt_quantization() -> ModuleType:
+    """NVIDIA ModelOpt's quantization of PyTorch models.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Versions of libraries that only its other features touch.
+            warnings.simplefilter("ignore")
+            import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise InputError(
+            f"calibration needs NVIDIA ModelOpt ({error}); install the `quantize` extra, or use dynamic activations"
+        ) from error
+    module: ModuleType = mtq
+    return module
+
+
 def fake_quantize(model: CausalWanModel, activations: Activations, observe: Callable[[], object]) -> None:
     """Give the block linears of `model` ModelOpt's fake quantization, in place.
 
@@ -125,15 +145,7 @@ def fake_quantize(model: CausalWanModel, activations: Activations, observe: Call
         InputError: ModelOpt is not installed, or the projections are not merged.
     """
     block_linears(model)
-    try:
-        with warnings.catch_warnings():
-            # Versions of libraries that only its other features touch.
-            warnings.simplefilter("ignore")
-            import modelopt.torch.quantization as mtq
-    except ImportError as error:
-        raise InputError(
-            f"calibration needs NVIDIA ModelOpt ({error}); install the `quantize` extra, or use dynamic activations"
-        ) from error
+    mtq = modelopt_quantization()
     stdout = sys.stdout
 
     def run(_: object) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .build_commands import chosen_variant, chosen_weights
-from .command import Command, add_source_arguments, check_sources, existing, positive
+from .command import Command, add_source_arguments, check_sources, existing, output, positive
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +53,7 @@ class Calibrate(Command):
             help="length of each rollout; from the second on there is a cache (3)",
         )
         parser.add_argument(
-            "--out", type=Path, default=DEFAULT_FILE, metavar="FILE", help=f"(default: {DEFAULT_FILE})"
+            "--out", type=output, default=DEFAULT_FILE, metavar="FILE", help=f"(default: {DEFAULT_FILE})"
         )
 
     def run(self, args: argparse.Namespace) -> int:
@@ -63,6 +63,7 @@ class Calibrate(Command):
 
         from lightforcing_ref.config import preset
 
+        from .calibrate import modelopt_quantization
         from .plan import StepPlan
         from .trial import read_prompts
 
@@ -71,6 +72,7 @@ class Calibrate(Command):
         blocks = variant.blocks(target, model.block)
         plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
         weights, prompts = chosen_weights(args, model, variant), read_prompts(args.prompts)
+        modelopt_quantization()  # refuse what cannot be done before any long work
         console = Console()
         console.print(f"weights: {weights.described}", markup=False, soft_wrap=True)
         with console.status("starting") as status:

@@ -24,6 +24,7 @@ __all__ = [
     "bundle_name",
     "check_sources",
     "existing",
+    "output",
     "positive",
     "tolerance",
 ]
@@ -188,6 +189,15 @@ def existing(text: str) -> Path:
     path = Path(text)
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
+def output(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: {'it is a folder' if path.is_dir() else f'{path.parent} is no folder'}"
+        )
     return path
 
 

@@ -16,6 +16,7 @@ from .command import (
     add_transformer_files,
     check_sources,
     fraction,
+    output,
     positive,
     tolerance,
 )
@@ -179,15 +180,6 @@ def precisions(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text} names a precision twice")
     return names
-
-
-def output(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be written: {'it is a folder' if path.is_dir() else f'{path.parent} is no folder'}"
-        )
-    return path
 
 
 class Targets(Command):

@@ -116,6 +116,11 @@ def test_bad_arguments_of_device_bundles(
         ("inspect no-such-folder", "no bundle at no-such-folder"),
         ("compare no-such-folder", "no bundle at no-such-folder"),
         ("compare x --tolerance 0", "0 is no positive number"),
+        ("calibrate", "the following arguments are required: --prompts"),
+        ("calibrate --prompts nowhere.txt", "nowhere.txt does not exist"),
+        ("calibrate --prompts /dev/null", "holds no prompt"),
+        ("calibrate --prompts pyproject.toml --out nowhere/ranges.json", "nowhere is no folder"),
+        ("calibrate --prompts pyproject.toml --out tests", "it is a folder"),
         ("compare x --checkpoint pyproject.toml", "without --vae, --text-encoder, --tokenizer"),
         ("targets rtx6090", "unknown target 'rtx6090'; did you mean rtx"),
     ],
@@ -137,6 +142,15 @@ def test_missing_library_is_named() -> None:
     assert result.stderr.count("\n") == 1
     assert "torch" in result.stderr
     assert "pip install '.[cpu,text,video,export]'" in result.stderr
+
+
+def test_calibration_without_modelopt_is_refused_before_any_work() -> None:
+    blocked = "import sys; sys.modules['modelopt'] = None; from export.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", blocked, "calibrate", "--prompts", "pyproject.toml"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "needs NVIDIA ModelOpt" in result.stderr and "`quantize` extra" in result.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
