@@ -65,24 +65,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int, spec: AttentionSpec | No
     past_frames = (k.shape[2] - q.shape[2]) // geometry.frame_tokens
     with torch.no_grad():
         q_mean, k_mean = (
-            x.unflatten(2, (-1, blocks, geometry.frame_tokens // blocks)).mean(4).permute(0, 2, 3, 1, 4)
+            x.unflatten(2, (-1, blocks, geometry.frame_tokens // blocks))
+            .mean(4)
+            .flatten(0, 1)
+            .permute(1, 2, 0, 3)
             for x, blocks in ((q, geometry.q_blocks), (k, geometry.k_blocks))
         )
-        selected = torch.stack(
-            [
-                hsa_selection(
-                    one_q,
-                    one_k,
-                    past_frames=past_frames,
-                    chunk=chunk,
-                    hsa=spec.hsa,
-                    keep_q20=spec.keep_q20,
-                )
-                for one_q, one_k in zip(q_mean, k_mean, strict=True)
-            ]
+        # The selection knows heads only; the clips of a batch are so many more of them.
+        selected = hsa_selection(
+            q_mean, k_mean, past_frames=past_frames, chunk=chunk, hsa=spec.hsa, keep_q20=spec.keep_q20
         )
-        mask = selected.repeat_interleave(geometry.block_q, 2).repeat_interleave(geometry.block_k, 3)
-    return F.scaled_dot_product_attention(q, k, v, mask)
+    # Every row selects the same number of blocks: gathering them costs less than masking the others.
+    rows, key_blocks = selected.shape[:2].numel(), selected.shape[2]
+    chosen = selected.nonzero()
+    index = chosen[:, 0] * key_blocks + chosen[:, 2]
+    seen_k, seen_v = (
+        x.reshape(-1, geometry.block_k * x.shape[3]).index_select(0, index).view(rows, -1, x.shape[3])
+        for x in (k, v)
+    )
+    out = F.scaled_dot_product_attention(q.reshape(rows, geometry.block_q, -1), seen_k, seen_v)
+    return out.view(q.shape)
 
 
 @dataclass

@@ -64,9 +64,13 @@ class LossConfig(_Model):
     place: float = Field(ge=0)
     """Weight of the readout of each token's own place (still and student stages)."""
     first_window: float = Field(ge=0, le=1)
-    """Fraction of the student's steps that train the first chunk alone, on as many clips as take the same time."""
-    own_context: float = Field(ge=0, le=1)
-    """Fraction of the later stages' steps that start from a rollout of the model's own."""
+    """Fraction of the steps that train the first chunk alone, on as many clips as take the same time."""
+    own_rollouts: float = Field(ge=0, le=1)
+    """Fraction of the rollout and hsa stages' steps that put new rollouts of the model's own into the pool of clips."""
+    renewed: float = Field(ge=0, le=1)
+    """How often a clip that those stages draw from the pool is replaced by a new one."""
+    blended: float = Field(ge=0, le=1)
+    """How often a new clip is blended with the same clip of another shape."""
 
 
 class TrainingConfig(_Model):

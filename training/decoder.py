@@ -25,7 +25,7 @@ __all__ = ["WINDOWS", "DecoderStage", "use_planar_convolutions"]
 
 WINDOWS = ((3, 6, 0.5), (5, 5, 0.3), (7, 6, 0.15), (3, 16, 0.05))
 """(latent frames, latent pixels per side, probability) of a training window."""
-LATENT_NOISE = 0.1
+LATENT_NOISE = 0.2
 """Standard deviation of noise on the latents: the transformer's output is not exact."""
 EDGE_WEIGHT = 4.0
 """Extra weight of pixels that differ from the clip's ground."""

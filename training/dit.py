@@ -7,6 +7,7 @@ no teacher to distil.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from .config import LossConfig, StageConfig
 from .dataset import LATENT_FRAMES, ClipSet, foreground
 from .device import tensor
 from .forward import BatchRollout, predict_flow, window_core
+from .replay import Replay
 from .runner import Stage
 from .text import CaptionEncoder
 
@@ -37,6 +39,12 @@ SPARSITY_TARGET, SPARSITY_BASE = 0.88, 0.98
 """Light Forcing's short configuration."""
 PLACED_BY = 2
 """Blocks after which every token is to know its place."""
+REPLAYED = 2
+"""Clips in the pool of the model's own predictions, per clip of the largest batch."""
+SHORTER = 0.5
+"""Fraction of windows on own predictions that are shorter than the configured length."""
+ROLLED_OUT = 8
+"""Clips that are rolled out at once."""
 
 
 def attention_spec(preset: Preset, table: SparsityTable, hsa: HSAConfig | None = None) -> AttentionSpec:
@@ -75,17 +83,18 @@ class _TransformerStage(Stage):
         self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
         self.schedule = FlowSchedule.warped()
 
-    def batch(
-        self, generator: np.random.Generator, size: int, frames: int, first: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, chosen: Sequence[int], frames: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """`frames` latent frames from `first` on: `[B, 16, F, h, w]`, text, and loss weights `[B, 1, F, h, w]`."""
-        chosen = generator.integers(len(self.clips), size=size)
         clips = [self.clips.clips[index] for index in chosen]
         part = slice(first, first + frames)
         latents = tensor(np.stack([self.clips.latents[i][part] for i in chosen]).astype(np.float32))
         touched = tensor(foreground(np.stack([clip.path for clip in clips]))[:, part])
         weight = 1 + (self.weights.foreground - 1) * touched.float()
         return latents.transpose(1, 2), self.captions([clip.caption for clip in clips]), weight[:, None]
+
+    def drawn(self, generator: np.random.Generator, size: int) -> list[int]:
+        """Any clips."""
+        return [int(index) for index in generator.integers(len(self.clips), size=size)]
 
     def noised(self, generator: np.random.Generator, x0: Tensor) -> tuple[Tensor, Tensor]:
         """`x0` with a noise level of the schedule for every chunk, and the level of each frame `[B, F]`."""
@@ -99,9 +108,8 @@ class _TransformerStage(Stage):
         level = over_pixels(sigma)
         return (1 - level) * x0 + level * torch.randn_like(x0), sigma
 
-    def error(self, x: Tensor, sigma: Tensor, flow: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-        """Weighted squared error of the x0 that `flow` stands for."""
-        found = x - over_pixels(sigma) * flow
+    def error(self, found: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
+        """Weighted squared error."""
         error = ((found - x0).square() * self.channel_weight).mean(1, keepdim=True)
         return (error * weight).sum() / weight.sum()
 
@@ -109,43 +117,38 @@ class _TransformerStage(Stage):
         self,
         generator: np.random.Generator,
         chunks: range,
-        context: Tensor,
-        latents: Tensor,
+        own: Tensor,
         text: Tensor,
-        weight: Tensor,
         spec: AttentionSpec | None = None,
     ) -> Tensor:
-        """Loss of noised chunks, each seeing the chunks of `context` before it, as in a rollout.
+        """x0 predicted for noised chunks, each seeing the chunks before it, as in a rollout.
 
         Args:
-            chunks: the window.
-            context: clean chunks, one fewer than the window has.
-            latents, weight: the true window.
+            chunks: the window; the first one is predicted only if it is chunk 0.
+            own: the window's latents, from which context and noised chunks are made.
+
+        Returns:
+            the predicted chunks, which are the window's last ones.
         """
         layout = forcing_layout(chunks)
         targets = (len(layout) - len(chunks) + 1) * CHUNK_FRAMES
-        x0, weight = latents[:, :, -targets:], weight[:, :, -targets:]
-        x, sigma = self.noised(generator, x0)
+        context = own[:, :, :-CHUNK_FRAMES]
+        context = context + self.weights.context_noise * torch.randn_like(context)
+        x, sigma = self.noised(generator, own[:, :, -targets:])
         t = torch.cat([torch.zeros(context.shape[0], context.shape[2]), sigma], dim=1)
         core = window_core(self.model, layout, self.grid, spec)
         both = torch.cat([context, x], dim=2)
         flow = predict_flow(self.model, both, 1000 * t, self.model.embed_text(text), core)
-        return self.error(x, sigma, flow[:, :, -targets:], x0, weight)
+        return x - over_pixels(sigma) * flow[:, :, -targets:]
 
     @property
     def shown(self) -> int:
         """Chunks that a step on windows computes, however long they are."""
         return 2 * (self.config.chunks - 1) * self.config.batch
 
-    def window(self, generator: np.random.Generator, spec: AttentionSpec | None = None) -> Tensor:
-        """Loss of windows of some length, with slightly noisy true context; the shorter, the more of them."""
-        count = int(generator.integers(2, self.config.chunks + 1))
-        first = int(generator.integers(CLIP_CHUNKS - count + 1))
-        clips = self.shown // (2 * (count - 1))
-        latents, text, weight = self.batch(generator, clips, count * CHUNK_FRAMES, first * CHUNK_FRAMES)
-        context = latents[:, :, :-CHUNK_FRAMES]
-        context = context + self.weights.context_noise * torch.randn_like(context)
-        return self.continued(generator, range(first, first + count), context, latents, text, weight, spec)
+    def fitting(self, chunks: int) -> int:
+        """How many windows of `chunks` fit into a step: the shorter, the more."""
+        return self.shown // (2 * (chunks - 1))
 
 
 def start_at_identity(model: CausalWanModel) -> None:
@@ -207,7 +210,7 @@ class _PlacedStage(_TransformerStage):
         self, generator: np.random.Generator, size: int, frames: int
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of the first `frames` frames (at most a chunk) of `size` clips."""
-        latents, text, weight = self.batch(generator, size, frames)
+        latents, text, weight = self.batch(self.drawn(generator, size), frames)
         x, sigma = self.noised(generator, latents)
         dit = self.preset.dit
         cos, sin = rope_tables(torch.arange(frames), self.grid, dit.head_dim, theta=dit.rope_theta)
@@ -219,7 +222,7 @@ class _PlacedStage(_TransformerStage):
                 placed.append(self.readout(tokens.flatten(1, 2)))
 
         flow = predict_flow(self.model, x, 1000 * sigma, self.model.embed_text(text), core, watch)
-        drawn = self.error(x, sigma, flow, latents, weight)
+        drawn = self.error(x - over_pixels(sigma) * flow, latents, weight)
         axes = torch.meshgrid(*(torch.arange(n) for n in (frames, *self.grid)), indexing="ij")
         lost, right = torch.zeros(()), 1.0
         for logits, axis in zip(placed[0].split(self.sizes, dim=-1), axes, strict=True):
@@ -246,29 +249,63 @@ class StudentStage(_PlacedStage):
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         if generator.random() < self.weights.first_window:
             return self.alone(generator, self.shown, CHUNK_FRAMES)
-        drawn = self.window(generator)
+        count = int(generator.integers(2, self.config.chunks + 1))
+        first = int(generator.integers(CLIP_CHUNKS - count + 1))
+        chunks = range(first, first + count)
+        chosen = self.drawn(generator, self.fitting(count))
+        latents, text, weight = self.batch(chosen, len(chunks) * CHUNK_FRAMES, chunks[0] * CHUNK_FRAMES)
+        found = self.continued(generator, chunks, latents, text)
+        frames = found.shape[2]
+        drawn = self.error(found, latents[:, :, -frames:], weight[:, :, -frames:])
         return drawn, {"drawn": drawn.item(), "placed": float("nan")}
 
 
 class RolloutStage(_TransformerStage):
-    """The student on its own output: own chunks as context, the true clip as target; mixed with true windows.
+    """The student on its own predictions (`Replay`), the true clip as target.
 
-    With `spec` the same under sparse attention, in the rollout as in the loss.
+    Windows begin with the clip: positions are relative, and a context that is wrong does not tell what time it is.
+    With `spec` the same under sparse attention.
     """
 
     name = "rollout"
     spec: AttentionSpec | None = None
 
+    def __init__(
+        self,
+        config: StageConfig,
+        loss: LossConfig,
+        preset: Preset,
+        clips: ClipSet,
+        captions: CaptionEncoder,
+        start: dict[str, Tensor] | None,
+    ) -> None:
+        super().__init__(config, loss, preset, clips, captions, start)
+        self.replay = Replay(clips, REPLAYED * self.shown, loss.renewed, loss.blended)
+
+    def roll_out(self, generator: np.random.Generator) -> None:
+        """Put whole rollouts of new clips into the pool."""
+        places = generator.choice(self.replay.size, min(ROLLED_OUT, self.replay.size), replace=False)
+        self.replay.renew(generator, places)
+        captions = [self.clips.clips[index].caption for index in self.replay.members[places]]
+        rollout = BatchRollout(self.model, self.captions(captions), self.grid, self.spec)
+        for first in range(0, LATENT_FRAMES, CHUNK_FRAMES):
+            chunk = rollout.few_steps(lambda: torch.randn_like(self.replay.own[places, :, :CHUNK_FRAMES]))
+            rollout.commit(chunk)
+            self.replay.put(places, chunk, first)
+
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        if generator.random() >= self.weights.own_context:
-            return self.window(generator, self.spec), {"drift": float("nan")}
-        latents, text, weight = self.batch(generator, self.config.batch, LATENT_FRAMES)
-        rollout = BatchRollout(self.model, text, self.grid, self.spec)
-        own: list[Tensor] = []
-        for _ in range(CLIP_CHUNKS - 1):
-            own.append(rollout.few_steps(lambda: torch.randn_like(latents[:, :, :CHUNK_FRAMES])))
-            rollout.commit(own[-1])
-        context = torch.cat(own, 2)
-        drift = float((context - latents[:, :, :-CHUNK_FRAMES]).square().mean())
-        drawn = self.continued(generator, range(CLIP_CHUNKS), context, latents, text, weight, self.spec)
-        return drawn, {"drift": drift}
+        count, size = 1, self.shown
+        if generator.random() >= self.weights.first_window:
+            count = self.config.chunks
+            if generator.random() < SHORTER:
+                count = int(generator.integers(2, count + 1))
+            size = self.fitting(count)
+        if generator.random() < self.weights.own_rollouts:
+            self.roll_out(generator)
+        places = self.replay.draw(generator, size)
+        latents, text, weight = self.batch(self.replay.members[places].tolist(), count * CHUNK_FRAMES)
+        own = self.replay.own[places, :, : count * CHUNK_FRAMES]
+        found = self.continued(generator, range(count), own, text, self.spec)
+        drawn = self.error(found, latents, weight)
+        self.replay.put(places, found)
+        return drawn, {"chunks": float(count), "drift": float((own - latents).square().mean())}
