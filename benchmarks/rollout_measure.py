@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import tempfile
 import threading
 import time
@@ -263,6 +264,9 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
     from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile, record_function
 
+    # Between the clips of one rung and the graphs of the next, CUDA's profiler stays: starting it anew beside graphs
+    # that were instantiated under it has crashed (torch/profiler/profiler.py).
+    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     config = _ExperimentalConfig(enable_cuda_sync_events=True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     clip = runner.clip(chunks)

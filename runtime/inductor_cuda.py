@@ -167,6 +167,7 @@ class InductorLibrary:
                 f"bundle {bundle.manifest.name!r} runs on a GPU, and PyTorch {torch.__version__} sees none; install a "
                 f"CUDA build of it, or run the bundle where there is a GPU"
             )
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # packages and streams do not see to it themselves
         self._bundle = bundle
         self._device = device
         self._streams = _Streams(device)
