@@ -5,6 +5,7 @@ Compiling one takes minutes, most of them on one core, so they are built side by
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,16 +75,27 @@ class Builds:
 
     def path(self, name: str) -> Path:
         """The folder of a bundle, once it is there."""
-        for other in self._wanted() if not self._running else ():
-            log = (self._folder / f"{other}.log").open("w")
-            command = [sys.executable, "-m", "tests.gpu.bundles", other, str(self._folder)]
-            self._running[other] = subprocess.Popen(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True
-            )
+        if not self._running:
+            self._start()
         status = self._running[name].wait()
         said = (self._folder / f"{name}.log").read_text()
         assert status == 0, f"the build of {name} failed:\n{said[-4000:]}"
         return self._folder / name
+
+    def _start(self) -> None:
+        wanted = self._wanted()
+        cores = str(max(1, (os.cpu_count() or 1) // len(wanted)))
+        environment = {**os.environ, "OMP_NUM_THREADS": cores, "TORCHINDUCTOR_COMPILE_THREADS": cores}
+        for name in wanted:
+            with (self._folder / f"{name}.log").open("w") as log:
+                self._running[name] = subprocess.Popen(
+                    [sys.executable, "-m", "tests.gpu.bundles", name, str(self._folder)],
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
 
     def _wanted(self) -> list[str]:
         return [

@@ -80,7 +80,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["torch", "cuda.core"])
+@pytest.fixture(scope="module", params=["cuda.core", "torch"])
 def kernels(request: pytest.FixtureRequest) -> TorchKernels:
     launcher: Launcher = TritonLauncher()
     if request.param == "cuda.core":
