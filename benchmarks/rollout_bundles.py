@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from .rollout_measure import ChunkRecord
 __all__ = ["BundleRollout", "build_bundles", "build_here", "bundle_folder"]
 
 _PROGRAM = "import sys; from benchmarks.rollout_bundles import build_here; build_here(sys.argv[1:])"
+_THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+"""Environment variables: threads that compute golden vectors, processes that compile kernels."""
 
 
 def bundle_folder(rung: Rung, case: Case, platform: Platform, folder: Path) -> Path:
@@ -68,7 +71,9 @@ def build_bundles(
             return path, late
         try:
             command = [sys.executable, "-c", _PROGRAM, *arguments]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
+            result = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=left, check=False
+            )
         except subprocess.TimeoutExpired:
             return path, late
         if result.returncode:
@@ -76,6 +81,9 @@ def build_bundles(
             return path, f"the build of {path.name} failed: {lines[-1]}"
         return path, ""
 
+    # Beside each other, builds that take all cores each would mostly wait for one another.
+    cores = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(missing))))
+    environment = {name: str(cores) for name in _THREADS} | os.environ
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         return {path: problem for path, problem in pool.map(build, missing.items()) if problem}
 
