@@ -13,9 +13,11 @@ __all__ = ["engine_table"]
 def engine_table(manifest: Manifest) -> Table:
     """The engines of a bundle: products by type, launches, activation memory, size, and what building them took."""
     sizes = {entry.path: entry.bytes for entry in manifest.files}
-    table = Table("component", "products", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("component", no_wrap=True)
+    table.add_column("products", overflow="fold")
     for column in ("launches", "activations", "engine", "build", "memory"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, component in manifest.components.items():
         if component.file is None or component.cost is None:
             continue

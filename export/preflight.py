@@ -44,9 +44,12 @@ def check_disk(request: BuildRequest, plan: StepPlan) -> None:
     left = [path.stat().st_size for path in partial_folder(out, request.name).rglob("*") if path.is_file()]
     if free + sum(left) < needed:
         raise BuildError(
-            f"the build needs {needed / 2**30:.1f} GiB and {existing} has {free / 2**30:.1f} GiB free; make room or "
-            "choose another --out"
+            f"the build needs {_size(needed)} and {existing} has {_size(free)} free; make room or choose another --out"
         )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
 
 
 def check_memory(request: BuildRequest, plan: StepPlan) -> None:

@@ -63,13 +63,16 @@ class Plan(Command):
         from .plan_tables import plan_document, plan_tables
 
         request = _planned(args)
+        memory = plan_memory(request, args.sessions)
         if args.json:
             print(json.dumps(plan_document(request, args.sessions, args.efficiency), indent=1))
         else:
             from rich.console import Console
 
             Console().print(*plan_tables(request, args.sessions, args.efficiency), sep="\n")
-        return 1 if plan_memory(request, args.sessions).fits is False else 0
+            if memory.fits is False:  # the last word, too: the tables are longer than a screen
+                Console().print(memory.verdict, style="red", markup=False)
+        return 1 if memory.fits is False else 0
 
 
 class Inspect(Command):

@@ -205,6 +205,22 @@ def test_build_passes_its_settings_on(tmp_path: Path) -> None:
     assert (cache.window_frames, cache.sink_positions) == (9, "window")
 
 
+@pytest.mark.parametrize("variant", ["short", "long", "hopper", "dense"])
+def test_the_flags_of_the_attention_reach_the_graph_and_the_manifest(variant: str) -> None:
+    flags = "--sparsity 0.6 --sparsity-base 0.7 --keep-frames 5 --sink 2 --near 1"
+    args = _parser().parse_args(["build", "--variant", variant, *flags.split()])
+    args.command_line = ""
+    plan = build_request(args)[0].plan
+    assert (plan.spec.hsa.keep_frames, plan.spec.hsa.sink_frames, plan.spec.hsa.near_frames) == (5, 2, 1)
+    sections = plan.manifest_sections()
+    attention, sparsity = sections["attention"], sections["sparsity"]
+    assert (attention.keep_frames, attention.sink_frames, attention.near_frames) == (5, 2, 1)
+    assert (sparsity.target, sparsity.base) == (0.6, 0.7)
+    later = sparsity.values[1:]
+    assert sparsity.values[0] == 0 and all(0 < value < 0.7 for value in later) and list(later) == sorted(later)
+    assert plan.spec.keep_q20[1:] == tuple(pytest.approx((1 - value) * 2**20, abs=64) for value in later)
+
+
 def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("checkpoint", "lora", "vae", "text_encoder", "tokenizer")}
     flags: list[str] = []
