@@ -287,16 +287,11 @@ def test_damaged_fields_end_in_a_message(sanitized: BuiltLibraries, seed: int) -
     assert int(counts["refused"]) > 1000
 
 
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+@lf.needs_readelf
 def test_plugin_links_no_tensorrt_and_exports_entry_points_only(plugin: Path) -> None:
-    def readelf(option: str) -> str:
-        return subprocess.check_output(["readelf", "--wide", option, str(plugin)], text=True)
-
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic"))
-    assert not [name for name in needed if re.search("cuda|nvinfer|tensorrt|python", name)], needed
-    symbols = [line.split() for line in readelf("--dyn-syms").splitlines()[3:] if line.strip()]
-    exported = {fields[7].split("@")[0] for fields in symbols if len(fields) > 7 and fields[6] != "UND"}
-    others = {name for name in exported if not name.startswith("lf_")}
+    found = lf.linked(plugin)
+    assert not [name for name in found.needed if re.search("cuda|nvinfer|tensorrt|python", name)], found
+    others = {name for name in found.exported if not name.startswith("lf_")}
     assert others == {"getCreators", "setLoggerFinder"}
     content = plugin.read_bytes()
     for folder in (str(plugin.parent), str(ROOT), str(HEADERS)):
