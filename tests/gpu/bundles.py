@@ -67,7 +67,7 @@ def build(name: str, out: Path) -> Path:
 
 
 class Builds:
-    """Bundles under way in `folder`: all that this machine needs, from the moment the first one is asked for."""
+    """Bundles in `folder`; what this machine needs and lacks is built from the moment the first one is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -75,6 +75,8 @@ class Builds:
 
     def path(self, name: str) -> Path:
         """The folder of a bundle, once it is there."""
+        if (self._folder / name / "manifest.json").is_file() and name not in self._running:
+            return self._folder / name
         if not self._running:
             self._start()
         status = self._running[name].wait()
@@ -101,7 +103,9 @@ class Builds:
         return [
             name
             for name, spec in SPECS.items()
-            if target_of(spec) is not None and (spec.backend != "tensorrt-rtx" or has_rtx())
+            if target_of(spec) is not None
+            and (spec.backend != "tensorrt-rtx" or has_rtx())
+            and not (self._folder / name / "manifest.json").is_file()
         ]
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Bundles that several GPU tests read, built once per run. Do not write into them."""
+"""Bundles that several GPU tests read. They are built once per run, or kept where LIGHTFORCING_GPU_BUNDLES says."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,10 @@ def bundle_named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BundleNam
     """Gives the bundle of a name in `tests.gpu.bundles.SPECS`; skips where it cannot be built."""
     from tests.gpu import bundles
 
-    builds = bundles.Builds(tmp_path_factory.mktemp("bundles"))
+    kept = os.environ.get("LIGHTFORCING_GPU_BUNDLES")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("bundles")
+    folder.mkdir(parents=True, exist_ok=True)
+    builds = bundles.Builds(folder)
 
     def named(name: str) -> Path:
         spec = bundles.SPECS[name]

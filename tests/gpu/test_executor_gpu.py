@@ -184,6 +184,7 @@ def test_a_prompt_is_encoded_as_on_the_host(bundle: Path, host_bundle: Path) -> 
 
 
 def test_many_chunks_take_no_more_memory(bundle: Path) -> None:
+    """As the next one, it fails where something else uses the GPU at the same time."""
     driver = CudaDriver()
     with (
         loaded(bundle) as pipe,
