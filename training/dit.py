@@ -82,6 +82,10 @@ class _TransformerStage(Stage):
         height, width = preset.latent_size()
         self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
         self.schedule = FlowSchedule.warped()
+        self.extend()
+
+    def extend(self) -> None:
+        """What a stage has besides, made when the rest is there; nothing here."""
 
     def batch(self, chosen: Sequence[int], frames: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """`frames` latent frames from `first` on: `[B, 16, F, h, w]`, text, and loss weights `[B, 1, F, h, w]`."""
@@ -189,18 +193,9 @@ class _PlacedStage(_TransformerStage):
     adam_only = (*(f"model.{name}" for name in ADAM_ONLY), "readout")
     handed_on = "model."
 
-    def __init__(
-        self,
-        config: StageConfig,
-        loss: LossConfig,
-        preset: Preset,
-        clips: ClipSet,
-        captions: CaptionEncoder,
-        start: dict[str, Tensor] | None,
-    ) -> None:
-        super().__init__(config, loss, preset, clips, captions, start)
+    def extend(self) -> None:
         self.sizes = (CHUNK_FRAMES, *self.grid)
-        self.readout = nn.Linear(preset.dit.dim, sum(self.sizes))
+        self.readout = nn.Linear(self.preset.dit.dim, sum(self.sizes))
         nn.init.zeros_(
             self.readout.weight
         )  # what the model can do already is not disturbed by a random readout
@@ -270,17 +265,8 @@ class RolloutStage(_TransformerStage):
     name = "rollout"
     spec: AttentionSpec | None = None
 
-    def __init__(
-        self,
-        config: StageConfig,
-        loss: LossConfig,
-        preset: Preset,
-        clips: ClipSet,
-        captions: CaptionEncoder,
-        start: dict[str, Tensor] | None,
-    ) -> None:
-        super().__init__(config, loss, preset, clips, captions, start)
-        self.replay = Replay(clips, REPLAYED * self.shown, loss.renewed, loss.blended)
+    def extend(self) -> None:
+        self.replay = Replay(self.clips, REPLAYED * self.shown, self.weights.renewed, self.weights.blended)
 
     def roll_out(self, generator: np.random.Generator) -> None:
         """Put whole rollouts of new clips into the pool."""
