@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -65,21 +64,20 @@ class FramePool:
         self._alloc = alloc
         self._nbytes = nbytes
         self._free: list[int] = []
-        self._lock = threading.Lock()
         self.owned: list[int] = []
 
     def lease(self) -> _Lease:
         """Memory for one chunk."""
-        with self._lock:
-            if not self._free:
-                self._free.append(self._alloc(self._nbytes))
-                self.owned.append(self._free[-1])
-            return _Lease(self, self._free.pop())
+        try:
+            address = self._free.pop()
+        except IndexError:
+            address = self._alloc(self._nbytes)
+            self.owned.append(address)
+        return _Lease(self, address)
 
     def give_back(self, address: int) -> None:
-        """Let the memory be used again."""
-        with self._lock:
-            self._free.append(address)
+        """Let the memory be used again. Takes no lock: the garbage collector may call it from within :meth:`lease`."""
+        self._free.append(address)
 
 
 class _Lease:
