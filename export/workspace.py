@@ -118,7 +118,7 @@ class Workspace:
                 path.rmdir()
         if manifest is not None:
             write_manifest(self.folder, manifest)
-        replaced = self.destination.with_name(f".{self.destination.name}.replaced")
+        replaced = _replaced(self.destination)
         shutil.rmtree(replaced, ignore_errors=True)
         if self.destination.exists():
             os.replace(self.destination, replaced)
@@ -157,6 +157,11 @@ def _separate(folder: Path) -> None:
         os.replace(copy, path)
 
 
+def _replaced(destination: Path) -> Path:
+    """Where the older result is while the new one takes its place."""
+    return destination.with_name(f".{destination.name}.replaced")
+
+
 def partial_folder(out: Path, name: str) -> Path:
     """Where the bundle `out/name` is while it is built."""
     return out / f".{name}.partial"
@@ -190,6 +195,8 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
             raise BuildError(
                 f"another process is building {destination}; wait for it, or choose another --name"
             ) from error
+        if _replaced(destination).exists() and not destination.exists():  # killed between two renamings
+            os.replace(_replaced(destination), destination)
         folder = partial_folder(out, name)
         folder.mkdir(exist_ok=True)
         _separate(folder)
