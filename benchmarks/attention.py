@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--method-table", action="store_true", help="quality of the policies instead of times")
     what.add_argument("--sweep", action="store_true", help="times of attend with other tile sizes instead")
+    parser.add_argument(
+        "--sweep-seconds", type=float, default=400.0, help="for all sizes; default: %(default)s"
+    )
     parser.add_argument("--images", type=Path, default=Path("build/kernels"), help="default: %(default)s")
     parser.add_argument("--just-in-time", action="store_true", help="compile the kernels here instead")
     parser.add_argument("--out", type=Path, help="folder of the results; default: $OUT or benchmarks/results")
@@ -87,11 +90,12 @@ def _sweep(args: argparse.Namespace) -> dict[str, Any]:
     from .attention_timing import HSA_SHORT, sweep
 
     rows = []
+    each = args.sweep_seconds / len(args.frame_tokens) / len(args.blocks)
     for frame_tokens in args.frame_tokens:
         for block in args.blocks:
             shape = Shape(frame_tokens, WINDOWS["chunk 7"], block, block, args.heads or 12)
             about = {"frame_tokens": frame_tokens, "block": block}
-            rows += [{**about, **row} for row in sweep(shape, HSA_SHORT, 0.9)]
+            rows += [{**about, **row} for row in sweep(shape, HSA_SHORT, 0.9, each)]
     return {"rows": rows}
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -265,20 +266,23 @@ class Tiles:
 
 CANDIDATES = [
     Tiles(k_tile, v_parts, warps, stages, hold_q, max_registers)
-    for k_tile in (32, 64, 128)
     for v_parts in (1, 2)
-    for warps in (4, 8)
-    for stages in (2, 3)
-    for hold_q in (False, True)
+    for k_tile in (64, 128, 32)
+    for stages in (3, 2)
+    for warps in (8, 4)
+    for hold_q in (True, False)
     for max_registers in ((None, 128) if warps == 8 else (None,))
 ]
+"""The likely ones first: each takes seconds to compile, and a sweep may have no time for all."""
 
 
-def sweep(shape: Shape, hsa: FrameChoice, sparsity: float) -> list[dict[str, Any]]:
+def sweep(shape: Shape, hsa: FrameChoice, sparsity: float, seconds: float) -> list[dict[str, Any]]:
     """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU.
 
-    Candidates that cannot work (too much shared memory, say) have the reason in place of the time.
+    Candidates that cannot work (too much shared memory, say) have the reason in place of the time, as have those that
+    `seconds` are over before.
     """
+    end = time.monotonic() + seconds
     sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
     policy = HSAPolicy(TorchKernels(), **hsa, keep_q20=shape.keep_q20(sparsity))
     lists = [policy.select(s.chunk) for s in sets]
@@ -301,8 +305,10 @@ def sweep(shape: Shape, hsa: FrameChoice, sparsity: float) -> list[dict[str, Any
 
         kernels = TorchKernels(TritonLauncher(adjust))
         works = [_Steps(kernels, shape, s, one).attend() for s, one in zip(sets, lists, strict=True)]
-        time = _attempt(partial(microseconds, works, repeats=10))
-        rows.append({**asdict(tiles), "attend_us": time})
+        found: Microseconds | Reason = "no time was left"
+        if time.monotonic() < end:
+            found = _attempt(partial(microseconds, works, repeats=10))
+        rows.append({**asdict(tiles), "attend_us": found})
     return sorted(
         rows, key=lambda row: row["attend_us"] if isinstance(row["attend_us"], float) else float("inf")
     )
