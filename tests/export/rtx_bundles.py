@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +18,7 @@ from export.request import BuildRequest
 from export.targets import load_target, load_variant
 from export.weights import Weights
 from lightforcing_ref.config import PRESETS
+from runtime.bundle import load_bundle
 
 ENGINES = ("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next")
 PARTS = (
@@ -42,6 +49,10 @@ def request(out: Path, precision: str, variant: str = "short", **changes: object
     return BuildRequest(**settings | changes)
 
 
+Shown = list[tuple[str, float, float]]
+"""What a build showed of its progress."""
+
+
 def build_until(wanted: BuildRequest, part: str) -> Path:
     """Build up to `part`, which is not begun; returns the folder of the build in progress."""
 
@@ -54,6 +65,57 @@ def build_until(wanted: BuildRequest, part: str) -> Path:
     except StopBuildError:
         return partial(wanted)
     raise AssertionError(f"the build has no part {part!r}")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a killed build left.
+
+    Attributes:
+        signal: that ended it.
+        parts: the finished ones, and the files of each.
+        times: when these files were last written.
+        shown: names of the steps that the progress bar showed.
+    """
+
+    folder: Path
+    signal: int
+    parts: dict[str, list[str]]
+    times: dict[str, int]
+    shown: list[str]
+
+
+def build_killed(out: Path, name: str, steps: Sequence[str]) -> list[Boundary]:
+    """Build `out/name` in bf16 again and again, each time killed (SIGKILL) when it shows the next of `steps`."""
+    command = [sys.executable, "-m", __name__, str(out), name, *steps]
+    root = Path(__file__).resolve().parents[2]
+    output = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True).stdout
+    return [Boundary(Path(folder), *rest) for folder, *rest in json.loads(output)]
+
+
+def _killed(wanted: BuildRequest, step: str) -> list[object]:
+    reader, writer = os.pipe()
+
+    def kill(name: str, done: float, total: float) -> None:
+        os.write(writer, f"{name}\n".encode())
+        if name == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()  # this process has started no threads: it has only imported what a build needs
+    if not child:
+        try:
+            build_bundle(wanted, kill)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as steps:
+        shown = steps.read().splitlines()
+    _, status = os.waitpid(child, 0)
+    folder = partial(wanted)
+    parts = finished(folder)
+    times = {path: (folder / path).stat().st_mtime_ns for files in parts.values() for path in files}
+    return [str(folder), os.WTERMSIG(status), parts, times, list(dict.fromkeys(shown))]
 
 
 def partial(wanted: BuildRequest) -> Path:
@@ -77,6 +139,12 @@ def forget(folder: Path, *parts: str) -> None:
     (folder / ".finished.json").write_text(json.dumps(state))
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Digests of a bundle's files. TensorRT-RTX writes equal parts of this one engine in an order that varies."""
+    entries = load_bundle(folder).manifest.files
+    return {entry.path: entry.sha256 for entry in entries if entry.path != "vae_first.engine"}
+
+
 @dataclass
 class Bundles:
     """Builds bundles on demand, each from a copy of the same exported graphs."""
@@ -95,3 +163,8 @@ class Bundles:
         wanted = request(self.root / "bundles", precision, variant, **changes)
         folder = wanted.out / wanted.name
         return folder if folder.exists() else build_bundle(self.start(wanted))
+
+
+if __name__ == "__main__":
+    out, name, *steps = sys.argv[1:]
+    print(json.dumps([_killed(request(Path(out), "bf16", name=name), step) for step in steps]))

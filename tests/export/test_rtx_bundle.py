@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,19 +22,12 @@ from export.quantize_plan import block_linear_names
 from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import Manifest, load_bundle
-from runtime.errors import BundleError
+from runtime.cli import main as runtime_main
+from runtime.cuda_engine import load_cuda_engine
+from runtime.dry_run import dry_run
+from runtime.errors import BundleError, EngineError
 
-from .rtx_bundles import (
-    ENGINES,
-    PARTS,
-    Bundles,
-    StopBuildError,
-    build_until,
-    finished,
-    forget,
-    partial,
-    request,
-)
+from .rtx_bundles import ENGINES, Bundles, build_until, hashes, request
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)")
 pytest.importorskip("triton", reason="Triton is not installed (extra kernels)")
@@ -59,11 +48,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 
 def manifest(folder: Path) -> Manifest:
     return load_bundle(folder).manifest
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Digests of a bundle's files. TensorRT-RTX writes equal parts of this one engine in an order that varies."""
-    return {entry.path: entry.sha256 for entry in manifest(folder).files if entry.path != "vae_first.engine"}
 
 
 def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -128,6 +112,81 @@ def test_every_weight_input_has_its_tensor_in_the_weights_file(bundles, precisio
         assert all(stored[tensor][0] == "BF16" for tensor in row.values())
     used = {tensor for _, row in runs for tensor in row.values()}
     assert used | {tensor for row in segments.prepare for tensor in row.values()} == set(stored)
+
+
+def test_the_manifest_records_order_tensors_and_the_weights_of_each_layer(bundles):
+    found = manifest(bundles.build("fp8"))
+    segments, parts = found.segments, found.components
+    passed = {
+        name: (
+            {spec.name for spec in parts[name].inputs if not spec.name.startswith("weight.")},
+            {spec.name for spec in parts[name].outputs},
+        )
+        for name in ("first", "layer", "last")
+    }
+    assert passed["first"] == ({"latent", "step"}, {"x_out", "qkv"})
+    assert passed["layer"] == ({"x", "attention_out", "cross_k", "cross_v", "step"}, {"x_out", "qkv"})
+    inputs, outputs = passed["last"]
+    assert inputs == {"x", "attention_out", "cross_k", "cross_v", "step", "latent", "noise"}
+    assert outputs == {"next_latent", "x0"}
+
+    def layers(row: dict[str, str], kind: str) -> set[str]:
+        return {tensor.split(".")[2] for tensor in row.values() if f".{kind}.weight" in tensor}
+
+    assert layers(segments.first, "self_attn.qkv") == {"0"}
+    for layer, row in enumerate(segments.layers):
+        assert layers(row, "self_attn.o") == layers(row, "ffn.2") == {str(layer)}
+        assert layers(row, "self_attn.qkv") == {str(layer + 1)}
+    assert len(segments.layers) == LAYERS - 1
+    assert layers(segments.last, "self_attn.o") == {str(LAYERS - 1)}
+    assert [row["norm_q"].split(".")[2] for row in segments.prepare] == [str(i) for i in range(LAYERS)]
+
+
+SHORT = [0, 0.827, 0.855, 0.872, 0.883, 0.892, 0.898]
+"""Published for 21 frames at a mean of 0.88."""
+
+
+@pytest.mark.parametrize(("variant", "frames", "window"), [("short", (6, 1, 2), 21), ("long", (3, 1, 1), 12)])
+def test_the_manifest_records_the_attention(bundles, variant, frames, window):
+    found = manifest(bundles.build("fp8", variant))
+    attention, cache = found.attention, found.cache
+    assert (attention.block_q, attention.block_k, attention.scale) == (64, 64, 64**-0.5)
+    assert (attention.keep_frames, attention.sink_frames, attention.near_frames) == frames
+    assert (cache.window_frames, cache.max_past_frames) == (window, window - 3)
+    assert len(found.sparsity.keep_q20) == len(found.sparsity.values)
+    if variant == "short":
+        assert found.sparsity.values == pytest.approx(SHORT, abs=5e-4)
+    kept = [round((1 - value) * 2**20) for value in found.sparsity.values]
+    assert found.sparsity.keep_q20 == pytest.approx(kept, abs=64)
+
+
+def embedded(bundles: Bundles) -> Path:
+    return bundles.build("fp8", name="embedded", embedded=True)
+
+
+@pytest.mark.parametrize("variant", ["short", "long", "embedded"])
+def test_the_dry_run_finds_nothing(bundles, variant):
+    folder = embedded(bundles) if variant == "embedded" else bundles.build("fp8", variant)
+    report = dry_run(load_bundle(folder), sessions=2)
+    denoise = next(cost for cost in report.forwards if cost.name == "denoise.2")
+    assert (denoise.engine_runs, denoise.kernel_launches) == (LAYERS + 1, 4 * LAYERS)
+    assert report.unbound == ()
+
+
+def test_the_dry_run_of_the_command_line_passes(bundles, capsys):
+    assert runtime_main(["verify", "--dry-run", str(bundles.build("nvfp4"))]) == 0
+    assert "denoise" in capsys.readouterr().out
+
+
+def test_another_gpu_is_refused(bundles, monkeypatch):
+    """Before anything is loaded: all that is asked of the GPU is what it is."""
+    h200 = SimpleNamespace(capability=(9, 0), device=SimpleNamespace(name="NVIDIA H200"))
+    monkeypatch.setattr("runtime.cuda_engine.CudaDriver", lambda device: h200)
+    message = (
+        r"was built for rtx5090, compute capability 12\.0, and CUDA device 0 \(NVIDIA H200\) has 9\.0; build"
+    )
+    with pytest.raises(EngineError, match=message):
+        load_cuda_engine(load_bundle(bundles.build("fp8")), sessions=1)
 
 
 def test_boundaries_have_the_types_that_the_runtime_counts_on(bundles):
@@ -292,7 +351,7 @@ def test_a_calibration_of_another_model_is_refused(tmp_path, changes, message):
 
 
 def test_embedded_weights_make_an_engine_per_layer(bundles):
-    folder = bundles.build("fp8", name="embedded", embedded=True)
+    folder = embedded(bundles)
     found, stored = manifest(folder), tensors(folder)
     assert found.segments.embedded
     assert found.segments.layers == ({},) * (LAYERS - 1)
@@ -322,90 +381,6 @@ def test_an_engine_in_the_wrong_type_fails_the_build(bundles, monkeypatch, tmp_p
     with pytest.raises(BuildError, match=r"first: .* found 1 bf16, 1 fp8, expected 2 bf16"):
         build_bundle(wanted)
     assert not (tmp_path / wanted.name).exists()
-
-
-# ---- interruptions ----
-
-
-def test_a_build_resumes_from_every_boundary(bundles, tmp_path):
-    wanted = bundles.start(request(tmp_path, "bf16"))
-    forget(partial(wanted), *PARTS[5:-2])
-    times: dict[str, int] = {}
-    for done, part in enumerate(PARTS[5:], start=5):
-        folder = build_until(wanted, part)
-        state = finished(folder)
-        assert tuple(state) == PARTS[:done]
-        with pytest.raises(BundleError):
-            load_bundle(folder)
-        found = {path: (folder / path).stat().st_mtime_ns for files in state.values() for path in files}
-        assert times.items() <= found.items()  # nothing is built twice
-        assert set(found) - set(times) == set(state[PARTS[done - 1]]) or not times
-        times = found
-    result = build_bundle(wanted)
-    load_bundle(result)
-    published = {path for path in times if (result / path).exists()}
-    assert {path: (result / path).stat().st_mtime_ns for path in published} == {
-        p: times[p] for p in published
-    }
-    assert not partial(wanted).exists()
-
-
-def test_a_killed_build_loses_one_engine_at_most(bundles, tmp_path):
-    command = [sys.executable, "-m", "export", "build", "--gpu", "rtx5090", "--init", "random"]
-    command += ["--precision", "bf16", "--out", str(tmp_path), "--name", "short-bf16"]
-    wanted = bundles.start(request(tmp_path, "bf16"))
-    folder = partial(wanted)
-    forget(folder, *PARTS[5:-2])
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while "engine layer" not in finished(folder) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    state = finished(folder)
-    times = {path: (folder / path).stat().st_mtime_ns for files in state.values() for path in files}
-    with pytest.raises(BundleError):
-        load_bundle(folder)
-    begun: list[str] = []
-    result = build_bundle(wanted, lambda name, done, total: begun.append(name))
-    assert tuple(begun) == PARTS
-    assert {p: (result / p).stat().st_mtime_ns for p in times if (result / p).exists()} == {
-        p: times[p] for p in times if (result / p).exists()
-    }
-    assert hashes(result) == hashes(bundles.build("bf16"))
-
-
-@pytest.mark.slow
-def test_two_builds_into_one_folder_at_once(bundles, tmp_path):
-    first = bundles.start(request(tmp_path, "bf16", name="one"))
-    second = bundles.start(request(tmp_path, "bf16", name="two"))
-    command = [sys.executable, "-m", "export", "build", "--gpu", "rtx5090", "--init", "random"]
-    command += ["--precision", "bf16", "--out", str(tmp_path), "--name", "two"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        one = build_bundle(first)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    assert "status: built, not executed" in output and "launches" in output
-    assert hashes(one) == hashes(tmp_path / second.name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".one.lock", ".two.lock", "one", "two"]
-
-
-@pytest.mark.slow
-def test_an_interruption_inside_a_part_starts_that_part_again(bundles, tmp_path, monkeypatch):
-    wanted = bundles.start(request(tmp_path, "bf16"))
-    forget(partial(wanted), "engine last", "kernels")
-
-    def interrupted(*arguments: object, **options: object) -> None:
-        (partial(wanted) / "last.engine").write_bytes(b"half an engine")
-        raise StopBuildError
-
-    with monkeypatch.context() as patch:
-        patch.setattr("export.rtx_bundle.build_engine", interrupted)
-        with pytest.raises(StopBuildError):
-            build_bundle(wanted)
-    assert "engine last" not in finished(partial(wanted))
-    load_bundle(build_bundle(wanted))
 
 
 # ---- calibration ----
