@@ -94,7 +94,7 @@ def test_two_builds_into_one_folder_at_once(bundles, tmp_path):
     command += ["--precision", "bf16", "--out", str(tmp_path), "--name", "two"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         one = build_bundle(first)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=500)
     assert process.returncode == 0
     assert "status: built, not executed" in output and "launches" in output
     assert hashes(one) == hashes(tmp_path / second.name)
