@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = ["CONFIGS", "STAGES", "Run", "StageConfig", "StageName", "TrainingConfig"]
 
 CONFIGS = Path(__file__).parent / "configs"
-StageName = Literal["latents", "text", "decoder", "still", "student", "rollout", "hsa"]
+StageName = Literal["latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen"]
 STAGES: tuple[StageName, ...] = (
-    "latents", "text", "decoder", "still", "student", "rollout", "hsa",
+    "latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen",
 )  # fmt: skip
 """In the order in which they build on each other."""
 
@@ -89,6 +89,7 @@ class TrainingConfig(_Model):
     student: StageConfig
     rollout: StageConfig
     hsa: StageConfig
+    sharpen: StageConfig
 
     @classmethod
     def load(cls, path: Path) -> TrainingConfig:

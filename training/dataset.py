@@ -18,6 +18,9 @@ __all__ = ["LATENT_FRAMES", "ClipSet", "build_latents", "foreground"]
 
 LATENT_FRAMES = 21
 LATENT_SIDE = 16
+SHARES = {"moves": 1.0, "bounces": 1.0, "orbits": 2.5, "grows": 2.5, "leaves": 1.0}
+"""How often each kind of motion is drawn. There are fewer clips that orbit or grow, and they are harder: every frame
+shows the shape at another sub-pixel place or in another size."""
 _SHAPE = (LATENT_FRAMES, 16, LATENT_SIDE, LATENT_SIDE)
 
 
@@ -39,9 +42,16 @@ class ClipSet:
         self.channel_weight = np.sqrt(scale) / np.sqrt(scale).mean()
         """Loss weight of each latent channel: between whitened latents (1 each) and pixels (their variance)."""
         self.latents = np.memmap(folder / "latents.f16", np.float16, "r", shape=(len(self.clips), *_SHAPE))
+        kinds = [clip.motion.kind for clip in self.clips]
+        odds = np.array([SHARES[kind] / kinds.count(kind) for kind in kinds])
+        self._odds = odds / odds.sum()
 
     def __len__(self) -> int:
         return len(self.clips)
+
+    def draw(self, generator: np.random.Generator, size: int) -> npt.NDArray[np.int64]:
+        """Indices of `size` clips, each kind of motion in its share."""
+        return generator.choice(len(self), size, p=self._odds)
 
 
 def build_latents(

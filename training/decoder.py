@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightforcing_ref.vae import CausalConv3d, VAEConfig, VAEDecoder
 
 from .config import DataConfig, StageConfig
-from .data import FRAMES, SIZE, random_clip
+from .data import FRAMES, SIZE, Clip, random_clip
 from .device import tensor
 from .latents import STRIDE, PatchPCA
 from .runner import Stage
@@ -77,16 +77,36 @@ class DecoderStage(Stage):
         count, side, _ = WINDOWS[generator.choice(len(WINDOWS), p=[window[2] for window in WINDOWS])]
         length = 1 + 4 * (count - 1)
         first = int(generator.integers(0, FRAMES - length + 1))
-        frames = clip.render(first, length)
-        x, y, _ = clip.path[first + length // 2]
+        return self.cropped(generator, clip, slice(first, first + length), side)
+
+    def cropped(
+        self,
+        generator: np.random.Generator,
+        clip: Clip,
+        part: slice,
+        side: int,
+        latents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A crop of `side` latent pixels near the object.
+
+        Args:
+            part: pixel frames.
+            latents: of these frames; None = encode them, with noise.
+        """
+        frames = clip.render(part.start, part.stop - part.start)
+        x, y, _ = clip.path[(part.start + part.stop) // 2]
         wander = generator.normal(0, 12, size=2) - side * STRIDE / 2
         column, row = (
             int(np.clip((centre + off) // STRIDE, 0, SIZE // STRIDE - side))
             for centre, off in zip((x, y), wander, strict=True)
         )
-        part = frames[:, row * STRIDE : (row + side) * STRIDE, column * STRIDE : (column + side) * STRIDE]
-        latents = tensor(self.pca.encode(part))
-        pixels = tensor(part.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        crop = frames[:, row * STRIDE : (row + side) * STRIDE, column * STRIDE : (column + side) * STRIDE]
+        if latents is None:
+            latents = tensor(self.pca.encode(crop))
+            latents = latents + LATENT_NOISE * torch.randn_like(latents)
+        else:
+            latents = latents[:, :, row : row + side, column : column + side]
+        pixels = tensor(crop.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
         ground = tensor(frames[0, 0, 0].astype(np.float32) / 127.5 - 1)
         is_object = ((pixels - ground[:, None, None]).abs().amax(1, keepdim=True) > 0.1).float()
         return latents, pixels, is_object
@@ -95,7 +115,7 @@ class DecoderStage(Stage):
         total, error = torch.zeros(()), 0.0
         for _ in range(self.config.batch):
             latents, pixels, is_object = self.sample(generator)
-            video = self.module.decode(latents + LATENT_NOISE * torch.randn_like(latents))
+            video = self.module.decode(latents)
             near = F.max_pool2d(is_object, 5, 1, 2)
             weight = 1 + EDGE_WEIGHT * near
             total = total + (weight * (video - pixels).abs()).mean() / weight.mean()

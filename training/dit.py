@@ -7,7 +7,6 @@ no teacher to distil.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -27,7 +26,7 @@ from .config import LossConfig, StageConfig
 from .dataset import LATENT_FRAMES, ClipSet, foreground
 from .device import tensor
 from .forward import BatchRollout, predict_flow, window_core
-from .replay import Replay
+from .replay import Indices, Replay
 from .runner import Stage
 from .text import CaptionEncoder
 
@@ -87,7 +86,7 @@ class _TransformerStage(Stage):
     def extend(self) -> None:
         """What a stage has besides, made when the rest is there; nothing here."""
 
-    def batch(self, chosen: Sequence[int], frames: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, chosen: Indices, frames: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """`frames` latent frames from `first` on: `[B, 16, F, h, w]`, text, and loss weights `[B, 1, F, h, w]`."""
         clips = [self.clips.clips[index] for index in chosen]
         part = slice(first, first + frames)
@@ -95,10 +94,6 @@ class _TransformerStage(Stage):
         touched = tensor(foreground(np.stack([clip.path for clip in clips]))[:, part])
         weight = 1 + (self.weights.foreground - 1) * touched.float()
         return latents.transpose(1, 2), self.captions([clip.caption for clip in clips]), weight[:, None]
-
-    def drawn(self, generator: np.random.Generator, size: int) -> list[int]:
-        """Any clips."""
-        return [int(index) for index in generator.integers(len(self.clips), size=size)]
 
     def noised(self, generator: np.random.Generator, x0: Tensor) -> tuple[Tensor, Tensor]:
         """`x0` with a noise level of the schedule for every chunk, and the level of each frame `[B, F]`."""
@@ -205,7 +200,7 @@ class _PlacedStage(_TransformerStage):
         self, generator: np.random.Generator, size: int, frames: int
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of the first `frames` frames (at most a chunk) of `size` clips."""
-        latents, text, weight = self.batch(self.drawn(generator, size), frames)
+        latents, text, weight = self.batch(self.clips.draw(generator, size), frames)
         x, sigma = self.noised(generator, latents)
         dit = self.preset.dit
         cos, sin = rope_tables(torch.arange(frames), self.grid, dit.head_dim, theta=dit.rope_theta)
@@ -247,7 +242,7 @@ class StudentStage(_PlacedStage):
         count = int(generator.integers(2, self.config.chunks + 1))
         first = int(generator.integers(CLIP_CHUNKS - count + 1))
         chunks = range(first, first + count)
-        chosen = self.drawn(generator, self.fitting(count))
+        chosen = self.clips.draw(generator, self.fitting(count))
         latents, text, weight = self.batch(chosen, len(chunks) * CHUNK_FRAMES, chunks[0] * CHUNK_FRAMES)
         found = self.continued(generator, chunks, latents, text)
         frames = found.shape[2]
@@ -289,7 +284,7 @@ class RolloutStage(_TransformerStage):
         if generator.random() < self.weights.own_rollouts:
             self.roll_out(generator)
         places = self.replay.draw(generator, size)
-        latents, text, weight = self.batch(self.replay.members[places].tolist(), count * CHUNK_FRAMES)
+        latents, text, weight = self.batch(self.replay.members[places], count * CHUNK_FRAMES)
         own = self.replay.own[places, :, : count * CHUNK_FRAMES]
         found = self.continued(generator, range(count), own, text, self.spec)
         drawn = self.error(found, latents, weight)

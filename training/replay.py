@@ -21,7 +21,7 @@ from .data import Motion
 from .dataset import ClipSet
 from .device import tensor
 
-__all__ = ["Replay"]
+__all__ = ["Indices", "Replay"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -54,7 +54,7 @@ class Replay:
 
     def renew(self, generator: np.random.Generator, places: Indices) -> None:
         """Put other clips, true or blended ones, into `places`."""
-        self.members[places] = generator.integers(len(self.clips), size=len(places))
+        self.members[places] = self.clips.draw(generator, len(places))
         for place in places:
             clip = self.clips.clips[self.members[place]]
             version = self.clips.latents[self.members[place]].astype(np.float32)

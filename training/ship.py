@@ -45,7 +45,8 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     transformers = {} if name == LEAVE_OUT else {"transformer": name}
     if name == "hsa":
         transformers["dense"] = latest_transformer(run, PREVIOUS["hsa"])
-    for stage in ("decoder", "text", *transformers.values()):
+    decoder = "sharpen" if run.weights("sharpen").exists() else "decoder"
+    for stage in (decoder, "text", *transformers.values()):
         if not run.weights(stage).exists():
             raise StageError(
                 f"{run.weights(stage)} does not exist; run `python -m training run --stage {stage}` first"
@@ -53,7 +54,7 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     captions = CaptionEncoder.load(PRESET, run.weights("text"))
     names = {key.name: key.wan for key in umt5_keys(PRESET.text.layers)}
     states = {
-        "decoder": load_weights(run.weights("decoder")),
+        "decoder": load_weights(run.weights(decoder)),
         "text": {names[key]: value for key, value in captions.weights.items()},
     }
     states |= {part: load_weights(run.weights(stage)) for part, stage in transformers.items()}

@@ -25,6 +25,7 @@ from .dit import (
 )
 from .latents import PatchPCA
 from .runner import Stage, run_stage
+from .sharpen import SharpenStage
 from .text import CaptionEncoder, TextStage
 
 __all__ = ["PREVIOUS", "StageError", "latest_transformer", "run"]
@@ -69,6 +70,12 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
         return stage
     clips = ClipSet(_need(run.stage("latents"), "latents"))
     captions = CaptionEncoder.load(PRESET, _need(run.weights("text"), "text"))
+    if name == "sharpen":
+        transformer = load_weights(run.weights(latest_transformer(run, PREVIOUS["hsa"])))
+        pca = PatchPCA.load(run.pca)
+        sharpen = SharpenStage(settings, config.data, pca, PRESET, clips, captions, transformer)
+        sharpen.module.load_state_dict(load_weights(_need(run.weights("decoder"), "decoder")))
+        return sharpen
     start = None
     if run.start(name).exists():
         start = load_weights(run.start(name))

@@ -26,10 +26,13 @@ from training.decoder import use_planar_convolutions
 from training.device import load_weights
 from training.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.forward import BatchRollout, predict_flow, window_core
+from training.latents import PatchPCA
 from training.optim import MuonAdam, orthogonalise
 from training.runner import Stage, progress_factor, run_stage
+from training.sharpen import SharpenStage
 from training.ship import adopt
 from training.stages import PRESET, StageError, run
+from training.text import CaptionEncoder
 
 GRID = (8, 8)
 
@@ -201,21 +204,41 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingConfig, R
     small = {"steps": 1, "batch": 1, "minutes": 5, "warmup": 0}
     changes: dict[str, object] = {
         name: config.stage(name).model_copy(update=small | ({"chunks": 2} if name != "text" else {}))
-        for name in ("text", "decoder", "still", "student", "rollout", "hsa")
+        for name in ("text", "decoder", "still", "student", "rollout", "hsa", "sharpen")
     }
     changes["data"] = config.data.model_copy(update={"clips": 2, "pca_clips": 2})
     config = config.model_copy(update=changes)
     folder = Run(tmp_path_factory.mktemp("run"))
-    for stage in ("latents", "text", "decoder", "still", "student", "rollout", "hsa"):
+    for stage in ("latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen"):
         run(stage, config, folder)
     return config, folder
 
 
 def test_every_stage_builds_on_the_one_before(trained: tuple[TrainingConfig, Run]) -> None:
     _, folder = trained
-    for stage in ("text", "decoder", "still", "student", "rollout", "hsa"):
+    for stage in ("text", "decoder", "still", "student", "rollout", "hsa", "sharpen"):
         assert len(curve(folder.stage(stage))) == 1
         assert folder.weights(stage).exists()
+
+
+def test_windows_of_rollouts_fit_their_frames(
+    trained: tuple[TrainingConfig, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.sharpen.OWN", 1.0)
+    config, folder = trained
+    clips = ClipSet(folder.stage("latents"))
+    captions = CaptionEncoder.load(PRESET, folder.weights("text"))
+    pca, weights = PatchPCA.load(folder.pca), load_weights(folder.weights("rollout"))
+    stage = SharpenStage(config.sharpen, config.data, pca, PRESET, clips, captions, weights, rollouts=1)
+    assert stage.own.shape == (1, 21, 16, 16, 16)
+    stage.own = torch.from_numpy(pca.encode(stage.chosen[0].render()))[None]  # a perfect rollout
+    generator = np.random.default_rng(0)
+    for _ in range(12):
+        latents, pixels, _ = stage.sample(generator)
+        assert len(pixels) == 4 * len(latents) - 3
+        frames = np.rint((pixels.permute(0, 2, 3, 1).numpy() + 1) * 127.5).astype(np.uint8)
+        again = torch.from_numpy(pca.encode(frames))
+        torch.testing.assert_close(again[1:], latents[1:], rtol=1e-3, atol=1e-3)
 
 
 def test_latents_continue_where_they_were_interrupted(trained: tuple[TrainingConfig, Run]) -> None:
