@@ -23,10 +23,8 @@ from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weight
 from lightforcing_ref.vae import to_uint8
 from runtime.backends import runs_on_host
 from runtime.bundle import Bundle, Component, load_bundle
-from runtime.host_engine import load_graph
-from runtime.onnxruntime_engine import default_threads
+from runtime.host_runner import HostRunner
 from runtime.pipeline import Pipeline
-from runtime.segmented import load_segments
 from runtime.weights_file import numpy_dtype
 
 from .comparison import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
@@ -101,62 +99,27 @@ class TorchRunner(BaseRunner):
         return OrderedDict((spec.name, outputs[spec.name].numpy()) for spec in self._component.outputs)
 
 
-class SegmentedRunner(BaseRunner):
-    """Polygraphy runner for the step of a bundle that executes it as segments, through the runtime's own code."""
-
-    def __init__(self, bundle: Bundle, name: str) -> None:
-        super().__init__(prefix="segments")
-        self._bundle = bundle
-        self._component = bundle.component(name)
-        self._is_clean = name == "clean"
-
-    def activate_impl(self) -> None:
-        segments = self._bundle.manifest.segments
-        assert segments is not None
-        forwards = load_segments(
-            self._bundle, segments, lambda name: load_graph(self._bundle, name, default_threads())
-        )
-        self._forward = forwards[self._is_clean]
-
-    def deactivate_impl(self) -> None:
-        del self._forward
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return _metadata(self._component)
-
-    def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
-        inputs = _typed(feed_dict, self._component)
-        if self._is_clean:
-            inputs["step"] = np.array(self._bundle.manifest.schedule.denoise_steps, dtype=np.int32)
-        outputs = OrderedDict(
-            (spec.name, np.full([int(dim) for dim in spec.shape], np.nan, dtype=numpy_dtype(spec.dtype)))
-            for spec in self._component.outputs
-        )
-        self.inference_time = self._forward.run(self._forward.bind(inputs, outputs))
-        return outputs
-
-
-class GraphRunner(BaseRunner):
-    """Polygraphy runner for a component that the runtime loads on the host and that is no ONNX file."""
+class HostBundleRunner(BaseRunner):
+    """Polygraphy runner for a component that the runtime executes on the host and that is no ONNX file."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         super().__init__(prefix=bundle.manifest.backend)
         self._bundle, self._name = bundle, name
 
     def activate_impl(self) -> None:
-        self._graph = load_graph(self._bundle, self._name, default_threads())
+        self._runner = HostRunner(self._bundle)
 
     def deactivate_impl(self) -> None:
-        del self._graph
+        del self._runner
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return _metadata(self._bundle.component(self._name))
 
     def infer_impl(self, feed_dict: Feed) -> OrderedDict[str, NDArray[Any]]:
         start = time.perf_counter()
-        values = self._graph.call(_typed(feed_dict, self._bundle.component(self._name)))
+        outputs = self._runner.run(self._name, _typed(feed_dict, self._bundle.component(self._name)))
         self.inference_time = time.perf_counter() - start
-        return OrderedDict(zip(self._graph.outputs, values, strict=True))
+        return OrderedDict(outputs)
 
 
 def _metadata(component: Component) -> TensorMetadata:
@@ -176,10 +139,8 @@ def _typed(feed: Feed, component: Component) -> dict[str, NDArray[Any]]:
 
 def bundle_runner(bundle: Bundle, name: str) -> BaseRunner:
     file = bundle.component(name).file
-    if file is None:
-        return SegmentedRunner(bundle, name)
-    if not file.endswith(".onnx"):
-        return GraphRunner(bundle, name)
+    if file is None or not file.endswith(".onnx"):
+        return HostBundleRunner(bundle, name)
     return OnnxrtRunner(SessionFromOnnx(str(bundle.path(file)), providers=["CPUExecutionProvider"]))
 
 

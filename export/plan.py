@@ -101,6 +101,7 @@ class StepPlan:
                 sink_frames=self.spec.hsa.sink_frames,
                 near_frames=self.spec.hsa.near_frames,
                 scale=self.spec.scale,
+                eps=self.preset.dit.eps,
             ),
             "sparsity": bundle.Sparsity(
                 table_frames=policy.table_frames,

@@ -20,16 +20,19 @@ def load_engine(
     """Load the engine for a bundle's backend and target.
 
     ``plan`` is :func:`~runtime.memory.plan_buffers` of the bundle, checked against memory by the caller.
-    ``threads`` is the number of threads per forward of an engine that runs on the host. ``graphs`` says whether an
-    engine on a GPU replays CUDA graphs or enqueues every operation anew.
+    ``threads`` is the number of threads per forward on the host (default: ``default_threads()`` there). ``graphs``
+    says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew.
 
     Raises:
         EngineError: the backend cannot run what the bundle was built for, or does not load.
     """
     if runs_on_host(bundle):
-        from .host_engine import HostEngine
+        from .host_executor import HostExecutor
+        from .program_builder import build_program
+        from .program_engine import ProgramEngine
 
-        return HostEngine(bundle, plan, threads=threads)
+        program = build_program(bundle, plan.sessions)
+        return ProgramEngine(bundle.manifest, program, HostExecutor(bundle, program, threads=threads))
     from .cuda_engine import load_cuda_engine
 
     return load_cuda_engine(bundle, plan.sessions, graphs=graphs)

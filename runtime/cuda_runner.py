@@ -84,7 +84,7 @@ class CudaComponentRunner:
         dtype = next(spec.dtype for spec in component.inputs if spec.name in ("qkv", "q"))
         problem = kernel_problem(manifest, dtype)
         if name == "qk_prepare":
-            launches = [("prepare", prepare_options())]
+            launches = [("prepare", prepare_options(manifest))]
         else:
             launches = attention_launches(manifest)
             sizes = problem.sizes()

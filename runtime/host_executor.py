@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import EngineError
+from .host_graph import Graph, load_graph
+from .onnxruntime_engine import default_threads
 from .program import Copy, EngineRun, Fill, Lane, Operation, Program, View
-from .segmented import Graph
 from .weights_file import WeightsFile, numpy_dtype
 
 __all__ = ["KERNELS", "HostExecutor"]
@@ -36,17 +37,24 @@ class _Fetched:
 class HostExecutor:
     """Implements :class:`~runtime.program_engine.Executor`; everything has run when a call returns.
 
-    ``load`` loads one component. Weights are mapped from the bundle's file and never copied; all operations are bound
-    to their arrays when this is made, so a forward allocates nothing.
+    Each component is loaded once, with ``threads`` threads per forward (default: :func:`default_threads`). Weights are
+    mapped from the bundle's file and never copied; all operations are bound to their arrays when this is made, so a
+    forward allocates nothing.
+
+    Raises:
+        BundleError: a component is another graph than the manifest says.
+        EngineError: a component does not load, or the program needs a GPU.
     """
 
-    def __init__(self, bundle: Bundle, program: Program, load: Callable[[str], Graph]) -> None:
+    def __init__(self, bundle: Bundle, program: Program, *, threads: int | None = None) -> None:
         segments = bundle.manifest.segments
         self._program = program
-        self._load = load
         self._weights = WeightsFile(bundle.path(segments.weights)) if segments else None
         self._by_offset = {view.offset: name for name, view in program.weights.items()}
-        self._graphs: dict[str, Graph] = {}
+        names = dict.fromkeys(run.component for _, run in program.walk() if isinstance(run, EngineRun))
+        self._graphs: dict[str, Graph] = {
+            name: load_graph(bundle, name, threads or default_threads()) for name in names
+        }
         owned = [{}, *({} for _ in range(program.sessions))]  # type: list[Arrays]
         for name, placed in program.buffers.items():
             if name == "weights" or name.startswith("encoder."):
@@ -65,13 +73,12 @@ class HostExecutor:
             }
             for session in range(program.sessions)
         ]
-        self._encoder = self._graph("text_encoder")
         self._text: Arrays = {}
 
     @contextmanager
     def feed(self, session: int, forward: str) -> Iterator[Mapping[str, NDArray[Any]]]:
         """See :meth:`Executor.feed <runtime.program_engine.Executor.feed>`."""
-        yield {view.buffer: self._array(view, session) for view in self._program.forwards[forward].feeds}
+        yield {view.buffer: self.array(view, session) for view in self._program.forwards[forward].feeds}
 
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
         """See :meth:`Executor.send <runtime.program_engine.Executor.send>`. Nothing is copied."""
@@ -84,15 +91,16 @@ class HostExecutor:
         """See :meth:`Executor.run <runtime.program_engine.Executor.run>`."""
         if forward == "encode_text_layer":
             inputs = {name.removeprefix("encoder."): array for name, array in self._text.items()}
-            outputs = {s.name: _empty(s.dtype, s.shape) for s in self._encoder.outputs.values()}
-            seconds = self._encoder.run(self._encoder.bind(inputs, outputs))
+            encoder = self._graphs["text_encoder"]
+            outputs = {s.name: _empty(s.dtype, s.shape) for s in encoder.outputs.values()}
+            seconds = encoder.run(encoder.bind(inputs, outputs))
             self._text = {f"encoder.{name}": array for name, array in outputs.items()}
             return seconds
         return sum(run() for run in self._runs[session][forward])
 
     def copy(self, session: int, copy: Copy, lane: Lane) -> None:
         """See :meth:`Executor.copy <runtime.program_engine.Executor.copy>`."""
-        np.copyto(self._array(copy.target, session), self._array(copy.source, session))
+        np.copyto(self.array(copy.target, session), self.array(copy.source, session))
 
     def signal(self, session: int, latent: int) -> None:
         """Nothing is under way."""
@@ -104,26 +112,20 @@ class HostExecutor:
         """See :meth:`Executor.fetch <runtime.program_engine.Executor.fetch>`."""
         if lane == "text":
             return _Fetched(self._text[buffer])
-        return _Fetched(self._array(self._program.buffers[buffer].view, session).copy())
+        return _Fetched(self.array(self._program.buffers[buffer].view, session).copy())
 
     def prepare(self, session: int) -> None:
         """Everything is bound already."""
 
     def close(self) -> None:
-        """Drop the buffers and the graphs."""
+        """Drop the buffers and the graphs. May be called twice."""
         self._runs.clear()
         self._arrays.clear()
         self._graphs.clear()
-        del self._encoder
         if self._weights is not None:
             self._weights.close()
 
-    def _graph(self, name: str) -> Graph:
-        if name not in self._graphs:
-            self._graphs[name] = self._load(name)
-        return self._graphs[name]
-
-    def _array(self, view: View, session: int) -> NDArray[Any]:
+    def array(self, view: View, session: int = 0) -> NDArray[Any]:
         """The array of a view: part of a buffer's, without a copy."""
         if view.buffer == "weights":
             assert self._weights is not None
@@ -143,14 +145,14 @@ class HostExecutor:
         """The operation on the arrays of one session; calling it gives the seconds it took."""
 
         def arrays(views: Mapping[str, View]) -> Arrays:
-            return {name: self._array(view, session) for name, view in views.items()}
+            return {name: self.array(view, session) for name, view in views.items()}
 
         if isinstance(operation, EngineRun):
-            graph = self._graph(operation.component)
+            graph = self._graphs[operation.component]
             binding = graph.bind(arrays(operation.inputs), arrays(operation.outputs))
             return lambda: graph.run(binding)
         if isinstance(operation, Fill):
-            target = self._array(operation.target, session)
+            target = self.array(operation.target, session)
             return lambda: _timed(lambda: target.fill(0))
         if isinstance(operation, Copy):
             copied = arrays({"source": operation.source, "target": operation.target})

@@ -125,15 +125,6 @@ class InductorGraph:
             raise EngineError(f"component {self.name!r} failed: {error}") from error
         return time.perf_counter() - start
 
-    def call(self, inputs: Arrays) -> list[NDArray[Any]]:
-        """Run on arbitrary arrays; the outputs in order."""
-        outputs = {
-            name: np.empty([int(dim) for dim in spec.shape], dtype=spec.dtype)
-            for name, spec in self.outputs.items()
-        }
-        self.run(self.bind(inputs, outputs))
-        return list(outputs.values())
-
 
 def _tensor(component: str, spec: TensorSpec, arrays: Arrays) -> Tensor:
     """A tensor over the memory of an array. The compiled code checks nothing, so what it is given is checked here."""

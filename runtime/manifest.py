@@ -148,7 +148,10 @@ class Schedule(_Part):
 
 
 class Attention(_Part):
-    """Attributes of the sparse attention operator. Block sizes in tokens, the rest in frames."""
+    """Attributes of the sparse attention operator. Block sizes in tokens, the rest in frames.
+
+    ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default.
+    """
 
     block_q: Positive
     block_k: Positive
@@ -156,6 +159,7 @@ class Attention(_Part):
     sink_frames: NonNegative
     near_frames: NonNegative
     scale: Annotated[float, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0)] = 1e-6
 
     @model_validator(mode="after")
     def _consistent(self) -> Attention:

@@ -65,15 +65,15 @@ class BufferPlan:
     """The buffers of a pipeline that serves ``sessions`` sessions.
 
     ``pool`` holds the frame slots of all sessions, ``shared`` what one chunk needs while it is computed (the
-    session that is served uses it), ``session`` what each session keeps for itself, and ``work``, on a GPU, what
-    passes between engines and the activation memory they are given.
+    session that is served uses it), ``session`` what each session keeps for itself, and ``work`` what passes between
+    engines, scalars, and on a GPU the activation memory that engines are given.
     """
 
     sessions: int
     pool: tuple[Buffer, ...]
     shared: tuple[Buffer, ...]
     session: tuple[Buffer, ...]
-    work: tuple[Buffer, ...] = ()
+    work: tuple[Buffer, ...]
 
     @property
     def session_bytes(self) -> int:
@@ -158,7 +158,12 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         pool=tuple(pool),
         shared=tuple(shared),
         session=tuple(session),
-        work=work_buffers(manifest) if runs_on_gpu(manifest) else (),
+        work=tuple(
+            buffer
+            for buffer in work_buffers(manifest)
+            # The host hands the text encoder the arrays that it is called with.
+            if runs_on_gpu(manifest) or not buffer.name.startswith("encoder.")
+        ),
     )
 
 

@@ -110,13 +110,6 @@ class OnnxGraph:
             raise EngineError(f"component {self.name!r} failed: {error}") from error
         return time.perf_counter() - start
 
-    def call(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run on arbitrary arrays; the outputs in order."""
-        try:
-            return list(self._session.run(None, dict(inputs)))
-        except Exception as error:
-            raise EngineError(f"component {self.name!r} failed: {error}") from error
-
 
 def _describe(kind: str, shape: Sequence[int | str | None]) -> str:
     return f"{kind} {['?' if not isinstance(dim, int) else dim for dim in shape]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
 
 from .bundle import Bundle
 from .cache import LatentRing
@@ -26,10 +25,7 @@ from .program import (
 )
 from .weights_file import StoredTensor, WeightsFile
 
-__all__ = ["QK_NORM_EPS", "attention_launches", "build_program", "kernel_problem", "prepare_options"]
-
-QK_NORM_EPS: Final = 1e-6
-"""Of the RMS norm of queries and keys, in every model of this family."""
+__all__ = ["attention_launches", "build_program", "kernel_problem", "prepare_options"]
 
 Views = Mapping[str, View]
 
@@ -64,9 +60,9 @@ def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
     )
 
 
-def prepare_options() -> dict[str, int | float]:
+def prepare_options(manifest: Manifest) -> dict[str, int | float]:
     """Scalar arguments of the kernel `prepare`."""
-    return {"eps": QK_NORM_EPS}
+    return {"eps": manifest.attention.eps}
 
 
 def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | float]]]:
@@ -280,7 +276,7 @@ class _Builder:
         }
         if self.manifest.kernels is None:
             return self._run("qk_prepare", tensors.get, layer=layer)
-        return KernelLaunch("prepare", self.problem, tensors, prepare_options(), layer)
+        return KernelLaunch("prepare", self.problem, tensors, prepare_options(self.manifest), layer)
 
     def _projections(self, layer: int) -> dict[str, View]:
         return {

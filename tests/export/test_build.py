@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
 from export.errors import BuildError
+from export.plan import StepPlan
 from export.preflight import check_disk
+from export.targets import load_variant
 from export.workspace import open_workspace
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
@@ -89,6 +92,13 @@ def test_the_manifest_tells_where_everything_comes_from(tiny_bundle):
     assert manifest.sparsity.values[1:3] == pytest.approx((0.827, 0.855), abs=5e-4)
     assert manifest.cache.max_past_frames == 18
     assert manifest.model.rope.dims_thw == (24, 20, 20)
+
+
+def test_the_manifest_has_the_models_own_eps():
+    preset = PRESETS["tiny"]
+    odd = replace(preset, dit=replace(preset.dit, eps=3e-5))
+    plan = StepPlan.of(odd, load_variant("short"), preset.height, preset.width, block_q=32, block_k=32)
+    assert plan.manifest_sections()["attention"].eps == 3e-5
 
 
 def test_the_same_request_gives_the_same_bytes(tiny_bundle, tmp_path):

@@ -16,6 +16,7 @@ from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import file_entry, load_bundle, write_manifest
 from runtime.errors import BundleError
+from runtime.host_runner import HostRunner
 from runtime.pipeline import Pipeline
 from tests.conftest import build
 
@@ -48,6 +49,34 @@ def test_every_forward_agrees_with_pytorch(segmented_bundle):
     assert found.passed
     rows = {row.name: row for row in found.rows}
     assert (rows["step"].runs, rows["clean"].runs) == (8, 2)
+
+
+def test_a_forward_runs_by_itself_over_any_pool(segmented_bundle, tiny_bundle):
+    """A pool may be smaller than a rollout's or larger than the one before; what unnamed slots hold does not matter."""
+    manifest = load_bundle(segmented_bundle).manifest
+    cut, whole = (HostRunner(load_bundle(path), threads=1) for path in (segmented_bundle, tiny_bundle))
+    rng = np.random.default_rng(3)
+    for slots in (4, 18, 40):
+        frame_slots = np.full(manifest.cache.max_past_frames, -1, dtype=np.int32)
+        frame_slots[:3] = (3, 0, slots - 2)
+        integers = {"step": 2, "chunk": 1, "frame_slots": frame_slots}
+        inputs = {
+            spec.name: np.asarray(integers[spec.name], dtype=np.int32)
+            if spec.name in integers
+            else rng.standard_normal(
+                [slots if dim == "slots" else dim for dim in spec.shape], dtype=np.float32
+            )
+            for spec in manifest.components["step"].inputs
+        }
+        for name, value in inputs.items():
+            if name.startswith("past_"):
+                value[[slot for slot in range(slots) if slot not in frame_slots]] = np.nan
+        for name in ("step", "clean"):
+            taken = {spec.name: inputs[spec.name] for spec in manifest.components[name].inputs}
+            found, expected = cut.run(name, taken), whole.run(name, taken)
+            assert found.keys() == expected.keys()
+            for output, array in expected.items():
+                np.testing.assert_allclose(found[output], array, atol=1e-4, err_msg=f"{name} {output}")
 
 
 def test_the_rollout_equals_that_of_the_whole_graph(segmented_bundle, tiny_bundle):
@@ -119,7 +148,9 @@ def test_missing_weights_and_bindings_are_named(segmented_bundle, tmp_path):
     del weights["modulation_3"]
     save_file(weights, copy / "transformer.safetensors")
     rewritten(segmented_bundle, copy)
-    with pytest.raises(BundleError, match=r"transformer\.safetensors' has no tensor 'modulation_3'; rebuild"):
+    with pytest.raises(
+        BundleError, match=r"'modulation_3', which the weights file 'transformer\.safetensors' does"
+    ):
         Pipeline.load(copy)
 
     manifest = load_bundle(segmented_bundle).manifest

@@ -19,8 +19,8 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.cuda_driver import Graph, RowCopy, host_bytes
-from runtime.host_engine import load_graph
 from runtime.host_executor import KERNELS
+from runtime.host_graph import load_graph
 from runtime.program import KernelLaunch
 from runtime.weights_file import numpy_dtype
 

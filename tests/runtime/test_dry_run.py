@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from runtime.bundle import Bundle, Manifest, load_bundle
-from runtime.dry_run import DryRunError, dry_run
+from runtime.dry_run import DryRunError, check_program, dry_run
 from runtime.errors import BundleError
+from runtime.program import KernelLaunch
+from runtime.program_builder import build_program
 from tests.runtime import device_bundles as device
 from tests.runtime.conftest import MakeBundle
 
@@ -150,9 +152,6 @@ def test_changes_to_the_manifest_are_named(device_bundle: Path, name: str) -> No
 
 
 def test_activation_memory_is_promised_by_the_manifest(device_bundle: Path) -> None:
-    from runtime.dry_run import check_program
-    from runtime.program_builder import build_program
-
     program = build_program(load_bundle(device_bundle), 1)
     grown = changed(
         device_bundle, lambda raw: raw["components"]["last"]["cost"].update(activation_bytes=1 << 20)
@@ -161,6 +160,19 @@ def test_activation_memory_is_promised_by_the_manifest(device_bundle: Path) -> N
         DryRunError, match=r"'last': it needs 1,048,576 bytes of activation memory and gets 32,768"
     ):
         check_program(grown, program)
+
+
+def test_the_norms_eps_is_the_manifests(device_bundle: Path) -> None:
+    """Bundles that do not tell were built when there was one value only."""
+
+    def launched(bundle: Bundle) -> set[float]:
+        operations = (operation for _, operation in build_program(bundle, 1).walk())
+        return {
+            op.options["eps"] for op in operations if isinstance(op, KernelLaunch) and op.kernel == "prepare"
+        }
+
+    assert launched(changed(device_bundle, lambda raw: raw["attention"].pop("eps"))) == {1e-6}
+    assert launched(changed(device_bundle, lambda raw: raw["attention"].update(eps=3e-5))) == {3e-5}
 
 
 EXECUTED = (

@@ -6,6 +6,7 @@ import pytest
 
 from runtime import BundleError, CapacityError, EngineError, InputError, Pipeline
 from runtime.bundle import Manifest, load_bundle
+from runtime.host_executor import HostExecutor
 from runtime.memory import available_memory, check_memory, plan_buffers
 from runtime.program_builder import build_program
 from runtime.verify import gpu_problem
@@ -31,7 +32,25 @@ def test_sizes_added_up_by_hand(bundle: Path) -> None:
     tables = 2 * 12 * 4 * FLOAT + 5 * 4 + 4
     pixels = (1 + 4) * 32 * 32 * 3
     shared = 10 * LATENT + staging + tables + 6 * 8 * FLOAT + 2 * 16 * FLOAT + pixels
-    assert one.total_bytes - one.session_bytes == shared
+    fed = (
+        5 * 4 + 3 * 4 + 4 + 2 * 2 * FLOAT
+    )  # steps, slots to commit to, the sink's slot, two cosines and sines
+    assert one.total_bytes - one.session_bytes == shared + fed
+
+
+@pytest.mark.parametrize("options", [{}, {"sink_positions": "absolute"}], ids=str)
+def test_the_host_allocates_what_was_planned(make_bundle: MakeBundle, options: dict[str, object]) -> None:
+    assert (
+        allocated(make_bundle(**options), 3)
+        == plan_buffers(load_bundle(make_bundle(**options)).manifest, 3).total_bytes
+    )
+
+
+def allocated(path: Path, sessions: int) -> int:
+    """Bytes of the arrays that an executor on the host makes."""
+    bundle = load_bundle(path)
+    executor = HostExecutor(bundle, build_program(bundle, sessions), threads=1)
+    return sum(array.nbytes for arrays in executor._arrays for array in arrays.values())
 
 
 def test_absolute_sinks_need_no_copies(make_bundle: MakeBundle) -> None:

@@ -1,7 +1,9 @@
-"""Programs against the engine that binds graphs by hand: on the host, and on a simulated GPU, bit for bit."""
+"""Programs against a rollout written the plain way: on the host, and on a simulated GPU, bit for bit."""
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +11,13 @@ import numpy as np
 import pytest
 
 from runtime import pipeline as pipeline_module
+from runtime.backends import load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.cuda_engine import CudaEngine, constants
 from runtime.cuda_executor import CudaExecutor
 from runtime.cuda_runner import CudaComponentRunner
 from runtime.engine import Engine
 from runtime.errors import BundleError, InputError, SessionFailedError
-from runtime.host_engine import HostEngine, load_graph
-from runtime.host_executor import HostExecutor
 from runtime.host_runner import HostRunner
 from runtime.memory import BufferPlan, plan_buffers
 from runtime.pipeline import Pipeline
@@ -25,21 +26,19 @@ from runtime.program_engine import ProgramEngine
 from runtime.weights_file import WeightsFile
 from tests.conftest import build
 from tests.runtime.conftest import MakeBundle
+from tests.runtime.naive import NaiveRollout
 from tests.runtime.simulated_gpu import SimulatedComponent, SimulatedDriver, SimulatedLibrary, launcher
 
 Load = Callable[..., Engine]
 
 
-def by_hand(bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True) -> Engine:
-    return HostEngine(bundle, plan, threads=1)
+RECACHE = ("window", "all")
+"""What each session recomputes when its prompt changes before chunk 5."""
 
 
-def on_host(
-    bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
-) -> ProgramEngine:
-    program = build_program(bundle, plan.sessions)
-    executor = HostExecutor(bundle, program, lambda name: load_graph(bundle, name, 1))
-    return ProgramEngine(bundle.manifest, program, executor)
+def embedding(folder: Path, seed: int) -> np.ndarray:
+    text = json.loads((folder / "manifest.json").read_text())["text"]
+    return np.random.default_rng(seed).standard_normal((text["text_len"], text["dim"]), dtype=np.float32)
 
 
 class OnGpu:
@@ -67,33 +66,44 @@ def rollout(
     monkeypatch: pytest.MonkeyPatch,
     *,
     chunks: int = 7,
-    sessions: int = 2,
     warmup: bool = True,
-    recache: tuple[str, ...] = ("window", "all"),
     graphs: bool = True,
 ) -> np.ndarray:
     """Frames of several sessions taking turns, each with a prompt switch of its own."""
     monkeypatch.setattr(pipeline_module, "load_engine", load)
     frames = []
-    with Pipeline.load(path, sessions=sessions, warmup=warmup, graphs=graphs) as pipe:
-        opened = [pipe.session("a red fox", seed=number) for number in range(sessions)]
+    with Pipeline.load(path, sessions=len(RECACHE), warmup=warmup, threads=1, graphs=graphs) as pipe:
+        opened = [pipe.session(embedding=embedding(path, 0), seed=number) for number in range(len(RECACHE))]
         streams = [session.stream(chunks=chunks) for session in opened]
         for chunk in range(chunks):
             frames += [next(stream).frames for stream in streams]
             if chunk == 2:
-                for session, mode in zip(opened, recache, strict=False):
-                    session.set_prompt("sea", recache=mode, at=5)
+                for session, mode in zip(opened, RECACHE, strict=True):
+                    session.set_prompt(embedding=embedding(path, 1), recache=mode, at=5)
+    return np.concatenate(frames)
+
+
+@functools.cache
+def plain(path: Path, chunks: int = 7) -> np.ndarray:
+    """The same frames, written the plain way."""
+    rollouts = [NaiveRollout(path, embedding(path, 0), seed) for seed in range(len(RECACHE))]
+    frames = []
+    for chunk in range(chunks):
+        for rollout, mode in zip(rollouts, RECACHE, strict=True):
+            if chunk == 5:
+                rollout.set_prompt(embedding(path, 1), mode)
+            frames.append(rollout.next_chunk())
     return np.concatenate(frames)
 
 
 @pytest.mark.parametrize("options", [{}, {"window_frames": None}, {"sink_positions": "absolute"}], ids=str)
-def test_a_program_on_the_host_gives_the_same_bits(
+def test_sessions_on_the_host_give_the_bits_of_each_alone(
     make_bundle: MakeBundle, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_bundle(**options)
-    expected = rollout(by_hand, path, monkeypatch)
+    expected = plain(path)
     assert expected.std() > 5
-    assert np.array_equal(rollout(on_host, path, monkeypatch), expected)
+    assert np.array_equal(rollout(load_engine, path, monkeypatch), expected)
 
 
 @pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
@@ -101,9 +111,8 @@ def test_a_program_on_the_host_gives_the_same_bits(
 def test_streams_graphs_and_pinned_memory_change_no_bit(
     bundle: Path, seed: int, eagerness: float, warmup: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = rollout(by_hand, bundle, monkeypatch)
     found = rollout(OnGpu(seed, eagerness), bundle, monkeypatch, warmup=warmup)
-    assert np.array_equal(found, expected)
+    assert np.array_equal(found, plain(bundle))
 
 
 @pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
@@ -111,8 +120,8 @@ def test_without_graphs_every_operation_is_enqueued_anew(
     bundle: Path, warmup: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = OnGpu(3, 0.3)
-    expected = rollout(by_hand, bundle, monkeypatch, chunks=3)
-    assert np.array_equal(rollout(load, bundle, monkeypatch, chunks=3, warmup=warmup, graphs=False), expected)
+    found = rollout(load, bundle, monkeypatch, chunks=3, warmup=warmup, graphs=False)
+    assert np.array_equal(found, plain(bundle, chunks=3))
     assert (load.driver.captures, load.executor.counters.graph_launches) == (0, 0)
     assert load.executor.counters.operations > 0
 
@@ -121,7 +130,6 @@ def test_without_graphs_every_operation_is_enqueued_anew(
 def test_the_simulation_shows_a_missing_wait(
     bundle: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = rollout(by_hand, bundle, monkeypatch, chunks=3)
     load = OnGpu(eagerness=0.0)
     if missing == "the decoder's wait":
         monkeypatch.setattr(CudaExecutor, "wait", lambda self, session, latent: None)
@@ -133,7 +141,7 @@ def test_the_simulation_shows_a_missing_wait(
         found = rollout(load, bundle, monkeypatch, chunks=3)
     except SessionFailedError:  # what was read too early is no valid index
         return
-    assert not np.array_equal(found, expected)
+    assert not np.array_equal(found, plain(bundle, chunks=3))
 
 
 def test_nothing_is_allocated_or_recorded_after_loading(
@@ -197,9 +205,18 @@ def test_frames_on_the_device_are_handed_over_without_a_copy(
             assert load.driver.allocations - before <= 3, "memory is not used again"
             with pytest.raises(BufferError):
                 np.from_dlpack(next(session.stream(chunks=1)).frames, copy=True)
-    monkeypatch.setattr(pipeline_module, "load_engine", by_hand)
+    monkeypatch.undo()
     with Pipeline.load(bundle) as pipe, pytest.raises(InputError, match="runs on a GPU"):
         pipe.session("a red fox", frames="device")
+
+
+def test_prompts_are_encoded_as_on_the_host(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.load(bundle, threads=1) as pipe:
+        expected = [pipe.embed(prompt) for prompt in ("a red fox", "sea")]
+    assert not np.array_equal(*expected)
+    monkeypatch.setattr(pipeline_module, "load_engine", OnGpu())
+    with Pipeline.load(bundle) as pipe:
+        assert np.array_equal([pipe.embed(prompt) for prompt in ("a red fox", "sea")], expected)
 
 
 def test_components_run_alone_as_on_the_host(bundle: Path) -> None:
@@ -229,8 +246,9 @@ def test_components_run_alone_as_on_the_host(bundle: Path) -> None:
 def test_segmented_bundles_of_the_exporter(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = build(tmp_path, variant, execution="segmented")
+    path = build(tmp_path / "cut", variant, execution="segmented")
     assert load_bundle(path).manifest.segments is not None
-    expected = rollout(by_hand, path, monkeypatch, chunks=5)
-    assert np.array_equal(rollout(on_host, path, monkeypatch, chunks=5), expected)
-    assert np.array_equal(rollout(OnGpu(), path, monkeypatch, chunks=5), expected)
+    found = rollout(load_engine, path, monkeypatch)
+    expected = plain(build(tmp_path / "whole", variant))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert np.array_equal(rollout(OnGpu(), path, monkeypatch), found)
