@@ -11,7 +11,6 @@ from runtime import bundle
 
 from . import components
 from .builder import Builder, Built, Run
-from .errors import InputError
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
 from .quantize_plan import plan_quantization
@@ -27,8 +26,6 @@ _WHOLE = ("step", "clean")
 
 
 def _check(request: BuildRequest, plan: StepPlan) -> None:
-    if request.embedded:
-        raise InputError("onnxruntime runs segments whose weights are inputs; drop --weights embedded")
     plan_quantization(request, plan)
 
 
@@ -63,7 +60,8 @@ def _build(run: Run) -> Built:
 
 def _segments(folder: Path, run: Run) -> list[str]:
     model, form = ir.load(folder / "step.onnx"), components.attention_form(run.plan)
-    files, section = write_segments(folder, model, form, progress=run.within)
+    embedded, progress = run.request.embedded, run.within
+    files, section = write_segments(folder, model, form, embedded=embedded, progress=progress)
     (folder / _SECTION).write_text(section.model_dump_json())
     return [*files, _SECTION]
 

@@ -218,7 +218,7 @@ def _summary(error: ValidationError) -> str:
 
 def _check_components(root: Path, manifest: Manifest) -> None:
     segments = manifest.segments
-    required = REQUIRED_COMPONENTS + (_segment_components(segments) if segments else ())
+    required = REQUIRED_COMPONENTS + ((*segments.components, *OPERATOR_COMPONENTS) if segments else ())
     virtual: tuple[str, ...] = ("step", "clean") if segments else ()
     if segments and manifest.kernels:
         virtual += OPERATOR_COMPONENTS
@@ -251,12 +251,6 @@ def _check_components(root: Path, manifest: Manifest) -> None:
                 f"bundle {root}: {owner} uses {path!r}, which is not among the manifest's files, so its "
                 f"contents cannot be verified; rebuild the bundle"
             )
-
-
-def _segment_components(segments: Segments) -> tuple[str, ...]:
-    """Components of segmented execution: one `layer` whose weights are inputs, or one for every run of it."""
-    layers = dict.fromkeys(segments.layer_component(index) for index in range(len(segments.layers)))
-    return ("first", *layers, "last", *OPERATOR_COMPONENTS)
 
 
 def _contained(path: str) -> str:

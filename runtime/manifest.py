@@ -300,6 +300,12 @@ class Segments(_Part):
         """The component that runs between the operators of layers ``index`` and ``index`` + 1."""
         return f"layer.{index}" if self.embedded else "layer"
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that the step was cut into: one `layer` whose weights are inputs, or one for every run."""
+        layers = dict.fromkeys(self.layer_component(index) for index in range(len(self.layers)))
+        return ("first", *layers, "last")
+
 
 class Library(_Part):
     """The library that built the engines. They run with this version and no other."""

@@ -53,6 +53,10 @@ class OnnxGraph:
         options.log_severity_level = _ORT_ERRORS_ONLY
         # Several graphs take turns on the same cores; a pool that spins while it waits would take them from the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        segments = bundle.manifest.segments
+        if segments is not None and segments.embedded and name in segments.components:
+            # Packed, a matrix would give other bits than as an input, and lie in memory a second time.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if component.file is None:
             raise BundleError(
                 f"component {name!r} of bundle {bundle.root} is executed as segments and has no file"

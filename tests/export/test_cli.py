@@ -71,7 +71,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--seed 9223372036854775808", ("is too large",)),
         ("--table-frames 3000000", ("sparsity.table_frames",)),
         ("--weights embedded", ("--weights embedded is about segments",)),
-        ("--execution segmented --weights embedded", ("onnxruntime runs segments whose weights are inputs",)),
         ("--skip auto", ("--skip is for quantized linears, and fp32 has none",)),
         ("--gpu rtx3090 --precision nvfp4", ("rtx3090 (sm_86) does not compute in nvfp4",)),
         ("--colour red", ("unrecognized arguments: --colour red", "--help")),

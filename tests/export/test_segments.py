@@ -15,6 +15,7 @@ from export.compare import against_reference
 from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import file_entry, load_bundle, write_manifest
+from runtime.dry_run import dry_run
 from runtime.errors import BundleError
 from runtime.host_runner import HostRunner
 from runtime.pipeline import Pipeline
@@ -103,6 +104,20 @@ def test_the_bundle_holds_one_layer_and_no_weights_in_graphs(segmented_bundle):
         *manifest.segments.prepare,
     ]
     assert {tensor for row in bound for tensor in row.values()} == set(stored)
+
+
+def test_embedded_weights_change_no_bit(segmented_bundle, tmp_path):
+    bundle = build(tmp_path, "short", execution="segmented", embedded=True)
+    dry_run(load_bundle(bundle))
+    manifest = load_bundle(bundle).manifest
+    layers = [f"layer.{index}" for index in range(manifest.model.layers - 1)]
+    assert "layer" not in manifest.components
+    for name in ("first", *layers, "last"):
+        taken = {spec.name for spec in manifest.components[name].inputs}
+        assert taken <= {"latent", "noise", "step", "x", "attention_out", "cross_k", "cross_v"}
+    stored = load_file(bundle / manifest.segments.weights)
+    assert set(stored) == {tensor for row in manifest.segments.prepare for tensor in row.values()}
+    assert np.array_equal(frames(bundle), frames(segmented_bundle))
 
 
 def test_graphs_do_not_depend_on_the_weights(segmented_bundle, tmp_path):
