@@ -142,7 +142,7 @@ class CudaDriver:
 
     def __init__(self, ordinal: int = 0) -> None:
         """Raises :class:`EngineError` if there is no such device, or no driver or bindings for it."""
-        core = cuda_core()
+        self._core = core = cuda_core()
         from cuda.bindings import driver
 
         self._cuda = driver
@@ -171,7 +171,8 @@ class CudaDriver:
     def enter(self) -> None:
         """See :class:`Driver`."""
         if not getattr(self._local, "entered", False):
-            self.device.set_current()
+            # Not `self.device`: before release 1.0 of cuda.core, a device belongs to the thread that asked for it.
+            self._core.Device(self.ordinal).set_current()
             self._local.entered = True
 
     def alloc(self, nbytes: int) -> int:
