@@ -250,7 +250,13 @@ class _Planner:
         yield MemoryItem("buffers", "latents and noise", latents)
         rope = 2 * 4 * tokens * (dit.head_dim // 2)
         prompt = 4 * dit.text_len * dit.text_dim
-        yield MemoryItem("buffers", "rotary tables, prompt, slot table", rope + prompt + 4 * (1 + self.past))
+        slots = 4 * (1 + self.past + CHUNK_FRAMES)  # chunk, past frames, where its own go
+        yield MemoryItem("buffers", "rotary tables, prompt, slot table", rope + prompt + slots)
+        cache = self.request.variant.cache
+        sinks = cache.sink_frames if cache.sink_positions == "window" else 0
+        pairs = dit.head_dim // 2 - 2 * (dit.head_dim // 6)  # of rotary angles along time
+        turn = 4 * sinks * (1 + 2 * pairs)
+        yield MemoryItem("buffers", "step numbers, turn of the sinks", 4 * STEPS + turn)
         frames = (1 + self.vae.temporal_factor) * self.request.height * self.request.width * 3
         yield MemoryItem("buffers", "pixels", frames)
         if not self.on_gpu:

@@ -103,7 +103,12 @@ def test_the_json_has_what_the_tables_show(tiny_bundle, capsys):
     real = plan_buffers(load_bundle(tiny_bundle).manifest, 1)
     memory = document["memory"]
     assert memory["peak"] == sum(memory["parts"].values())
-    buffers = ("buffers of a chunk", "keys and values of a session", "the rest of a session")
+    buffers = (
+        "between engines",
+        "buffers of a chunk",
+        "keys and values of a session",
+        "the rest of a session",
+    )
     assert sum(memory["parts"][name] for name in buffers) == real.total_bytes
     assert document["sparsity_per_chunk"][6]["of"] == 42
     assert (document["launches_per_forward"], document["kernel_images"]) == (None, None)
