@@ -146,13 +146,15 @@ SHORT = [0, 0.827, 0.855, 0.872, 0.883, 0.892, 0.898]
 """Published for 21 frames at a mean of 0.88."""
 
 
-@pytest.mark.parametrize(("variant", "frames", "window"), [("short", (6, 1, 2), 21), ("long", (3, 1, 1), 12)])
-def test_the_manifest_records_the_attention(bundles, variant, frames, window):
+@pytest.mark.parametrize(
+    ("variant", "frames", "window", "past"), [("short", (6, 1, 2), None, 18), ("long", (3, 1, 1), 12, 9)]
+)
+def test_the_manifest_records_the_attention(bundles, variant, frames, window, past):
     found = manifest(bundles.build("fp8", variant))
     attention, cache = found.attention, found.cache
     assert (attention.block_q, attention.block_k, attention.scale) == (64, 64, 64**-0.5)
     assert (attention.keep_frames, attention.sink_frames, attention.near_frames) == frames
-    assert (cache.window_frames, cache.max_past_frames) == (window, window - 3)
+    assert (cache.window_frames, cache.max_past_frames) == (window, past)
     assert len(found.sparsity.keep_q20) == len(found.sparsity.values)
     if variant == "short":
         assert found.sparsity.values == pytest.approx(SHORT, abs=5e-4)

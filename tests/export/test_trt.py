@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from export import trt, trt_bundle
 from export.errors import BuildError, ExportError, InputError
+from export.graph_specs import tensor_specs
 from export.machine import Gpu, GpuReport, importable
 from export.quantize import choose_formats, linear_names, quantize
 from export.trt import TrtMachine, TrtPlugin, build_engine, failure, find_machine
@@ -324,8 +325,6 @@ class HostTensorRt:
         return self.build(request) if request["task"] == "build" else self.measure(request)
 
     def build(self, request: dict[str, Any]) -> dict[str, Any]:
-        from export.golden_reference import _spec
-
         source, engine = Path(request["onnx"]), Path(request["engine"])
         shutil.copy(source, engine)
         model = ir.load(source)
@@ -343,7 +342,7 @@ class HostTensorRt:
         Path(request["inspector"]).write_text(document(*layers, layer("other", "Float", kind="kgen")))
 
         def table(values: Any) -> list[tuple[str, str, list[int]]]:
-            return [(s.name, s.dtype, [int(dim) for dim in s.shape]) for s in map(_spec, values)]
+            return [(s.name, s.dtype, [int(dim) for dim in s.shape]) for s in tensor_specs(values)]
 
         return {
             "inputs": table(model.graph.inputs),
