@@ -216,7 +216,9 @@ def test_the_flags_of_the_attention_reach_the_graph_and_the_manifest(variant: st
     assert (attention.keep_frames, attention.sink_frames, attention.near_frames) == (5, 2, 1)
     assert (sparsity.target, sparsity.base) == (0.6, 0.7)
     later = sparsity.values[1:]
-    assert sparsity.values[0] == 0 and all(0 < value < 0.7 for value in later) and list(later) == sorted(later)
+    assert (
+        sparsity.values[0] == 0 and all(0 < value < 0.7 for value in later) and list(later) == sorted(later)
+    )
     assert plan.spec.keep_q20[1:] == tuple(pytest.approx((1 - value) * 2**20, abs=64) for value in later)
 
 
