@@ -19,7 +19,6 @@ RESULTS := $(if $(OUT),$(OUT),build/gpu)
 SITE := build/site
 
 .PHONY: help setup demo test lint slow wheels clean
-.PHONY: gpu gpu-site gpu-tests gpu-attention gpu-rollout-build gpu-rollout gpu-quality
 
 help:
 	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint slow wheels gpu clean"
@@ -52,35 +51,59 @@ wheels:
 	@python3 tools/gpu_wheels.py
 
 # On a machine with a GPU: its own python3 (PyTorch, Triton, pytest), no virtual environment and no network; `build/wheels`
-# is used if it is there. Every part runs even where another fails; the exit code tells whether anything did.
+# is used if it is there. The parts end within ten minutes each and come in the order of their worth (CONTRIBUTING.md);
+# every part runs even where another fails, and the exit code tells whether anything did.
+GPU_PARTS := gpu-kernels gpu-attention gpu-engines gpu-rollout-build gpu-rollout gpu-rest gpu-sanitizer
+.PHONY: gpu gpu-site $(GPU_PARTS)
+
 gpu:
-	@status=0; for part in gpu-tests gpu-attention gpu-rollout-build gpu-rollout gpu-quality; do \
+	@status=0; for part in $(GPU_PARTS); do \
 		echo "== $$part"; $(MAKE) --no-print-directory $$part || status=1; done; exit $$status
 
-GPU_ENV = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)/$(SITE)$(if $(PYTHONPATH),:$(PYTHONPATH))
+GPU_ENV = PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)/$(SITE)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
+	LIGHTFORCING_KERNELS=$(CURDIR)/build/kernels LIGHTFORCING_GPU_BUNDLES=$(CURDIR)/build/gpu-bundles
+GPU_PYTEST = $(GPU_ENV) python3 -m pytest -m gpu -q -rs -p no:cacheprovider --durations=8
+# Tests that measure the memory of the whole GPU, for which nothing else may run there.
+LEAKS := many_chunks or given_back
 
-gpu-site:
+# Once, not whenever a part starts: another part may be running.
+$(SITE)/.installed: $(wildcard build/wheels/*.whl)
+	@mkdir -p $(SITE)
+	@$(if $^,python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $^)
+	@touch $@
+
+gpu-site: $(SITE)/.installed
 	@command -v nvidia-smi >/dev/null || { echo "error: make gpu needs an NVIDIA GPU and its driver" >&2; exit 2; }
-	@mkdir -p $(RESULTS)
-	@if ls build/wheels/*.whl >/dev/null 2>&1; then python3 -m pip install -q --no-index --no-deps --no-compile \
-		--upgrade --target $(SITE) build/wheels/*.whl; fi
+	@mkdir -p build $(RESULTS)
+	@$(GPU_ENV) python3 -c 'import torch; torch.zeros(1, device="cuda").add_(1).item()'
 	@arch=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .); \
 		$(GPU_ENV) python3 -m plugins build --arch sm_$$arch
 
-gpu-tests: gpu-site
-	@$(GPU_ENV) python3 -m pytest -m gpu -q -rs -p no:cacheprovider --durations=8 tests/gpu $(PYTEST_ARGS)
+gpu-kernels: gpu-site
+	@$(GPU_PYTEST) tests/gpu/test_kernels_gpu.py -k "not sanitizer" $(PYTEST_ARGS)
 
 gpu-attention: gpu-site
 	@$(GPU_ENV) python3 -m benchmarks.attention --flex one --out $(RESULTS)
 
+gpu-engines: gpu-site
+	@$(GPU_PYTEST) tests/gpu/test_executor_gpu.py tests/gpu/test_inductor_gpu.py -k "not ($(LEAKS))" $(PYTEST_ARGS)
+
+# One at a time: a build in the background is waited for.
+LADDER = mkdir -p build && $(GPU_ENV) flock build/ladder.lock python3 -m benchmarks.rollout --frames 81 --resolution 512x768
+
 gpu-rollout-build: gpu-site
-	@$(GPU_ENV) python3 -m benchmarks.rollout --build-only --frames 81 --resolution 512x768 --budget-seconds 540
+	@$(LADDER) --build-only --budget-seconds 540
 
 gpu-rollout: gpu-site
-	@$(GPU_ENV) python3 -m benchmarks.rollout --frames 81 --resolution 512x768 --budget-seconds 400 --out $(RESULTS)
+	@$(LADDER) --budget-seconds 400 --out $(RESULTS)
 
-gpu-quality: gpu-site
-	@$(GPU_ENV) python3 -m benchmarks.quality --out $(RESULTS)
+gpu-rest: gpu-site
+	@status=0; $(GPU_PYTEST) tests/gpu/test_executor_gpu.py -k "$(LEAKS)" $(PYTEST_ARGS) || status=1; \
+		$(GPU_PYTEST) tests/gpu/test_plugin_gpu.py tests/gpu/test_tensorrt_gpu.py tests/gpu/test_ladder_gpu.py \
+		$(PYTEST_ARGS) || status=1; exit $$status
+
+gpu-sanitizer: gpu-site
+	@$(GPU_PYTEST) tests/gpu/test_kernels_gpu.py -k sanitizer $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
