@@ -7,6 +7,8 @@ from rich.table import Table
 
 from runtime.bundle import Manifest
 
+from .units import readable_size
+
 __all__ = ["engine_table"]
 
 
@@ -26,13 +28,9 @@ def engine_table(manifest: Manifest) -> Table:
             name,
             ", ".join(f"{count} {kind}" for kind, count in sorted(cost.gemms.items())) or "none",
             str(cost.launches),
-            _mib(cost.activation_bytes),
-            _mib(sizes[component.file]),
+            readable_size(cost.activation_bytes),
+            readable_size(sizes[component.file]),
             f"{cost.seconds:.1f} s",
-            _mib(cost.peak_bytes),
+            readable_size(cost.peak_bytes),
         )
     return table
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

@@ -30,6 +30,7 @@ from runtime.verify import VERDICT_NAME, Verdict
 
 from .errors import InputError
 from .targets import load_target
+from .units import readable_size
 
 __all__ = ["inspect_bundle"]
 
@@ -292,12 +293,12 @@ def _engines(manifest: Manifest) -> Table:
         table.add_row(
             name,
             f"x {count}" if count > 1 else "",
-            _size(sizes.get(component.file or "", 0)),
+            readable_size(sizes.get(component.file or "", 0)),
             str(cost.launches),
             ", ".join(f"{number} {kind}" for kind, number in cost.gemms.items() if number) or "none",
-            _size(cost.activation_bytes),
+            readable_size(cost.activation_bytes),
             f"{cost.seconds:.1f} s",
-            _size(cost.peak_bytes),
+            readable_size(cost.peak_bytes),
         )
     return table
 
@@ -313,9 +314,9 @@ def _kernel_table(kernels: KernelLibrary) -> Table:
             image.kernel,
             str(image.threads),
             str(image.registers),
-            _size(image.shared_memory),
+            readable_size(image.shared_memory),
             f"[red]{spills} B[/]" if spills else "none",
-            _size(image.bytes),
+            readable_size(image.bytes),
         )
     return table
 
@@ -343,13 +344,13 @@ def _quantization_table(manifest: Manifest) -> Table:
 def _memory_table(manifest: Manifest) -> Table:
     table = _table("Memory, one session", "", "size")
     for name, size in _memory(manifest).items():
-        table.add_row(name, _size(size))
+        table.add_row(name, readable_size(size))
     peak, limit = _peak(manifest), _target_memory(manifest)
     table.add_section()
-    table.add_row("[bold]all[/]", f"[bold]{_size(peak)}[/]")
+    table.add_row("[bold]all[/]", f"[bold]{readable_size(peak)}[/]")
     if limit is not None:
         verdict = "fits into" if peak <= limit else "does not fit into"
-        table.caption = f"{verdict} the {_size(limit)} of {escape(manifest.target.name)}"
+        table.caption = f"{verdict} the {readable_size(limit)} of {escape(manifest.target.name)}"
     return table
 
 
@@ -380,9 +381,9 @@ def _golden_table(manifest: Manifest, verdict: Verdict | None) -> Table:
 def _files(manifest: Manifest) -> Table:
     table = _table("Files", "path", "size", "SHA-256")
     for entry in manifest.files:
-        table.add_row(escape(entry.path), _size(entry.bytes), entry.sha256[:16])
+        table.add_row(escape(entry.path), readable_size(entry.bytes), entry.sha256[:16])
     table.add_section()
-    table.add_row("[bold]all[/]", _size(sum(entry.bytes for entry in manifest.files)), "")
+    table.add_row("[bold]all[/]", readable_size(sum(entry.bytes for entry in manifest.files)), "")
     return table
 
 
@@ -410,10 +411,3 @@ def _table(title: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right" if heading in _FIGURES else "left", overflow="fold")
     return table
-
-
-def _size(size: int) -> str:
-    for unit, scale, digits in (("GiB", 30, 2), ("MiB", 20, 1), ("KiB", 10, 1)):
-        if size >= 1 << scale:
-            return f"{size / (1 << scale):.{digits}f} {unit}"
-    return f"{size} B"

@@ -28,6 +28,7 @@ from .sizes import (
     text_outer_parameters,
 )
 from .targets import Precision, Target, Variant
+from .units import readable_size
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import Preset
@@ -123,8 +124,8 @@ class MemoryPlan:
         """One sentence: whether it fits and what to do where it does not."""
         need = f"{self.sessions} session{'s' if self.sessions > 1 else ''} need{'' if self.sessions > 1 else 's'}"
         if self.capacity is None:
-            return f"unknown: {need} {_gib(self.peak)}, and {self.capacity_of} does not tell how much it has"
-        have = f"{_gib(self.peak)} of {_gib(self.capacity)} ({self.capacity_of})"
+            return f"unknown: {need} {readable_size(self.peak)}, and {self.capacity_of} does not tell how much it has"
+        have = f"{readable_size(self.peak)} of {readable_size(self.capacity)} ({self.capacity_of})"
         if self.peak > self.capacity:
             return (
                 f"does not fit: {need} {have}; use fewer sessions, a lower precision, a smaller --resolution or a "
@@ -301,7 +302,3 @@ class _Planner:
         """What is taken before the first buffer."""
         if self.on_gpu:
             yield MemoryItem("reserved", "CUDA context and kernels (assumed)", CONTEXT_BYTES)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

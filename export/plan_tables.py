@@ -25,6 +25,7 @@ from .predict import (
     rate_of,
 )
 from .targets import Precision, Target, Variant, unknown_name
+from .units import readable_size
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import Preset
@@ -77,11 +78,11 @@ def memory_table(plan: MemoryPlan) -> Table:
     for item in plan.items:
         size = item.bytes * (plan.sessions if item.per_session else 1)
         name = f"{item.name}{f', {plan.sessions} sessions' if item.per_session and plan.sessions > 1 else ''}"
-        table.add_row(item.group, name, _size(size), f"{size / plan.peak:.0%}")
+        table.add_row(item.group, name, readable_size(size), f"{size / plan.peak:.0%}")
     table.add_section()
-    one_more = f", each session {_size(plan.per_session)} of it" if plan.sessions > 1 else ""
-    table.add_row("[bold]peak[/]", f"all of it at once{one_more}", f"[bold]{_size(plan.peak)}[/]", "")
-    table.add_row("", "besides: the text encoder's weights, streamed", _size(plan.host_bytes), "")
+    one_more = f", each session {readable_size(plan.per_session)} of it" if plan.sessions > 1 else ""
+    table.add_row("[bold]peak[/]", f"all of it at once{one_more}", f"[bold]{readable_size(plan.peak)}[/]", "")
+    table.add_row("", "besides: the text encoder's weights, streamed", readable_size(plan.host_bytes), "")
     colour = {True: "green", False: "bold red", None: "yellow"}[plan.fits]
     table.caption = f"[{colour}]{escape(plan.verdict)}[/]"
     return table
@@ -210,8 +211,8 @@ def _precisions(request: Planned, efficiency: float) -> Table:
             memory = plan_memory(other)
             table.add_row(
                 precision,
-                _size(memory.group("weights")),
-                _size(memory.peak),
+                readable_size(memory.group("weights")),
+                readable_size(memory.peak),
                 f"{clip.seconds:.3g}",
                 f"{clip.fps():.1f}",
                 f"{clip.seconds / efficiency:.3g}",
@@ -297,10 +298,6 @@ def _table(title: str, *headings: str) -> Table:
         text = index == 0 or not heading
         table.add_column(heading, justify="left" if text else "right", overflow="fold")
     return table
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def _ms(seconds: float) -> str:

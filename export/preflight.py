@@ -14,6 +14,7 @@ from .plan import StepPlan
 from .plan_memory import plan_memory
 from .request import BuildRequest
 from .sizes import transformer_parameters
+from .units import readable_size
 from .workspace import partial_folder
 
 __all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]
@@ -44,12 +45,9 @@ def check_disk(request: BuildRequest, plan: StepPlan) -> None:
     left = [path.stat().st_size for path in partial_folder(out, request.name).rglob("*") if path.is_file()]
     if free + sum(left) < needed:
         raise BuildError(
-            f"the build needs {_size(needed)} and {existing} has {_size(free)} free; make room or choose another --out"
+            f"the build needs {readable_size(needed)} and {existing} has {readable_size(free)} free; make room or "
+            "choose another --out"
         )
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"
 
 
 def check_memory(request: BuildRequest, plan: StepPlan) -> None:
@@ -63,7 +61,7 @@ def check_memory(request: BuildRequest, plan: StepPlan) -> None:
     needed, free = _COPIES * transformer_parameters(plan.preset.dit) * itemsize + _BASE, memory().available
     if free is not None and free < needed:
         raise BuildError(
-            f"the build takes about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; close "
+            f"the build takes about {readable_size(needed)} of memory and {readable_size(free)} are free; close "
             "other programs, or use a machine with more"
         )
 

@@ -21,6 +21,7 @@ from .machine import installed_version, memory
 from .plan_reader import PlanReport, read_plan
 from .progress import StepCallback
 from .rtx_graph import prepare_for_rtx
+from .units import readable_size
 from .worker import run_worker
 
 __all__ = ["CAPABILITIES", "EngineInfo", "EngineTensor", "build_engine", "check_request"]
@@ -204,19 +205,16 @@ def _check_room(model: ir.Model, engine_path: Path, component: str) -> None:
     needed, free = _MEMORY_FACTOR * weights + _MEMORY_BASE, memory().available
     if free is not None and free < needed:
         raise BuildError(
-            f"{component}: building it takes about {_gib(needed)} of memory (its weights are {_gib(weights)}) and "
-            f"{_gib(free)} are free; close other programs, use a machine with more, or pass the weights as inputs"
+            f"{component}: building it takes about {readable_size(needed)} of memory (its weights are "
+            f"{readable_size(weights)}) and {readable_size(free)} are free; close other programs, use a machine "
+            "with more, or pass the weights as inputs"
         )
     needed, room = int(_DISK_FACTOR * weights) + _DISK_BASE, shutil.disk_usage(engine_path.parent).free
     if room < needed:
         raise BuildError(
-            f"{component}: its engine takes up to {_gib(needed)} and {engine_path.parent} has {_gib(room)} free; "
-            "make room or choose another --out"
+            f"{component}: its engine takes up to {readable_size(needed)} and {engine_path.parent} has "
+            f"{readable_size(room)} free; make room or choose another --out"
         )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 # ---- the parent of the process that builds ----
@@ -240,8 +238,8 @@ def _failure(component: str, request: dict[str, Any], result: dict[str, Any], co
         limit = request["memory_limit"]
         return (
             f"{component}: the build ran out of memory "
-            f"({f'limited to {_gib(limit)}' if limit else 'the system ended it'}); close other programs, use a machine "
-            f"with more memory, or pass the weights as inputs. TensorRT-RTX says: {said}"
+            f"({f'limited to {readable_size(limit)}' if limit else 'the system ended it'}); close other programs, use "
+            f"a machine with more memory, or pass the weights as inputs. TensorRT-RTX says: {said}"
         )
     if result.get("stage") == "parse":
         return (

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .doctor import Report
 from .targets import Target, Variant
+from .units import readable_size
 
 __all__ = ["doctor_tables", "target_table", "variant_table"]
 
@@ -62,11 +63,11 @@ def doctor_tables(report: Report) -> tuple[Table | str, ...]:
     machine.show_header = False
     machine.add_row("Python", report.python)
     machine.add_row("system", report.system)
-    machine.add_row("memory", f"{_gib(report.memory.available)} available of {_gib(report.memory.total)}")
-    machine.add_row("disk", f"{_gib(report.disk_free)} free at {escape(report.disk_folder)}")
+    machine.add_row("memory", f"{_known(report.memory.available)} available of {_known(report.memory.total)}")
+    machine.add_row("disk", f"{_known(report.disk_free)} free at {escape(report.disk_folder)}")
     for gpu in report.gpus.gpus:
         machine.add_row(
-            "GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {_gib(gpu.memory_bytes)}"
+            "GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {_known(gpu.memory_bytes)}"
         )
     machine.add_row("CUDA", report.gpus.problem or f"driver supports up to {report.gpus.cuda_version}")
 
@@ -93,5 +94,5 @@ def _table(title: str, first: str, *headings: str) -> Table:
     return table
 
 
-def _gib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
+def _known(size: int | None) -> str:
+    return "unknown" if size is None else readable_size(size)

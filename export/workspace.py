@@ -20,6 +20,7 @@ from typing import Any
 from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_file, write_manifest
 
 from .errors import BuildError
+from .units import readable_size
 
 __all__ = ["Workspace", "open_workspace", "partial_folder"]
 
@@ -130,7 +131,7 @@ class Workspace:
 def _full(error: OSError, name: str, folder: Path) -> BuildError:
     free = shutil.disk_usage(folder).free
     return BuildError(
-        f"{_FULL[error.errno or 0]} while writing {name!r} to {folder} ({free / 2**30:.2f} GiB free); make room or "
+        f"{_FULL[error.errno or 0]} while writing {name!r} to {folder} ({readable_size(free)} free); make room or "
         "choose another --out, then run the same command again: it resumes"
     )
 

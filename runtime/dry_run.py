@@ -83,14 +83,16 @@ class DryRunReport:
         from rich.table import Table
 
         table = Table(title=f"{self.bundle} for {self.target}: checked, not executed")
-        columns = ("forward", "engine runs", "kernels", "copies", "GPU launches", "fed", "copied")
+        columns = ("forward", "engine runs", "kernels", "copies", "GPU launches", "fed MB", "copied MB")
         for column in columns:
-            table.add_column(column, justify="left" if column == "forward" else "right")
+            table.add_column(column, justify="left" if column == "forward" else "right", overflow="fold")
         for row in self.forwards:
             launches = "?" if row.gpu_launches is None else f"{row.gpu_launches:,}"
             counts = (row.engine_runs, row.kernel_launches, row.copies)
             sizes = (row.fed_bytes, row.copied_bytes)
-            table.add_row(row.name, *(f"{n:,}" for n in counts), launches, *(f"{n:,} B" for n in sizes))
+            table.add_row(
+                row.name, *(f"{n:,}" for n in counts), launches, *(f"{n / 1e6:,.3f}" for n in sizes)
+            )
         table.caption = (
             f"{self.checked_runs:,} engine runs, {self.checked_launches:,} kernel launches ({len(self.images)} images) "
             f"and {self.checked_tensors:,} tensors hold; weights {self.weights_bytes:,} B, shared "

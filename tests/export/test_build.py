@@ -248,7 +248,7 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path):
 def test_a_build_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(BuildError, match=r"the build needs \d+ MiB and .* has 1 MiB free"):
+    with pytest.raises(BuildError, match=r"the build needs [\d.]+ MiB and .* has 1\.0 MiB free"):
         build(tmp_path, "short")
 
 

@@ -145,7 +145,7 @@ def test_tables_show_every_finding() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(*doctor_tables(report))
     text = console.export_text()
-    for finding in ("0.9 loads", "NVIDIA H200", "9.0", "80.0 GiB", "up to 13.0", "[red]: two runtimes"):
+    for finding in ("0.9 loads", "NVIDIA H200", "9.0", "80.00 GiB", "up to 13.0", "[red]: two runtimes"):
         assert finding in text
-    for finding in ("unknown available of 24.0 GiB", "1.5 GiB free at /data", "onnxruntime not installed"):
+    for finding in ("unknown available of 24.00 GiB", "1.50 GiB free at /data", "onnxruntime not installed"):
         assert finding in text

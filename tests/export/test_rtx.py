@@ -172,7 +172,7 @@ def test_too_little_memory_is_called_that(tmp_path):
         [floats("y", [8, 4096])],
         [weight("w", (4096, 4096))],
     )
-    with pytest.raises(BuildError, match=r"last: the build ran out of memory \(limited to 0\.39 GiB\)"):
+    with pytest.raises(BuildError, match=r"last: the build ran out of memory \(limited to 400\.0 MiB\)"):
         engine(graph, "last", memory_limit=400 << 20)
 
 
