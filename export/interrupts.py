@@ -14,8 +14,8 @@ __all__ = ["kept_interrupts"]
 def kept_interrupts() -> Iterator[Callable[[], None]]:
     """Keep a Ctrl-C that Python loses while the body runs; the result raises it again whenever it is called.
 
-    What is raised in the callback of a weak reference is printed and dropped, and tracing a model runs many of them.
-    Where Ctrl-C is ignored, as in a job in the background, it stays so.
+    What is raised in the callback of a weak reference is printed and dropped, and tracing a model runs many of them;
+    other libraries turn it into an error of their own, which becomes a `KeyboardInterrupt` again. Where Ctrl-C is ignored, as in a job in the background, it stays so.
     """
     lost = False
 
@@ -34,5 +34,9 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield check
+    except Exception as error:
+        if lost:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)

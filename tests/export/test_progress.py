@@ -42,6 +42,21 @@ def test_an_interruption_is_raised_where_it_arrives() -> None:
         raise AssertionError("not interrupted")
 
 
+def test_an_interruption_that_a_library_turned_into_its_own_error_is_one_again() -> None:
+    """As safetensors does while it makes a tensor."""
+    with pytest.raises(KeyboardInterrupt) as raised, kept_interrupts():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    assert isinstance(raised.value.__cause__, ValueError)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(ValueError, match="broken"), kept_interrupts():
+        raise ValueError("broken")
+
+
 def test_where_interruptions_are_ignored_they_stay_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
