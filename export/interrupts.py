@@ -15,7 +15,8 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
     """Keep a Ctrl-C that Python loses while the body runs; the result raises it again whenever it is called.
 
     What is raised in the callback of a weak reference is printed and dropped, and tracing a model runs many of them;
-    other libraries turn it into an error of their own, which becomes a `KeyboardInterrupt` again. Where Ctrl-C is ignored, as in a job in the background, it stays so.
+    other libraries turn it into an error of their own, which becomes a `KeyboardInterrupt` again. Where Ctrl-C is
+    ignored, as in a job in the background, it stays so.
     """
     lost = False
 
