@@ -242,7 +242,7 @@ class ReferenceRow:
             spec,
             self.weights.embed(prompt),
             noise,
-            (height // preset.dit.patch[1], width // preset.dit.patch[2]),
+            preset.token_grid(),
             window_frames=self.window_frames,
             sink_frames=1 if self.window_frames else 0,
             attend=hsa_attention if self.policy.selection is None else _attend_with(self.policy.selection),

@@ -73,10 +73,15 @@ class Preset:
                 )
         return height // VAE_STRIDE, width // VAE_STRIDE
 
+    def token_grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Rows and columns of one latent frame's tokens."""
+        h, w = self.latent_size(height, width)
+        return h // self.dit.patch[1], w // self.dit.patch[2]
+
     def frame_tokens(self, height: int | None = None, width: int | None = None) -> int:
         """Tokens of one latent frame."""
-        h, w = self.latent_size(height, width)
-        return h // self.dit.patch[1] * (w // self.dit.patch[2])
+        rows, columns = self.token_grid(height, width)
+        return rows * columns
 
     def geometry(
         self, block: int | None = None, height: int | None = None, width: int | None = None

@@ -21,7 +21,7 @@ from .device import tensor
 from .latents import STRIDE, PatchPCA
 from .runner import Stage
 
-__all__ = ["WINDOWS", "DecoderStage", "use_planar_convolutions"]
+__all__ = ["WINDOWS", "DecoderStage", "use_planar_convolutions", "window"]
 
 WINDOWS = ((3, 6, 0.5), (5, 5, 0.3), (7, 6, 0.15), (3, 16, 0.05))
 """(latent frames, latent pixels per side, probability) of a training window."""
@@ -60,6 +60,12 @@ def _planar(conv: CausalConv3d, x: Tensor) -> Tensor:
     return out.transpose(0, 1)[None]
 
 
+def window(generator: np.random.Generator) -> tuple[int, int]:
+    """Latent frames, and latent pixels per side, of a training window."""
+    count, side, _ = WINDOWS[generator.choice(len(WINDOWS), p=[odds for _, _, odds in WINDOWS])]
+    return count, side
+
+
 class DecoderStage(Stage):
     """Mean absolute error, with more weight on the object."""
 
@@ -74,7 +80,7 @@ class DecoderStage(Stage):
     def sample(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents `[n, 16, s, s]`, pixels `[1 + 4 (n - 1), 3, 8 s, 8 s]` in -1..1, and where the object is."""
         clip = random_clip(generator, self.data.kinds, held_out=bool(generator.random() < 0.1))
-        count, side, _ = WINDOWS[generator.choice(len(WINDOWS), p=[window[2] for window in WINDOWS])]
+        count, side = window(generator)
         length = 1 + 4 * (count - 1)
         first = int(generator.integers(0, FRAMES - length + 1))
         return self.cropped(generator, clip, slice(first, first + length), side)

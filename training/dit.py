@@ -78,8 +78,7 @@ class _TransformerStage(Stage):
         else:
             self.model.load_state_dict(start)
         self.channel_weight = tensor(clips.channel_weight)[:, None, None, None]
-        height, width = preset.latent_size()
-        self.grid = (height // preset.dit.patch[1], width // preset.dit.patch[2])
+        self.grid = preset.token_grid()
         self.schedule = FlowSchedule.warped()
         self.extend()
 
@@ -269,10 +268,9 @@ class RolloutStage(_TransformerStage):
         self.replay.renew(generator, places)
         captions = [self.clips.clips[index].caption for index in self.replay.members[places]]
         rollout = BatchRollout(self.model, self.captions(captions), self.grid, self.spec)
-        for first in range(0, LATENT_FRAMES, CHUNK_FRAMES):
-            chunk = rollout.few_steps(lambda: torch.randn_like(self.replay.own[places, :, :CHUNK_FRAMES]))
-            rollout.commit(chunk)
-            self.replay.put(places, chunk, first)
+        alike = self.replay.own[places, :, :CHUNK_FRAMES]
+        for index, chunk in enumerate(rollout.chunks(CLIP_CHUNKS, lambda: torch.randn_like(alike))):
+            self.replay.put(places, chunk, index * CHUNK_FRAMES)
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         count, size = 1, self.shown

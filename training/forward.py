@@ -7,7 +7,7 @@ and not copied to them, which saves a tenth of the time and more of the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -118,3 +118,10 @@ class BatchRollout:
             if sigmas[step + 1]:
                 x = (1 - sigmas[step + 1]) * x + sigmas[step + 1] * noise()
         return x
+
+    def chunks(self, count: int, noise: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """The next `count` chunks, each in the cache before it is given out."""
+        for _ in range(count):
+            chunk = self.few_steps(noise)
+            self.commit(chunk)
+            yield chunk

@@ -16,7 +16,7 @@ from lightforcing_ref.model import CausalWanModel
 
 from .config import DataConfig, StageConfig
 from .dataset import LATENT_FRAMES, ClipSet
-from .decoder import WINDOWS, DecoderStage
+from .decoder import DecoderStage, window
 from .forward import BatchRollout
 from .latents import PatchPCA
 from .text import CaptionEncoder
@@ -33,13 +33,10 @@ OWN = 0.7
 def rolled_out(model: CausalWanModel, text: Tensor, preset: Preset) -> Tensor:
     """Whole clips `[B, 21, 16, h, w]` for text `[B, text_len, text_dim]`."""
     height, width = preset.latent_size()
-    rollout = BatchRollout(model, text, (height // preset.dit.patch[1], width // preset.dit.patch[2]))
+    rollout = BatchRollout(model, text, preset.token_grid())
     shape = (len(text), preset.dit.channels, CHUNK_FRAMES, height, width)
-    chunks = []
-    for _ in range(LATENT_FRAMES // CHUNK_FRAMES):
-        chunks.append(rollout.few_steps(lambda: torch.randn(shape)))
-        rollout.commit(chunks[-1])
-    return torch.cat(chunks, 2).transpose(1, 2)
+    chunks = rollout.chunks(LATENT_FRAMES // CHUNK_FRAMES, lambda: torch.randn(shape))
+    return torch.cat(list(chunks), 2).transpose(1, 2)
 
 
 class SharpenStage(DecoderStage):
@@ -78,7 +75,7 @@ class SharpenStage(DecoderStage):
         if generator.random() >= OWN:
             return super().sample(generator)
         index = int(generator.integers(len(self.chosen)))
-        count, side, _ = WINDOWS[generator.choice(len(WINDOWS), p=[window[2] for window in WINDOWS])]
+        count, side = window(generator)
         first = int(generator.integers(LATENT_FRAMES - count + 1))
         # A window within the clip begins with a latent of four frames, of which the decoder gives one: the last.
         frames = slice(4 * first, 4 * (first + count - 1) + 1)
