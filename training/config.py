@@ -57,6 +57,9 @@ class LossConfig(_Model):
 
     foreground: float = Field(ge=1)
     """Weight of latent pixels that the object touches or is about to touch; the ground has 1."""
+    outline: float = Field(ge=0)
+    """Weight, in the rollout and hsa stages, of a latent pixel's squared difference from the same clip of another
+    shape: what tells shapes apart is small."""
     context_noise: float = Field(ge=0)
     """Standard deviation of the noise on clean context."""
     full_noise: float = Field(ge=0, le=1)

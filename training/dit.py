@@ -106,10 +106,13 @@ class _TransformerStage(Stage):
         level = over_pixels(sigma)
         return (1 - level) * x0 + level * torch.randn_like(x0), sigma
 
+    def difference(self, one: Tensor, other: Tensor) -> Tensor:
+        """Squared difference of latents `[B, 16, F, h, w]` at each pixel, `[B, 1, F, h, w]`."""
+        return ((one - other).square() * self.channel_weight).mean(1, keepdim=True)
+
     def error(self, found: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
         """Weighted squared error."""
-        error = ((found - x0).square() * self.channel_weight).mean(1, keepdim=True)
-        return (error * weight).sum() / weight.sum()
+        return (self.difference(found, x0) * weight).sum() / weight.sum()
 
     def continued(
         self,
@@ -283,6 +286,8 @@ class RolloutStage(_TransformerStage):
             self.roll_out(generator)
         places = self.replay.draw(generator, size)
         latents, text, weight = self.batch(self.replay.members[places], count * CHUNK_FRAMES)
+        rivals = self.replay.rivals(generator, places, count * CHUNK_FRAMES)
+        weight = weight + self.weights.outline * self.difference(rivals, latents)
         own = self.replay.own[places, :, : count * CHUNK_FRAMES]
         found = self.continued(generator, range(count), own, text, self.spec)
         drawn = self.error(found, latents, weight)

@@ -63,6 +63,19 @@ class Replay:
                 version += generator.random() * (self.clips.latents[other] - version)
             self.own[place] = tensor(version).transpose(0, 1)
 
+    def rivals(self, generator: np.random.Generator, places: Indices, frames: int) -> Tensor:
+        """The first `frames` latent frames of the clips in `places` in another shape, `[count, 16, frames, h, w]`.
+
+        A clip that the set holds in one shape only is its own rival.
+        """
+        found = []
+        for member in self.members[places]:
+            clip = self.clips.clips[member]
+            alike = self._alike[clip.colour, clip.ground, clip.motion]
+            rivals = [other for other in alike if other != member] or [member]
+            found.append(self.clips.latents[generator.choice(rivals), :frames].astype(np.float32))
+        return tensor(np.stack(found)).transpose(1, 2)
+
     def put(self, places: Indices, predicted: Tensor, first: int = 0) -> None:
         """Keep the latent frames from `first` on, `[count, 16, frames, h, w]`, as the model's own version."""
         self.own[places, :, first : first + predicted.shape[2]] = predicted.detach()

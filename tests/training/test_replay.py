@@ -101,14 +101,20 @@ def test_renewed_clips_are_true_again(clips: ClipSet) -> None:
     assert (replay.own[1 - places] == 7).all()
 
 
-def test_new_clips_are_blended_with_other_shapes_of_the_same_clip(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def numbered(folder: Path, tmp_path: Path) -> ClipSet:
+    """One motion in four shapes on black and on white; the latents of each clip are its number."""
     motion = motions(["moves"])[0]
     made = [Clip("red", shape, ground, motion) for ground in ("black", "white") for shape in SHAPES]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(asdict(clip)) + "\n" for clip in made))
     shutil.copy(folder / "pca.safetensors", tmp_path)
     values = np.arange(len(made), dtype=np.float16)  # 0..3 on black, 4..7 on white
     np.broadcast_to(values[:, None], (len(made), LATENT_FRAMES * 16**3)).tofile(tmp_path / "latents.f16")
-    replay = Replay(ClipSet(tmp_path), 64, renewed=0.0, blended=0.5)
+    return ClipSet(tmp_path)
+
+
+def test_new_clips_are_blended_with_other_shapes_of_the_same_clip(numbered: ClipSet) -> None:
+    replay = Replay(numbered, 64, renewed=0.0, blended=0.5)
     places = replay.draw(np.random.default_rng(0), 64)
     found, true = replay.own[places].flatten(1).numpy(), replay.members[places]
     assert (np.ptp(found, axis=1) == 0).all()
@@ -116,20 +122,63 @@ def test_new_clips_are_blended_with_other_shapes_of_the_same_clip(folder: Path, 
     assert 0.2 < (found[:, 0] == true).mean() < 0.8
 
 
+def test_rivals_are_other_shapes_of_the_same_clip(numbered: ClipSet) -> None:
+    replay, generator = Replay(numbered, 64, renewed=0.0, blended=0.0), np.random.default_rng(0)
+    places = replay.draw(generator, 64)
+    found = replay.rivals(generator, places, 6)
+    assert found.shape == (64, 16, 6, 16, 16)
+    pairs = set(zip(replay.members[places].tolist(), found[:, 0, 0, 0, 0].int().tolist(), strict=True))
+    assert all(one != other and one // 4 == other // 4 for one, other in pairs)
+    assert len({other for _, other in pairs}) == 8
+
+
+def test_a_clip_in_one_shape_only_is_its_own_rival(clips: ClipSet) -> None:
+    replay, generator = Replay(clips, 3, renewed=0.0, blended=0.0), np.random.default_rng(0)
+    places = replay.draw(generator, 3)
+    assert torch.equal(replay.rivals(generator, places, LATENT_FRAMES), replay.own[places])
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> CaptionEncoder:
+    text = TextStage(TrainingConfig.load(CONFIGS / "cpu.toml").text, PRESET, seed=0)
+    state = {name: value.clone() for name, value in text.module.state_dict().items()}
+    path = tmp_path_factory.mktemp("text") / "text.safetensors"
+    save_tensors(state, path)
+    return CaptionEncoder.load(PRESET, path)
+
+
+def stage_on(clips: ClipSet, captions: CaptionEncoder, **loss: float) -> RolloutStage:
+    """The stage on short windows, no more of them than needed."""
+    config = TrainingConfig.load(CONFIGS / "cpu.toml")
+    settings = config.rollout.model_copy(update={"batch": 1, "chunks": 2})
+    weights = config.loss.model_copy(update={"first_window": 0.0, "own_rollouts": 0.0, "renewed": 0.0} | loss)
+    return RolloutStage(settings, weights, PRESET, clips, captions, None)
+
+
 @pytest.mark.parametrize("is_sparse", [False, True])
 def test_rollouts_fill_the_pool_and_training_reads_it(
-    clips: ClipSet, tmp_path: Path, is_sparse: bool
+    clips: ClipSet, captions: CaptionEncoder, is_sparse: bool
 ) -> None:
-    config = TrainingConfig.load(CONFIGS / "cpu.toml")
-    loss = config.loss.model_copy(update={"own_rollouts": 1.0, "renewed": 0.0, "first_window": 0.0})
-    text = TextStage(config.text, PRESET, seed=0)
-    state = {name: value.clone() for name, value in text.module.state_dict().items()}
-    save_tensors(state, tmp_path / "text.safetensors")
-    captions = CaptionEncoder.load(PRESET, tmp_path / "text.safetensors")
-    settings = config.rollout.model_copy(update={"batch": 1, "chunks": 2})
-    stage = RolloutStage(settings, loss, PRESET, clips, captions, None)
+    stage = stage_on(clips, captions, own_rollouts=1.0)
     if is_sparse:
         stage.spec = attention_spec(PRESET, SparsityTable.chunk_aware(SPARSITY_TARGET, SPARSITY_BASE))
     found, figures = stage.loss(np.random.default_rng(0))
     assert torch.isfinite(found)
     assert figures["drift"] > 0.1  # an untrained model's rollout is far from the clip
+
+
+def test_mistakes_weigh_more_where_another_shape_differs(numbered: ClipSet, captions: CaptionEncoder) -> None:
+    """The target is zero, its rivals differ in the upper half, and there the prediction is wrong."""
+    stage = stage_on(numbered, captions, foreground=1.0, blended=0.0)
+    true, rival, found = (torch.zeros(2, 16, 3, 16, 16) for _ in range(3))
+    rival[..., :8, :] = 1.0
+    found[..., :8, :] = 1.0
+    even = torch.ones(2, 1, 3, 16, 16)
+    weight = even + 3 * stage.difference(rival, true)
+    assert stage.error(found, true, even) == pytest.approx(0.5)
+    assert stage.error(found, true, weight) == pytest.approx(0.8)
+    losses = []
+    for outline in (0.0, 2.0):
+        torch.manual_seed(0)
+        losses.append(stage_on(numbered, captions, outline=outline).loss(np.random.default_rng(0))[0].item())
+    assert losses[0] != losses[1]
