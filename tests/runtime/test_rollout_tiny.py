@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -67,8 +68,12 @@ def test_against_the_plain_rollout_with_a_prompt_switch(
 
 
 def test_overhead_is_at_most_3_percent(pipe: Pipeline) -> None:
-    result = measure(pipe, {"prompt": PROMPTS[0]}, chunks=3, warmup_chunks=1, sessions=1, seed=0)
-    assert result.overhead_percent <= 3
+    def overhead() -> float:
+        request = {"prompt": PROMPTS[0]}
+        return measure(pipe, request, chunks=3, warmup_chunks=1, sessions=1, seed=0).overhead_percent
+
+    # Other work on the machine can only add to it.
+    assert any(overhead() <= 3 for _ in range(3))
 
 
 def resident_bytes() -> int:
@@ -77,27 +82,31 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def assert_flat(folder: Path, chunks: int, settled: int, slack_bytes: int) -> None:
-    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory and time per chunk stay where they are.
+def seconds_of_a_chunk(session: Session) -> float:
+    """Processor time of the next chunk; no work is done ahead, because its stream ends there."""
+    before = time.process_time()
+    assert len(list(session.stream(chunks=1))) == 1
+    return time.process_time() - before
 
-    Time is processor time of runs of ten chunks, and the least of several runs counts, because neither other work on
-    the machine nor which chunk happens to be under way may decide.
+
+def assert_flat(folder: Path, chunks: int, settled: int, slack_bytes: int) -> None:
+    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory stays where it is, and the last cost no more.
+
+    The last ones are timed in turns with those of a younger rollout, because a machine's speed changes within seconds.
     """
-    memory, times = [], []
-    with Pipeline.load(folder, threads=1) as pipe, pipe.session(embedding=pipe.embed("a"), seed=1) as session:
-        stream = session.stream(chunks=chunks)
+    memory, ratios = [], []
+    with Pipeline.load(folder, sessions=2, threads=1) as pipe:
+        old, young = (pipe.session(embedding=pipe.embed("a"), seed=1) for _ in range(2))
+        for count, _ in enumerate(old.stream(chunks=chunks - settled)):
+            if count >= settled and count % 10 == 0:
+                gc.collect()
+                memory.append(resident_bytes())
+        assert max(memory) - memory[0] <= slack_bytes
+        for _ in young.stream(chunks=settled):
+            pass
         for _ in range(settled):
-            next(stream)
-        for _ in range((chunks - settled) // 10):
-            gc.collect()
-            memory.append(resident_bytes())
-            before = time.process_time()
-            for _ in range(10):
-                next(stream)
-            times.append(time.process_time() - before)
-    assert max(memory) - memory[0] <= slack_bytes
-    third = len(times) // 3
-    assert min(times[-third:]) <= 1.4 * min(times[:third])
+            ratios.append(seconds_of_a_chunk(old) / seconds_of_a_chunk(young))
+    assert statistics.median(ratios) <= 1.4
 
 
 needs_statm = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc/self/statm")
