@@ -106,7 +106,7 @@ def loaded_modules(code: str) -> set[str]:
     """Top-level names of the modules a fresh interpreter has loaded after `code`."""
     script = f"import sys\n{code}\nprint('|'.join({{name.split('.')[0] for name in sys.modules}}))"
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=180
     )
     assert result.returncode == 0, result.stderr
     return set(result.stdout.splitlines()[-1].split("|"))

@@ -302,7 +302,7 @@ def test_cancel_from_another_thread(pipe: Pipeline) -> None:
         while len(seen) < 3:
             time.sleep(0.001)
         session.cancel()
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
         with pytest.raises(SessionCancelledError):
             next(session.stream(chunks=1))
@@ -328,7 +328,7 @@ def test_closing_wakes_whoever_waits(bundle: Path) -> None:
         thread = threading.Thread(target=consume)
         thread.start()
         time.sleep(0.05)
-    thread.join(10)
+    thread.join(30)
     assert [type(error) for error in errors] == [ClosedError]
     session.close()
     with pytest.raises(ClosedError, match="the session is closed"):
