@@ -153,10 +153,11 @@ class Pipeline:
                     needed=self._plan.session_bytes,
                     free=0,
                 )
-            number = self._free.pop(0)
+            number = self._free[0]
             lane = Lane(
                 Rollout(self._engine, number, self.manifest, seed=seed, device=device), switches=[(0, first)]
             )
+            self._free.pop(0)  # only now: the device may have refused
             self._scheduler.add(lane)
         return Session(
             scheduler=self._scheduler,

@@ -288,6 +288,21 @@ def test_a_refused_session_takes_no_place(pipe: Pipeline) -> None:
         pass
 
 
+def test_a_session_that_the_device_refuses_takes_no_place(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(session: int) -> None:
+        raise EngineError("cuMemsetD8Async failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.engine, "reset", refuse)
+        for _ in range(3):
+            with pytest.raises(EngineError, match="cuMemsetD8Async"):
+                pipe.session("a")
+    with pipe.session("a"), pipe.session("a"):
+        pass
+
+
 def test_cancel_from_another_thread(pipe: Pipeline) -> None:
     with pipe.session("a") as session:
         seen = []
