@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -46,8 +48,7 @@ def run_verify(options: argparse.Namespace, console: Console) -> None:
         report = dry_run(bundle)
         _write(json.dumps(report.to_json(), indent=1), report, options.json, target)
         return
-    runner = _runner(bundle, options.threads)
-    with console.status("verifying") as status:
+    with _runner(bundle, options.threads) as runner, console.status("verifying") as status:
         verdict = judge(
             bundle,
             runner,
@@ -71,23 +72,29 @@ def _write(text: str, table: RenderableType, destination: str | None, target: Pa
         Console().print(table)
 
 
-def _runner(bundle: Bundle, threads: int | None) -> ComponentRunner:
+@contextmanager
+def _runner(bundle: Bundle, threads: int | None) -> Iterator[ComponentRunner]:
+    """Runs the bundle's components; its engine is closed at the end, which keeps the kernels that were compiled."""
     if runs_on_host(bundle):
         from .host_runner import HostRunner
 
-        return HostRunner(bundle, threads=threads)
+        yield HostRunner(bundle, threads=threads)
+        return
     manifest = bundle.manifest
     if problem := gpu_problem():
         raise InputError(
             f"bundle {manifest.name!r} was built for {manifest.target.name} and here {problem}, so its engines cannot "
             f"run: use --dry-run to check what can be checked without a GPU, and verify it on the target"
         )
-    engine: object = load_engine(bundle, plan_buffers(manifest, 1), threads=threads)
-    if not isinstance(engine, HasRunner):
-        raise VerificationError(
-            f"backend {manifest.backend!r} cannot run single components; upgrade the runtime"
-        )
-    return engine.component_runner()
+    engine = load_engine(bundle, plan_buffers(manifest, 1), threads=threads)
+    try:
+        if not isinstance(engine, HasRunner):
+            raise VerificationError(
+                f"backend {manifest.backend!r} cannot run single components; upgrade the runtime"
+            )
+        yield engine.component_runner()
+    finally:
+        engine.close()
 
 
 def _table(bundle: Bundle, verdict: Verdict) -> Table:

@@ -69,10 +69,15 @@ class CardEngine:
     ) -> None:
         self.platform = CARD
         self.runs = 0
+        self.closed = 0
         self._runner, self._disturb = HostRunner(load_bundle(folder)), disturb
 
     def component_runner(self) -> CardEngine:
+        assert not self.closed
         return self
+
+    def close(self) -> None:
+        self.closed += 1
 
     def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
         self.runs += 1
@@ -162,6 +167,31 @@ def test_a_bundle_for_a_gpu_is_dry_run_on_a_machine_without(
     message = capsys.readouterr().err
     assert "was built for rtx5090" in message
     assert "--dry-run" in message
+
+
+@pytest.mark.parametrize("wrong", ["", "step", "runner"])
+def test_the_command_closes_the_engine(
+    golden_bundle: Path, tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing is what keeps the kernels that were compiled for this GPU."""
+
+    def disturb(name: str, outputs: dict[str, Any]) -> None:
+        if name == wrong:
+            raise EngineError("CUDA error 700: an illegal memory access")
+
+    folder = copied(golden_bundle, tmp_path / "card")
+    for_card(folder)
+    engine = CardEngine(golden_bundle, disturb)
+    if wrong == "runner":
+        engine.component_runner = lambda: 1 // 0  # type: ignore[method-assign, assignment, return-value]
+    monkeypatch.setattr("runtime.verify_command.gpu_problem", lambda: None)
+    monkeypatch.setattr("runtime.verify_command.load_engine", lambda *_, **__: engine)
+    if wrong == "runner":
+        with pytest.raises(ZeroDivisionError):
+            main(["verify", str(folder)])
+    else:
+        assert main(["verify", str(folder)]) == (1 if wrong else 0)
+    assert engine.closed == 1
 
 
 # ---- at load ----
