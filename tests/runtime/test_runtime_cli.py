@@ -247,7 +247,10 @@ assert not rooms, rooms
 
 def test_help_is_light_and_a_rollout_imports_no_other_room(bundle: Path, tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-c", _PROBE, str(bundle), str(tmp_path / "a.mp4")], cwd=ROOT, check=True, timeout=180
+        [sys.executable, "-c", _PROBE, str(bundle), str(tmp_path / "a.mp4")],
+        cwd=ROOT,
+        check=True,
+        timeout=180,
     )
 
 
