@@ -108,8 +108,7 @@ class CudaExecutor:
         self._program = program
         self._library = library
         self.launch = launch
-        driver.enter()
-        self._streams: dict[Lane, int] = {lane: driver.create_stream() for lane in _LANES}
+        self._streams: dict[Lane, int] = {}
         # A session may be reset while another is decoded, in the same lane.
         self._locks = {lane: threading.Lock() for lane in _LANES}
         self._events: list[int] = []
@@ -119,8 +118,13 @@ class CudaExecutor:
         self._ran: set[str] = set()
         self._with_graphs = graphs
         self._frames = FramePool(driver.alloc, _chunk_bytes(program))
-        self._base = driver.alloc(program.arena_bytes)
+        self._base = 0
+        self._closed = False
         try:
+            driver.enter()
+            for lane in _LANES:
+                self._streams[lane] = driver.create_stream()
+            self._base = driver.alloc(program.arena_bytes)
             self._load_components()
             feeds = max(_padded(forward.feeds) for forward in program.forwards.values() if _is_fed(forward))
             self._ring = [self._slot(feeds) for _ in range(_RING)]
@@ -255,9 +259,9 @@ class CudaExecutor:
 
     def close(self) -> None:
         """Wait for the device and free everything. May be called twice; a device that has failed frees nothing."""
-        base, self._base = self._base, 0
-        if not base:
+        if self._closed:
             return
+        self._closed = True
         driver = self.driver
         steps = [driver.enter, self.sync]
         steps += [graph.close for graph in self._graphs.values()]
@@ -267,9 +271,9 @@ class CudaExecutor:
             partial(driver.destroy, list(self._streams.values()), self._events),
         ]
         steps += [partial(driver.free_pinned, address) for address in self._pinned]
-        steps += [partial(driver.free, address) for address in (*self._frames.owned, base)]
+        steps += [partial(driver.free, address) for address in (*self._frames.owned, self._base) if address]
         for step in steps:
-            with suppress(EngineError):
+            with suppress(EngineError, RuntimeError):  # the latter is PyTorch's; the next steps are still due
                 step()
         self._graphs.clear()
 

@@ -17,7 +17,7 @@ from runtime.cuda_engine import CudaEngine, constants
 from runtime.cuda_executor import CudaExecutor
 from runtime.cuda_runner import CudaComponentRunner
 from runtime.engine import Engine
-from runtime.errors import BundleError, InputError, SessionFailedError
+from runtime.errors import BundleError, EngineError, InputError, SessionFailedError
 from runtime.host_runner import HostRunner
 from runtime.memory import BufferPlan, plan_buffers
 from runtime.pipeline import Pipeline
@@ -239,6 +239,87 @@ def test_components_run_alone_as_on_the_host(bundle: Path) -> None:
     with pytest.raises(BundleError, match="no component 'nothing'"):
         runner.run("nothing", {})
     engine.close()
+
+
+class _Recorded(SimulatedLibrary):
+    """A library that counts how often it is closed, and may fail then as PyTorch does."""
+
+    def __init__(self, bundle: Bundle, driver: SimulatedDriver, problem: Exception | None = None) -> None:
+        super().__init__(bundle, driver)
+        self.closed, self._problem = 0, problem
+
+    def close(self) -> None:
+        self.closed += 1
+        if self._problem is not None:
+            raise self._problem
+
+
+class _Full(SimulatedDriver):
+    """A device on which only so many allocations, streams and events fit."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def _take(self) -> None:
+        if not self.room:
+            raise EngineError("cuMemAlloc failed on CUDA device 0: out of memory")
+        self.room -= 1
+
+    def alloc(self, nbytes: int) -> int:
+        self._take()
+        return super().alloc(nbytes)
+
+    alloc_pinned = alloc
+
+    def create_stream(self) -> int:
+        self._take()
+        return super().create_stream()
+
+    def create_event(self) -> int:
+        self._take()
+        return super().create_event()
+
+
+def executor_on(driver: SimulatedDriver, library: SimulatedLibrary, loaded: Bundle) -> CudaExecutor:
+    program = build_program(loaded, 1)
+    SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
+    return CudaExecutor(program, driver, library, launcher(driver), constants(loaded.manifest, None))
+
+
+def test_loading_that_does_not_fit_leaves_nothing_behind(bundle: Path) -> None:
+    loaded, refused = load_bundle(bundle), 0
+    for room in range(200):
+        driver = _Full(room)
+        library = _Recorded(loaded, driver)
+        try:
+            executor = executor_on(driver, library, loaded)
+        except EngineError as error:
+            assert "out of memory" in str(error)
+            refused += 1
+        else:
+            executor.close()
+            executor.close()
+        assert (driver._memory, driver._streams, driver._events, library.closed) == ({}, {}, {}, 1), room
+        if refused <= room:
+            return
+    raise AssertionError("never fits")
+
+
+def test_closing_frees_what_it_can(bundle: Path) -> None:
+    """PyTorch says of a device that has failed so in an error of its own, for every graph and at the end."""
+    loaded, driver = load_bundle(bundle), SimulatedDriver()
+    executor = executor_on(driver, _Recorded(loaded, driver, RuntimeError("CUDA error: 700")), loaded)
+    engine = CudaEngine(loaded, build_program(loaded, 1), driver, executor)
+    engine.warmup()
+    for graph in executor._graphs.values():
+        graph._close = fail_as_torch_does
+    engine.close()
+    assert (driver._memory, driver._streams, driver._events) == ({}, {}, {})
+
+
+def fail_as_torch_does() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.slow
