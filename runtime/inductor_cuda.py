@@ -116,8 +116,11 @@ class _Graph:
 
     def launch(self, stream: int) -> None:
         """Enqueue the work on ``stream``."""
-        with self._streams.use(stream):
-            self._graph.replay()
+        try:
+            with self._streams.use(stream):
+                self._graph.replay()
+        except RuntimeError as error:
+            raise EngineError(f"a recorded forward does not start: {error}") from error
 
     def close(self) -> None:
         """Free it; no replay may be running."""
@@ -183,15 +186,21 @@ class InductorLibrary:
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        with self._streams.use(stream):
-            graph.capture_begin(self._streams.pool(stream), capture_error_mode="thread_local")
-            try:
-                with no_collection():
-                    enqueue()
-            except BaseException:
-                _abandon(graph)
-                raise
-            graph.capture_end()
+        try:
+            with self._streams.use(stream):
+                graph.capture_begin(self._streams.pool(stream), capture_error_mode="thread_local")
+                try:
+                    with no_collection():
+                        enqueue()
+                except BaseException:
+                    _abandon(graph)
+                    raise
+                graph.capture_end()
+        except RuntimeError as error:
+            raise EngineError(
+                f"PyTorch {torch.__version__} cannot record a forward: {error}; Pipeline.load(..., graphs=False) runs "
+                f"without recording"
+            ) from error
         return _Graph(graph, self._streams)
 
     def close(self) -> None:
