@@ -84,11 +84,12 @@ def require_same_tensors(component: str, found: Mapping[str, str], wanted: Mappi
 class EngineComponent:
     """One engine with its context. Addresses are only set where they differ from the last run's."""
 
-    def __init__(self, name: str, product: Product, engine: Any, context: Any) -> None:
+    def __init__(self, name: str, product: Product, engine: Any, context: Any, config: Any = None) -> None:
+        """``config`` is what the context was made with, if anything."""
         self._name = name
         self._product = product
-        self._engine = engine  # outlives the context
         self._context = context
+        self._engine, self._config = engine, config  # both outlive the context
         self._bound: dict[str, int] = {}
         self._scratch = 0
 

@@ -96,7 +96,7 @@ class TensorRtRtxLibrary:
                 f"component {name!r} ({path}) cannot be prepared on this GPU; TensorRT-RTX's own message is above. "
                 f"Free GPU memory, or rebuild the bundle for this GPU"
             )
-        self._components[name] = EngineComponent(name, TENSORRT_RTX, engine, context)
+        self._components[name] = EngineComponent(name, TENSORRT_RTX, engine, context, config)
         return self._components[name]
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
@@ -105,10 +105,11 @@ class TensorRtRtxLibrary:
         return self._driver.capture(enqueue, stream)
 
     def save(self) -> None:
-        """Write the kernels compiled so far, if there are new ones. A folder that cannot be written is no error."""
+        """Write the kernels compiled so far, if there are new ones. That they cannot be written is no error."""
         if self._cache is None:
             return
-        blob = bytes(self._cache.serialize())
+        serialized = self._cache.serialize()
+        blob = b"" if serialized is None else bytes(serialized)
         if blob == self._stored or not blob:
             return
         temporary = self._file.with_name(f".{self._file.name}-{secrets.token_hex(6)}")
