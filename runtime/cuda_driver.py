@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class Driver(Protocol):
         """The device as DLPack names it: type and number."""
 
     def enter(self) -> None:
-        """Make the device current in this thread."""
+        """Make the device current in this thread, whatever was current before."""
 
     def alloc(self, nbytes: int) -> int:
         """Device memory, at a multiple of 256."""
@@ -155,7 +154,7 @@ class CudaDriver:
                 f"or use a bundle for the CPU"
             ) from error
         self.ordinal = ordinal
-        self._local = threading.local()
+        self._context = int(self._call("cuCtxGetCurrent"))
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -170,10 +169,9 @@ class CudaDriver:
 
     def enter(self) -> None:
         """See :class:`Driver`."""
-        if not getattr(self._local, "entered", False):
+        if int(self._call("cuCtxGetCurrent")) != self._context:
             # Not `self.device`: before release 1.0 of cuda.core, a device belongs to the thread that asked for it.
             self._core.Device(self.ordinal).set_current()
-            self._local.entered = True
 
     def alloc(self, nbytes: int) -> int:
         """See :class:`Driver`."""

@@ -131,6 +131,24 @@ assert "cuMemsetD8Async failed" in said[0] and said[1:] == ["done"], said
     )
 
 
+def test_a_thread_that_turned_to_another_device_comes_back(library: Path) -> None:
+    """As a product's thread does that calls the pipeline and works with a second GPU in turns."""
+    run(
+        library,
+        """
+from cuda.bindings import driver as cuda
+
+driver.enter()
+for _ in range(2):
+    cuda.cuCtxSetCurrent(0)
+    assert "cuMemsetD8Async failed" in refused(driver.zero, device, 16, one)
+    driver.enter()
+    driver.zero(device, 16, one)
+    assert int(cuda.cuCtxGetCurrent()[1])
+""",
+    )
+
+
 def test_a_kernel_gets_its_arguments_and_its_shared_memory(library: Path) -> None:
     run(
         library,
