@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _times(args: argparse.Namespace) -> dict[str, Any]:
+def _times(args: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """All shapes in turn; `keep` gets what there is after each, so that a run that ends early leaves that."""
     from plugins.launch_torch import Launcher, TorchKernels, TritonLauncher
 
     from .attention_inputs import Shape
@@ -72,7 +73,8 @@ def _times(args: argparse.Namespace) -> dict[str, Any]:
         launcher, compiler = images, {"kernels": "images", **images.library.index.compiler}
     kernels = TorchKernels(launcher)
     flex = {"none": (), "one": (0.9,), "all": SPARSITIES}[args.flex]
-    rows, prepared = [], []
+    rows: list[dict[str, Any]] = []
+    prepared: list[dict[str, Any]] = []
     for frame_tokens in args.frame_tokens:
         for block in args.blocks:
             for window in args.windows.split(","):
@@ -81,6 +83,7 @@ def _times(args: argparse.Namespace) -> dict[str, Any]:
                 about = {"frame_tokens": frame_tokens, "block": block, "window": window, "past": shape.past}
                 found = measure(kernels, shape, hsa, SPARSITIES, flex if window == "chunk 7" else ())
                 rows += [{**about, **row} for row in found]
+                keep({"images": compiler, "rows": rows, "prepare": prepared})
             prepared.append({"frame_tokens": frame_tokens, "block": block, **measure_prepare(kernels, shape)})
     return {"images": compiler, "rows": rows, "prepare": prepared}
 
@@ -218,18 +221,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from .timing import machine_facts
 
-    if args.method_table:
-        kind, result = "methods", _methods(args, device)
-    elif args.sweep:
-        kind, result = "sweep", _sweep(args)
-    else:
-        kind, result = "times", _times(args)
+    kind = "methods" if args.method_table else "sweep" if args.sweep else "times"
     facts = machine_facts()
-    result = {"benchmark": f"attention {kind}", "machine": facts, **result}
     out = args.out or Path(os.environ.get("OUT") or "benchmarks/results")
     out.mkdir(parents=True, exist_ok=True)
     stem = f"attention-{kind}-{facts['device'].lower().replace(' ', '-')}-{facts['date']}"
-    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    def write(found: dict[str, Any]) -> dict[str, Any]:
+        whole = {"benchmark": f"attention {kind}", "machine": facts, **found}
+        temporary = out / f"{stem}.tmp"
+        temporary.write_text(json.dumps(whole, indent=1) + "\n")
+        temporary.replace(out / f"{stem}.json")
+        return whole
+
+    if kind == "methods":
+        result = write(_methods(args, device))
+    else:
+        result = write(_sweep(args) if kind == "sweep" else _times(args, write))
     if kind == "times":
         _plot(result, out / f"{stem}.png")
     print(f"{out / stem}.json")

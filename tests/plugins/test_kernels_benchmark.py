@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,32 @@ def test_unknown_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "chunk 9" in capsys.readouterr().err
     assert main(["--frame-tokens", "1000"]) == 2
     assert "expected some of" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_early_leaves_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the time on a rented GPU ends, or where a kernel fails at one of sixteen shapes."""
+    from benchmarks import attention_timing, timing
+
+    done: list[Shape] = []
+
+    def measure(kernels: object, shape: Shape, *_: object) -> list[dict[str, float]]:
+        if len(done) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        done.append(shape)
+        return [{"sparsity": 0.9, "attend_us": 100.0 + shape.past}]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_timing, "measure", measure)
+    monkeypatch.setattr(timing, "machine_facts", lambda: {"device": "A GPU", "date": "2026-01-01"})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        main(["--just-in-time", "--out", str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    assert file.name == "attention-times-a-gpu-2026-01-01.json"
+    kept = json.loads(file.read_text())
+    assert kept["machine"]["device"] == "A GPU"
+    assert [row["attend_us"] for row in kept["rows"]] == [103.0, 109.0]
 
 
 def test_help_needs_no_heavy_import() -> None:
