@@ -251,7 +251,10 @@ class CudaDriver:
         self._call("cuStreamSynchronize", stream)
 
     def capture(self, enqueue: Callable[[], None], stream: int) -> Graph:
-        """See :class:`Driver`. The mode is thread-local: other threads go on working with the device."""
+        """See :class:`Driver`. The mode is thread-local: other threads go on working with the device.
+
+        What a launch needs is put onto the device now, behind what is on ``stream``.
+        """
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
         try:
@@ -267,10 +270,16 @@ class CudaDriver:
             executable = self._call("cuGraphInstantiate", graph, 0)
         finally:
             self._call("cuGraphDestroy", graph)
-        return Graph(
+        recorded = Graph(
             lambda where: self._call("cuGraphLaunch", executable, where),
             lambda: self._call("cuGraphExecDestroy", executable),
         )
+        try:
+            self._call("cuGraphUpload", executable, stream)  # the first launch would do it, and allocate
+        except BaseException:
+            recorded.close()
+            raise
+        return recorded
 
     def memory(self) -> tuple[int, int]:
         """See :class:`Driver`."""

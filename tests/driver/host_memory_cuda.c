@@ -63,14 +63,15 @@ struct work {
     float factor;
 };
 
+/* Of a graph, too. */
 struct stream {
-    int captures, spoiled, count;
+    int captures, spoiled, uploaded, count;
     struct work work[MOST_WORK];
 };
 
 static _Thread_local void* current;
 static _Thread_local struct stream* capturing;
-static int context, allowed_shared = DEFAULT_SHARED;
+static int context, allowed_shared = DEFAULT_SHARED, late;
 
 #define NEEDS_CONTEXT                                                                                        \
     if (current == NULL) {                                                                                   \
@@ -319,6 +320,7 @@ int cuGraphInstantiateWithFlags(struct stream** executable, const struct stream*
                                 unsigned long long flags) {
     *executable = malloc(sizeof **executable);
     **executable = *graph;
+    (*executable)->uploaded = 0;
     return flags ? INVALID_VALUE : SUCCESS;
 }
 
@@ -332,7 +334,20 @@ int cuGraphExecDestroy(struct stream* executable) {
     return SUCCESS;
 }
 
-int cuGraphLaunch(const struct stream* executable, struct stream* stream) {
+int cuGraphUpload(struct stream* executable, struct stream* stream) {
+    NOT_IN_A_CAPTURE
+    executable->uploaded = 1;
+    return stream == NULL ? INVALID_VALUE : SUCCESS;
+}
+
+/* For tests: launches that had to put the graph onto the device themselves. */
+int late_uploads(void) {
+    return late;
+}
+
+int cuGraphLaunch(struct stream* executable, struct stream* stream) {
+    late += !executable->uploaded;
+    executable->uploaded = 1;
     for (int index = 0; index < executable->count; ++index) {
         const int error = enqueue(stream, &executable->work[index]);
         if (error) {

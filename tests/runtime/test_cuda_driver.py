@@ -45,6 +45,7 @@ def run(library: Path, program: str) -> None:
 
 
 PRELUDE = """
+import ctypes
 import threading
 import numpy as np
 from runtime.cuda_driver import CudaDriver, RowCopy, free_memory, host_bytes
@@ -100,6 +101,7 @@ graph = driver.capture(lambda: driver.copy(device, pinned, 16, one), one)
 driver.zero(device, 4096, one)
 graph.launch(two)
 assert (on_device[:16] == 7).all() and not on_device[16:].any()
+assert ctypes.CDLL("libcuda.so.1").late_uploads() == 0, "the first launch allocates"
 graph.close()
 assert "cuMemAlloc failed" in refused(driver.capture, lambda: driver.alloc(16), one)
 try:
