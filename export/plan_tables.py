@@ -98,7 +98,9 @@ def plan_tables(request: Planned, sessions: int, efficiency: float) -> Iterator[
     clip = predict(request)
     if clip is None:
         why = (
-            "no peak rates are known for it" if request.target.peak is None else "its fp32 rate is not known"
+            "no peak rates are known for it"
+            if request.target.peak is None
+            else f"a peak rate that {request.precision} needs is not known"
         )
         yield f"No prediction for {escape(request.target.title)}: {why}."
         return

@@ -78,12 +78,22 @@ def rate_of(peak: Peak, format: Precision) -> float:
     Raises:
         InputError: the target's peak rate of this format is not known.
     """
-    rates = {"bf16": peak.bf16_tflops, "fp8": peak.fp8_tflops, "nvfp4": peak.fp4_tflops}
-    rate = rates.get(format)
-    if rate is None:
-        known = ", ".join(name for name, value in rates.items() if value)
-        raise InputError(f"no peak rate in {format} is known for this target; there is one for {known}")
-    return rate * 1e12
+    rates = _rates(peak)
+    if format not in rates:
+        raise InputError(
+            f"no peak rate in {format} is known for this target; there is one for {', '.join(rates)}"
+        )
+    return rates[format] * 1e12
+
+
+def _rates(peak: Peak) -> dict[Precision, float]:
+    """The known rates, in TFLOPS."""
+    rates: dict[Precision, float | None] = {
+        "bf16": peak.bf16_tflops,
+        "fp8": peak.fp8_tflops,
+        "nvfp4": peak.fp4_tflops,
+    }
+    return {format: rate for format, rate in rates.items() if rate is not None}
 
 
 class Workload:
@@ -103,6 +113,12 @@ class Workload:
     def planned_chunks(self) -> int:
         """Chunks of the clip that the sparsity table was planned for."""
         return self.request.variant.sparsity.table_frames // CHUNK_FRAMES
+
+    @property
+    def formats(self) -> set[Precision]:
+        """What its products compute in."""
+        linears = layer_linears(self.dit)
+        return {self.wide, *(format_of(linear.kind, self.request.precision) for linear in linears)}
 
     @cached_property
     def _keep_q20(self) -> tuple[int, ...]:
@@ -280,9 +296,10 @@ class ClipPrediction:
 
 
 def predict(request: Planned) -> ClipPrediction | None:
-    """The floor of the clip that the variant's table was planned for; None where no peak rate is known."""
+    """The floor of the clip that the variant's table was planned for; None where a peak rate that it needs is not
+    known."""
     peak, workload = request.target.peak, Workload(request)
-    if peak is None or request.precision == "fp32":
+    if peak is None or not all(format in _rates(peak) for format in workload.formats):
         return None
     chunks = []
     for index in range(workload.planned_chunks):

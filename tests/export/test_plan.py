@@ -276,6 +276,23 @@ def test_plan_as_json(capsys):
     assert set(document["prediction"]["precisions"]) == {"bf16", "fp8"}
 
 
+def test_a_rate_that_is_not_known_costs_its_prediction_only(capsys, tmp_path):
+    """A target of one's own, with fp8 and no rate for it: the memory plan stays, and so does what bf16 would take."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'schema_version = 1\nname = "mine"\ntitle = "My card"\ncompute_capability = "8.9"\nmemory_gib = 24\n'
+        'precisions = ["bf16", "fp8"]\nbackends = ["tensorrt-rtx"]\n'
+        "[peak]\nbf16_tflops = 100.0\nmemory_gb_s = 1000.0\n"
+    )
+    text = run(capsys, "--gpu", str(path), "--preset", "wan-1.3b")
+    assert "fits: 1 session needs" in text
+    assert "No prediction for My card: a peak rate that fp8 needs is not known" in text
+    text = run(capsys, "--gpu", str(path), "--preset", "wan-1.3b", "--precision", "bf16", "--json")
+    prediction = json.loads(text)["prediction"]
+    assert len(prediction["chunks"]) == 7
+    assert set(prediction["precisions"]) == {"bf16"}
+
+
 def test_longer_clips_show_the_short_one_too(capsys):
     text = run(capsys, "--gpu", "rtx5090", "--preset", "wan-1.3b", "--variant", "long")
     assert "all 81 " in text
