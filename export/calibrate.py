@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lightforcing_ref.model import CausalWanModel
 
@@ -42,7 +42,7 @@ class Calibration(BaseModel):
         modelopt: version that observed them.
         amax: largest magnitude of each linear's input, by the linear's name.
         errors: relative error of each linear's output on the same rollouts, by name and format ("fp8" with a scale
-            per token, "fp8_static", "nvfp4").
+            per token, "fp8_static", "nvfp4"); empty where they were not measured, else of every linear in all of them.
         latent_errors: of the latents after the rollouts, in the formats that were tried.
     """
 
@@ -61,6 +61,14 @@ class Calibration(BaseModel):
     amax: Annotated[dict[str, _Range], Field(min_length=1)]
     errors: dict[str, dict[Measured, _Error]] = {}
     latent_errors: dict[Measured, _Error] = {}
+
+    @model_validator(mode="after")
+    def _errors_of_all_or_none(self) -> Calibration:
+        formats = set(get_args(Measured))
+        for name in self.amax if self.errors else ():
+            if missing := formats - self.errors.get(name, {}).keys():
+                raise ValueError(f"errors has none of {name} in {', '.join(sorted(missing))}")
+        return self
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -26,6 +26,8 @@ CALIBRATION = Calibration(
     amax={"blocks.0.ffn.0": 4.5, "blocks.0.ffn.2": 2.25},
 )
 
+ERRORS = {"fp8": 0.03, "fp8_static": 0.03, "nvfp4": 0.13}
+
 
 def test_file_survives_the_round_trip(tmp_path: Path) -> None:
     CALIBRATION.save(tmp_path / "ranges.json")
@@ -49,6 +51,14 @@ def test_ranges_belong_to_one_model() -> None:
         ({"amax": {}}, "amax: Dictionary should have at least 1 item"),
         ({"extra": 1}, "extra: Extra inputs are not permitted"),
         ({"schema_version": 2}, "schema_version: Input should be 1"),
+        (
+            {"errors": {"blocks.0.ffn.0": ERRORS}},
+            "errors has none of blocks.0.ffn.2 in fp8, fp8_static, nvfp4",
+        ),
+        (
+            {"errors": {"blocks.0.ffn.0": ERRORS, "blocks.0.ffn.2": {"fp8": 0.03, "fp8_static": 0.03}}},
+            "errors has none of blocks.0.ffn.2 in nvfp4",
+        ),
     ],
 )
 def test_broken_files_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
