@@ -49,6 +49,7 @@ from .plan import StepPlan
 from .quantize import choose_formats
 from .quantize_graph import KINDS
 from .quantize_numerics import fold_weight
+from .quantize_plan import refuse_without_quantization
 from .request import BuildRequest
 from .tensor_files import StoredTensor, store, write_tensors
 from .tracing import attend, prepare, save_model, trace
@@ -108,7 +109,9 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
         raise InputError(
             "the inductor backend has one package for all layers, whose weights are inputs; use --weights inputs"
         )
-    if request.quantization.static:
+    if request.precision != "fp8":
+        refuse_without_quantization(request)
+    if request.quantization.static or request.quantization.calibration is not None:
         raise InputError(
             "the inductor backend scales activations per token; leave static activations and calibration out"
         )

@@ -28,6 +28,7 @@ __all__ = [
     "QuantizationPlan",
     "block_linear_names",
     "plan_quantization",
+    "refuse_without_quantization",
     "seeded_errors",
     "weights_identity",
 ]
@@ -115,6 +116,26 @@ def weights_identity(weights: Weights) -> dict[str, str]:
     return {role: digests[role] for role in ("checkpoint", "lora") if role in digests}
 
 
+def refuse_without_quantization(request: BuildRequest) -> None:
+    """Refuse options about quantized linears, for a build that has none.
+
+    Raises:
+        InputError: there is such an option; names it.
+    """
+    wanted = request.quantization
+    options = {
+        "--fp8-activations static": wanted.static,
+        "--calibration": wanted.calibration,
+        "--skip": wanted.skip,
+    }
+    for option, value in options.items():
+        if value:
+            raise InputError(
+                f"{option} is for quantized linears, and {request.precision} has none; use --precision fp8, or drop "
+                "it"
+            )
+
+
 def plan_quantization(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
     """What the request says about quantization, checked; None where nothing is quantized.
 
@@ -124,20 +145,7 @@ def plan_quantization(request: BuildRequest, plan: StepPlan) -> QuantizationPlan
     """
     wanted = request.quantization
     if request.precision not in ("fp8", "nvfp4"):
-        given = [
-            option
-            for option, value in (
-                ("--fp8-activations static", wanted.static),
-                ("--calibration", wanted.calibration),
-                ("--skip", wanted.skip),
-            )
-            if value
-        ]
-        if given:
-            raise InputError(
-                f"{given[0]} is for quantized linears, and {request.precision} has none; use --precision fp8, or drop "
-                "it"
-            )
+        refuse_without_quantization(request)
         return None
     precision: QuantPrecision = request.precision
     names = block_linear_names(plan.preset.dit.layers)

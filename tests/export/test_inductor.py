@@ -269,12 +269,22 @@ def test_kernels_decide_what_a_gpu_computes_in() -> None:
         BUILDER.check(request, request.plan)
 
 
+FP8 = {"target": "h200", "precision": "fp8"}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"embedded": True}, "one package for all layers"),
         ({"per_chunk": True}, "no graph per chunk"),
-        ({"quantization": QuantizationRequest(static=True)}, "per token"),
+        ({"quantization": QuantizationRequest(static=True)}, "static is for quantized linears"),
+        ({"quantization": QuantizationRequest(calibration=Path("c.json"))}, "--calibration is for quantized"),
+        (
+            {"quantization": QuantizationRequest(skip=("*.ffn.2",))},
+            "--skip is for quantized linears, and fp32",
+        ),
+        ({**FP8, "quantization": QuantizationRequest(static=True)}, "per token"),
+        ({**FP8, "quantization": QuantizationRequest(calibration=Path("c.json"))}, "per token"),
         ({"preset": replace(TINY, dit=replace(TINY.dit, layers=1))}, "two or more"),
     ],
 )
