@@ -14,7 +14,7 @@ from .build_keys import BuildKeys, tool_versions
 from .builder import Builder, Built, Run
 from .golden import write_golden
 from .onnx_parts import graph_types
-from .preflight import check_disk, check_target_memory
+from .preflight import check_disk, check_memory, check_target_memory
 from .progress import ProgressCallback
 from .request import BuildRequest
 from .targets import BackendName
@@ -77,6 +77,7 @@ def check_build(request: BuildRequest) -> None:
     plan = request.plan
     _BUILDERS[request.backend]().check(request, plan)
     check_target_memory(request)
+    check_memory(request, plan)
     check_disk(request, plan)
 
 
@@ -87,8 +88,8 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
     older one of the same name, when it is complete.
 
     Raises:
-        BuildError: no room, a folder in the way, another build of this bundle under way, or an engine that is not
-            what it should be.
+        BuildError: no room on the disk or in memory, a folder in the way, another build of this bundle under way, or
+            an engine that is not what it should be.
         CheckpointError: a checkpoint cannot be read or belongs to another model.
         ConfigError: the variant does not fit the model.
         InputError: the backend cannot build this.
@@ -128,6 +129,7 @@ def export_onnx(request: BuildRequest) -> Path:
         As `build_bundle`.
     """
     plan = request.plan
+    check_memory(request, plan)
     check_disk(request, plan)
     keys = BuildKeys.of(request, plan, request.weights.digests())
     dtype = graph_types(request).transformer

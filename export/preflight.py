@@ -67,7 +67,7 @@ def check_memory(request: BuildRequest, plan: StepPlan) -> None:
 
 
 def check_target_memory(request: BuildRequest) -> None:
-    """Refuse a bundle that one rollout of which does not fit into its target's memory.
+    """Refuse a bundle of which not even one rollout fits into its target's memory.
 
     Raises:
         InputError: says what is needed and what the target has.

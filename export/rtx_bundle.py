@@ -24,7 +24,6 @@ from .kernel_images import kernel_variants, write_kernels
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
 from .plan_reader import PlanReport
-from .preflight import check_memory
 from .quantize import linear_names, quantize, save_quantized
 from .quantize_numerics import Format
 from .quantize_plan import ErrorLog, QuantizationPlan, plan_quantization, seeded_errors
@@ -81,7 +80,6 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     kernel_variants(request.target, plan)
     plan_quantization(request, plan)
     load_expectations(request.precision)
-    check_memory(request, plan)
 
 
 def _engines(request: BuildRequest, plan: StepPlan) -> list[str]:

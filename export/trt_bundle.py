@@ -26,7 +26,6 @@ from .graphs import clean_graph
 from .kernel_images import kernel_variants, write_kernels
 from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
-from .preflight import check_memory
 from .progress import StepCallback
 from .quantize import linear_names, quantize, save_quantized
 from .quantize_plan import ErrorLog, QuantizationPlan, plan_quantization, seeded_errors
@@ -74,7 +73,6 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     _find_plugin()
     kernel_variants(request.target, plan)
     plan_quantization(request, plan)
-    check_memory(request, plan)
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:

@@ -16,10 +16,13 @@ from pathlib import Path
 import onnx
 import pytest
 
+from export.build import check_build, export_onnx
 from export.errors import BuildError
+from export.machine import Memory
 from export.plan import StepPlan
 from export.preflight import check_disk
-from export.targets import load_variant
+from export.targets import load_target, load_variant
+from export.weights import Weights
 from export.workspace import open_workspace
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
@@ -250,6 +253,36 @@ def test_a_build_that_cannot_fit_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(BuildError, match=r"the build needs [\d.]+ MiB and .* has 1\.0 MiB free"):
         build(tmp_path, "short")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+def test_a_build_that_memory_cannot_hold_is_refused_at_once(tmp_path, monkeypatch, backend):
+    """1.42e9 parameters, drawn in float32 with half as much again around them, and 2 GiB."""
+    preset = PRESETS["wan-1.3b"]
+    large = request(
+        tmp_path,
+        "fp32",
+        target=load_target("cpu"),
+        backend=backend,
+        execution="whole",
+        weights=Weights(preset, seed=0),
+        height=preset.height,
+        width=preset.width,
+    )
+    gib = 1 << 30
+    enough = Memory(total=64 * gib, available=64 * gib)
+    monkeypatch.setattr(
+        "export.plan_memory.memory", lambda: enough
+    )  # that of the target, which is this machine
+    monkeypatch.setattr("export.preflight.memory", lambda: Memory(total=24 * gib, available=9 * gib))
+    message = r"the build takes about 9\.93 GiB of memory and 9\.00 GiB are free; close"
+    with pytest.raises(BuildError, match=message):
+        check_build(large)
+    with pytest.raises(BuildError, match=message):
+        export_onnx(large)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("export.preflight.memory", lambda: enough)
+    check_build(large)
 
 
 def test_files_that_are_hard_links_become_the_builds_own(tmp_path):
