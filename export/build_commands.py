@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .command import (
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .targets import Target, Variant
     from .weights import Weights
 
-__all__ = ["Build", "Onnx", "build_request", "chosen_variant", "chosen_weights"]
+__all__ = ["Build", "Onnx", "build_request", "chosen_variant", "chosen_weights", "graph_request"]
 
 
 class Build(Command):
@@ -120,7 +121,11 @@ def _next_commands(folder: str, prompt: str, *, on_device: bool) -> list[str]:
 
 
 class Onnx(Command):
-    """Export the step graph to ONNX and stop there."""
+    """Export the step graph to ONNX and stop there.
+
+    In the type of the target's bundles before anything is quantized: float32 where they run on ONNX Runtime, else
+    bfloat16.
+    """
 
     name = "onnx"
 
@@ -130,9 +135,16 @@ class Onnx(Command):
     def run(self, args: argparse.Namespace) -> int:
         from .build import export_onnx
 
-        request, _ = build_request(args)
-        print(export_onnx(request))
+        print(export_onnx(graph_request(args)))
         return 0
+
+
+def graph_request(args: argparse.Namespace) -> BuildRequest:
+    """The request of `onnx`: quantization comes after the graph that it exports, which is not called after it."""
+    request, choice = build_request(args)
+    if choice.precision in ("fp32", "bf16"):
+        return request
+    return replace(request, precision="bf16", name=f"{request.name.removesuffix(choice.precision)}bf16")
 
 
 def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice]:
@@ -196,12 +208,11 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
         )
-    shipped = (
-        None
-        if args.init or args.seed is not None
-        else shipped_weights(model, dense=not variant.sparsity.target)
-    )
-    return shipped or Weights(model, seed=args.seed or 0)
+    if not args.init and args.seed is None:
+        shipped = shipped_weights(model, dense=not variant.sparsity.target)
+        if shipped is not None:
+            return shipped
+    return Weights(model, seed=args.seed or 0)
 
 
 def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:

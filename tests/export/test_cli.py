@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from export.build_commands import _next_commands, build_request
+from export.build_commands import _next_commands, build_request, graph_request
 from export.cli import COMMANDS, _parser, main
 from export.machine import importable
 
@@ -241,6 +241,21 @@ def test_onnx_writes_the_step_graph(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     assert folder.parent == tmp_path
     assert (folder / "step.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "precision"),
+    [
+        ("cpu", "cpu-tiny-short", "fp32"),
+        pytest.param("rtx5090", "rtx5090-tiny-short-bf16", "bf16", marks=RTX),
+        pytest.param("rtx3090", "rtx3090-tiny-short-bf16", "bf16", marks=RTX),
+    ],
+)
+def test_a_graph_that_is_not_quantized_is_not_called_so(target: str, name: str, precision: str) -> None:
+    args = _parser().parse_args(["onnx", "--gpu", target])
+    args.command_line = ""
+    request = graph_request(args)
+    assert (request.name, request.precision) == (name, precision)
 
 
 def test_inspect_prints_tables_and_json(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
