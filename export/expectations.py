@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,9 +20,20 @@ from .errors import BuildError, InputError
 from .plan_reader import Kind, PlanReport
 
 if TYPE_CHECKING:
-    from .plan import StepPlan
+    from lightforcing_ref.config import Preset
 
 __all__ = ["ComponentExpectation", "Expectations", "Structure", "load_expectations"]
+
+
+class _Sized(Protocol):
+    """A model and the size of its video in pixels: a `StepPlan`, or a request."""
+
+    @property
+    def preset(self) -> Preset: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,14 @@ class Structure:
     pixels: int
 
     @classmethod
-    def of(cls, plan: StepPlan) -> Structure:
-        """The sizes of what `plan` builds."""
+    def of(cls, plan: _Sized) -> Structure:
+        """The sizes of what `plan` builds.
+
+        Raises:
+            ConfigError: the resolution does not divide.
+        """
         dit, text, vae = plan.preset.dit, plan.preset.text, plan.preset.vae
-        tokens = CHUNK_FRAMES * plan.geometry.frame_tokens
+        tokens = CHUNK_FRAMES * plan.preset.frame_tokens(plan.height, plan.width)
         return cls(
             layers=dit.layers,
             tokens=tokens * dit.dim,

@@ -279,17 +279,7 @@ class _Planner:
 
         precision: Precision = "bf16" if self.request.precision == "fp32" else self.request.precision
         known = load_expectations(precision).components
-        dit, text, request = self.dit, self.request.preset.text, self.request
-        structure = Structure(
-            layers=dit.layers,
-            tokens=self.tokens * dit.dim,
-            tokens_ffn=self.tokens * dit.ffn_dim,
-            text=dit.text_len * text.d_model,
-            text_ffn=dit.text_len * text.d_ff,
-            text_scores=text.heads * dit.text_len**2,
-            conditioning=dit.layers * dit.text_len * dit.dim,
-            pixels=request.height * request.width * self.vae.dim,
-        )
+        structure = Structure.of(self.request)
         for name, components in (
             ("transformer, at most", ("first", "layer", "last", "conditioner")),
             ("text encoder, at most", ("text_encoder",)),
