@@ -268,7 +268,7 @@ class Scheduler:
                     return
                 job = self._decodings.popleft()
                 lane = job.lane
-                if lane.is_over():
+                if lane.is_over() or (lane.error is not None and job.chunk > lane.failed_at):
                     continue
                 lane.active += 1
             with self._serving(lane, job.chunk):

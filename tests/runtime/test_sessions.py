@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -370,6 +370,41 @@ def test_failure_ends_the_session_and_not_the_pipeline(make_bundle: MakeBundle) 
         assert len(list(healthy.stream(chunks=3))) == 3
         healthy.close()
         assert len(clip(pipe, "a", 1, chunks=3)) == 3
+
+
+def test_nothing_is_delivered_past_a_chunk_whose_decoding_failed(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next chunk was on its way already; its frames would come after a gap, from caches that lack one chunk."""
+    decode, calls, queued = pipe.engine.decode, [0], threading.Event()
+    waiting = pipe._scheduler._decodings
+
+    def fail_once(session: int, latent: int, **options: Any) -> float:
+        calls[0] += 1
+        if calls[0] == 2:
+            assert holds(lambda: len(waiting) == 1)
+            queued.set()
+            raise EngineError("no memory for these frames")
+        return decode(session, latent, **options)
+
+    monkeypatch.setattr(pipe.engine, "decode", fail_once)
+    with pipe.session("a") as session:
+        stream = session.stream()
+        assert next(stream).index == 0
+        with pytest.raises(SessionFailedError, match="chunk 1 failed: no memory"):
+            next(stream)
+        assert queued.is_set() and holds(lambda: not waiting)
+        time.sleep(0.05)
+        with pytest.raises(SessionFailedError, match="chunk 1 failed: no memory"):
+            next(stream)
+
+
+def holds(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds within a while."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return condition()
 
 
 def test_async_iteration_equals_sync(pipe: Pipeline) -> None:
