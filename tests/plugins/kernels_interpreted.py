@@ -179,6 +179,16 @@ SELECTIONS: list[dict[str, Any]] = [
     },
     {"past": 5, "max_past": 5, "chunk": 0, "keep_q20": (0,)},  # at least one block
     {"past": 5, "max_past": 5, "chunk": 0, "keep_q20": (1 << 20,)},  # more than are eligible
+    {"past": 30, "max_past": 30, "chunk": 1},  # as many frames as a kernel serves
+    {
+        "past": 30,
+        "max_past": 30,
+        "chunk": 1,
+        "ties": True,
+        "keep_frames": 29,  # one frame less than there are, and one to choose
+        "sink_frames": 9,
+        "near_frames": 19,
+    },
 ]
 
 
