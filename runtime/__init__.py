@@ -2,8 +2,8 @@
 
     from runtime import Pipeline
 
-    with Pipeline.load("engines/built/cpu-tiny") as pipe:
-        with pipe.session(prompt="a red fox in snow", seed=7) as session:
+    with Pipeline.load("engines/built/demo") as pipe:
+        with pipe.session(prompt="a red circle on grey grows at the centre", seed=7) as session:
             for chunk in session.stream(seconds=5):
                 show(chunk.frames)
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .bundle import Bundle, Manifest, load_bundle
     from .errors import (
         BundleError,
+        BundleIntegrityError,
+        BundleSchemaError,
         CapacityError,
         ClosedError,
         EngineError,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Bundle",
     "BundleError",
+    "BundleIntegrityError",
+    "BundleSchemaError",
     "CapacityError",
     "Chunk",
     "ChunkStream",

@@ -46,6 +46,13 @@ def test_file_entry_is_the_hash_and_size(tmp_path: Path) -> None:
     assert entry.sha256 == hashlib.sha256(data).hexdigest() == hash_file(tmp_path / "sub" / "a.bin")
 
 
+def test_errors_of_loading_are_part_of_the_api() -> None:
+    import runtime
+
+    assert runtime.BundleSchemaError is BundleSchemaError
+    assert runtime.BundleIntegrityError is BundleIntegrityError
+
+
 def test_no_bundle_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle at .*python -m export build"):
         load_bundle(tmp_path / "nothing")
