@@ -80,12 +80,14 @@ class DryRunReport:
         return asdict(self)
 
     def __rich__(self) -> Table:
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=f"{self.bundle} for {self.target}: checked, not executed")
+        table = Table(title=f"{self.bundle} for {self.target}: checked, not executed", box=box.SIMPLE_HEAD)
         columns = ("forward", "engine runs", "kernels", "copies", "GPU launches", "fed MB", "copied MB")
         for column in columns:
-            table.add_column(column, justify="left" if column == "forward" else "right", overflow="fold")
+            name = column == "forward"
+            table.add_column(column, justify="left" if name else "right", overflow="fold", no_wrap=name)
         for row in self.forwards:
             launches = "?" if row.gpu_launches is None else f"{row.gpu_launches:,}"
             counts = (row.engine_runs, row.kernel_launches, row.copies)
