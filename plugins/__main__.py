@@ -26,6 +26,11 @@ def _build(args: argparse.Namespace) -> int:
     console = Console()
     start = time.monotonic()
     try:
+        archs = parse_archs(args.arch)
+    except BuildError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 2
+    try:
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("compiling", total=None)
             compiled = 0
@@ -35,7 +40,7 @@ def _build(args: argparse.Namespace) -> int:
                 compiled = total
                 bar.update(task, completed=done, total=total)
 
-            built = build(parse_archs(args.arch), args.out, cache=args.cache, jobs=args.jobs, progress=show)
+            built = build(archs, args.out, cache=args.cache, jobs=args.jobs, progress=show)
     except BuildError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         return 1

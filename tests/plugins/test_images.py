@@ -324,7 +324,7 @@ def test_command_line_reports_unknown_architectures(
 ) -> None:
     from plugins.__main__ import main
 
-    assert main(["build", "--arch", "sm_75", "--out", str(tmp_path)]) == 1
+    assert main(["build", "--arch", "sm_75", "--out", str(tmp_path)]) == 2
     assert "sm_75" in capsys.readouterr().out
 
 
