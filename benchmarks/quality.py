@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rows(options: argparse.Namespace) -> list[Row]:
     from lightforcing_ref.config import PRESETS
+    from runtime.bundle import load_bundle
 
     from .quality_rows import BundleRow, Weights, reference_row
 
@@ -94,7 +95,8 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     for item in options.bundle:
         name, _, path = item.partition("=")
         if not path:
-            raise ValueError(f"--bundle is {item!r}; expected NAME=PATH, e.g. fp8=engines/built/cpu-tiny-fp8")
+            raise ValueError(f"--bundle is {item!r}; expected NAME=PATH, e.g. demo=engines/built/demo")
+        load_bundle(path)  # a wrong path is told before the first clip
         rows.append(BundleRow(name, Path(path)))
     return rows
 
@@ -107,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.progress import Progress
 
     from lightforcing_ref.errors import CheckpointError
+    from runtime.errors import BundleError
 
     from .quality_report import write_report
     from .quality_scores import ClipScore, score
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         rows = _rows(options)
-    except (CheckpointError, ValueError) as error:
+    except (BundleError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     clips = prompts(options.prompts, options.kinds.split(","))

@@ -34,13 +34,24 @@ NEEDED = ("numpy", "torch", "pydantic", "rich", "ftfy", "safetensors", "ml_dtype
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 81,243") from None
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        (int(height), int(width)) for height, _, width in (part.partition("x") for part in text.split(","))
-    )
+    try:
+        return tuple(
+            (int(height), int(width))
+            for height, _, width in (part.partition("x") for part in text.split(","))
+        )
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of HEIGHTxWIDTH, such as 512x768") from None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", default="auto", help="of the bundles; default: the target's first that works"
     )
-    parser.add_argument("--rungs", type=_numbers, default=tuple(r.number for r in LADDER), metavar="N,N")
+    parser.add_argument(
+        "--rungs", type=_numbers, default=tuple(r.number for r in LADDER), metavar="N,N", help="default: all"
+    )
     parser.add_argument("--frames", type=_numbers, default=(81, 243), metavar="N,N", help="default: 81,243")
     parser.add_argument("--resolution", type=_sizes, metavar="HxW,HxW", help="default: those of the preset")
     parser.add_argument(
@@ -327,12 +340,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [number for number in args.rungs if not 0 <= number < len(LADDER)]
     if unknown or args.repeats < 1 or min(args.frames) < 1:
         print(
-            f"rungs are 0 to {len(LADDER) - 1}, repeats and frames 1 or more; found {args}", file=sys.stderr
+            f"error: rungs are 0 to {len(LADDER) - 1}, repeats and frames 1 or more; found "
+            f"--rungs {_listed(args.rungs)} --repeats {args.repeats} --frames {_listed(args.frames)}",
+            file=sys.stderr,
         )
         return 2
     if missing := _missing():
         print(
-            f"every rung needs {', '.join(missing)}, not installed here (docs/benchmarks.md)", file=sys.stderr
+            f"error: every rung needs {', '.join(missing)}, not installed here (docs/benchmarks.md)",
+            file=sys.stderr,
         )
         return 1
     import torch
@@ -340,7 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         print(
-            "PyTorch finds no CUDA device; --device cpu runs the ladder with the tiny model", file=sys.stderr
+            "error: PyTorch finds no CUDA device; --device cpu runs the ladder with the tiny model",
+            file=sys.stderr,
         )
         return 1
     return _run(args, device)

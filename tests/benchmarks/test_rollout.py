@@ -260,10 +260,19 @@ def test_long_clips_are_checked_for_flatness(
 
 def test_inputs_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert rollout.main(["--rungs", "0,7"]) == 2
-    assert "rungs are 0 to 6" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "rungs are 0 to 6" in message
+    assert "found --rungs 0,7 --repeats 3 --frames 81,243" in message
     assert rollout.main(["--repeats", "0"]) == 2
     assert rollout.main(["--device", "cpu", "--resolution", "100x128"]) == 2
     assert "multiple of 16" in capsys.readouterr().err
+    for option, expected in (
+        ("--frames", "no list of whole numbers"),
+        ("--resolution", "no list of HEIGHTxWIDTH"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            rollout.main([option, "abc"])
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")

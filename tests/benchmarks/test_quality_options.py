@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quality
+
+
+def test_a_wrong_bundle_is_told_before_the_first_clip(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    common = ["--rows", "dense", "--finetuned-rows", "", "--prompts", "1", "--out", str(out)]
+    assert quality.main([*common, "--bundle", f"mine={tmp_path / 'no'}"]) == 2
+    assert "no bundle at" in capsys.readouterr().err
+    assert quality.main([*common, "--bundle", "mine"]) == 2
+    assert "expected NAME=PATH" in capsys.readouterr().err
+    assert not out.exists()
