@@ -121,9 +121,7 @@ def check_sources(args: argparse.Namespace) -> None:
             f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}"
         )
     if given and missing:
-        raise InputError(
-            f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none for random weights"
-        )
+        raise InputError(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none")
     if args.lora and not args.checkpoint:
         raise InputError("--lora needs the --checkpoint it belongs to")
 
