@@ -16,6 +16,10 @@ from pathlib import Path
 import onnx
 import pytest
 
+import lightforcing_ref
+import plugins
+import runtime
+from export import build_keys
 from export.build import check_build, export_onnx
 from export.errors import BuildError
 from export.machine import Memory
@@ -195,6 +199,18 @@ def test_a_component_with_a_key_of_its_own_outlives_a_change_of_the_rest(tmp_pat
     with open_workspace(tmp_path, "b", "bf16") as workspace:
         assert workspace.component("graph", touch("graph"), key="model")[1] is True
         assert workspace.component("engine", touch("engine"))[1] is False
+
+
+@pytest.mark.parametrize("package", [lightforcing_ref, plugins, runtime])
+def test_parts_of_another_version_are_not_taken_over(tmp_path, monkeypatch, package):
+    digest = build_keys._source_digest.__wrapped__  # computed once per process
+    copy = tmp_path / package.__name__
+    shutil.copytree(package.__path__[0], copy, ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    monkeypatch.setattr(package, "__path__", [str(copy)])
+    before = digest()
+    assert digest() == before
+    (copy / "__init__.py").write_text("# another version\n")
+    assert digest() != before
 
 
 def test_publishing_replaces_the_old_result_and_drops_leftovers(tmp_path):
