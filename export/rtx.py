@@ -91,12 +91,15 @@ def check_request(compute_capability: str, *precisions: str) -> str:
             f"TensorRT-RTX builds for compute capability {', '.join(CAPABILITIES)}, and not for {compute_capability}; "
             "use --backend tensorrt or --backend inductor on such a GPU"
         )
+    rank = CAPABILITIES.index
     for precision in precisions:
         minimum = _MINIMUM.get(precision, CAPABILITIES[0])
-        if CAPABILITIES.index(compute_capability) < CAPABILITIES.index(minimum):
+        if rank(compute_capability) < rank(minimum):
+            able = " or ".join(p for p in ("bf16", "fp8") if rank(compute_capability) >= rank(_MINIMUM[p]))
+            other = f"--precision {able}, or another --gpu" if able else "another --gpu"
             raise InputError(
                 f"GPUs of compute capability {compute_capability} do not compute in {precision}, which begins with "
-                f"{minimum}; use --precision bf16{' or fp8' if precision == 'nvfp4' else ''}, or another --gpu"
+                f"{minimum}; use {other}"
             )
     version = installed_version(_DISTRIBUTION)
     if version is None:

@@ -118,10 +118,16 @@ def test_other_gpus_are_refused_with_the_ones_it_builds_for(gpu):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "precision"), [("8.0", "fp8"), ("8.6", "fp8"), ("8.9", "nvfp4"), ("7.5", "bf16")]
+    ("gpu", "precision", "instead"),
+    [
+        ("8.0", "fp8", "use --precision bf16, or another --gpu"),
+        ("8.6", "nvfp4", "use --precision bf16, or another --gpu"),
+        ("8.9", "nvfp4", "use --precision bf16 or fp8, or another --gpu"),
+        ("7.5", "bf16", "use another --gpu"),
+    ],
 )
-def test_precisions_a_gpu_does_not_have_are_refused(gpu, precision):
-    with pytest.raises(InputError, match=f"do not compute in {precision}"):
+def test_precisions_a_gpu_does_not_have_are_refused(gpu, precision, instead):
+    with pytest.raises(InputError, match=f"do not compute in {precision}, which .*; {instead}$"):
         check_request(gpu, precision)
 
 
