@@ -37,8 +37,6 @@ _MINIMUM = {"bf16": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0)}
 _WORKSPACE_SHARE = 0.5
 """Part of the GPU's memory that tactics may use while an engine is built."""
 
-"""Called with the phase of a build, its steps done, and their number."""
-
 
 @dataclass(frozen=True)
 class TrtPlugin:
