@@ -87,7 +87,8 @@ class DryRunReport:
         columns = ("forward", "engine runs", "kernels", "copies", "GPU launches", "fed MB", "copied MB")
         for column in columns:
             name = column == "forward"
-            table.add_column(column, justify="left" if name else "right", overflow="fold", no_wrap=name)
+            width = max(map(len, column.split()))
+            table.add_column(column, justify="left" if name else "right", min_width=width, no_wrap=name)
         for row in self.forwards:
             launches = "?" if row.gpu_launches is None else f"{row.gpu_launches:,}"
             counts = (row.engine_runs, row.kernel_launches, row.copies)
