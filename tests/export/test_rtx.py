@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper
 
 from export.errors import BuildError, ExportError, InputError
 from export.expectations import Structure, load_expectations
+from export.machine import Memory
 from export.plan import StepPlan
 from export.rtx import CAPABILITIES, build_engine, check_request
 from export.rtx_graph import prepare_for_rtx
@@ -22,7 +24,9 @@ from lightforcing_ref.config import PRESETS
 
 from .rtx_graphs import OUT, ROWS, WIDTH, floats, quantized_linear, save, weight, write_components, write_vae
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)")
+tensorrt_rtx = pytest.importorskip(
+    "tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)"
+)
 
 TINY = Structure.of(
     StepPlan.of(PRESETS["tiny"], load_variant("short"), 128, 128, block_q=32, block_k=32),
@@ -83,6 +87,29 @@ def test_the_same_graph_gives_the_same_file(tmp_path):
     assert len(digests) == 1
 
 
+def test_engines_leave_their_memory_to_the_runtime(tmp_path):
+    """Nothing but a byte or two of the plan tells that it was asked for."""
+    graph = quantized_linear(tmp_path / "fp8.onnx", quantize_input=True)
+    ours = engine(graph).path.read_bytes()
+    model = ir.load(graph)
+    prepare_for_rtx(model)
+    logger = tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR)
+    builder = tensorrt_rtx.Builder(logger)
+
+    def built(*flags: object) -> bytes:
+        network = builder.create_network(0)
+        assert tensorrt_rtx.OnnxParser(network, logger).parse(ir.to_proto(model).SerializeToString())
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(tensorrt_rtx.ComputeCapability.SM120, 0)
+        for flag in flags:
+            config.set_flag(flag)
+        return bytes(builder.build_serialized_network(network, config))
+
+    assert ours == built(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert ours != built()
+
+
 def test_progress_only_rises_and_ends_complete(tmp_path):
     """Phases inside of phases start over and over; they would throw the bar back."""
     seen: list[tuple[str, int, int]] = []
@@ -134,6 +161,42 @@ def test_precisions_a_gpu_does_not_have_are_refused(gpu, precision, instead):
 def test_precisions_a_gpu_has_are_accepted():
     assert CAPABILITIES[-1] == "12.1"
     assert check_request("12.0", "bf16", "fp8", "nvfp4").startswith("1.7.")
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [
+        (None, r"not installed; pip install 'tensorrt-rtx-cu13>=1\.7,<1\.8'"),
+        ("1.8.0.2", r"1\.8\.0\.2 is installed, and this version builds with 1\.7; pip install"),
+        ("1.17.0.1", r"1\.17\.0\.1 is installed"),
+    ],
+)
+def test_another_release_is_refused_before_the_build(monkeypatch, installed, message):
+    monkeypatch.setattr("export.rtx.installed_version", lambda name: installed)
+    with pytest.raises(BuildError, match=message):
+        check_request("12.0", "bf16")
+
+
+def test_what_cannot_fit_is_refused_before_the_build(monkeypatch, tmp_path):
+    """64 MiB of weights: three times that and 640 MiB of memory, 2.2 times and 64 MiB of disk."""
+    graph = save(
+        tmp_path / "big.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [floats("x", [8, 4096])],
+        [floats("y", [8, 4096])],
+        [weight("w", (4096, 4096))],
+    )
+    monkeypatch.setattr("export.rtx.run_worker", None)  # nothing is begun
+    with monkeypatch.context() as patch:
+        patch.setattr("export.rtx.memory", lambda: Memory(total=1 << 34, available=800 << 20))
+        with pytest.raises(
+            BuildError, match=r"last: .* takes about 832\.0 MiB of memory .* 800\.0 MiB are free"
+        ):
+            engine(graph, "last")
+    usage = shutil.disk_usage(tmp_path)._replace(free=200 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BuildError, match=r"last: .* up to 204\.8 MiB and .* has 200\.0 MiB free; make room"):
+        engine(graph, "last")
 
 
 def test_an_fp8_graph_for_a_gpu_without_fp8_is_refused_before_the_build(tmp_path):
