@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from .backends import load_engine, runs_on_host
 from .bundle import Bundle, load_bundle
 from .engine import DeviceFrameEngine, Engine
-from .errors import CapacityError, ClosedError, InputError
+from .errors import CapacityError, ClosedError, EngineError, InputError
 from .manifest import Manifest
 from .memory import BufferPlan, available_memory, check_memory, plan_buffers
 from .noise import check_seed
@@ -217,4 +217,10 @@ def _free_memory(bundle: Bundle) -> int | None:
         return available_memory()
     from .cuda_driver import free_memory
 
-    return free_memory()
+    try:
+        return free_memory()
+    except EngineError as error:
+        manifest = bundle.manifest
+        raise EngineError(
+            f"bundle {manifest.name!r} was built for {manifest.target.name}, and {error}"
+        ) from error
