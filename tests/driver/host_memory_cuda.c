@@ -2,8 +2,8 @@
  * memory.
  *
  * Work runs at once, or when the graph it was captured into is launched. As on a GPU, a thread needs a
- * current context, and what a capture forbids spoils it. A library has one kernel, whatever its code and its
- * entry: see run_kernel. */
+ * current context, and what a capture forbids spoils it. The kernel `entry` of any library does what run_kernel
+ * says, all others nothing. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,7 +21,7 @@ enum {
     NOT_SUPPORTED = 801,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
-    MOST_WORK = 64,
+    MOST_WORK = 256,
     DEFAULT_SHARED = 48 << 10,
     MAX_DYNAMIC_SHARED = 8,
     COMPUTE_MAJOR = 75,
@@ -54,7 +54,7 @@ struct launch {
 };
 
 struct work {
-    enum { COPY, FILL, KERNEL } kind;
+    enum { COPY, FILL, KERNEL, NOTHING } kind;
     struct copy copy;
     unsigned char value;
     struct launch launch;
@@ -71,7 +71,7 @@ struct stream {
 
 static _Thread_local void* current;
 static _Thread_local struct stream* capturing;
-static int context, allowed_shared = DEFAULT_SHARED, late;
+static int context, allowed_shared = DEFAULT_SHARED, late, idle;
 
 #define NEEDS_CONTEXT                                                                                        \
     if (current == NULL) {                                                                                   \
@@ -102,6 +102,8 @@ static void run(const struct work* work) {
     const struct copy* const copy = &work->copy;
     if (work->kind == KERNEL) {
         run_kernel(work);
+    }
+    if (work->kind == KERNEL || work->kind == NOTHING) {
         return;
     }
     for (size_t row = 0; row < copy->height; ++row) {
@@ -371,8 +373,8 @@ int cuLibraryUnload(void* library) {
 }
 
 int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
-    *kernel = library;
-    return strcmp(name, "entry") ? NOT_FOUND : SUCCESS;
+    *kernel = strcmp(name, "entry") ? &idle : library;
+    return library == NULL || *name == '\0' ? NOT_FOUND : SUCCESS;
 }
 
 int cuKernelGetLibrary(void** library, void* kernel) {
@@ -389,8 +391,11 @@ int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
 }
 
 int cuLaunchKernelEx(const struct launch* config, void* kernel, void** arguments, void** extra) {
-    struct work work = {.kind = KERNEL, .launch = *config};
+    struct work work = {.kind = kernel == &idle ? NOTHING : KERNEL, .launch = *config};
     address nothing[2];
+    if (kernel == &idle) {
+        return enqueue(config->stream, &work);
+    }
     memcpy(&work.out, arguments[0], sizeof work.out);
     memcpy(&work.in, arguments[1], sizeof work.in);
     memcpy(&work.count, arguments[2], sizeof work.count);

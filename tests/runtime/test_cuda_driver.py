@@ -7,8 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from runtime.bundle import file_entry
+from tests.runtime.device_bundles import build_device_bundle, write_kernels
+from tests.runtime.handmade import edit_manifest
 
 pytest.importorskip("cuda.core", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler (cc)")
@@ -50,6 +55,7 @@ import threading
 import numpy as np
 from runtime.cuda_driver import CudaDriver, RowCopy, free_memory, host_bytes
 from runtime.errors import EngineError
+from runtime.weights_file import numpy_dtype
 
 driver = CudaDriver()
 one, two = driver.create_stream(), driver.create_stream()
@@ -182,5 +188,59 @@ graph = driver.capture(lambda: launcher.launch(plan, stream), one)
 graph.launch(one)
 assert np.array_equal(floats[:10], np.arange(10, dtype=np.float32) * np.float32(0.1))
 assert list(floats[10:17]) == [3, 2, 3, 128, 1, 1, {SHARED}]
+""",
+    )
+
+
+def test_a_bundle_is_loaded_and_rolled_out_through_the_real_bindings(library: Path, tmp_path: Path) -> None:
+    """Everything that happens on a GPU but what it computes: every thread enters the device before it calls the driver,
+    and no capture holds what a capture must not."""
+    folder = build_device_bundle(tmp_path / "bundle")
+    shutil.rmtree(folder / "kernels")
+    names = write_kernels(folder / "kernels", arch=90)
+
+    def edit(raw: dict[str, Any]) -> None:
+        raw["target"], raw["kernels"]["arch"] = {"name": "h200", "compute_capability": "9.0"}, "sm_90"
+        kept = [entry for entry in raw["files"] if not entry["path"].startswith("kernels/")]
+        raw["files"] = kept + [file_entry(folder, name).model_dump() for name in names]
+
+    edit_manifest(folder, edit)
+    run(
+        library,
+        f"""
+import sys
+from runtime import Pipeline
+from runtime.bundle import load_bundle
+from runtime.tensorrt_rtx import cache_file
+from tests.runtime.stand_in_rtx import StandIn
+
+bundle = load_bundle({str(folder)!r})
+sys.modules["tensorrt_rtx"] = StandIn(bundle)
+text = bundle.manifest.text
+embedding = np.zeros((text.text_len, text.dim), dtype=np.float32)
+options = dict(sessions=2, text_encoder="external", verify=False, memory_limit=1 << 40)
+for warmup in (True, False):
+    with Pipeline.load({str(folder)!r}, warmup=warmup, **options) as pipe:
+        counters = pipe.engine.executor.counters
+        with pipe.session(embedding=embedding) as one, pipe.session(embedding=embedding, frames="device") as two:
+            before = counters.operations
+            streams = one.stream(chunks=4), two.stream(chunks=4)
+            for index in range(4):
+                for stream in streams:
+                    chunk = next(stream)
+                    assert chunk.frames.shape == (12 if index else 9, 128, 128, 3)
+                one.set_prompt(embedding=embedding, recache="all" if index else "window")
+            assert counters.graph_launches > 0 and (counters.operations == before) == warmup
+        runner = pipe.engine.component_runner()
+        for name, part in bundle.manifest.components.items():
+            if name in ("step", "clean"):
+                continue
+            arrays = {{
+                spec.name: np.zeros([6 if dim == "slots" else dim for dim in spec.shape], numpy_dtype(spec.dtype))
+                for spec in part.inputs
+            }}
+            assert set(runner.run(name, arrays)) == {{spec.name for spec in part.outputs}}
+        assert ctypes.CDLL("libcuda.so.1").late_uploads() == 0
+    assert cache_file(bundle, "Host Memory").is_file()
 """,
     )
