@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.cache import AttentionSpec
+from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
@@ -78,6 +79,28 @@ class Reference:
             f"the bundle's weights come from {origin.source} (SHA-256 {origin.sha256[:12]}...); pass the files it "
             "was built from: --checkpoint, --vae, --text-encoder, --tokenizer"
         )
+
+    @classmethod
+    def from_files(cls, manifest: Manifest, weights: Weights) -> Reference:
+        """The reference of a bundle that was built from the files of `weights`.
+
+        Raises:
+            ComparisonError: the bundle's weights come from elsewhere.
+            CheckpointError: the checkpoint cannot be read.
+        """
+        origin, checkpoint = manifest.provenance.checkpoint, weights.checkpoint
+        assert checkpoint is not None
+        if isinstance(origin, RandomInit):
+            raise ComparisonError(
+                f"{manifest.name} has random weights (seed {origin.random}), not those of {checkpoint}; drop "
+                "--checkpoint and the other files"
+            )
+        if (found := checkpoint_sha256(checkpoint)) != origin.sha256:
+            raise ComparisonError(
+                f"{manifest.name} was built from {origin.source} (SHA-256 {origin.sha256[:12]}...), and {checkpoint} "
+                f"is another file ({found[:12]}...); pass the checkpoint it was built from"
+            )
+        return cls(weights)
 
     @property
     def preset(self) -> Preset:

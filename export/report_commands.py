@@ -33,8 +33,8 @@ __all__ = ["Compare", "Doctor", "Inspect", "Plan", "Targets"]
 class Plan(Command):
     """Plan a bundle without building it: memory, checked against the target's, and the predicted floor per chunk.
 
-    Takes the arguments of `build`. Nothing is measured: times follow from sizes and published peak rates, and real
-    ones are longer. Exit code 1 where the plan does not fit into the target's memory.
+    Takes the arguments of `build` on model, variant and target. Nothing is measured: times follow from sizes and
+    published peak rates, and real ones are longer. Exit code 1 where the plan does not fit into the target's memory.
     """
 
     name = "plan"
@@ -271,13 +271,12 @@ def _reference(args: argparse.Namespace) -> Reference:
     from .weights import Weights
 
     manifest = load_bundle(args.bundle, verify=False).manifest
-    return Reference(
-        Weights(
-            preset(manifest.model.preset),
-            checkpoint=args.checkpoint,
-            lora=args.lora,
-            vae=args.vae,
-            text_encoder=args.text_encoder,
-            tokenizer=args.tokenizer,
-        )
+    weights = Weights(
+        preset(manifest.model.preset),
+        checkpoint=args.checkpoint,
+        lora=args.lora,
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        tokenizer=args.tokenizer,
     )
+    return Reference.from_files(manifest, weights)

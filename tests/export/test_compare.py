@@ -13,9 +13,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from export.cli import main
 from export.compare import against_reference
 from export.errors import ComparisonError
 from export.reference import Reference
+from export.weights import Weights
+from lightforcing_ref.config import PRESETS
 from lightforcing_ref.shipped import shipped
 from lightforcing_ref.vae import to_uint8
 from runtime.bundle import Bundle, Checkpoint, file_entry, load_bundle, write_manifest
@@ -105,6 +108,35 @@ def test_weights_that_come_with_the_package_are_found(tiny_bundle, dense):
         Reference.of(built_from("shipped:tiny", "b" * 64))
     with pytest.raises(ComparisonError, match="pass the files"):
         Reference.of(built_from("other.pt", digest))
+
+
+def test_another_checkpoint_is_no_reference(tiny_bundle, capsys):
+    files = shipped("tiny")
+    flags = {
+        "--checkpoint": files.transformer,
+        "--vae": files.vae,
+        "--text-encoder": files.text_encoder,
+        "--tokenizer": files.tokenizer,
+    }
+    command = ["compare", str(tiny_bundle), *(str(word) for flag in flags.items() for word in flag)]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "short has random weights (seed 0), not those of" in error and error.count("\n") == 1
+
+    manifest = load_bundle(tiny_bundle).manifest
+    weights = Weights(PRESETS["tiny"], checkpoint=files.transformer)
+
+    def built_from(digest: str):
+        origin = Checkpoint(source="mine.pt", sha256=digest)
+        provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
+        return manifest.model_copy(update={"provenance": provenance})
+
+    digest = hashlib.sha256(files.transformer.read_bytes()).hexdigest()
+    assert Reference.from_files(built_from(digest), weights).weights is weights
+    with pytest.raises(
+        ComparisonError, match=r"built from mine\.pt \(SHA-256 0{12}\.\.\.\), and .* another file"
+    ):
+        Reference.from_files(built_from("0" * 64), weights)
 
 
 @pytest.mark.parametrize("recache", ["window", "all", "none"])
