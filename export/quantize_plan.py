@@ -27,9 +27,9 @@ __all__ = [
     "Errors",
     "QuantizationPlan",
     "block_linear_names",
+    "decide_formats",
     "plan_quantization",
     "refuse_without_quantization",
-    "seeded_errors",
     "weights_identity",
 ]
 
@@ -183,7 +183,23 @@ def _require_uniform(formats: Mapping[str, Format], names: tuple[str, ...]) -> N
         )
 
 
-def seeded_errors(models: Iterable[ir.Model], progress: StepCallback) -> Errors:
+def decide_formats(
+    plan: QuantizationPlan, models: Iterable[ir.Model], progress: StepCallback
+) -> tuple[Mapping[str, Format], dict[str, float]]:
+    """The format of every linear, and the errors in FP8 of those that are left out because they lose too much.
+
+    Args:
+        models: the graphs, not yet quantized; used only where errors decide and no calibration has measured them.
+        progress: called as errors are measured.
+    """
+    if plan.formats is not None:
+        return plan.formats, {}
+    errors = plan.measured() or _seeded_errors(models, progress)
+    formats = plan.automatic(errors)
+    return formats, {name: found["fp8"] for name, found in errors.items() if name not in formats}
+
+
+def _seeded_errors(models: Iterable[ir.Model], progress: StepCallback) -> Errors:
     """Errors of every block linear of the graphs in every format, on seeded inputs.
 
     Args:

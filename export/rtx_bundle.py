@@ -26,7 +26,7 @@ from .plan import StepPlan
 from .plan_reader import PlanReport
 from .quantize import linear_names, quantize, save_quantized
 from .quantize_numerics import Format
-from .quantize_plan import ErrorLog, QuantizationPlan, plan_quantization, seeded_errors
+from .quantize_plan import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
 from .request import BuildRequest
 from .rtx import EngineInfo, EngineTensor, build_engine, check_request
 from .segments import write_segments
@@ -160,7 +160,8 @@ def _named(entries: Sequence[bundle.FileEntry], path: str) -> list[bundle.FileEn
 
 @dataclass(frozen=True)
 class _Quantized:
-    """What the part on quantization decided: formats, the conditioner's errors, and its graph."""
+    """What the part on quantization decided: formats, the conditioner's graph, and the errors of its linears and of
+    those that are left out because of theirs."""
 
     formats: dict[str, Format]
     errors: dict[str, float]
@@ -186,26 +187,19 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str
     files, conditioner = [_QUANTIZATION], "conditioner.onnx"
     if plan is not None:
         model = ir.load(folder / conditioner)
-        formats = plan.formats if plan.formats is not None else _automatic(folder, run, plan)
+        models = (ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
+        formats, errors = decide_formats(plan, models, run.within)
         names = set(linear_names(model))
         own = {name: format for name, format in formats.items() if name in names}
         conditioner, weights = "conditioner_quantized.onnx", "conditioner_quantized.weights"
         log = ErrorLog(plan, run.within, len(own))
         quantize(model, own, amax=plan.amax, observe=log)
         save_quantized(model, folder / conditioner, weights, alone=True)
-        errors = log.errors
+        errors |= log.errors
         files += [conditioner, weights]
     document = {"formats": dict(formats), "errors": errors, "conditioner": conditioner}
     (folder / _QUANTIZATION).write_text(json.dumps(document))
     return files
-
-
-def _automatic(folder: Path, run: Run, plan: QuantizationPlan) -> dict[str, Format]:
-    errors = plan.measured()
-    if errors is None:
-        models = (ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
-        errors = seeded_errors(models, run.within)
-    return plan.automatic(errors)
 
 
 def _cut(folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quantized) -> list[str]:

@@ -28,7 +28,7 @@ from .onnx_parts import export_graphs, graph_parts
 from .plan import StepPlan
 from .progress import StepCallback
 from .quantize import linear_names, quantize, save_quantized
-from .quantize_plan import ErrorLog, QuantizationPlan, plan_quantization, seeded_errors
+from .quantize_plan import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
 from .request import BuildRequest
 from .trt import TrtMachine, TrtPlugin, build_engine, find_machine, inspector_name, measure_engine
 
@@ -138,11 +138,8 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str
     files = [_QUANTIZATION]
     if plan is not None:
         names = ("step", "conditioner")
-        formats = plan.formats
-        if formats is None:
-            models = (ir.load(folder / f"{name}.onnx") for name in names)
-            errors = plan.measured() or seeded_errors(models, run.within)
-            formats = plan.automatic(errors)
+        models = (ir.load(folder / f"{name}.onnx") for name in names)
+        formats, errors = decide_formats(plan, models, run.within)
         log = ErrorLog(plan, run.within, len(formats))
         for name in names:
             model = ir.load(folder / f"{name}.onnx")
@@ -156,7 +153,7 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str
         ir.save(clean, folder / "clean_quantized.onnx")
         document["graphs"]["clean"] = "clean_quantized.onnx"
         files.append("clean_quantized.onnx")
-        document |= {"formats": dict(formats), "errors": log.errors}
+        document |= {"formats": dict(formats), "errors": errors | log.errors}
     (folder / _QUANTIZATION).write_text(json.dumps(document))
     return files
 

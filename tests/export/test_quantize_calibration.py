@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export.calibrate import Calibration, load_calibration
 from export.errors import InputError
+from export.progress import no_steps
+from export.quantize_plan import QuantizationPlan, decide_formats
 from export.trial import embed_prompts, read_prompts
 from export.weights import Weights
 from lightforcing_ref.config import PRESETS
@@ -71,6 +74,21 @@ def test_broken_files_are_refused(change: dict[str, object], message: str, tmp_p
         load_calibration(path)
     with pytest.raises(InputError, match="cannot read the calibration"):
         load_calibration(tmp_path / "missing.json")
+
+
+def test_what_is_left_out_automatically_is_known_with_its_error() -> None:
+    names = ("blocks.0.ffn.0", "blocks.0.ffn.2")
+    lossy = {"fp8": 0.03, "fp8_static": 0.5, "nvfp4": 0.6}
+    calibration = CALIBRATION.model_copy(update={"errors": dict(zip(names, (ERRORS, lossy), strict=True))})
+    plan = QuantizationPlan("nvfp4", names, None, calibration, "0" * 64, static=True, embedded=False)
+    formats, errors = decide_formats(plan, (), no_steps)
+    assert (formats, errors) == ({"blocks.0.ffn.0": "nvfp4"}, {"blocks.0.ffn.2": 0.5})
+    formats, errors = decide_formats(replace(plan, static=False), (), no_steps)
+    assert (formats, errors) == ({"blocks.0.ffn.0": "nvfp4", "blocks.0.ffn.2": "fp8"}, {})
+    assert decide_formats(replace(plan, formats={}), (), no_steps) == (
+        {},
+        {},
+    )  # left out by name, for no error
 
 
 def test_prompts_come_from_a_text_file(tmp_path: Path) -> None:

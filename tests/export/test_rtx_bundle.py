@@ -332,6 +332,7 @@ def test_auto_leaves_out_what_loses_too_much_and_activations_can_be_static(bundl
     assert section.activations == "static"
     assert section.calibration.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert section.errors["blocks.0.ffn.0"] == pytest.approx(0.12)
+    assert {section.errors[name] for name in section.skipped} == {0.5}  # what they are left out for
     assert found.components["layer"].cost.gemms == {"fp8": 3, "fp4": 2, "bf16": 1}
     stored = tensors(folder)
     assert stored["model.blocks.1.cross_attn.q.weight.input"] == ("BF16", (1,))
