@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-import pydantic_core
 
 from .errors import InputError
-from .quantize_errors import LatentError
 from .quantize_graph import Observer, find_linears, is_block_linear, lazy_initializers, rewrite_linears
 from .quantize_numerics import Format
 from .tracing import EXTERNAL_BYTES
@@ -61,15 +59,12 @@ class LayerReport:
     Attributes:
         format: None = left as it was.
         shape: (out, in)
-        error: relative L2 error of its output in that format, or, where it was left out, in the best of the formats
-            that were tried; None = not measured.
     """
 
     name: str
     kind: str
     format: Format | None
     shape: tuple[int, int]
-    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +73,12 @@ class QuantReport:
 
     Attributes:
         bytes_before, bytes_after: of the block linears' weights, scales included.
-        latent_error: of a rollout; None = not measured.
     """
 
     activations: Literal["dynamic", "static"]
     layers: tuple[LayerReport, ...]
     bytes_before: int
     bytes_after: int
-    latent_error: LatentError | None = None
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -97,24 +90,6 @@ class QuantReport:
         """Matrix products by format; an engine must show as many."""
         formats = [layer.format or "unquantized" for layer in self.layers]
         return {format: formats.count(format) for format in ("fp8", "nvfp4", "unquantized")}
-
-    def with_errors(
-        self,
-        errors: Mapping[str, Mapping[Format, float]],
-        latent_error: LatentError | None = None,
-    ) -> QuantReport:
-        """The report with measured errors filled in."""
-        layers = []
-        for layer in self.layers:
-            measured = errors.get(layer.name, {})
-            error = measured.get(layer.format) if layer.format else min(measured.values(), default=None)
-            layers.append(replace(layer, error=error))
-        return replace(self, layers=tuple(layers), latent_error=latent_error)
-
-    def to_json(self) -> str:
-        """The report as a JSON document; errors that are not numbers are null."""
-        document = {"schema_version": 1, **asdict(self), "products": self.products, "skipped": self.skipped}
-        return pydantic_core.to_json(document, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
 def linear_names(model: ir.Model) -> list[str]:
