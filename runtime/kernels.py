@@ -263,17 +263,35 @@ class KernelLauncher:
             self._kernel(image)
 
     def launch(self, plan: LaunchPlan, stream: Any) -> None:
-        """Enqueue ``plan`` on ``stream`` (a ``cuda.core.Stream``). Nothing is synchronised or allocated."""
+        """Enqueue ``plan`` on ``stream`` (a ``cuda.core.Stream``). Nothing is synchronised or allocated.
+
+        Raises:
+            EngineError: the image does not load, or the driver refuses the launch.
+        """
+        kernel = self._kernel(plan.image)
         config = self._core.LaunchConfig(
             grid=plan.grid, block=(plan.image.threads, 1, 1), shmem_size=plan.image.shared_memory
         )
-        self._core.launch(stream, config, self._kernel(plan.image), *plan.values)
+        try:
+            self._core.launch(stream, config, kernel, *plan.values)
+        except Exception as error:  # the library's own errors, none of which is public
+            raise EngineError(
+                f"kernel image {plan.image.name} cannot be launched on CUDA device {self._device.device_id}: {error}. "
+                f"An error of an earlier launch may show here; CUDA_LAUNCH_BLOCKING=1 tells which"
+            ) from error
 
     def _kernel(self, image: Image) -> Any:
         kernel = self._kernels.get(image.name)
         if kernel is None:
-            code = self._core.ObjectCode.from_cubin(self._library.cubins[image.name])
-            kernel = code.get_kernel(image.entry)
+            try:
+                kernel = self._core.ObjectCode.from_cubin(self._library.cubins[image.name]).get_kernel(
+                    image.entry
+                )
+            except Exception as error:  # as above
+                raise EngineError(
+                    f"kernel image {image.name} for {self._library.index.target} does not load on CUDA device "
+                    f"{self._device.device_id}: {error}; rebuild the kernels for this GPU"
+                ) from error
             if image.shared_memory > _DEFAULT_SHARED_MEMORY:
                 _allow_shared_memory(kernel, image.shared_memory, self._device.device_id)
             self._kernels[image.name] = kernel

@@ -182,8 +182,15 @@ problem = KernelProblem("float32", 10, 64, 64, 3, 3, 32, 32, sinks=2)
 plan = kernels.plan("scale", problem, {{"out": device, "in": device + 2048}}, {{"eps": 0.1}})
 floats = on_device.view(np.float32)
 floats[512:522] = np.arange(10)
-launcher.warm_up()
 stream = cuda_core().Stream.from_handle(one)
+said = refused(driver.capture, lambda: launcher.launch(plan, stream), one)  # loads the image, which a capture forbids
+assert "kernel image scale for sm_90a does not load on CUDA device 0" in said, said
+launcher.warm_up()
+thread = threading.Thread(target=lambda: messages.append(refused(launcher.launch, plan, stream)))
+messages = []  # of a thread that has not entered the device
+thread.start()
+thread.join()
+assert "kernel image scale cannot be launched on CUDA device 0" in messages[0]
 graph = driver.capture(lambda: launcher.launch(plan, stream), one)
 graph.launch(one)
 assert np.array_equal(floats[:10], np.arange(10, dtype=np.float32) * np.float32(0.1))
