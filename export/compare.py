@@ -363,9 +363,7 @@ def play(bundle: Bundle, chunks: int, *, embedding: NDArray[np.float32] | None =
 def reference_embedding(bundle: Bundle, reference: Reference) -> Tensor:
     """The reference's embedding of the prompt, with the bundle's tokenizer."""
     manifest = bundle.manifest
-    # Files may hold half precision, in which the encoder would compute.
-    weights = {name: value.float() for name, value in reference.text_weights.items()}
-    encoder = build_encoder(reference.preset.text, weights)
+    encoder = build_encoder(reference.preset.text, reference.text_weights)
     tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
     return encode(
         encoder, *tokenize(tokenizer, PROMPT, manifest.text.text_len, reference.preset.text)

@@ -175,7 +175,8 @@ def build_encoder(
 ) -> UMT5EncoderModel:
     """The encoder of `transformers`, with `weights` under our names, or drawn from `seed`; in evaluation mode.
 
-    Given weights are used in place, not copied, in the type they have.
+    Given weights are used in place, not copied. Where they are narrower than float32, each layer's are widened while it
+    runs, so that the encoder computes in float32 and is held in memory (or mapped from its file) as it came.
     """
     from transformers import UMT5Config as HFConfig
     from transformers import UMT5EncoderModel
@@ -206,9 +207,30 @@ def build_encoder(
         state = {key.hf: weights[key.name] for key in umt5_keys(config.layers)}
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
         model.load_state_dict(state, strict=True, assign=True)
+        if any(value.dtype != torch.float32 for value in state.values()):
+            model.shared.register_forward_hook(lambda _module, _inputs, output: output.float())
+            for part in (*model.encoder.block, model.encoder.final_layer_norm):
+                _widen_while_it_runs(part)
     model.set_attn_implementation("eager")
     model.eval()
     return model
+
+
+def _widen_while_it_runs(module: nn.Module) -> None:
+    narrow: list[Tensor] = []
+
+    def widen(*_: object) -> None:
+        for parameter in module.parameters():
+            narrow.append(parameter.data)
+            parameter.data = parameter.data.float()
+
+    def restore(*_: object) -> None:
+        for parameter, stored in zip(module.parameters(), narrow, strict=True):
+            parameter.data = stored
+        narrow.clear()
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(restore, always_call=True)
 
 
 @torch.no_grad()

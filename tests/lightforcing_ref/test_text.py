@@ -157,6 +157,21 @@ def test_weights_go_out_and_in(model: UMT5EncoderModel) -> None:
     assert torch.equal(encode(model, ids, mask), encode(again, ids, mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_weights_stay_narrow_and_compute_in_float32(
+    model: UMT5EncoderModel, dtype: torch.dtype
+) -> None:
+    narrow = {name: value.to(dtype) for name, value in encoder_weights(model).items()}
+    widened = build_encoder(UMT5_TINY, {name: value.float() for name, value in narrow.items()})
+    encoder = build_encoder(UMT5_TINY, narrow)
+    for prompt in ("a red fox", "snow"):
+        found = encode(encoder, *tokens(prompt))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, encode(widened, *tokens(prompt)))
+    for name, value in encoder_weights(encoder).items():
+        assert value.data_ptr() == narrow[name].data_ptr()
+
+
 def test_embedding_is_zero_past_the_prompt(model: UMT5EncoderModel) -> None:
     embedding = encode(model, *tokens("a red fox"))
     assert embedding.shape == (TEXT_LEN, UMT5_TINY.d_model)
