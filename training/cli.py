@@ -29,16 +29,18 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one stage, or all that are not finished; resumes by itself")
     run.add_argument("--stage", choices=[*STAGES, "all"], required=True)
     run.add_argument(
-        "--minutes", type=float, help="training time of the stage in all, earlier sittings included"
+        "--minutes",
+        type=float,
+        help="training time of the stage in all, earlier sittings included (default: as configured)",
     )
     commands.add_parser("status", help="what each stage has reached")
     ship = commands.add_parser(
-        "ship", help="write the weights in half precision where the toolchain finds them"
+        "ship", help="write the weights in half precision where the toolchain finds them, over what is there"
     )
     ship.add_argument(
         "--transformer", choices=("still", "student", "rollout", "hsa", "none"), help="default: the latest"
     )
-    ship.add_argument("--to", type=Path, default=ASSETS)
+    ship.add_argument("--to", type=Path, default=ASSETS, help="default: %(default)s")
     adopt = commands.add_parser("adopt", help="begin a new run from shipped weights")
     adopt.add_argument("--of", type=Path, default=ASSETS, help="folder that `ship` wrote")
     return parser
