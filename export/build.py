@@ -79,6 +79,7 @@ def check_build(request: BuildRequest) -> None:
     check_target_memory(request)
     check_memory(request, plan)
     check_disk(request, plan)
+    request.weights.check()
 
 
 def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progress) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightforcing_ref.checkpoint import (
     checkpoint_sha256,
     load_dit_state,
+    load_lora,
     load_umt5_state,
     load_vae_state,
     vae_config_of,
@@ -74,6 +75,23 @@ class Weights:
         if self._shipped:
             return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
         return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
+
+    def check(self) -> None:
+        """Hold every file's tensors against the models they are for, without reading their values.
+
+        Raises:
+            CheckpointError: a file cannot be read, or holds something else.
+        """
+        if self.checkpoint is not None:
+            load_dit_state(self.checkpoint, self.preset.dit)
+        if self.lora is not None:
+            load_lora(self.lora, self.preset.dit)
+        if self.vae is not None:
+            load_vae_state(self.vae, vae_config_of(self.vae))
+        if self.text_encoder is not None:
+            load_umt5_state(self.text_encoder, self.preset.text)
+        if self.tokenizer is not None:
+            load_tokenizer(self.tokenizer)
 
     def dit(self, dtype: torch.dtype) -> CausalWanModel:
         """The transformer, in evaluation mode and without gradients.
