@@ -13,7 +13,6 @@ from pathlib import Path
 import engines as engine_data
 import lightforcing_ref
 import plugins
-import runtime
 from runtime import bundle
 
 from .onnx_parts import graph_types
@@ -93,8 +92,8 @@ def _source_digest() -> str:
     """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
     digest = hashlib.sha256()
     # The runtime's, because manifests and golden vectors are what it defines.
-    folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins, runtime)]
-    files = [path for folder in folders for path in folder.rglob("*.py")]
+    modules = (lightforcing_ref, plugins, bundle)
+    files = [path for module in modules for path in Path(module.__file__).parent.rglob("*.py")]
     files += Path(__file__).parent.glob("*.py")
     files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
     for path in sorted(files):
