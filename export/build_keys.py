@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def _source_digest() -> str:
     """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
     digest = hashlib.sha256()
     # The runtime's, because manifests and golden vectors are what it defines.
-    modules = (lightforcing_ref, plugins, bundle)
-    files = [path for module in modules for path in Path(module.__file__).parent.rglob("*.py")]
+    folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
+    folders.append(Path(inspect.getfile(bundle)).parent)
+    files = [path for folder in folders for path in folder.rglob("*.py")]
     files += Path(__file__).parent.glob("*.py")
     files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
     for path in sorted(files):
