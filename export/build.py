@@ -155,7 +155,10 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
     if weights.checkpoint is None:
         origin: bundle.RandomInit | bundle.Checkpoint = bundle.RandomInit(random=weights.seed or 0)
     else:
-        origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"])
+        lora = None
+        if weights.lora is not None:
+            lora = bundle.SourceFile(source=weights.lora.name, sha256=digests["lora"])
+        origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"], lora=lora)
     return bundle.Manifest(
         name=request.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

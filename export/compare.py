@@ -411,7 +411,7 @@ def facts_of(bundle: Bundle) -> dict[str, str]:
         "backend": f"{manifest.backend} in {manifest.precision}",
         "execution": "segmented" if manifest.segments else "whole",
         "model": f"{model.preset}, {model.video_height}x{model.video_width}, variant {manifest.variant}",
-        "weights": ", ".join(f"{name} {value}" for name, value in provenance.checkpoint.model_dump().items()),
+        "weights": provenance.checkpoint.described,
         "built": manifest.created,
         "command": provenance.command or "-",
     }

@@ -20,7 +20,6 @@ from runtime.bundle import (
     Component,
     Cost,
     Manifest,
-    RandomInit,
     hash_file,
     load_bundle,
 )
@@ -191,12 +190,6 @@ def _summary(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     model, cache, attention = manifest.model, manifest.cache, manifest.attention
     size = f"{model.video_width}x{model.video_height}, {model.fps} FPS"
-    origin = manifest.provenance.checkpoint
-    weights = (
-        f"random, seed {origin.random}"
-        if isinstance(origin, RandomInit)
-        else f"{origin.source} ({origin.sha256[:12]})"
-    )
     capability = manifest.target.compute_capability
     library, launches = manifest.library, _launches(manifest)
     rows = {
@@ -219,7 +212,7 @@ def _summary(bundle: Bundle) -> Table:
             f"(sink {attention.sink_frames}, near {attention.near_frames})"
         ),
         "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
-        "weights": weights,
+        "weights": manifest.provenance.checkpoint.described,
         "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
     }

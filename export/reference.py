@@ -68,16 +68,16 @@ class Reference:
         if isinstance(origin, RandomInit):
             return cls(Weights(model, seed=origin.random))
         shipped = shipped_weights(model, dense=manifest.sparsity.target == 0)
-        if shipped is not None and shipped.source == origin.source:
+        if shipped is not None and shipped.source == origin.source and origin.lora is None:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:
                 return cls(shipped)
             raise ComparisonError(
-                f"the bundle's weights are another release of {origin.source} (SHA-256 {origin.sha256[:12]}..., this "
-                f"package has {found[:12]}...); rebuild the bundle"
+                f"the bundle's weights are another release, {origin.described}, and this package has {found[:12]}...; "
+                "rebuild the bundle"
             )
         raise ComparisonError(
-            f"the bundle's weights come from {origin.source} (SHA-256 {origin.sha256[:12]}...); pass the files it "
-            "was built from: --checkpoint, --vae, --text-encoder, --tokenizer"
+            f"the bundle's weights come from {origin.described}; pass the files it was built from: --checkpoint, "
+            f"{'--lora, ' if origin.lora else ''}--vae, --text-encoder, --tokenizer"
         )
 
     @classmethod
@@ -97,8 +97,14 @@ class Reference:
             )
         if (found := checkpoint_sha256(checkpoint)) != origin.sha256:
             raise ComparisonError(
-                f"{manifest.name} was built from {origin.source} (SHA-256 {origin.sha256[:12]}...), and {checkpoint} "
-                f"is another file ({found[:12]}...); pass the checkpoint it was built from"
+                f"{manifest.name} was built from {origin.described}, and {checkpoint} is another file "
+                f"({found[:12]}...); pass the checkpoint it was built from"
+            )
+        merged = None if weights.lora is None else checkpoint_sha256(weights.lora)
+        if merged != (origin.lora and origin.lora.sha256):
+            raise ComparisonError(
+                f"{manifest.name} was built from {origin.described}; give --lora the same file, or leave it out if "
+                "there is none"
             )
         return cls(weights)
 

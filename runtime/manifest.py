@@ -32,6 +32,7 @@ __all__ = [
     "Rope",
     "Schedule",
     "Segments",
+    "SourceFile",
     "Sparsity",
     "Target",
     "TensorSpec",
@@ -365,17 +366,39 @@ class FileEntry(_Part):
     bytes: NonNegative
 
 
-class Checkpoint(_Part):
-    """The checkpoint the weights came from."""
+class SourceFile(_Part):
+    """A file that weights came from."""
 
     source: str
     sha256: Sha256
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return f"{self.source} (SHA-256 {self.sha256[:12]}...)"
+
+
+class Checkpoint(SourceFile):
+    """The checkpoint the weights came from, and the LoRA that was merged into it."""
+
+    lora: SourceFile | None = None
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        alone = super().described
+        return alone if self.lora is None else f"{alone} with {self.lora.described}"
 
 
 class RandomInit(_Part):
     """Weights drawn from a seed instead of a checkpoint."""
 
     random: int
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return f"random, seed {self.random}"
 
 
 class Provenance(_Part):

@@ -21,7 +21,7 @@ from export.weights import Weights
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.shipped import shipped
 from lightforcing_ref.vae import to_uint8
-from runtime.bundle import Bundle, Checkpoint, file_entry, load_bundle, write_manifest
+from runtime.bundle import Bundle, Checkpoint, SourceFile, file_entry, load_bundle, write_manifest
 from runtime.pipeline import Pipeline
 
 
@@ -137,6 +137,29 @@ def test_another_checkpoint_is_no_reference(tiny_bundle, capsys):
         ComparisonError, match=r"built from mine\.pt \(SHA-256 0{12}\.\.\.\), and .* another file"
     ):
         Reference.from_files(built_from("0" * 64), weights)
+
+
+def test_the_lora_of_the_bundle_belongs_to_its_reference(tiny_bundle, tmp_path):
+    files = shipped("tiny")
+    digest = hashlib.sha256(files.transformer.read_bytes()).hexdigest()
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"merged into it")
+    manifest = load_bundle(tiny_bundle).manifest
+
+    def reference(built_with, given):
+        merged = None
+        if built_with is not None:
+            merged = SourceFile(source=lora.name, sha256=hashlib.sha256(built_with).hexdigest())
+        origin = Checkpoint(source="mine.pt", sha256=digest, lora=merged)
+        provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
+        weights = Weights(PRESETS["tiny"], checkpoint=files.transformer, lora=given)
+        return Reference.from_files(manifest.model_copy(update={"provenance": provenance}), weights)
+
+    assert reference(b"merged into it", lora).weights.lora == lora
+    assert reference(None, None).weights.lora is None
+    for built_with, given in ((b"merged into it", None), (b"another", lora), (None, lora)):
+        with pytest.raises(ComparisonError, match=r"built from mine\.pt .* give --lora the same file"):
+            reference(built_with, given)
 
 
 @pytest.mark.parametrize("recache", ["window", "all", "none"])
