@@ -95,5 +95,5 @@ def test_a_bundle_says_which_lora_was_merged_into_its_checkpoint(tmp_path: Path)
         digest(tmp_path / "style.safetensors"),
     )
     assert (origin.source, origin.sha256) == ("shipped:tiny", digest(FILES.transformer))
-    with pytest.raises(ComparisonError, match="pass the files .* --lora"):
+    with pytest.raises(ComparisonError, match=r"pass the files .* --lora"):
         Reference.of(manifest)
