@@ -12,7 +12,6 @@ against dense attention at equal sparsity, on structured synthetic queries and k
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -219,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             return 1
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from .timing import machine_facts
+    from .timing import machine_facts, write_json
 
     kind = "methods" if args.method_table else "sweep" if args.sweep else "times"
     facts = machine_facts()
@@ -229,15 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def write(found: dict[str, Any]) -> dict[str, Any]:
         whole = {"benchmark": f"attention {kind}", "machine": facts, **found}
-        temporary = out / f"{stem}.tmp"
-        temporary.write_text(json.dumps(whole, indent=1) + "\n")
-        temporary.replace(out / f"{stem}.json")
+        write_json(out / f"{stem}.json", whole)
         return whole
 
     if kind == "methods":
-        result = write(_methods(args, device))
+        found = _methods(args, device)
+    elif kind == "sweep":
+        found = _sweep(args)
     else:
-        result = write(_sweep(args) if kind == "sweep" else _times(args, write))
+        found = _times(args, write)
+    result = write(found)
     if kind == "times":
         _plot(result, out / f"{stem}.png")
     print(f"{out / stem}.json")

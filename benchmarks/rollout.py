@@ -303,6 +303,7 @@ class Ladder:
     def write(self) -> None:
         """Write the result file anew; it is complete at every moment."""
         from .rollout_report import goals
+        from .timing import write_json
 
         self._result["goals"] = goals(self._result["cases"], self._result["machine"]["device"])
         path = Path(self._result["file"])
@@ -310,9 +311,7 @@ class Ladder:
         for case in visible["cases"]:
             for row in case["rungs"]:
                 row.pop("_watch", None)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({k: v for k, v in visible.items() if k != "file"}, indent=1) + "\n")
-        temporary.replace(path)
+        write_json(path, {k: v for k, v in visible.items() if k != "file"})
 
     def finish(self, stem: Path) -> int:
         """Plots and the table; the exit status: 1 if nothing could be measured."""

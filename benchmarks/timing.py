@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -10,11 +11,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Work", "machine_facts", "microseconds"]
+__all__ = ["Work", "machine_facts", "microseconds", "write_json"]
 
 Work = Callable[[], Any]
 
@@ -88,3 +90,10 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a result file, or write it anew; it is complete at every moment."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,22 +18,12 @@ from lightforcing_ref.config import CHUNK_FRAMES
 
 from .errors import BuildError, InputError
 from .plan_reader import Kind, PlanReport
+from .sizes import Sized
 
 if TYPE_CHECKING:
-    from lightforcing_ref.config import Preset
+    pass
 
 __all__ = ["ComponentExpectation", "Expectations", "Structure", "load_expectations"]
-
-
-class _Sized(Protocol):
-    """A model and the size of its video in pixels: a `StepPlan`, or a request."""
-
-    @property
-    def preset(self) -> Preset: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Structure:
     pixels: int
 
     @classmethod
-    def of(cls, plan: _Sized) -> Structure:
+    def of(cls, plan: Sized) -> Structure:
         """The sizes of what `plan` builds.
 
         Raises:

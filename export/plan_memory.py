@@ -18,6 +18,7 @@ from lightforcing_ref.sparsity import BlockGeometry
 from .machine import memory
 from .sizes import (
     STEPS,
+    Sized,
     conditioner_parameters,
     decoder_convs,
     decoder_parameters,
@@ -31,7 +32,7 @@ from .targets import Precision, Target, Variant
 from .units import readable_size
 
 if TYPE_CHECKING:
-    from lightforcing_ref.config import Preset
+    pass
 
 __all__ = ["Group", "MemoryItem", "MemoryPlan", "Planned", "plan_memory"]
 
@@ -44,19 +45,13 @@ TIGHT = 0.9
 """Share of the memory from which on a plan that fits is called tight."""
 
 
-class Planned(Protocol):
+class Planned(Sized, Protocol):
     """What a plan is made for; a build request is one."""
 
     @property
     def target(self) -> Target: ...
     @property
     def variant(self) -> Variant: ...
-    @property
-    def preset(self) -> Preset: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
     @property
     def precision(self) -> Precision: ...
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .targets import Precision
 
 if TYPE_CHECKING:
-    from lightforcing_ref.config import DiTConfig
+    from lightforcing_ref.config import DiTConfig, Preset
     from lightforcing_ref.text import UMT5Config
     from lightforcing_ref.vae import VAEConfig
 
@@ -21,6 +21,7 @@ __all__ = [
     "CONDITIONER_LINEARS",
     "Conv",
     "Linear",
+    "Sized",
     "conditioner_parameters",
     "decoder_convs",
     "decoder_parameters",
@@ -33,6 +34,18 @@ __all__ = [
     "text_outer_parameters",
     "transformer_parameters",
 ]
+
+
+class Sized(Protocol):
+    """A model and the size of its video in pixels: a `StepPlan`, or a request."""
+
+    @property
+    def preset(self) -> Preset: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
 
 STEPS = 5
 """Timesteps of a chunk, the clean one included; modulations are tables with a row for each."""

@@ -56,12 +56,16 @@ class Replay:
         """Put other clips, true or blended ones, into `places`."""
         self.members[places] = self.clips.draw(generator, len(places))
         for place in places:
-            clip = self.clips.clips[self.members[place]]
             version = self.clips.latents[self.members[place]].astype(np.float32)
             if generator.random() < self.blended:
-                other = generator.choice(self._alike[clip.colour, clip.ground, clip.motion])
+                other = generator.choice(self._alike_to(self.members[place]))
                 version += generator.random() * (self.clips.latents[other] - version)
             self.own[place] = tensor(version).transpose(0, 1)
+
+    def _alike_to(self, member: int) -> list[int]:
+        """The clips that differ from `member` in shape at most, itself among them."""
+        clip = self.clips.clips[member]
+        return self._alike[clip.colour, clip.ground, clip.motion]
 
     def rivals(self, generator: np.random.Generator, places: Indices, frames: int) -> Tensor:
         """The first `frames` latent frames of the clips in `places` in another shape, `[count, 16, frames, h, w]`.
@@ -70,9 +74,7 @@ class Replay:
         """
         found = []
         for member in self.members[places]:
-            clip = self.clips.clips[member]
-            alike = self._alike[clip.colour, clip.ground, clip.motion]
-            rivals = [other for other in alike if other != member] or [member]
+            rivals = [other for other in self._alike_to(member) if other != member] or [member]
             found.append(self.clips.latents[generator.choice(rivals), :frames].astype(np.float32))
         return tensor(np.stack(found)).transpose(1, 2)
 

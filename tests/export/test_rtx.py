@@ -177,15 +177,20 @@ def test_another_release_is_refused_before_the_build(monkeypatch, installed, mes
         check_request("12.0", "bf16")
 
 
-def test_what_cannot_fit_is_refused_before_the_build(monkeypatch, tmp_path):
-    """64 MiB of weights: three times that and 640 MiB of memory, 2.2 times and 64 MiB of disk."""
-    graph = save(
-        tmp_path / "big.onnx",
+def big_product(folder):
+    """A graph with 64 MiB of weights."""
+    return save(
+        folder / "big.onnx",
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         [floats("x", [8, 4096])],
         [floats("y", [8, 4096])],
         [weight("w", (4096, 4096))],
     )
+
+
+def test_what_cannot_fit_is_refused_before_the_build(monkeypatch, tmp_path):
+    """64 MiB of weights: three times that and 640 MiB of memory, 2.2 times and 64 MiB of disk."""
+    graph = big_product(tmp_path)
     monkeypatch.setattr("export.rtx.run_worker", None)  # nothing is begun
     with monkeypatch.context() as patch:
         patch.setattr("export.rtx.memory", lambda: Memory(total=1 << 34, available=800 << 20))
@@ -234,13 +239,7 @@ def test_what_the_parser_refuses_is_named(tmp_path):
 
 
 def test_too_little_memory_is_called_that(tmp_path):
-    graph = save(
-        tmp_path / "big.onnx",
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        [floats("x", [8, 4096])],
-        [floats("y", [8, 4096])],
-        [weight("w", (4096, 4096))],
-    )
+    graph = big_product(tmp_path)
     with pytest.raises(BuildError, match=r"last: the build ran out of memory \(limited to 400\.0 MiB\)"):
         engine(graph, "last", memory_limit=400 << 20)
 
