@@ -105,6 +105,26 @@ gpu-rest: gpu-site
 gpu-sanitizer: gpu-site
 	@$(GPU_PYTEST) tests/gpu/test_kernels_gpu.py -k sanitizer $(PYTEST_ARGS)
 
+# Everything worth knowing from a GPU that is there for a quarter of an hour (docs/gpu.md): `make lease-archive` here, with
+# the python3 of an environment that holds the GPU machine's PyTorch and Triton (GPU_PYTHON); `make lease`, then
+# `make lease CALL=second` there.
+GPU_PYTHON ?= python3
+CALL ?= first
+LEASE_ARCH := sm_90
+LEASE_BUNDLES := inductor-bf16 inductor-fp8
+.PHONY: lease lease-archive
+
+lease-archive: wheels
+	@$(GPU_PYTHON) -m plugins build --arch $(LEASE_ARCH) --out build/kernels
+	@mkdir -p build/gpu-bundles
+	@for name in $(LEASE_BUNDLES); do $(GPU_PYTHON) -m tests.gpu.bundles $$name build/gpu-bundles || exit 1; done
+	@$(GPU_PYTHON) -m benchmarks.rollout --gpu h200 --rungs 6 --frames 81 --resolution 512x768 --packages-only \
+		--bundles build/ladder
+	@python3 -m benchmarks.lease.archive build/wheels build/kernels build/gpu-bundles build/ladder
+
+lease:
+	@python3 -m benchmarks.lease --call $(CALL) --out $(RESULTS)
+
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

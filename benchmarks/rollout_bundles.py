@@ -102,9 +102,13 @@ class BundleRollout:
         random = np.random.default_rng(seed)
         self._embedding = random.standard_normal((text.text_len, text.dim), dtype=np.float32)
 
-    def clip(self, chunks: int) -> Iterator[ChunkRecord]:
-        """A new session. Without overlap, a chunk is asked for when the one before is there, so nothing runs ahead."""
-        streams = (chunks,) if self._overlap else (1,) * chunks
+    def clip(self, chunks: int, *, overlap: bool | None = None) -> Iterator[ChunkRecord]:
+        """A new session. Without overlap, a chunk is asked for when the one before is there, so nothing runs ahead.
+
+        Args:
+            overlap: other than the rung's.
+        """
+        streams = (chunks,) if (self._overlap if overlap is None else overlap) else (1,) * chunks
         with self._pipeline.session(embedding=self._embedding) as session:
             for count in streams:
                 for chunk in session.stream(chunks=count):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 __all__ = [
     "KERNEL_CLASSES",
+    "MARK",
     "ChunkRecord",
     "Clip",
     "Inspection",
@@ -214,7 +215,8 @@ _SYNCS = frozenset(("Stream Sync", "Event Sync", "Context Sync"))
 """The profiler's names of what makes the host wait, whichever of CUDA's interfaces it came through."""
 HOST_GAP_US = 20.0
 """The device is idle between two kernels anyway, for a microsecond or so. A longer gap is one that the host left."""
-_MARK = "lightforcing measured chunk"
+MARK = "lightforcing measured chunk"
+"""Name of the stretch of time in a profiler's trace that `inspect_trace` looks at."""
 
 
 def classify(kernel: str) -> str:
@@ -272,7 +274,7 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
     clip = runner.clip(chunks)
     for _ in range(chosen):
         next(clip)
-    with profile(activities=activities, experimental_config=config) as profiler, record_function(_MARK):
+    with profile(activities=activities, experimental_config=config) as profiler, record_function(MARK):
         next(clip)
     for _ in clip:
         pass
@@ -298,7 +300,7 @@ def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
     times: defaultdict[str, float] = defaultdict(float)
     calls = 0
     for event in averages:
-        if event.key != _MARK:
+        if event.key != MARK:
             times[event.key] += event.self_cpu_time_total
             calls += event.count
     shares, largest = _shares(times)
@@ -309,7 +311,7 @@ def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
 
 def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection:
     """What a trace of PyTorch's profiler says about the marked stretch of time."""
-    marked = [e for e in events if e.get("name") == _MARK and e.get("cat") == "user_annotation"]
+    marked = [e for e in events if e.get("name") == MARK and e.get("cat") == "user_annotation"]
     if not marked:
         return Inspection(chunk, note="the profiler's trace has no mark")
     start = float(marked[0]["ts"])
