@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         BundleIntegrityError,
         BundleSchemaError,
         CapacityError,
+        ChunkTimeoutError,
         ClosedError,
         EngineError,
         InputError,
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
         SessionCancelledError,
         SessionFailedError,
     )
-    from .pipeline import Pipeline
-    from .scheduler import Chunk
+    from .pipeline import Health, Pipeline
+    from .scheduler import Chunk, ChunkStarted, SessionStatistics
     from .session import ChunkStream, Session
     from .verify import VerificationError
+    from .video import atomic_output, open_video
 
 __all__ = [
     "Bundle",
@@ -40,9 +42,12 @@ __all__ = [
     "BundleSchemaError",
     "CapacityError",
     "Chunk",
+    "ChunkStarted",
     "ChunkStream",
+    "ChunkTimeoutError",
     "ClosedError",
     "EngineError",
+    "Health",
     "InputError",
     "LightForcingError",
     "Manifest",
@@ -50,16 +55,20 @@ __all__ = [
     "Session",
     "SessionCancelledError",
     "SessionFailedError",
+    "SessionStatistics",
     "VerificationError",
+    "atomic_output",
     "load_bundle",
+    "open_video",
 ]
 
 _MODULES = {
     "bundle": ("Bundle", "Manifest", "load_bundle"),
-    "pipeline": ("Pipeline",),
-    "scheduler": ("Chunk",),
+    "pipeline": ("Health", "Pipeline"),
+    "scheduler": ("Chunk", "ChunkStarted", "SessionStatistics"),
     "session": ("ChunkStream", "Session"),
     "verify": ("VerificationError",),
+    "video": ("atomic_output", "open_video"),
 }
 
 

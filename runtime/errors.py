@@ -11,6 +11,7 @@ __all__ = [
     "BundleIntegrityError",
     "BundleSchemaError",
     "CapacityError",
+    "ChunkTimeoutError",
     "ClosedError",
     "EngineError",
     "InputError",
@@ -54,6 +55,10 @@ class CapacityError(LightForcingError):
 
 class EngineError(LightForcingError):
     """An engine could not be loaded or a forward failed."""
+
+
+class ChunkTimeoutError(LightForcingError, TimeoutError):
+    """The next chunk did not come in time. The session goes on."""
 
 
 class ClosedError(LightForcingError):

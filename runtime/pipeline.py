@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
@@ -18,15 +23,33 @@ from .manifest import Manifest
 from .memory import BufferPlan, available_memory, check_memory, plan_buffers
 from .noise import check_seed
 from .rollout import PromptSwitch, Rollout
-from .scheduler import Lane, Scheduler
+from .scheduler import ChunkStarted, Lane, Scheduler
 from .session import Session
 from .text import TextEncoder, check_embedding
 from .verify import ensure_verified
 
-__all__ = ["Pipeline", "TextEncoderMode"]
+__all__ = ["Health", "LoadStage", "Pipeline", "TextEncoderMode"]
+
+_log = logging.getLogger(__name__)
+
+LoadStage = Literal["files", "engines", "golden", "warmup", "ready"]
 
 TextEncoderMode = Literal["on-demand", "resident", "external"]
 _TEXT_ENCODER_MODES: tuple[TextEncoderMode, ...] = ("on-demand", "resident", "external")
+
+
+@dataclass(frozen=True)
+class Health:
+    """State of a pipeline. ``alive``: its workers run and take sessions.
+
+    ``waiting`` sessions have a chunk that may start and has not; ``decoding`` chunks wait for the decoder.
+    """
+
+    alive: bool
+    sessions: int
+    open: int
+    waiting: int
+    decoding: int
 
 
 class Pipeline:
@@ -56,6 +79,7 @@ class Pipeline:
         verify: bool = True,
         memory_limit: int | None = None,
         graphs: bool = True,
+        progress: Callable[[LoadStage], None] | None = None,
     ) -> Pipeline:
         """Load a bundle for up to ``sessions`` rollouts at a time.
 
@@ -71,6 +95,8 @@ class Pipeline:
             memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
             graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
                 slower, for measurements and debuggers. On the host it changes nothing.
+            progress: called as each stage begins: ``"files"`` (reading and checking them), ``"engines"``, ``"golden"``
+                (verification), ``"warmup"``, ``"ready"``.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -85,19 +111,25 @@ class Pipeline:
             raise InputError(
                 f"text_encoder is {text_encoder!r}; expected one of {', '.join(_TEXT_ENCODER_MODES)}"
             )
+        stage = _stages(progress)
+        stage("files")
         bundle = load_bundle(path, verify=verify)
         plan = plan_buffers(bundle.manifest, sessions)
         check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
 
+        stage("engines")
         engine = load_engine(bundle, plan, threads=threads, graphs=graphs)
         try:
             if verify:
+                stage("golden")
                 ensure_verified(bundle, engine)
             encoder = None
             if text_encoder != "external":
                 encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
             if warmup:
+                stage("warmup")
                 engine.warmup()
+            stage("ready")
         except BaseException:
             engine.close()
             raise
@@ -125,11 +157,16 @@ class Pipeline:
         seed: int = 0,
         embedding: ArrayLike | None = None,
         frames: Literal["host", "device"] = "host",
+        label: str | None = None,
+        on_start: Callable[[ChunkStarted], None] | None = None,
     ) -> Session:
         """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
 
         The same seed gives the same bits on the same backend. With ``frames="device"`` the frames stay on the GPU, for
         encoders and others that read DLPack: ``torch.from_dlpack(chunk.frames)``.
+
+        ``label`` comes back with every chunk made with this prompt. ``on_start`` is called by a worker as each chunk
+        begins, so it must be quick; an error in it ends the session.
 
         Raises:
             CapacityError: all sessions that the pipeline was loaded for are open.
@@ -142,7 +179,7 @@ class Pipeline:
                 f"frames is {frames!r}; expected 'host', or 'device' with a bundle that runs on a GPU (this one: "
                 f"{self.manifest.backend} on {self.manifest.target.name})"
             )
-        first = PromptSwitch(self.embed(prompt, embedding), recache="none")
+        first = PromptSwitch(self.embed(prompt, embedding), "none", label)
         with self._lock:
             self._require_open()
             if not self._free:
@@ -154,9 +191,8 @@ class Pipeline:
                     free=0,
                 )
             number = self._free[0]
-            lane = Lane(
-                Rollout(self._engine, number, self.manifest, seed=seed, device=device), switches=[(0, first)]
-            )
+            rollout = Rollout(self._engine, number, self.manifest, seed=seed, device=device)
+            lane = Lane(rollout, on_start, switches=[(0, first)])
             self._free.pop(0)  # only now: the device may have refused
             self._scheduler.add(lane)
         return Session(
@@ -184,6 +220,29 @@ class Pipeline:
         assert prompt is not None
         return self._text_encoder.encode(prompt)
 
+    def blend(self, prompts: Mapping[str, float]) -> NDArray[np.float32]:
+        """A weighted mix of prompts, as an embedding ``[text_len, dim]``; weights are divided by their sum.
+
+        Raises :class:`InputError` without a prompt, or for a weight that is negative or not finite, or if all are 0.
+        """
+        total = math.fsum(prompts.values())
+        if not prompts or not all(weight >= 0 for weight in prompts.values()) or not 0 < total < math.inf:
+            raise InputError(
+                f"prompts are mixed by the weights {list(prompts.values())}; expected one or more, none "
+                f"negative and not all 0"
+            )
+        mixed = np.zeros((self.manifest.text.text_len, self.manifest.text.dim), dtype=np.float32)
+        for prompt, weight in prompts.items():
+            mixed += self.embed(prompt) * np.float32(weight / total)
+        return mixed
+
+    def health(self) -> Health:
+        """How the pipeline is doing. Cheap, and callable from any thread."""
+        ready, decoding = self._scheduler.backlog()
+        with self._lock:
+            alive = not self._closed and self._scheduler.alive
+            return Health(alive, self._plan.sessions, self._plan.sessions - len(self._free), ready, decoding)
+
     def close(self) -> None:
         """End all sessions and free everything; waits for the forwards that are running. May be called twice."""
         with self._lock:
@@ -210,6 +269,18 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stages(progress: Callable[[LoadStage], None] | None) -> Callable[[LoadStage], None]:
+    """Reports the stages of loading, to the log too."""
+    begun = time.perf_counter()
+
+    def stage(name: LoadStage) -> None:
+        _log.info("loading: %s after %.2f s", name, time.perf_counter() - begun)
+        if progress is not None:
+            progress(name)
+
+    return stage
 
 
 def _free_memory(bundle: Bundle) -> int | None:

@@ -20,7 +20,7 @@ from .errors import SessionCancelledError
 from .manifest import Manifest
 from .noise import fill_noise
 
-__all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_pixel_frames"]
+__all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_first_frame", "chunk_pixel_frames"]
 
 Recache = Literal["window", "all", "none"]
 RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
@@ -28,16 +28,28 @@ RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
 
 @dataclass(frozen=True, eq=False)
 class PromptSwitch:
-    """A new prompt embedding ``[text_len, dim]`` and which cached frames are recomputed with it."""
+    """A new prompt embedding ``[text_len, dim]``, which cached frames are recomputed with it, and the caller's label.
+
+    ``step`` marks what follows the first chunk of a transition: a newer switch takes its place.
+    """
 
     embedding: NDArray[np.float32]
     recache: Recache
+    label: str | None = None
+    step: bool = False
 
 
 def chunk_pixel_frames(manifest: Manifest, chunk: int) -> int:
     """Pixel frames of a chunk: the first latent frame of a rollout gives one, every other ``temporal_factor``."""
     frames = manifest.model.chunk_frames * manifest.vae.temporal_factor
     return frames - manifest.vae.temporal_factor + 1 if chunk == 0 else frames
+
+
+def chunk_first_frame(manifest: Manifest, chunk: int) -> int:
+    """Number of a chunk's first pixel frame, counted from the start of the rollout."""
+    if chunk == 0:
+        return 0
+    return chunk_pixel_frames(manifest, 0) + (chunk - 1) * chunk_pixel_frames(manifest, 1)
 
 
 class Rollout:

@@ -11,15 +11,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ClosedError, InputError, SessionCancelledError, SessionFailedError
+from .errors import ChunkTimeoutError, ClosedError, InputError, SessionCancelledError, SessionFailedError
 from .rollout import PromptSwitch, Rollout
 
-__all__ = ["Chunk", "ChunkTimes", "Lane", "Scheduler", "StreamEndedError"]
+__all__ = [
+    "Chunk",
+    "ChunkStarted",
+    "ChunkTimes",
+    "Lane",
+    "Scheduler",
+    "SessionStatistics",
+    "StreamEndedError",
+]
 
 
 class StreamEndedError(Exception):
@@ -34,7 +42,8 @@ class Chunk:
     :class:`~runtime.device_frames.DeviceFrames`. ``latency`` is the time in seconds from the
     start of the chunk's work (a prompt switch and the last chunk's clean forward included) until its frames were
     there. ``denoise`` and ``decode`` are the seconds spent inside the transformer's and the decoder's engines,
-    ``other`` the runtime's own work around them.
+    ``other`` the runtime's own work around them. ``label`` is that of the prompt the chunk was made with, as given
+    to :meth:`Pipeline.session` or :meth:`Session.set_prompt`.
     """
 
     index: int
@@ -43,6 +52,7 @@ class Chunk:
     denoise: float
     decode: float
     other: float
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +72,63 @@ class ChunkTimes:
         return cls(chunk.index, len(chunk.frames), chunk.latency, chunk.denoise, chunk.decode, chunk.other)
 
 
+@dataclass(frozen=True)
+class SessionStatistics:
+    """Sums over the chunks that a session has computed. Times in seconds; see :class:`Chunk`.
+
+    ``delivered`` of them went to the consumer, ``flushed`` were dropped by :meth:`Session.flush`.
+    """
+
+    chunks: int = 0
+    delivered: int = 0
+    flushed: int = 0
+    frames: int = 0
+    latency: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    other: float = 0.0
+
+    def plus(self, chunk: Chunk) -> SessionStatistics:
+        """The sums with one more chunk."""
+        return replace(
+            self,
+            chunks=self.chunks + 1,
+            frames=self.frames + len(chunk.frames),
+            latency=self.latency + chunk.latency,
+            denoise=self.denoise + chunk.denoise,
+            decode=self.decode + chunk.decode,
+            other=self.other + chunk.other,
+        )
+
+
+@dataclass(frozen=True)
+class ChunkStarted:
+    """Work on a chunk begins. ``switched`` says whether a new prompt applies from this chunk on."""
+
+    index: int
+    label: str | None
+    switched: bool
+
+
 @dataclass(eq=False)
 class Lane:
     """What the scheduler knows of one session. Guarded by the scheduler's lock."""
 
     rollout: Rollout
+    on_start: Callable[[ChunkStarted], None] | None = None
+    prompt: PromptSwitch | None = None
+    """The prompt in force; ``None`` before the first chunk."""
     asked: int = 0
     """Chunks that the consumer has asked for, received or not."""
+    ahead: int = 1
+    """Chunks that may be computed before they are asked for."""
     end: int | None = 0
     """Chunk at which the consumer's stream ends; ``None`` for never."""
     started: int = 0
     delivered: int = 0
+    """Chunks that the consumer has received or dropped."""
+    flushed: int = 0
+    totals: SessionStatistics = SessionStatistics()
     done: deque[Chunk] = field(default_factory=deque)
     switches: list[tuple[int, PromptSwitch]] = field(default_factory=list)
     """Prompt switches not yet applied, with the first chunk each may apply to, in the order they came."""
@@ -88,26 +144,38 @@ class Lane:
 
     @property
     def ready(self) -> bool:
-        """Whether the next chunk may start: asked for, or one ahead of what was."""
+        """Whether the next chunk may start: asked for, or ahead of what was by as much as is allowed."""
         if self.is_over() or self.error is not None:
             return False
-        return self.started <= self.asked and (self.end is None or self.started < self.end)
+        wanted = self.asked + self.ahead
+        return self.started < wanted and (self.end is None or self.started < self.end)
 
     def is_over(self) -> bool:
         """Whether nobody wants this lane's work any more."""
         return self.cancelled or self.closed
 
     def take_switch(self) -> PromptSwitch | None:
-        """The newest prompt switch that is due for the chunk about to start."""
+        """The newest prompt switch that is due for the chunk about to start; it is in force from now on."""
         due = [switch for at, switch in self.switches if at <= self.started]
         self.switches = [(at, switch) for at, switch in self.switches if at > self.started]
-        return due[-1] if due else None
+        if not due:
+            return None
+        self.prompt = due[-1]
+        return self.prompt
+
+    def prompt_before(self, chunk: int) -> PromptSwitch:
+        """The prompt that ``chunk`` would be made with if nothing more is asked for."""
+        due = [switch for at, switch in self.switches if at <= chunk]
+        prompt = due[-1] if due else self.prompt
+        assert prompt is not None  # a lane begins with a switch for chunk 0
+        return prompt
 
 
 @dataclass(frozen=True)
 class _Decoding:
     lane: Lane
     chunk: int
+    label: str | None
     begun: float
     denoise: float
     other: float
@@ -152,8 +220,8 @@ class Scheduler:
             lane.done.clear()
             self._notify(lane)
 
-    def switch(self, lane: Lane, switch: PromptSwitch, at: int | None) -> int:
-        """Queue a prompt switch; the index of the chunk where it applies."""
+    def switch(self, lane: Lane, switch: PromptSwitch, at: int | None, over: int = 1) -> int:
+        """Queue a prompt switch, or a transition over so many chunks; the index of the chunk where it begins."""
         with self._changed:
             self._raise_if_over(lane)
             if at is not None and at < lane.started:
@@ -161,13 +229,33 @@ class Scheduler:
                     f"chunk {at} has already started; the first that can still change is {lane.started}"
                 )
             first = lane.started if at is None else at
-            lane.switches.append((first, switch))
+            lane.switches = [(due, old) for due, old in lane.switches if due <= first or not old.step]
+            start = lane.prompt_before(first).embedding
+            for count in range(1, over):
+                mixed = start + (switch.embedding - start) * np.float32(count / over)
+                lane.switches.append((first + count - 1, replace(switch, embedding=mixed, step=count > 1)))
+            lane.switches.append((first + over - 1, replace(switch, step=over > 1)))
             return first
 
-    def ask(self, lane: Lane, end: int | None) -> None:
-        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends)."""
+    def flush(self, lane: Lane) -> tuple[int, int]:
+        """Drop chunks that have started and were not delivered: how many, and the chunk that comes next."""
+        with self._changed:
+            self._raise_if_over(lane)
+            dropped = lane.started - lane.delivered
+            lane.flushed += dropped
+            lane.delivered = lane.started
+            lane.done.clear()
+            self._notify(lane)
+            return dropped, lane.delivered
+
+    def ask(self, lane: Lane, end: int | None, ahead: int) -> None:
+        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends).
+
+        ``ahead`` more (0 or 1) may be computed meanwhile.
+        """
         with self._changed:
             lane.end = end
+            lane.ahead = ahead
             lane.asked = max(lane.asked, lane.delivered + 1)
             self._changed.notify_all()
 
@@ -183,12 +271,37 @@ class Scheduler:
                 lane.listeners.append(listener)
             return chunk
 
-    def wait(self, lane: Lane, end: int | None) -> Chunk:
-        """Like :meth:`take`, but waits for the chunk."""
+    def wait(self, lane: Lane, end: int | None, timeout: float | None) -> Chunk:
+        """Like :meth:`take`, but waits for the chunk, up to ``timeout`` seconds; then :class:`ChunkTimeoutError`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while (chunk := self._take(lane, end)) is None:
-                self._changed.wait()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise self.late(lane, timeout)
+                self._changed.wait(left)
             return chunk
+
+    def late(self, lane: Lane, timeout: float | None) -> ChunkTimeoutError:
+        """The error that says that the next chunk did not come in time."""
+        return ChunkTimeoutError(
+            f"chunk {lane.delivered} did not come within {timeout:g} s; the session goes on: ask again, or cancel it"
+        )
+
+    def statistics(self, lane: Lane) -> SessionStatistics:
+        """What the lane has done so far."""
+        with self._changed:
+            return replace(lane.totals, delivered=lane.delivered - lane.flushed, flushed=lane.flushed)
+
+    @property
+    def alive(self) -> bool:
+        """Whether both workers run."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def backlog(self) -> tuple[int, int]:
+        """Lanes with a chunk that may start, and latents that wait for the decoder."""
+        with self._changed:
+            return sum(lane.ready for lane in self._lanes), len(self._decodings)
 
     def stop(self) -> None:
         """End the workers; they finish the forward they are in."""
@@ -251,14 +364,17 @@ class Scheduler:
                 if lane is None or self._stopping:
                     return
                 chunk, switch = lane.started, lane.take_switch()
+                label = lane.prompt.label if lane.prompt else None
                 lane.started += 1
                 lane.active += 1
             with self._serving(lane, chunk):
+                if lane.on_start is not None:
+                    lane.on_start(ChunkStarted(chunk, label, switched=switch is not None and chunk > 0))
                 begun = time.perf_counter()
                 seconds = lane.rollout.advance(switch, lane.is_over)
                 other = time.perf_counter() - begun - seconds
                 with self._changed:
-                    self._decodings.append(_Decoding(lane, chunk, begun, seconds, other))
+                    self._decodings.append(_Decoding(lane, chunk, label, begun, seconds, other))
 
     def _decode_forever(self) -> None:
         while True:
@@ -282,10 +398,12 @@ class Scheduler:
                     denoise=job.denoise,
                     decode=seconds,
                     other=job.other + end - begun - seconds,
+                    label=job.label,
                 )
                 with self._changed:
-                    if not lane.is_over():
+                    if not lane.is_over() and chunk.index >= lane.delivered:  # else it was flushed meanwhile
                         lane.done.append(chunk)
+                    lane.totals = lane.totals.plus(chunk)
 
     @contextlib.contextmanager
     def _serving(self, lane: Lane, chunk: int) -> Iterator[None]:

@@ -7,17 +7,19 @@ import contextlib
 import math
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
 from .manifest import Manifest
-from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_pixel_frames
-from .scheduler import Chunk, Lane, Scheduler, StreamEndedError
+from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_first_frame, chunk_pixel_frames
+from .scheduler import Chunk, Lane, Scheduler, SessionStatistics, StreamEndedError
 
-__all__ = ["ChunkStream", "Session", "chunks_for_seconds"]
+__all__ = ["ChunkStream", "Session", "SessionState", "chunks_for_seconds"]
+
+SessionState = Literal["open", "cancelled", "failed", "closed"]
 
 _FRAME_TOLERANCE = 1e-6
 
@@ -39,9 +41,23 @@ class ChunkStream:
 
     ``chunks`` and ``frames`` are the totals of the stream, or ``None`` if it is endless. Work starts with the
     first iteration. Leaving a loop early keeps the session usable: the next stream goes on where it stopped.
+
+    ``ahead`` (1 or 0) says how many chunks may be computed before they are asked for, and may be changed between
+    iterations: 0 makes a new prompt apply one chunk earlier, 1 lets the engine work while the consumer does.
     """
 
-    def __init__(self, scheduler: Scheduler, lane: Lane, manifest: Manifest, chunks: int | None) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        lane: Lane,
+        manifest: Manifest,
+        chunks: int | None,
+        *,
+        timeout: float | None = None,
+        ahead: Literal[0, 1] = 1,
+    ) -> None:
+        self.ahead = ahead
+        self._timeout = timeout
         self._scheduler = scheduler
         self._lane = lane
         first = lane.delivered
@@ -58,8 +74,8 @@ class ChunkStream:
 
     def __next__(self) -> Chunk:
         try:
-            self._scheduler.ask(self._lane, self._end)
-            return self._scheduler.wait(self._lane, self._end)
+            self._scheduler.ask(self._lane, self._end, self.ahead)
+            return self._scheduler.wait(self._lane, self._end, self._timeout)
         except StreamEndedError:
             raise StopIteration from None
 
@@ -67,7 +83,9 @@ class ChunkStream:
         return self
 
     async def __anext__(self) -> Chunk:
-        self._scheduler.ask(self._lane, self._end)
+        self._scheduler.ask(self._lane, self._end, self.ahead)
+        loop = asyncio.get_running_loop()
+        deadline = None if self._timeout is None else loop.time() + self._timeout
         while True:
             # A chunk is only ever taken without waiting, so a task cancelled while it waits loses nothing.
             news, listener = _listener()
@@ -77,7 +95,11 @@ class ChunkStream:
                 raise StopAsyncIteration from None
             if chunk is not None:
                 return chunk
-            await news
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await news
+            except TimeoutError:
+                raise self._scheduler.late(self._lane, self._timeout) from None
 
 
 class Session:
@@ -101,10 +123,20 @@ class Session:
         self._embed = embed
         self._release = release
 
-    def stream(self, *, seconds: float | None = None, chunks: int | None = None) -> ChunkStream:
+    def stream(
+        self,
+        *,
+        seconds: float | None = None,
+        chunks: int | None = None,
+        timeout: float | None = None,
+        ahead: Literal[0, 1] = 1,
+    ) -> ChunkStream:
         """The next chunks of the rollout: enough whole ones for ``seconds``, or ``chunks``, or without end.
 
-        Raises :class:`InputError` if both are given or one is out of range.
+        An iteration that takes longer than ``timeout`` seconds raises :class:`ChunkTimeoutError`; the session goes on,
+        and the stream may be asked again. For ``ahead`` see :class:`ChunkStream`.
+
+        Raises :class:`InputError` if both lengths are given or an argument is out of range.
         """
         if seconds is not None and chunks is not None:
             raise InputError("both seconds and chunks are given; expected one of them, or neither for no end")
@@ -112,7 +144,13 @@ class Session:
             chunks = chunks_for_seconds(self._manifest, seconds, self._lane.delivered)
         elif chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
             raise InputError(f"chunks is {chunks!r}; expected a whole number, 1 or more")
-        return ChunkStream(self._scheduler, self._lane, self._manifest, chunks)
+        if timeout is not None and not timeout > 0:
+            raise InputError(
+                f"timeout is {timeout!r}; expected seconds, more than 0, or None to wait for ever"
+            )
+        if ahead not in (0, 1):
+            raise InputError(f"ahead is {ahead!r}; expected 0 or 1")
+        return ChunkStream(self._scheduler, self._lane, self._manifest, chunks, timeout=timeout, ahead=ahead)
 
     def set_prompt(
         self,
@@ -121,6 +159,8 @@ class Session:
         embedding: ArrayLike | None = None,
         recache: Recache = "window",
         at: int | None = None,
+        over: int = 1,
+        label: str | None = None,
     ) -> int:
         """Switch the prompt, or a prompt embedding ``[text_len, dim]``; the index of the chunk where it applies.
 
@@ -130,12 +170,51 @@ class Session:
 
         ``recache`` says which cached frames are recomputed with the new prompt: ``"window"`` all but the sinks,
         ``"all"``, or ``"none"``.
+
+        ``over`` makes a transition of it: over so many chunks the embedding moves in equal steps from the prompt
+        before to this one, each step recomputing what ``recache`` says. A newer switch ends a transition. ``label``
+        comes back as :attr:`Chunk.label` of the chunks made with this prompt.
         """
         if recache not in RECACHE_MODES:
             raise InputError(f"recache is {recache!r}; expected one of {', '.join(RECACHE_MODES)}")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
             raise InputError(f"at is {at!r}; expected the index of a chunk, or None for the next one")
-        return self._scheduler.switch(self._lane, PromptSwitch(self._embed(prompt, embedding), recache), at)
+        if isinstance(over, bool) or not isinstance(over, int) or over < 1:
+            raise InputError(f"over is {over!r}; expected a number of chunks, 1 or more")
+        switch = PromptSwitch(self._embed(prompt, embedding), recache, label)
+        return self._scheduler.switch(self._lane, switch, at, over)
+
+    def flush(self) -> tuple[int, int]:
+        """Drop the chunks that are finished or under way and were not delivered: how many, and which comes next.
+
+        The rollout goes on behind what was dropped, so a new prompt set just before shows in the very next chunk.
+        They count towards a stream's length.
+        """
+        return self._scheduler.flush(self._lane)
+
+    def first_frame(self, chunk: int) -> int:
+        """Number of the first pixel frame of a chunk, from the start of the rollout."""
+        return chunk_first_frame(self._manifest, chunk)
+
+    @property
+    def index(self) -> int:
+        """The chunk that starts next: the first that a new prompt can still change."""
+        return self._lane.started
+
+    @property
+    def state(self) -> SessionState:
+        """``"open"``, or what ended the session."""
+        lane = self._lane
+        if lane.closed:
+            return "closed"
+        if lane.cancelled:
+            return "cancelled"
+        return "open" if lane.error is None else "failed"
+
+    @property
+    def statistics(self) -> SessionStatistics:
+        """What the session has done so far."""
+        return self._scheduler.statistics(self._lane)
 
     def cancel(self) -> None:
         """Stop at the next forward. Whoever waits for a chunk gets :class:`SessionCancelledError`."""
