@@ -92,7 +92,13 @@ class Driver(Protocol):
         """Wait for everything on the stream."""
 
     def capture(self, enqueue: Callable[[], None], stream: int) -> Graph:
-        """Record what ``enqueue`` puts on ``stream``."""
+        """Record what ``enqueue`` puts on ``stream``, and upload it."""
+
+    def upload(self, executable: int, stream: int) -> None:
+        """Put what launches of a ``CUgraphExec`` need onto the device, behind what is on ``stream``.
+
+        Its first launch would do it otherwise, and allocate.
+        """
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
@@ -251,10 +257,7 @@ class CudaDriver:
         self._call("cuStreamSynchronize", stream)
 
     def capture(self, enqueue: Callable[[], None], stream: int) -> Graph:
-        """See :class:`Driver`. The mode is thread-local: other threads go on working with the device.
-
-        What a launch needs is put onto the device now, behind what is on ``stream``.
-        """
+        """See :class:`Driver`. The mode is thread-local: other threads go on working with the device."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
         try:
@@ -275,11 +278,15 @@ class CudaDriver:
             lambda: self._call("cuGraphExecDestroy", executable),
         )
         try:
-            self._call("cuGraphUpload", executable, stream)  # the first launch would do it, and allocate
+            self.upload(int(executable), stream)
         except BaseException:
             recorded.close()
             raise
         return recorded
+
+    def upload(self, executable: int, stream: int) -> None:
+        """See :class:`Driver`."""
+        self._call("cuGraphUpload", executable, stream)
 
     def memory(self) -> tuple[int, int]:
         """See :class:`Driver`."""

@@ -95,7 +95,7 @@ def open_library(bundle: Bundle, driver: CudaDriver) -> ComponentLibrary:
     if backend == "inductor":
         from .inductor_cuda import InductorLibrary
 
-        return InductorLibrary(bundle, driver.ordinal)
+        return InductorLibrary(bundle, driver)
     if backend == "tensorrt":
         from .tensorrt_classic import TensorRtLibrary
 

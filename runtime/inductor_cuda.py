@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
-from .cuda_driver import no_collection
+from .cuda_driver import Driver, no_collection
 from .errors import EngineError
 from .inductor import load_package, require_torch
 from .manifest import Component, Dtype
@@ -154,14 +154,14 @@ _workspaces = _Workspaces()
 
 
 class InductorLibrary:
-    """Implements :class:`~runtime.device.ComponentLibrary`. ``device`` is the CUDA device's number.
+    """Implements :class:`~runtime.device.ComponentLibrary` on the driver's device.
 
     Raises:
         EngineError: PyTorch is not the one that compiled the bundle, or sees no GPU.
         BundleError: the manifest does not say which one it is.
     """
 
-    def __init__(self, bundle: Bundle, device: int) -> None:
+    def __init__(self, bundle: Bundle, driver: Driver) -> None:
         require_torch(bundle)
         import torch
 
@@ -172,8 +172,9 @@ class InductorLibrary:
             )
         torch.cuda.init()  # type: ignore[no-untyped-call]  # packages and streams do not see to it themselves
         self._bundle = bundle
-        self._device = device
-        self._streams = _Streams(device)
+        self._driver = driver
+        _, self._device = driver.dlpack_device
+        self._streams = _Streams(self._device)
         _workspaces.take()
 
     def load(self, name: str) -> _Package:
@@ -201,7 +202,13 @@ class InductorLibrary:
                 f"PyTorch {torch.__version__} cannot record a forward: {error}; Pipeline.load(..., graphs=False) runs "
                 f"without recording"
             ) from error
-        return _Graph(graph, self._streams)
+        recorded = _Graph(graph, self._streams)
+        try:
+            self._driver.upload(graph.raw_cuda_graph_exec(), stream)
+        except BaseException:
+            recorded.close()
+            raise
+        return recorded
 
     def close(self) -> None:
         """See :meth:`ComponentLibrary.close <runtime.device.ComponentLibrary.close>`."""

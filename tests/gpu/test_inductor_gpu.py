@@ -103,6 +103,14 @@ def test_the_rollout_is_near_the_reference(bundle: Path) -> None:
     assert gap < 3, f"frames differ by {gap:.2f} levels on average"
 
 
+def test_the_first_clip_allocates_nothing(bundle: Path) -> None:
+    """Graphs are on the device when loading ends; a first launch would put them there, and allocate."""
+    with loaded(bundle) as pipe:
+        before = torch.cuda.mem_get_info()[0]
+        frames(pipe, seed=3)
+        assert before - torch.cuda.mem_get_info()[0] <= 2 << 20
+
+
 def test_a_chunk_waits_for_its_frames_and_for_nothing_else(bundle: Path) -> None:
     with (
         loaded(bundle) as pipe,

@@ -13,10 +13,11 @@ import pytest
 from runtime.bundle import Bundle, Library, load_bundle
 from runtime.errors import EngineError
 from runtime.inductor_cuda import InductorLibrary
+from tests.runtime.simulated_gpu import SimulatedDriver
 
 torch = pytest.importorskip("torch")
 
-STREAM = 7
+STREAM, EXECUTABLE = 7, 8
 
 
 class Graph:
@@ -37,6 +38,10 @@ class Graph:
     def capture_end(self) -> None:
         self._call("end")
 
+    def raw_cuda_graph_exec(self) -> int:
+        self._call("executable")
+        return EXECUTABLE
+
     def replay(self) -> None:
         self._call("replay")
 
@@ -45,7 +50,7 @@ class Graph:
 
 
 @pytest.fixture
-def library(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> InductorLibrary:
+def library(bundle: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> InductorLibrary:
     changes: dict[str, Any] = {
         "is_available": lambda: True,
         "init": lambda: None,
@@ -62,7 +67,22 @@ def library(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> InductorLibrary:
     manifest = loaded.manifest.model_copy(
         update={"library": Library(name="torch", version=torch.__version__)}
     )
-    return InductorLibrary(Bundle(loaded.root, manifest), 0)
+    return InductorLibrary(Bundle(loaded.root, manifest), driver)
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+class Driver(SimulatedDriver):
+    """Notes what is uploaded, among what happens to graphs."""
+
+    def upload(self, executable: int, stream: int) -> None:
+        assert executable == EXECUTABLE
+        Graph.calls.append("upload")
+        if Graph.fails_at == "upload":
+            raise EngineError("cuGraphUpload failed")
 
 
 def test_a_forward_is_recorded_without_collecting_and_replayed(library: InductorLibrary) -> None:
@@ -70,7 +90,7 @@ def test_a_forward_is_recorded_without_collecting_and_replayed(library: Inductor
     graph = library.record(lambda: collected.append(gc.isenabled()), STREAM)
     graph.launch(STREAM)
     graph.close()
-    assert Graph.calls == ["begin", "end", "replay", "reset"]
+    assert Graph.calls == ["begin", "end", "executable", "upload", "replay", "reset"]
     assert collected == [False] and gc.isenabled()
 
 
@@ -81,6 +101,20 @@ def test_what_pytorch_refuses_is_an_error_of_the_runtime(
     monkeypatch.setattr(Graph, "fails_at", call)
     with pytest.raises(EngineError, match="operation failed due to a previous error"):
         library.record(lambda: None, STREAM).launch(STREAM)
+
+
+def test_a_graph_that_cannot_be_uploaded_is_freed(
+    library: InductorLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "fails_at", "upload")
+    with pytest.raises(EngineError, match="cuGraphUpload failed"):
+        library.record(lambda: None, STREAM)
+    assert Graph.calls[-2:] == ["upload", "reset"]
+
+
+def test_pytorch_has_what_the_stand_in_has() -> None:
+    wanted = {name for name in vars(Graph) if not name.startswith("_")} - {"fails_at", "calls"}
+    assert wanted <= set(dir(torch.cuda.CUDAGraph)) and "raw_cuda_graph_exec" in wanted
 
 
 def fail_in_a_component() -> None:
