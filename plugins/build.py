@@ -207,6 +207,7 @@ def build(
     jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     only: Callable[[specs.Variant], bool] = lambda variant: True,
+    candidates: bool = False,
 ) -> dict[int, images.ImageSet]:
     """Compile every specialisation for `archs` and write `out/sm_XX/` for each.
 
@@ -217,6 +218,7 @@ def build(
         jobs: worker processes; default: one per processor.
         progress: called with the number of kernels compiled and to compile.
         only: which specialisations to build.
+        candidates: build `specs.candidates` too, after the shipped ones, so that by default none of them is used.
 
     Returns:
         The index of each architecture.
@@ -227,7 +229,12 @@ def build(
     cache = cache or default_cache()
     cache.mkdir(parents=True, exist_ok=True)
     source = source_hash()
-    wanted = [(variant, arch) for arch in archs for variant in specs.variants(arch) if only(variant)]
+    wanted = [
+        (variant, arch)
+        for arch in archs
+        for variant in (*specs.variants(arch), *(specs.candidates(arch) if candidates else ()))
+        if only(variant)
+    ]
     paths = {
         (variant.name, arch): cache / f"{_cache_key(variant, arch, source)}.json" for variant, arch in wanted
     }

@@ -33,6 +33,14 @@ def _load_if(pointer, wanted, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _keep(x, INTERPRET: tl.constexpr):
+    """`x`, as a value that a loop computes anew at every step: one that it only reads is moved to shared memory."""
+    if INTERPRET:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
 def _load_rows(pointers, inside, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointers)
@@ -94,11 +102,6 @@ def attend(
     query_base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
     q_tile = _load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
     to_log2 = scale * 1.4426950408889634
-    if HOLD_Q:
-        # A tile that is loaded and used as it is goes to shared memory; one that was computed stays in registers.
-        # Halving is exact, but for numbers too small to matter.
-        q_tile = (q_tile.to(tl.float32) * 0.5).to(q.dtype.element_ty)
-        to_log2 *= 2.0
     if INTERPRET:  # the interpreter's bfloat16 matrix product is wrong
         q_tile = q_tile.to(tl.float32)
 
@@ -139,6 +142,8 @@ def attend(
         decay = tl.exp2(best - new_best)
         norm = norm * decay + tl.sum(weights, 1)
         best = new_best
+        if HOLD_Q:
+            q_tile = _keep(q_tile, INTERPRET)
 
         weights = weights.to(v.dtype.element_ty)
         v_tile = _load_rows(v_base + value_offset, key_inside, EVEN)

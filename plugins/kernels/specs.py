@@ -17,13 +17,17 @@ from ..errors import PluginError
 
 __all__ = [
     "ARCHS",
+    "CANDIDATES",
     "DTYPES",
     "KERNELS",
     "Argument",
     "GridAxis",
     "KernelError",
     "Problem",
+    "Tiles",
     "Variant",
+    "attend_variant",
+    "candidates",
     "find_variant",
     "image_arch",
     "kernel_function",
@@ -255,66 +259,118 @@ def _arguments(kernel: str, dtype: str) -> tuple[Argument, ...]:
     return (*pointers, *values)
 
 
-class _Tiles(NamedTuple):
-    """Tuning of attend. Chosen from registers, shared memory and the generated code, not from timings."""
+class Tiles(NamedTuple):
+    """Tuning of attend."""
 
     k_tile: int
     v_tile: int
     warps: int
     stages: int
     hold_q: bool = False
+    max_registers: int | None = None
+
+    @property
+    def short(self) -> str:
+        """A name of its own among the candidates of one query block."""
+        parts = [f"k{self.k_tile}", f"s{self.stages}", f"w{self.warps}"]
+        return "".join(parts) + "-held" * self.hold_q + (f"-r{self.max_registers}" if self.max_registers else "")
 
 
-def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> _Tiles:
+def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
+    """Chosen from registers, shared memory and the generated code, not from timings."""
     wgmma = arch in (90, 100)
     if block_q == 32:
-        return _Tiles(32, head_dim, 4, 3) if wgmma else _Tiles(32, head_dim // 2, 2, 2)
+        return Tiles(32, head_dim, 4, 3) if wgmma else Tiles(32, head_dim // 2, 2, 2)
     warps = block_q // 16
     if wgmma:
         # With 64 keys a step, reading queries from shared memory would take as long as the product (sm_100 cannot
         # take them from registers).
-        return _Tiles(64, head_dim, warps, 3, hold_q=arch == 90)
+        return Tiles(64, head_dim, warps, 3, hold_q=arch == 90)
     # 100 KiB of shared memory per multiprocessor on sm_86, 89 and 120, 164 on sm_80.
     stages = 3 if arch == 80 else 2
     if block_q == 64:
-        return _Tiles(64, 64, warps, stages)
+        return Tiles(64, 64, warps, stages)
     if not even and head_dim == 128:
-        return _Tiles(32, head_dim, warps, 3)  # 64 keys and their masks would spill
-    return _Tiles(64, head_dim, warps, stages)
+        return Tiles(32, head_dim, warps, 3)  # 64 keys and their masks would spill
+    return Tiles(64, head_dim, warps, stages)
+
+
+def attend_variant(
+    dtype: str, head_dim: int, block_q: int, even: bool, tiles: Tiles, suffix: str = ""
+) -> Variant:
+    """*attend* with `tiles`; `even`: blocks divide the frame."""
+    name = f"attend-{DTYPES[dtype]}-d{head_dim}-q{block_q}" + ("" if even else "-ragged") + suffix
+    blocks = (32, 64, 128) if block_q == 32 else (64, 128)
+    return Variant(
+        "attend",
+        name,
+        {
+            "HEAD_DIM": head_dim,
+            "Q_TILE": block_q,
+            "K_TILE": tiles.k_tile,
+            "V_TILE": tiles.v_tile,
+            "FRAMES": MAX_FRAMES,
+            "EVEN": even,
+            "HOLD_Q": tiles.hold_q,
+            "STAGES": tiles.stages,
+            "INTERPRET": False,
+        },
+        tiles.warps,
+        (GridAxis("query_blocks"), GridAxis("heads")),
+        _arguments("attend", dtype),
+        {
+            "dtype": (dtype,),
+            "head_dim": (head_dim,),
+            "block_q": (block_q,),
+            "block_k": tuple(block for block in blocks if block >= tiles.k_tile),
+            "even": (1,) if even else (0, 1),
+        },
+        {"past_frames": MAX_FRAMES},
+        max_registers=tiles.max_registers,
+    )
 
 
 def _attend_variants(arch: int) -> Iterator[Variant]:
     for head_dim in (128, 64):
-        for dtype, short in DTYPES.items():
+        for dtype in DTYPES:
             for block_q in (128, 64, 32):
                 for even in (True, False):
                     tiles = _attend_tiles(arch, head_dim, block_q, even)
-                    yield Variant(
-                        "attend",
-                        f"attend-{short}-d{head_dim}-q{block_q}" + ("" if even else "-ragged"),
-                        {
-                            "HEAD_DIM": head_dim,
-                            "Q_TILE": block_q,
-                            "K_TILE": tiles.k_tile,
-                            "V_TILE": tiles.v_tile,
-                            "FRAMES": MAX_FRAMES,
-                            "EVEN": even,
-                            "HOLD_Q": tiles.hold_q,
-                            "STAGES": tiles.stages,
-                            "INTERPRET": False,
-                        },
-                        tiles.warps,
-                        (GridAxis("query_blocks"), GridAxis("heads")),
-                        _arguments("attend", dtype),
-                        {
-                            "dtype": (dtype,),
-                            "head_dim": (head_dim,),
-                            "block_q": (block_q,),
-                            "block_k": (32, 64, 128) if block_q == 32 else (64, 128),
-                            "even": (1,) if even else (0, 1),
-                        },
-                        {"past_frames": MAX_FRAMES},
-                    )
+                    yield attend_variant(dtype, head_dim, block_q, even, tiles)
+
+
+CANDIDATES: dict[int, dict[int, tuple[Tiles, ...]]] = {
+    90: {
+        128: (
+            Tiles(64, 128, 8, 3),
+            Tiles(64, 128, 8, 2),
+            Tiles(64, 128, 8, 3, hold_q=True),
+            Tiles(128, 128, 8, 2),
+            Tiles(128, 128, 8, 2, hold_q=True),
+            # Two thread blocks of eight warps share a multiprocessor: one's softmax runs during the other's products.
+            Tiles(32, 128, 8, 3, max_registers=128),
+            Tiles(32, 128, 8, 2, max_registers=128),
+            Tiles(64, 128, 8, 2, max_registers=128),
+        ),
+        64: (
+            Tiles(64, 128, 4, 3),
+            Tiles(64, 128, 4, 2),
+            Tiles(64, 128, 4, 3, hold_q=True),
+            Tiles(128, 128, 4, 2),
+            Tiles(32, 128, 4, 3, max_registers=128),
+        ),
+    }
+}
+"""Other tiles of attend to be timed, by architecture and query block (bfloat16, head size 128, even blocks)."""
+
+
+def candidates(arch: int) -> tuple[Variant, ...]:
+    """The specialisations of `CANDIDATES`, named after their tiles."""
+    return tuple(
+        attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
+        for block_q, offered in CANDIDATES.get(arch, {}).items()
+        for tiles in offered
+    )
 
 
 def _other_variants() -> Iterator[Variant]:
