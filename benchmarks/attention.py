@@ -12,6 +12,7 @@ against dense attention at equal sparsity, on structured synthetic queries and k
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -39,10 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--method-table", action="store_true", help="quality of the policies instead of times")
-    what.add_argument("--sweep", action="store_true", help="times of attend with other tile sizes instead")
-    parser.add_argument(
-        "--sweep-seconds", type=float, default=400.0, help="for all sizes; default: %(default)s"
+    what.add_argument(
+        "--candidates", action="store_true", help="check and time every image that serves, at 1536 tokens"
     )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=60.0, help="for the candidates; default: %(default)s"
+    )
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)  # the measuring process of --candidates
     parser.add_argument("--images", type=Path, default=Path("build/kernels"), help="default: %(default)s")
     parser.add_argument("--just-in-time", action="store_true", help="compile the kernels here instead")
     parser.add_argument("--out", type=Path, help="folder of the results; default: $OUT or benchmarks/results")
@@ -54,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         "--flex", choices=("none", "one", "all"), default="one", help="sparsities for FlexAttention"
     )
     return parser
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """The folder of the results."""
+    out: Path = args.out or Path(os.environ.get("OUT") or "benchmarks/results")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def _times(args: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
@@ -87,18 +98,43 @@ def _times(args: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -
     return {"images": compiler, "rows": rows, "prepare": prepared}
 
 
-def _sweep(args: argparse.Namespace) -> dict[str, Any]:
-    from .attention_inputs import Shape
-    from .attention_timing import HSA_SHORT, sweep
+def _candidates(args: argparse.Namespace) -> int:
+    """Check and time all images, in a process of its own that may fail (`attention_candidates.watch`)."""
+    from .attention_candidates import table_rows, watch
 
-    rows = []
-    each = args.sweep_seconds / len(args.frame_tokens) / len(args.blocks)
-    for frame_tokens in args.frame_tokens:
-        for block in args.blocks:
-            shape = Shape(frame_tokens, WINDOWS["chunk 7"], block, block, args.heads or 12)
-            about = {"frame_tokens": frame_tokens, "block": block}
-            rows += [{**about, **row} for row in sweep(shape, HSA_SHORT, 0.9, each)]
-    return {"rows": rows}
+    out = _out(args)
+    state_file = out / "attention-candidates.json"
+    state_file.unlink(missing_ok=True)
+    options = ["--images", str(args.images), "--state", str(state_file)]
+    command = [sys.executable, "-m", "benchmarks.attention", "--candidates", *options]
+    try:
+        state = watch(command, state_file, args.budget_seconds)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    columns = ["window", "q", "k", "name", *(f"{what} {s}" for s in SPARSITIES for what in ("us", "eta"))]
+    print(state_file, state["running"], sep="\n")
+    print(_table(columns, table_rows(state, SPARSITIES)))
+    for name, reason in state.get("failed", {}).items():
+        print(f"failed: {name}: {reason}")
+    return 0
+
+
+def _measure_candidates(args: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("PyTorch finds no CUDA device, and times are measured on one", file=sys.stderr)
+        return 1
+    from .attention_candidates import measure_candidates
+    from .timing import machine_facts, write_json
+
+    state = json.loads(args.state.read_text()) if args.state.exists() else {}
+    state = {"benchmark": "attention candidates", "machine": machine_facts(), **state}
+    windows = [(name, WINDOWS[name]) for name in ("chunk 7", "chunk 4")]
+    blocks = [(128, 128), (64, 64), (128, 64)]
+    measure_candidates(args.images, windows, blocks, state, lambda now: write_json(args.state, now))
+    return 0
 
 
 def _methods(args: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -133,11 +169,6 @@ def _summary(kind: str, result: dict[str, Any]) -> str:
     if kind == "methods":
         columns = ["frame_tokens", "block", "policy", "sparsity", "error", "weight", "best_weight"]
         return _table(columns, ([row[key] for key in columns] for row in rows))
-    if kind == "sweep":
-        columns = ["frame_tokens", "block", "k_tile", "v_parts", "warps", "stages", "hold_q", "max_registers"]
-        columns.append("attend_us")
-        ran = (row for row in rows if isinstance(row["attend_us"], float))
-        return _table(columns, ([row[key] for key in columns] for row in ran))
     columns = ["tokens", "block", "window", "s", "dense", "own dense", "flex", "select", "attend", "both"]
     columns += ["eta", "eta_total", "speed-up", "error"]
     keys = [
@@ -207,6 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
+    if args.candidates:
+        return _measure_candidates(args) if args.state else _candidates(args)
+
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -220,10 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     from .timing import machine_facts, write_json
 
-    kind = "methods" if args.method_table else "sweep" if args.sweep else "times"
+    kind = "methods" if args.method_table else "times"
     facts = machine_facts()
-    out = args.out or Path(os.environ.get("OUT") or "benchmarks/results")
-    out.mkdir(parents=True, exist_ok=True)
+    out = _out(args)
     stem = f"attention-{kind}-{facts['device'].lower().replace(' ', '-')}-{facts['date']}"
 
     def write(found: dict[str, Any]) -> dict[str, Any]:
@@ -231,12 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(out / f"{stem}.json", whole)
         return whole
 
-    if kind == "methods":
-        found = _methods(args, device)
-    elif kind == "sweep":
-        found = _sweep(args)
-    else:
-        found = _times(args, write)
+    found = _methods(args, device) if kind == "methods" else _times(args, write)
     result = write(found)
     if kind == "times":
         _plot(result, out / f"{stem}.png")

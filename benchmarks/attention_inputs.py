@@ -10,6 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from plugins.kernels.specs import Problem
 from plugins.policies import ChunkInputs
 
 __all__ = ["AttentionInputs", "FrameChoice", "Shape", "random_inputs", "video_inputs"]
@@ -48,6 +49,20 @@ class Shape:
     def resident(self) -> int:
         """Resident key blocks."""
         return self.frames * self.k_blocks
+
+    @property
+    def problem(self) -> Problem:
+        """The call as the kernels' tables take it."""
+        return Problem(
+            "bfloat16",
+            self.heads,
+            self.head_dim,
+            self.frame_tokens,
+            CHUNK_FRAMES,
+            self.past,
+            self.block_q,
+            self.block_k,
+        )
 
     def keep_q20(self, sparsity: float) -> tuple[int]:
         """A one-entry table that keeps `int((1 - sparsity) * resident)` blocks."""

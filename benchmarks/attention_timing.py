@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -15,14 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plugins.kernels.specs import Variant
-from plugins.launch_torch import BlockLists, TorchKernels, TritonLauncher
+from plugins.launch_torch import BlockLists, TorchKernels
 from plugins.policies import DensePolicy, HSAPolicy, mask_from_lists
 
 from .attention_inputs import CHUNK_FRAMES, AttentionInputs, FrameChoice, Shape, random_inputs
 from .timing import Work, microseconds
 
-__all__ = ["HSA_LONG", "HSA_SHORT", "measure", "measure_prepare", "sweep"]
+__all__ = [
+    "HSA_LONG",
+    "HSA_SHORT",
+    "Steps",
+    "dense_baselines",
+    "exact_head",
+    "input_sets",
+    "measure",
+    "measure_prepare",
+    "relative",
+]
 
 HSA_SHORT: FrameChoice = {"keep_frames": 6, "sink_frames": 1, "near_frames": 2}
 HSA_LONG: FrameChoice = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
@@ -40,6 +47,11 @@ def _attempt(run: Callable[[], Any]) -> Any:
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return f"{type(error).__name__}: {first[:120]}"
+
+
+def input_sets(shape: Shape) -> list[AttentionInputs]:
+    """As many inputs of one shape as run in turn, so that none is found in a cache."""
+    return [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
 
 
 def dense_baselines(sets: Sequence[AttentionInputs], scale: float) -> dict[str, Microseconds | Reason]:
@@ -114,23 +126,28 @@ def _flex(
     return microseconds(works), output.flatten(0, 1)
 
 
-def _error(out: Tensor, inputs: AttentionInputs, mask: Tensor, shape: Shape, scale: float) -> float:
-    """Relative L2 of head 0 against masked attention in float64."""
+def relative(found: Tensor, want: Tensor) -> float:
+    """Relative L2 distance."""
+    return float((found.double() - want.double()).norm() / want.double().norm())
+
+
+def exact_head(inputs: AttentionInputs, mask: Tensor, shape: Shape, head: int) -> Tensor:
+    """Attention of one head over the blocks of `mask` `[H, query_blocks, resident]` in float64, `[T, D]`."""
 
     def blocks(tokens: int, block: int) -> Tensor:
-        token = torch.arange(tokens, device=out.device)
+        token = torch.arange(tokens, device=mask.device)
         return (
             token // shape.frame_tokens * -(-shape.frame_tokens // block)
             + token % shape.frame_tokens // block
         )
 
-    seen = mask[0][blocks(out.shape[0], shape.block_q)][:, blocks(inputs.keys.shape[0], shape.block_k)]
-    logits = inputs.q[:, 0].double() @ inputs.keys[:, 0].double().T * scale
-    want = logits.masked_fill_(~seen, -torch.inf).softmax(-1) @ inputs.values[:, 0].double()
-    return float((out[:, 0].double() - want).norm() / want.norm())
+    keys = inputs.keys[:, head].double()
+    seen = mask[head][blocks(inputs.q.shape[0], shape.block_q)][:, blocks(keys.shape[0], shape.block_k)]
+    logits = inputs.q[:, head].double() @ keys.T * shape.head_dim**-0.5
+    return logits.masked_fill_(~seen, -torch.inf).softmax(-1) @ inputs.values[:, head].double()
 
 
-class _Steps:
+class Steps:
     """*select* and *attend* of one call as work items, with buffers of their own."""
 
     def __init__(
@@ -186,18 +203,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each sparsity of one shape; FlexAttention only for those in `flex`."""
     scale = shape.head_dim**-0.5
-    sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
+    sets = input_sets(shape)
     dense = dense_baselines(sets, scale)
     best = min((time for time in dense.values() if isinstance(time, float)), default=float("nan"))
-    own_dense = microseconds(
-        [_Steps(kernels, shape, s, DensePolicy().select(s.chunk)).attend() for s in sets]
-    )
+    own_dense = microseconds([Steps(kernels, shape, s, DensePolicy().select(s.chunk)).attend() for s in sets])
 
     rows = []
     for sparsity in sparsities:
         keep = shape.keep_q20(sparsity)
         policy = HSAPolicy(kernels, **hsa, keep_q20=keep)
-        steps = [_Steps(kernels, shape, s, policy.select(s.chunk)) for s in sets]
+        steps = [Steps(kernels, shape, s, policy.select(s.chunk)) for s in sets]
         selects, attends = [step.select(hsa, keep) for step in steps], [step.attend() for step in steps]
         select_us, attend_us = microseconds(selects), microseconds(attends)
         total_us = microseconds([work for pair in zip(selects, attends, strict=True) for work in pair]) * 2
@@ -206,6 +221,7 @@ def measure(
         steps[0].out.fill_(float("nan"))
         attends[0]()
         mask = mask_from_lists(steps[0].lists, shape.k_blocks, shape.resident)
+        exact = exact_head(sets[0], mask, shape, 0)
         row: dict[str, Any] = {
             "sparsity": round(skipped, 4),
             "kept_blocks": float(steps[0].lists.counts.float().mean()),
@@ -220,13 +236,13 @@ def measure(
             "eta_total": best * (1 - skipped) / total_us,
             "speedup": best / total_us,
             "attend_tflops": shape.dense_flops() * (1 - skipped) / attend_us / 1e6,
-            "error": _error(steps[0].out, sets[0], mask, shape, scale),
+            "error": relative(steps[0].out[:, 0], exact),
         }
         if sparsity in flex:
             result = _attempt(partial(_flex, sets, [step.lists for step in steps], shape, scale))
             row["flex_us"] = result if isinstance(result, str) else result[0]
             if not isinstance(result, str):
-                row["flex_error"] = _error(result[1], sets[0], mask, shape, scale)
+                row["flex_error"] = relative(result[1][:, 0], exact)
         rows.append(row)
     return rows
 
@@ -250,65 +266,3 @@ def measure_prepare(kernels: TorchKernels, shape: Shape) -> dict[str, Any]:
     moved = 2 * tokens * 3 * width * DTYPE.itemsize
     time = microseconds(works)
     return {"prepare_us": time, "bytes": moved, "terabytes_per_second": moved / time / 1e6}
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """One way to run *attend*; 128 registers let two thread blocks of eight warps share a multiprocessor."""
-
-    k_tile: int
-    v_parts: int
-    warps: int
-    stages: int
-    hold_q: bool
-    max_registers: int | None
-
-
-CANDIDATES = [
-    Tiles(k_tile, v_parts, warps, stages, hold_q, max_registers)
-    for v_parts in (1, 2)
-    for k_tile in (64, 128, 32)
-    for stages in (3, 2)
-    for warps in (8, 4)
-    for hold_q in (True, False)
-    for max_registers in ((None, 128) if warps == 8 else (None,))
-]
-"""The likely ones first: each takes seconds to compile, and a sweep may have no time for all."""
-
-
-def sweep(shape: Shape, hsa: FrameChoice, sparsity: float, seconds: float) -> list[dict[str, Any]]:
-    """*attend* with other tile sizes, compiled just in time: what to change in `plugins.kernels.specs` on this GPU.
-
-    Candidates that cannot work (too much shared memory, say) have the reason in place of the time, as have those that
-    `seconds` are over before.
-    """
-    end = time.monotonic() + seconds
-    sets = [random_inputs(shape, DTYPE, "cuda", seed) for seed in range(BUFFER_SETS)]
-    policy = HSAPolicy(TorchKernels(), **hsa, keep_q20=shape.keep_q20(sparsity))
-    lists = [policy.select(s.chunk) for s in sets]
-    rows = []
-    for tiles in CANDIDATES:
-        if tiles.k_tile > shape.block_k:
-            continue
-
-        def adjust(variant: Variant, tiles: Tiles = tiles) -> Variant:
-            constants = {
-                **variant.constants,
-                "K_TILE": tiles.k_tile,
-                "V_TILE": shape.head_dim // tiles.v_parts,
-                "STAGES": tiles.stages,
-                "HOLD_Q": tiles.hold_q,
-            }
-            return replace(
-                variant, constants=constants, num_warps=tiles.warps, max_registers=tiles.max_registers
-            )
-
-        kernels = TorchKernels(TritonLauncher(adjust))
-        works = [_Steps(kernels, shape, s, one).attend() for s, one in zip(sets, lists, strict=True)]
-        found: Microseconds | Reason = "no time was left"
-        if time.monotonic() < end:
-            found = _attempt(partial(microseconds, works, repeats=10))
-        rows.append({**asdict(tiles), "attend_us": found})
-    return sorted(
-        rows, key=lambda row: row["attend_us"] if isinstance(row["attend_us"], float) else float("inf")
-    )

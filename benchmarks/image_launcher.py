@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from copy import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plugins.kernels.specs import KernelError, Problem
+from runtime.errors import EngineError
 from runtime.kernels import KernelLauncher, KernelLibrary, KernelProblem, cuda_core
 
 __all__ = ["ImageLauncher"]
@@ -37,6 +39,29 @@ class ImageLauncher:
         self._launcher = KernelLauncher(self.library, self._device)
         self._launcher.warm_up()
         self._streams: dict[int, Any] = {}
+
+    def names(self, kernel: str, problem: Problem) -> list[str]:
+        """The images of `kernel` that serve `problem`, the one that is used first."""
+        found = []
+        library, images = self.library, list(self.library.index.images)
+        while any(image.kernel == kernel for image in images):
+            library = replace(library, index=library.index.model_copy(update={"images": tuple(images)}))
+            try:
+                served = library.serving(kernel, KernelProblem(**asdict(problem)))
+            except EngineError:
+                break
+            found.append(served.name)
+            images.remove(served)
+        return found
+
+    def preferring(self, name: str) -> ImageLauncher:
+        """A launcher that takes the image `name` wherever it serves."""
+        other = copy(self)
+        images = sorted(self.library.index.images, key=lambda image: image.name != name)
+        index = self.library.index.model_copy(update={"images": tuple(images)})
+        other.library = replace(self.library, index=index)
+        other._launcher = KernelLauncher(other.library, self._device)
+        return other
 
     def launch(
         self,

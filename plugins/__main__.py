@@ -40,7 +40,9 @@ def _build(args: argparse.Namespace) -> int:
                 compiled = total
                 bar.update(task, completed=done, total=total)
 
-            built = build(archs, args.out, cache=args.cache, jobs=args.jobs, progress=show, candidates=args.candidates)
+            built = build(
+                archs, args.out, cache=args.cache, jobs=args.jobs, progress=show, candidates=args.candidates
+            )
     except BuildError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         return 1
@@ -118,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.add_argument("--cache", type=Path, help="compiled kernels are kept here between builds")
     build.add_argument("--jobs", type=int, help="worker processes, default: one per processor")
     build.add_argument(
-        "--candidates", action="store_true", help="build the tiles that await timing as well (benchmarks.attention)"
+        "--candidates",
+        action="store_true",
+        help="build the tiles that await timing as well (benchmarks.attention)",
     )
     build.add_argument(
         "--tensorrt",

@@ -273,7 +273,9 @@ class Tiles(NamedTuple):
     def short(self) -> str:
         """A name of its own among the candidates of one query block."""
         parts = [f"k{self.k_tile}", f"s{self.stages}", f"w{self.warps}"]
-        return "".join(parts) + "-held" * self.hold_q + (f"-r{self.max_registers}" if self.max_registers else "")
+        return (
+            "".join(parts) + "-held" * self.hold_q + (f"-r{self.max_registers}" if self.max_registers else "")
+        )
 
 
 def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
@@ -344,7 +346,6 @@ CANDIDATES: dict[int, dict[int, tuple[Tiles, ...]]] = {
         128: (
             Tiles(64, 128, 8, 3),
             Tiles(64, 128, 8, 2),
-            Tiles(64, 128, 8, 3, hold_q=True),
             Tiles(128, 128, 8, 2),
             Tiles(128, 128, 8, 2, hold_q=True),
             # Two thread blocks of eight warps share a multiprocessor: one's softmax runs during the other's products.
@@ -355,13 +356,13 @@ CANDIDATES: dict[int, dict[int, tuple[Tiles, ...]]] = {
         64: (
             Tiles(64, 128, 4, 3),
             Tiles(64, 128, 4, 2),
-            Tiles(64, 128, 4, 3, hold_q=True),
             Tiles(128, 128, 4, 2),
             Tiles(32, 128, 4, 3, max_registers=128),
         ),
     }
 }
-"""Other tiles of attend to be timed, by architecture and query block (bfloat16, head size 128, even blocks)."""
+"""Tiles of attend to be timed besides the shipped ones, by architecture and query block: bfloat16, head size 128, even
+blocks."""
 
 
 def candidates(arch: int) -> tuple[Variant, ...]:
