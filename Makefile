@@ -115,7 +115,7 @@ LEASE_BUNDLES := inductor-bf16 inductor-fp8
 .PHONY: lease lease-archive
 
 lease-archive: wheels
-	@$(GPU_PYTHON) -m plugins build --arch $(LEASE_ARCH) --out build/kernels
+	@$(GPU_PYTHON) -m plugins build --arch $(LEASE_ARCH) --candidates --out build/kernels
 	@mkdir -p build/gpu-bundles
 	@for name in $(LEASE_BUNDLES); do $(GPU_PYTHON) -m tests.gpu.bundles $$name build/gpu-bundles || exit 1; done
 	@$(GPU_PYTHON) -m benchmarks.rollout --gpu h200 --rungs 6 --frames 81 --resolution 512x768 --packages-only \

@@ -117,6 +117,22 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+def _best_images(content: Mapping[str, Any]) -> list[str]:
+    """The fastest right image of each window and block size at a sparsity of 0.9, and what is wrong or failed."""
+    rows = [row for row in content["rows"] if row.get("sparsity") == 0.9 and "attend_us" in row]
+    cases: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        cases.setdefault((row["window"], row["block_q"], row["block_k"]), []).append(row)
+    found = []
+    for (window, block_q, block_k), of_case in cases.items():
+        right = [row for row in of_case if row["attend_us"] is not None]
+        best = min(right, key=lambda row: float(row["attend_us"]), default=None)
+        told = f"{best['name']} {best['attend_us']:.0f} us" if best else "no image is right"
+        found.append(f"{window}, blocks {block_q} x {block_k}: {told}")
+    wrong = sorted({row["name"] for row in rows if row["attend_us"] is None})
+    return found + [f"wrong: {name}" for name in wrong] + [f"failed: {name}" for name in content["failed"]]
+
+
 def _figures(results: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     for stem, content in results.items():
@@ -143,6 +159,8 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
                 if not part["passed"]
             ]
             found.append("passed" if content["passed"] else "failed")
+        elif stem == "attention-candidates":
+            found += _best_images(content)
         elif stem.startswith("attention-times"):
             chosen = [r for r in content["rows"] if r["window"] == "chunk 7" and r["sparsity"] == 0.9]
             found += [

@@ -90,11 +90,10 @@ _FIRST_CUDA = (
         "attention",
         _module(
             "benchmarks.attention",
-            *("--images", "{build}/kernels", "--flex", "none", "--frame-tokens", "1536"),
-            *("--windows", "chunk 7,chunk 4", "--out", "{results}"),
+            *("--candidates", "--images", "{build}/kernels", "--budget-seconds", "65", "--out", "{results}"),
         ),
         75,
-        "efficiency of attend, cost of select and prepare",
+        "which images are right, their times against dense attention; cost of select and prepare",
     ),
     Stage(
         "tiny",
