@@ -64,7 +64,7 @@ class BuildKeys:
             graph_types(request),
             request.weights.seed,
             sorted(digests.items()),
-            sorted(tool_versions().items()),
+            sorted(_deciding_versions().items()),
             _source_digest(),
         )
         graphs = _digest(model, plan.fingerprint(), request.per_chunk)
@@ -101,6 +101,12 @@ def _source_digest() -> str:
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _deciding_versions() -> dict[str, str]:
+    """The versions that tell builds apart. Not Python's patch level: parts that were compiled on one machine are taken
+    over on another, whose Python seldom is the same to the last digit."""
+    return {**tool_versions(), "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def tool_versions() -> dict[str, str]:

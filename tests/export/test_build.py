@@ -215,6 +215,15 @@ def test_parts_of_another_version_are_not_taken_over(tmp_path, monkeypatch, pack
     assert digest() != before
 
 
+def test_parts_of_another_patch_level_of_python_are_taken_over(monkeypatch):
+    def versions(*python: str) -> dict[str, str]:
+        monkeypatch.setattr(build_keys.platform, "python_version_tuple", lambda: python)
+        return build_keys._deciding_versions()
+
+    assert versions("3", "12", "1") == versions("3", "12", "3")
+    assert versions("3", "12", "1") != versions("3", "13", "1")
+
+
 def test_publishing_replaces_the_old_result_and_drops_leftovers(tmp_path):
     for content in ("old", "new"):
         with open_workspace(tmp_path, "b", content, marker="m.txt") as workspace:
