@@ -11,6 +11,7 @@ import gc
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from .errors import BuildError, InputError
 from .golden import write_vectors
 from .inductor_components import OPERATORS, describe, operator_components
 from .inductor_golden import golden_graphs
+from .inductor_link import linkable_driver
 from .inductor_modules import (
     Compiled,
     StepSegments,
@@ -162,7 +164,8 @@ def compile_package(module: Compiled, path: Path, device: str) -> None:
     if device == "cpu":
         options["cpp.dynamic_threads"] = True
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        linking = linkable_driver() if device == "cuda" else nullcontext()
+        with warnings.catch_warnings(), torch.no_grad(), linking:
             warnings.simplefilter("ignore")
             program = torch.export.export(module.eval(), module.examples(device), strict=False)
             torch._inductor.aoti_compile_and_package(
