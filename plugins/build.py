@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +38,7 @@ _PTX_VERSION = 87
 _SCRATCH = ("global_scratch", "profile_scratch")
 _PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")
 _PTXAS_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_PTX_HEADER = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
 _TARGET = re.compile(r"\.target (sm_\d+[af]?)")
 _COMPILER_OVERRIDES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS")
 
@@ -83,7 +85,8 @@ def parse_archs(text: str) -> tuple[int, ...]:
 def source_hash() -> str:
     """SHA-256 over the kernel sources."""
     digest = hashlib.sha256()
-    for path in sorted(Path(specs.__file__).parent.glob("*.py")):
+    folder = Path(specs.__file__).parent
+    for path in sorted((*folder.glob("*.py"), *folder.glob("*.cu"))):
         if path.name not in ("__init__.py", "specs.py"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -111,6 +114,54 @@ def _start_worker(scratch: str) -> None:
 
 def _compile(variant: specs.Variant, arch: int) -> _Entry:
     """Compile one specialisation. Runs in a worker process; needs no GPU."""
+    if variant.cuda is None:
+        return _compile_triton(variant, arch)
+    return _compile_cuda(variant, variant.cuda, arch)
+
+
+def _resources(variant: specs.Variant, log: str) -> dict[str, int]:
+    """Registers and bytes of memory of a thread, from what ptxas said."""
+    registers, stack = _PTXAS_REGISTERS.search(log), _PTXAS_STACK.search(log)
+    if not (registers and stack):
+        raise BuildError(f"cannot read the resources of {variant.name} from ptxas: {log!r}")
+    return {
+        "registers": int(registers[1]),
+        "stack": int(stack[1]),
+        "spill_stores": int(stack[2]),
+        "spill_loads": int(stack[3]),
+    }
+
+
+def _compile_cuda(variant: specs.Variant, source: specs.CudaSource, arch: int) -> _Entry:
+    """Through NVRTC and the ptxas that Triton brings, so that all images come out of one assembler."""
+    from triton import knobs
+
+    from .nvrtc import to_ptx
+
+    target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    text = (Path(specs.__file__).parent / source.file).read_text()
+    ptx = to_ptx(text, source.file, target, variant.constants)
+    # As Triton does: the instructions are old enough, whatever the compiler's own version is.
+    ptx = _PTX_HEADER.sub(f".version {_PTX_VERSION // 10}.{_PTX_VERSION % 10}", ptx, count=1)
+    with tempfile.TemporaryDirectory(prefix="ptxas-") as scratch:
+        given, made = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
+        given.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(given), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise BuildError(f"ptxas refuses {variant.name}: {run.stderr.strip()}")
+        cubin = made.read_bytes()
+    return {
+        "cubin": base64.b64encode(cubin).decode(),
+        "entry": variant.kernel,
+        "target": target,
+        "threads": 32 * variant.num_warps,
+        "shared_memory": source.shared_memory,
+        **_resources(variant, run.stderr),  # type: ignore[typeddict-item]
+    }
+
+
+def _compile_triton(variant: specs.Variant, arch: int) -> _Entry:
     import io
     from contextlib import redirect_stdout
 
@@ -146,10 +197,9 @@ def _compile(variant: specs.Variant, arch: int) -> _Entry:
     log = io.StringIO()
     with redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack = _PTXAS_REGISTERS.search(log.getvalue()), _PTXAS_STACK.search(log.getvalue())
     target = _TARGET.search(compiled.asm["ptx"])
-    if not (registers and stack and target):
-        raise BuildError(f"cannot read the resources of {variant.name} from ptxas: {log.getvalue()!r}")
+    if not target:
+        raise BuildError(f"the PTX of {variant.name} names no target")
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise BuildError(f"{variant.name} needs global scratch memory, which launchers do not provide")
@@ -159,10 +209,7 @@ def _compile(variant: specs.Variant, arch: int) -> _Entry:
         "target": target[1],
         "threads": 32 * metadata.num_warps,
         "shared_memory": metadata.shared,
-        "registers": int(registers[1]),
-        "stack": int(stack[1]),
-        "spill_stores": int(stack[2]),
-        "spill_loads": int(stack[3]),
+        **_resources(variant, log.getvalue()),  # type: ignore[typeddict-item]
     }
 
 
@@ -173,7 +220,8 @@ def _image(variant: specs.Variant, entry: _Entry, cubin: bytes, source: str) -> 
         for axis in variant.grid
     ]
     arguments: list[dict[str, Any]] = [asdict(argument) for argument in variant.arguments]
-    arguments += [{"name": name, "type": "pointer", "source": "null"} for name in _SCRATCH]
+    if variant.cuda is None:
+        arguments += [{"name": name, "type": "pointer", "source": "null"} for name in _SCRATCH]
     return images.Image.model_validate(
         {
             "name": variant.name,

@@ -20,18 +20,22 @@ __all__ = [
     "CANDIDATES",
     "DTYPES",
     "KERNELS",
+    "WARPGROUP_CANDIDATES",
     "Argument",
+    "CudaSource",
     "GridAxis",
     "KernelError",
     "Problem",
     "Tiles",
     "Variant",
+    "Warpgroups",
     "attend_variant",
     "candidates",
     "find_variant",
     "image_arch",
     "kernel_function",
     "variants",
+    "warpgroup_variant",
 ]
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -112,9 +116,16 @@ class GridAxis:
     tile: int = 1
 
 
+class CudaSource(NamedTuple):
+    """A kernel in CUDA C++: its file beside this one, and the shared memory that a thread block asks for."""
+
+    file: str
+    shared_memory: int
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of a kernel.
+    """One specialisation of a kernel: of the Triton function of that name, or of the source in `cuda`.
 
     It serves a problem whose sizes (and `dtype`) are among `serves` and do not exceed `limits`.
     """
@@ -129,6 +140,7 @@ class Variant:
     limits: Mapping[str, int] = field(default_factory=dict)
     num_stages: int = 2
     max_registers: int | None = None
+    cuda: CudaSource | None = None
 
     def fits(self, problem: Problem) -> bool:
         """Whether this variant serves `problem`."""
@@ -365,12 +377,76 @@ CANDIDATES: dict[int, dict[int, tuple[Tiles, ...]]] = {
 blocks."""
 
 
+class Warpgroups(NamedTuple):
+    """Tuning of attend_sm90.cu, where one warpgroup loads and two compute."""
+
+    k_tile: int
+    stages: int
+    turns: bool = True
+    blocks: int | None = None
+    """Thread blocks that stay and take several query blocks each; None: one for each query block."""
+
+    @property
+    def short(self) -> str:
+        """A name of its own among the candidates of one query block."""
+        parts = f"ws-k{self.k_tile}s{self.stages}" + "-turns" * self.turns
+        return parts + (f"-p{self.blocks}" if self.blocks else "")
+
+
+_H200_PROCESSORS = 132
+WARPGROUP_CANDIDATES = (
+    Warpgroups(128, 2),
+    Warpgroups(64, 4),
+    Warpgroups(128, 2, blocks=_H200_PROCESSORS),
+    Warpgroups(64, 4, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, turns=False),
+    Warpgroups(64, 4, turns=False),
+)
+"""Ways to run attend_sm90.cu that are to be timed."""
+
+
+def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Variant:
+    """*attend* on sm_90 with specialised warps: head size 128, query blocks of 128, even blocks."""
+    name = f"attend-{DTYPES[dtype]}-d128-q128{suffix}"
+    arguments = {argument.name: argument for argument in _arguments("attend", dtype)}
+    buffers = [argument for argument in arguments.values() if argument.source == "buffer"]
+    sizes = ("heads", "frame_tokens", "past_frames", "query_blocks", "q_blocks", "key_blocks", "block_k")
+    tile_bytes, barriers = tuning.k_tile * 128 * 2, 16 + 32 * tuning.stages
+    return Variant(
+        "attend",
+        name,
+        {
+            "K_TILE": tuning.k_tile,
+            "STAGES": tuning.stages,
+            "TURNS": tuning.turns,
+            "HALF": dtype == "float16",
+        },
+        12,
+        (tuning.blocks, 1) if tuning.blocks else (GridAxis("query_blocks"), GridAxis("heads")),
+        (*buffers, *(Argument(size, "int32", None, "size") for size in sizes), arguments["scale"]),
+        {
+            "dtype": (dtype,),
+            "head_dim": (128,),
+            "block_q": (128,),
+            "block_k": tuple(block for block in (64, 128) if block >= tuning.k_tile),
+            "even": (1,),
+        },
+        {"past_frames": MAX_FRAMES},
+        # The tiles start at a multiple of 1024.
+        cuda=CudaSource("attend_sm90.cu", 1024 + 128 * 128 * 2 + 2 * tuning.stages * tile_bytes + barriers),
+    )
+
+
 def candidates(arch: int) -> tuple[Variant, ...]:
-    """The specialisations of `CANDIDATES`, named after their tiles."""
-    return tuple(
-        attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
-        for block_q, offered in CANDIDATES.get(arch, {}).items()
-        for tiles in offered
+    """The specialisations of `CANDIDATES` and `WARPGROUP_CANDIDATES`, named after their tuning."""
+    warpgroups = WARPGROUP_CANDIDATES if arch == 90 else ()
+    return (
+        *(
+            attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
+            for block_q, offered in CANDIDATES.get(arch, {}).items()
+            for tiles in offered
+        ),
+        *(warpgroup_variant("bfloat16", tuning, f"-{tuning.short}") for tuning in warpgroups),
     )
 
 

@@ -104,7 +104,7 @@ def test_changed_sources_are_compiled_again(
     sources = Path(specs.__file__).parent
     copy = tmp_path / "kernels"
     copy.mkdir()
-    for file in sources.glob("*.py"):
+    for file in (*sources.glob("*.py"), *sources.glob("*.cu")):
         (copy / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(specs, "__file__", str(copy / "specs.py"))
     assert builder.source_hash() == before
@@ -168,6 +168,34 @@ def test_arguments_are_those_of_the_kernels() -> None:
         for variant in specs.variants(arch):
             names = [argument.name for argument in variant.arguments] + list(variant.constants)
             assert names == list(specs.kernel_function(variant.kernel).arg_names)
+
+
+@pytest.mark.parametrize(
+    "variant", specs.candidates(90), ids=lambda variant: variant.name.removeprefix("attend-bf16-d128-")
+)
+def test_candidates_are_not_what_ships(variant: specs.Variant) -> None:
+    shipped = [{**asdict(v), "name": ""} for v in specs.variants(90)]
+    assert {**asdict(variant), "name": ""} not in shipped
+
+
+def test_a_kernel_in_cuda_cpp_is_built_like_the_others(tmp_path: Path) -> None:
+    name = "attend-bf16-d128-q128-ws-k128s2-turns"
+    built = builder.build(
+        (90,),
+        tmp_path / "out",
+        cache=tmp_path / "cache",
+        jobs=1,
+        candidates=True,
+        only=lambda v: v.name == name,
+    )
+    (image,) = built[90].images
+    assert image.threads == 384
+    assert (image.spill_stores, image.spill_loads, image.stack) == (0, 0, 0)
+    library = reader.KernelLibrary.load(tmp_path / "out", (9, 0))
+    even = reader.KernelProblem(**{**WAN, "frame_tokens": 1536, "block_q": 128, "block_k": 128})
+    names = ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts")
+    plan = library.plan("attend", even, dict.fromkeys(names, 16), {"scale": 1.0})
+    assert (plan.image.name, plan.grid, len(plan.values)) == (name, (36, 12, 1), 17)
 
 
 def test_every_operator_geometry_is_served() -> None:
