@@ -3,8 +3,8 @@
 Every stage has a limit of its own and runs in a process of its own; one that hangs or crashes costs only itself, and
 what was measured is on disk after each. At the end there is `lease-CALL.json` with everything, a log, and a table.
 
-    python -m benchmarks.lease --call first          # at most 560 s
-    python -m benchmarks.lease --call second         # at most 175 s
+    python -m benchmarks.lease --call first          # at most 470 s
+    python -m benchmarks.lease --call second         # at most 170 s
     python -m benchmarks.lease --device cpu          # the rehearsal, where there is no GPU
 """
 

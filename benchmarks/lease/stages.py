@@ -203,8 +203,8 @@ _FIRST_CPU = (
 )
 
 CALLS: dict[str, Call] = {
-    "first": Call("first", 560, _FIRST_CUDA, _FIRST_CPU),
-    "second": Call("second", 175, _SECOND_CUDA, ()),
+    "first": Call("first", 470, _FIRST_CUDA, _FIRST_CPU),
+    "second": Call("second", 170, _SECOND_CUDA, ()),
 }
 
 
