@@ -18,15 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from .kernel_classes import CLASSES, classify, gpu_events, part_shares
+
 __all__ = [
-    "KERNEL_CLASSES",
     "MARK",
     "ChunkRecord",
     "Clip",
     "Inspection",
     "MemoryWatch",
     "Runner",
-    "classify",
     "inspect_trace",
     "inspected_clip",
     "release",
@@ -200,31 +200,12 @@ def _synchronize() -> None:
 
 # ---- what a chunk consists of ----
 
-KERNEL_CLASSES: Mapping[str, tuple[str, ...]] = {
-    "selection": ("topk", "sort", "score", "select", "radix", "bitonic"),
-    "attention": ("flash", "fmha", "sdpa", "attend", "attention", "mha_", "softmax"),
-    "conv": ("conv", "fprop", "dgrad", "im2col", "winograd", "nchwtonhwc", "nhwctonchw", "nchwtohwc"),
-    "gemm": ("gemm", "nvjet", "cutlass", "cublas", "gemv", "matmul", "splitk", "_mm", "::mm", "::bmm", "::addmm"),
-    "copy": ("memcpy", "memset", "copy", "::cat", "catarray", "commit", "rope_sink", "upsample", "gather"),
-}  # fmt: skip
-"""Class -> parts of kernel names, lower case. The first class that matches counts; everything else is
-`norm/elementwise`."""
-OTHER_CLASS = "norm/elementwise"
-
 _SYNCS = frozenset(("Stream Sync", "Event Sync", "Context Sync"))
 """The profiler's names of what makes the host wait, whichever of CUDA's interfaces it came through."""
 HOST_GAP_US = 20.0
 """The device is idle between two kernels anyway, for a microsecond or so. A longer gap is one that the host left."""
 MARK = "lightforcing measured chunk"
 """Name of the stretch of time in a profiler's trace that `inspect_trace` looks at."""
-
-
-def classify(kernel: str) -> str:
-    """Class of a kernel (or, on a CPU, of a PyTorch operator) by its name."""
-    name = kernel.lower()
-    return next(
-        (kind for kind, parts in KERNEL_CLASSES.items() if any(part in name for part in parts)), OTHER_CLASS
-    )
 
 
 @dataclass(frozen=True)
@@ -234,6 +215,7 @@ class Inspection:
     Attributes:
         chunk: its index.
         shares: class -> fraction of all kernel time.
+        parts: part of a forward (`benchmarks.kernel_classes.PARTS`) -> fraction; None where there is no bundle.
         kernels: launches.
         host_syncs: calls by which the host waited for the device, by kind; None on a CPU.
         idle_percent: of the chunk's time in which nothing ran on the device; None on a CPU.
@@ -244,6 +226,7 @@ class Inspection:
 
     chunk: int
     shares: dict[str, float] | None = None
+    parts: dict[str, float] | None = None
     kernels: int | None = None
     host_syncs: dict[str, int] | None = None
     idle_percent: float | None = None
@@ -292,8 +275,15 @@ def _shares(times: Mapping[str, float]) -> tuple[dict[str, float], dict[str, flo
     classes: defaultdict[str, float] = defaultdict(float)
     for name, spent in times.items():
         classes[classify(name)] += spent
-    largest = {name[:100]: spent / total for name, spent in nlargest(12, times.items(), key=itemgetter(1))}
-    return {kind: classes[kind] / total for kind in (*KERNEL_CLASSES, OTHER_CLASS)}, largest
+    largest = {
+        _shortened(name): spent / total for name, spent in nlargest(12, times.items(), key=itemgetter(1))
+    }
+    return {kind: classes[kind] / total for kind in CLASSES}, largest
+
+
+def _shortened(name: str) -> str:
+    """Both ends of a name: kernels of one package may differ only in the last letters."""
+    return name if len(name) <= 100 else f"{name[:60]}...{name[-37:]}"
 
 
 def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
@@ -305,7 +295,7 @@ def _inspect_operators(averages: Iterable[Any], chunk: int) -> Inspection:
             calls += event.count
     shares, largest = _shares(times)
     return Inspection(
-        chunk, shares, calls, largest=largest, note="classes of PyTorch operators, by their own time"
+        chunk, shares, kernels=calls, largest=largest, note="classes of PyTorch operators, by their own time"
     )
 
 
@@ -318,22 +308,19 @@ def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection
     end = start + float(marked[0]["dur"])
     times: defaultdict[str, float] = defaultdict(float)
     syncs: Counter[str] = Counter()
-    spans: list[tuple[float, float]] = []
-    for event in events:
-        if not start <= float(event.get("ts", -1)) < end:
-            continue
-        kind, name = event.get("cat"), str(event.get("name"))
-        if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
-            times[name] += float(event["dur"])
-            spans.append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
-        elif kind == "cuda_sync" and name in _SYNCS:
-            syncs[name] += 1
-    gaps = _gaps(spans, start, end)
+    inside = [event for event in events if start <= float(event.get("ts", -1)) < end]
+    for event in inside:
+        if event.get("cat") == "cuda_sync" and event.get("name") in _SYNCS:
+            syncs[str(event["name"])] += 1
+    on_gpu = gpu_events(inside)
+    for run in on_gpu:
+        times[run.name] += run.duration
+    gaps = _gaps(((run.start, run.start + run.duration) for run in on_gpu), start, end)
     idle, host = (
         100 * sum(gap for gap in gaps if gap >= least) / (end - start) for least in (0.0, HOST_GAP_US)
     )
     shares, largest = _shares(times)
-    return Inspection(chunk, shares, len(spans), dict(syncs), idle, host, largest)
+    return Inspection(chunk, shares, part_shares(on_gpu), len(on_gpu), dict(syncs), idle, host, largest)
 
 
 def _gaps(spans: Iterable[tuple[float, float]], start: float, end: float) -> list[float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rollout_measure import KERNEL_CLASSES
+from .kernel_classes import CLASSES
 
 __all__ = ["Goal", "goals", "plot", "table"]
 
@@ -184,9 +184,8 @@ def plot(cases: Sequence[Result], stem: Path, title: str) -> list[Path]:
 def _bars(axis: Any, rungs: Sequence[Mapping[str, Any]]) -> None:
     """Latency of each rung, cut by kernel class where the profiler saw them."""
     names = [f"{rung['number']}: {rung['name']}" for rung in rungs]
-    kinds = [*KERNEL_CLASSES, "norm/elementwise"]
     left = [0.0] * len(rungs)
-    for index, kind in enumerate(kinds):
+    for index, kind in enumerate(CLASSES):
         widths = [(rung["inspection"]["shares"] or {}).get(kind, 0.0) * rung["latency_s"] for rung in rungs]
         axis.barh(names, widths, left=left, color=f"C{index}", label=kind)
         left = [start + width for start, width in zip(left, widths, strict=True)]

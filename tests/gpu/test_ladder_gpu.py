@@ -96,4 +96,6 @@ def test_the_ladder_with_the_tiny_model(tmp_path: Path) -> None:
         assert number in unavailable or rows[number]["status"] == "measured", rows[number]["reason"]
     if 6 in unavailable:
         pytest.skip(f"rungs 0 and 1 ran; rung 6: {unavailable[6]}")
-    assert rows[6]["inspection"]["shares"]["attention"] > 0
+    inspection = rows[6]["inspection"]
+    assert inspection["shares"]["attention"] > 0
+    assert all(inspection["parts"][part] > 0 for part in ("first", "layer", "last", "operators", "decoder"))
