@@ -17,11 +17,12 @@ __all__ = ["CLASSES", "PARTS", "GpuEvent", "classify", "gpu_events", "part_share
 
 OTHER: Final = "norm/elementwise"
 
-_MOVEMENTS: Final = """
-    _to_copy _unsafe_index _unsafe_view as_strided cat clone constant_pad_nd copy copy_ expand flatten full index
-    index_select narrow new_zeros permute repeat reshape select slice split split_with_sizes squeeze stack t transpose
-    unbind unfold unsqueeze upsample_nearest2d view
-""".split()
+_MOVEMENTS: Final = (
+    *("_to_copy", "_unsafe_index", "_unsafe_view", "as_strided", "cat", "clone", "constant_pad_nd", "copy", "copy_"),
+    *("expand", "flatten", "full", "index", "index_select", "narrow", "new_zeros", "permute", "repeat", "reshape"),
+    *("select", "slice", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "unbind", "unfold"),
+    *("unsqueeze", "upsample_nearest2d", "view"),
+)  # fmt: skip
 """Operators that only move or fill data, casts included, as Inductor writes them into names."""
 _MOVES: Final = re.compile(rf"(_({'|'.join(sorted(_MOVEMENTS, key=len, reverse=True))}))+_\d+")
 _INDUCTOR: Final = re.compile(r"triton_(?P<kind>[a-z]+)_fused(?P<operators>\w*)")
