@@ -15,6 +15,7 @@ ROOMS: dict[str, set[str]] = {
     "lightforcing_ref": set(),
     "plugins": set(),
     "runtime": set(),
+    "serving": {"runtime"},
     "engines": set(),
     "export": {"lightforcing_ref", "plugins", "runtime", "engines"},
     "training": {"lightforcing_ref", "plugins", "runtime", "export"},
@@ -35,7 +36,17 @@ NOT_IN_RUNTIME = {
 }
 # Bundles that PyTorch compiled need PyTorch to run; it is imported when one is loaded.
 RUNS_ON_TORCH = {"runtime/inductor.py", "runtime/inductor_cuda.py"}
-HEAVY = NOT_IN_RUNTIME | {"onnxruntime", "av", "PIL", "tokenizers", "scipy", "tensorrt", "tensorrt_rtx"}
+HEAVY = NOT_IN_RUNTIME | {
+    "fastapi",
+    "uvicorn",
+    "onnxruntime",
+    "av",
+    "PIL",
+    "tokenizers",
+    "scipy",
+    "tensorrt",
+    "tensorrt_rtx",
+}
 MAX_LINES = 520
 
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -73,6 +84,18 @@ def test_rooms_import_one_way(path: Path) -> None:
         if (room, top) == ("export", "runtime") and name not in READS_BUNDLES:
             allowed = any(module == part or module.startswith(f"{part}.") for part in FROM_RUNTIME)
             assert allowed, f"{name}:{line}: export takes {FROM_RUNTIME} from the runtime, found {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("serving/")], ids=relative)
+def test_serving_uses_the_public_face_of_the_runtime(path: Path) -> None:
+    import runtime
+
+    for line, level, module in imports(path):
+        if not level and module.split(".")[0] == "runtime":
+            allowed = module.removeprefix("runtime.") in runtime.__all__
+            assert allowed, (
+                f"{relative(path)}:{line}: serving imports names of runtime.__all__, found {module}"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("runtime/")], ids=relative)
@@ -133,6 +156,8 @@ def test_whole_runtime_loads_without_training_or_export_library() -> None:
         "runtime generate",
         "runtime bench",
         "runtime verify",
+        "serving",
+        "serving run",
     ],
 )
 def test_help_is_instant(command: str) -> None:

@@ -1,0 +1,138 @@
+// Shows pictures at the clip's rate. Decodes a few frames ahead and no more: decoders have few surfaces to give away.
+
+const AHEAD = 6;
+
+/** The format to ask for: H.264 where the browser decodes it here, else JPEG. WebCodecs needs HTTPS or localhost. */
+export async function bestFormat(codec) {
+  const asked = new URLSearchParams(location.search).get("format");
+  if (asked === "jpeg" || !("VideoDecoder" in window)) return "jpeg";
+  try {
+    return (await VideoDecoder.isConfigSupported({ codec })).supported ? "h264" : "jpeg";
+  } catch {
+    return "jpeg";
+  }
+}
+
+export class Player extends EventTarget {
+  #screen;
+  #glow;
+  #decoder = null;
+  #codec = "";
+  #encoded = [];
+  #decoding = new Map(); // presentation time -> picture
+  #ready = [];
+  #period = 1000 / 16;
+  #due = 0;
+  #starved = true;
+  #running = false;
+  #generation = 0;
+
+  constructor(screen, glow) {
+    super();
+    this.#screen = screen;
+    this.#glow = glow.getContext("2d");
+  }
+
+  /** Begin a new session. */
+  start({ width, height, fps, codec }) {
+    this.clear();
+    this.#period = 1000 / fps;
+    this.#codec = codec;
+    if (this.#screen.width !== width || this.#screen.height !== height) Object.assign(this.#screen, { width, height });
+    this.#screen.parentElement.style.setProperty("--aspect", width / height);
+    this.resume();
+  }
+
+  push(picture) {
+    this.#encoded.push(picture);
+    this.#feed();
+  }
+
+  pause() { this.#running = false; }
+
+  resume() {
+    if (this.#running) return;
+    this.#running = true;
+    this.#due = performance.now();
+    requestAnimationFrame((now) => this.#tick(now));
+  }
+
+  /** Forget everything that has not been shown. */
+  clear() {
+    this.#generation++;
+    this.#encoded = [];
+    this.#ready.forEach(({ image }) => image.close());
+    this.#ready = [];
+    this.#decoding.clear();
+    this.#starved = true;
+    if (this.#decoder?.state !== "closed") this.#decoder?.close();
+    this.#decoder = null;
+  }
+
+  get empty() { return !this.#encoded.length && !this.#ready.length && !this.#decoding.size; }
+
+  #feed() {
+    while (this.#encoded.length && this.#ready.length + this.#decoding.size < AHEAD) {
+      const picture = this.#encoded.shift();
+      this.#decoding.set(picture.time, picture);
+      if (picture.kind === "jpeg") this.#decodeJpeg(picture);
+      else this.#decodeH264(picture);
+    }
+  }
+
+  #decodeH264(picture) {
+    if (this.#decoder === null) {
+      const generation = this.#generation;
+      this.#decoder = new VideoDecoder({
+        output: (image) => (generation === this.#generation ? this.#decoded(image.timestamp, image) : image.close()),
+        error: (error) => this.dispatchEvent(new CustomEvent("broken", { detail: String(error) })),
+      });
+      this.#decoder.configure({ codec: this.#codec, optimizeForLatency: true });
+    }
+    const type = picture.keyframe ? "key" : "delta";
+    this.#decoder.decode(new EncodedVideoChunk({ type, timestamp: picture.time, data: picture.data }));
+  }
+
+  async #decodeJpeg(picture) {
+    const generation = this.#generation;
+    const image = await createImageBitmap(new Blob([picture.data], { type: "image/jpeg" }));
+    if (generation === this.#generation) this.#decoded(picture.time, image);
+    else image.close();
+  }
+
+  #decoded(time, image) {
+    const picture = this.#decoding.get(time);
+    this.#decoding.delete(time);
+    this.#ready.push({ ...picture, data: null, image });
+    this.#ready.sort((one, other) => one.time - other.time); // JPEGs may overtake one another
+  }
+
+  #tick(now) {
+    if (!this.#running) return;
+    const [next] = this.#ready;
+    const inOrder = next && ![...this.#decoding.keys()].some((time) => time < next.time);
+    if (inOrder) {
+      if (this.#starved) this.#due = now;
+      if (now >= this.#due - 2) {
+        this.#starved = false;
+        this.#show(this.#ready.shift());
+        this.#due = Math.max(this.#due + this.#period, now - this.#period);
+        this.#feed();
+      }
+    } else if (!this.#starved && now > this.#due + this.#period / 2) {
+      this.#starved = true;
+      this.dispatchEvent(new CustomEvent("starved"));
+    }
+    requestAnimationFrame((later) => this.#tick(later));
+  }
+
+  #show(picture) {
+    const { width, height } = this.#screen;
+    this.#screen.getContext("2d").drawImage(picture.image, 0, 0, width, height);
+    if (picture.frame % 4 === 0) this.#glow.drawImage(picture.image, 0, 0, 16, 16);
+    picture.image.close();
+    this.#screen.dataset.chunk = picture.chunk;
+    this.#screen.dataset.frame = picture.frame;
+    this.dispatchEvent(new CustomEvent("shown", { detail: picture }));
+  }
+}
