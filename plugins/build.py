@@ -86,7 +86,7 @@ def source_hash() -> str:
     """SHA-256 over the kernel sources."""
     digest = hashlib.sha256()
     folder = Path(specs.__file__).parent
-    for path in sorted((*folder.glob("*.py"), *folder.glob("*.cu"))):
+    for path in sorted(path for ending in ("py", "cu", "cuh") for path in folder.glob(f"*.{ending}")):
         if path.name not in ("__init__.py", "specs.py"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -139,8 +139,7 @@ def _compile_cuda(variant: specs.Variant, source: specs.CudaSource, arch: int) -
     from .nvrtc import to_ptx
 
     target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    text = (Path(specs.__file__).parent / source.file).read_text()
-    ptx = to_ptx(text, source.file, target, variant.constants)
+    ptx = to_ptx(Path(specs.__file__).parent / source.file, target, variant.constants)
     # As Triton does: the instructions are old enough, whatever the compiler's own version is.
     ptx = _PTX_HEADER.sub(f".version {_PTX_VERSION // 10}.{_PTX_VERSION % 10}", ptx, count=1)
     with tempfile.TemporaryDirectory(prefix="ptxas-") as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .errors import PluginError
@@ -15,15 +16,23 @@ class NvrtcError(PluginError):
     """NVRTC is missing, or refuses a source."""
 
 
-def to_ptx(source: str, name: str, target: str, defines: Mapping[str, int]) -> str:
-    """Compile `source` for `target` (`sm_90a`), with `defines` as macros.
+def to_ptx(path: Path, target: str, defines: Mapping[str, int]) -> str:
+    """Compile a source for `target` (`sm_90a`), with `defines` as macros; the `.cuh` files beside it can be included.
 
     Raises:
         NvrtcError: the package is not installed, or the source does not compile.
     """
+    name = path.name
+    headers = {header.name: header.read_bytes() for header in sorted(path.parent.glob("*.cuh"))}
     try:
         nvrtc: Any = import_module("cuda.bindings.nvrtc")
-        status, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
+        status, program = nvrtc.nvrtcCreateProgram(
+            path.read_bytes(),
+            name.encode(),
+            len(headers),
+            list(headers.values()),
+            [header.encode() for header in headers],
+        )
     except (ImportError, RuntimeError) as error:
         raise NvrtcError(
             f"{name} is CUDA C++, which NVRTC compiles; install the packages cuda-bindings and nvidia-cuda-nvrtc, of "

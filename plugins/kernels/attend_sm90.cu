@@ -10,10 +10,7 @@
 // Serves head size 128, query blocks of 128, and blocks that divide the frame. Layouts of wgmma operands and
 // descriptors: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 
-using uint8_t = unsigned char;
-using uint16_t = unsigned short;
-using uint32_t = unsigned int;
-using uint64_t = unsigned long long;
+#include "hopper.cuh"
 
 namespace {
 
@@ -31,138 +28,12 @@ constexpr int kEntryBits = 16;
 #define kInfinity __int_as_float(0x7f800000)
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives once the asynchronous copies that this thread has issued are done.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-__device__ __forceinline__ void named_sync(int name, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(int name, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void copy16(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// What the producer's copies wrote is read by the tensor cores through another proxy.
-__device__ __forceinline__ void fence_for_products() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int Left>
-__device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
-}
-
-template <int N>
-__device__ __forceinline__ void pin(float (&values)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
-
-// Keeps the compiler from waiting for products before `sum` is known: it would move the wait in front of the arithmetic
-// that is there to fill it. Sums of weights are never negative, so nothing is stored.
-__device__ __forceinline__ void finish_before_waiting(float sum, uint32_t address) {
-    asm volatile(
-        "{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never st.volatile.shared.f32 [%1], %0;\n}\n" ::"f"(sum),
-        "r"(address)
-        : "memory");
-}
-
 // Descriptor of a tile whose rows are 128 bytes, swizzled over 8 rows; `leading` is the distance of its two halves where
 // rows run along the summed dimension, and unused where columns do.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
     constexpr uint64_t kSwizzle128 = 1ull << 62;
     constexpr uint64_t kEightRows = static_cast<uint64_t>(8 * kRowBytes >> 4) << 32;
     return kSwizzle128 | kEightRows | static_cast<uint64_t>(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
-}
-
-#if HALF
-#define TYPES "f32.f16.f16"
-#else
-#define TYPES "f32.bf16.bf16"
-#endif
-
-#define R8(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3]), "+f"(a[i + 4]), "+f"(a[i + 5]), \
-        "+f"(a[i + 6]), "+f"(a[i + 7])
-#define R32(a) R8(a, 0), R8(a, 8), R8(a, 16), R8(a, 24)
-#define R64(a) R32(a), R8(a, 32), R8(a, 40), R8(a, 48), R8(a, 56)
-#define D32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-    "%28,%29,%30,%31"
-#define D64 D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
-    "%56,%57,%58,%59,%60,%61,%62,%63"
-
-// logits (+)= queries (shared memory) x keys (shared memory), 16 columns of the head.
-__device__ __forceinline__ void product_qk(float (&d)[64], uint64_t a, uint64_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
-        : R64(d)
-        : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void product_qk(float (&d)[32], uint64_t a, uint64_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, %32, %33, add, 1, 1, 0, 0;\n}\n"
-        : R32(d)
-        : "l"(a), "l"(b), "r"(add));
-}
-
-// output += weights (registers) x values (shared memory), 16 keys.
-__device__ __forceinline__ void product_pv(float (&d)[64], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
-        : R64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t pair;
-#if HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // Place of a 16-byte piece in a tile of two halves: rows of 128 bytes, pieces exchanged by the row's last three bits.
@@ -238,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             barrier_init(shared.empty_k + 8 * i, 8);
             barrier_init(shared.empty_v + 8 * i, 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
     __syncthreads();
 
@@ -250,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
     const int shift = block_k / K_TILE >> 1;
 
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        registers_give<40>();
         const int slot_here = lane < past_frames ? frame_slots[lane] : -1;
         const int present = __popc(__ballot_sync(~0u, slot_here >= 0));
         // This thread's 16 bytes of a row, and its first row: it takes every eighth.
@@ -310,9 +181,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 ring.advance();
             }
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        copies_wait();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        registers_take<232>();
         const int consumer = group - 1;
         const int warp = thread / 32;
         const float to_log2 = scale * kLog2E;
@@ -480,9 +351,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                     const int row = warp * 16 + lane / 4 + 8 * r;
                     const uint32_t pair =
                         pack(output[4 * j + 2 * r] * inverse[r], output[4 * j + 2 * r + 1] * inverse[r]);
-                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(stage + place(row, j, kHalfQ) + lane % 4 * 4),
-                                 "r"(pair)
-                                 : "memory");
+                    store_shared(stage + place(row, j, kHalfQ) + lane % 4 * 4, pair);
                 }
             }
             named_sync(3 + consumer, kGroup);
@@ -493,13 +362,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 out + static_cast<uint64_t>(token) * stride + static_cast<uint64_t>(head) * kHeadDim + thread % 16 * 8;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                uint4 bytes;
                 const uint32_t from = stage + place(thread / 16 + 8 * i, thread % 16, kHalfQ);
-                asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                             : "=r"(bytes.x), "=r"(bytes.y), "=r"(bytes.z), "=r"(bytes.w)
-                             : "r"(from)
-                             : "memory");
-                *reinterpret_cast<uint4*>(target + static_cast<uint64_t>(i) * 8 * stride) = bytes;
+                store_global(target + static_cast<uint64_t>(i) * 8 * stride, load_shared(from));
             }
             release(shared.empty_q);
         }

@@ -104,7 +104,7 @@ def test_changed_sources_are_compiled_again(
     sources = Path(specs.__file__).parent
     copy = tmp_path / "kernels"
     copy.mkdir()
-    for file in (*sources.glob("*.py"), *sources.glob("*.cu")):
+    for file in (path for ending in ("py", "cu", "cuh") for path in sources.glob(f"*.{ending}")):
         (copy / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(specs, "__file__", str(copy / "specs.py"))
     assert builder.source_hash() == before

@@ -1,0 +1,115 @@
+"""attend_sm90.cu on a CPU, over an emulation of Hopper's barriers, copies and products (tests/plugins/emulated).
+
+The kernel's own source runs, three warpgroups as 384 threads, against the reference: layouts, rings and hand-overs are
+checked, speed and the PTX underneath are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightforcing_ref import attention as oracle
+from plugins.kernels import specs
+from plugins.policies import lists_from_mask
+
+EMULATED = Path(__file__).parent / "emulated"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+HEADS, HEAD_DIM, FRAME = 2, 128, 256
+PAST, MAX_PAST, CHUNK = 2, 3, 1
+
+
+def library(folder: Path, variant: specs.Variant) -> ctypes.CDLL:
+    """The kernel of `variant`, compiled for this machine."""
+    assert variant.cuda is not None
+    for file in (*EMULATED.iterdir(), Path(specs.__file__).parent / variant.cuda.file):
+        (
+            folder / file.name.replace(".cu", ".cu.inc") if file.suffix == ".cu" else folder / file.name
+        ).write_bytes(file.read_bytes())
+    source = variant.cuda.file.replace(".cu", ".cu.inc")
+    macros = {
+        **{name: int(value) for name, value in variant.constants.items()},
+        "ATTEND_SOURCE": f'"{source}"',
+    }
+    command = [str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", str(folder / "attend.cpp")]
+    command += [*(f"-D{name}={value}" for name, value in macros.items()), "-o", str(folder / "attend.so")]
+    subprocess.run(command, check=True, timeout=300)
+    return ctypes.CDLL(str(folder / "attend.so"))
+
+
+def run(
+    kernel: ctypes.CDLL,
+    variant: specs.Variant,
+    problem: specs.Problem,
+    buffers: dict[str, Tensor],
+    blocks: int | None,
+) -> None:
+    """Launch `variant`; `blocks` stand in for the thread blocks of a kernel that stays."""
+    assert variant.cuda is not None
+    values: list[object] = []
+    for argument in variant.arguments:
+        if argument.source == "buffer":
+            values.append(ctypes.c_void_p(buffers[argument.name].data_ptr()))
+        elif argument.source == "size":
+            values.append(ctypes.c_int(problem.sizes()[argument.name]))
+        else:
+            values.append(ctypes.c_float(HEAD_DIM**-0.5))
+    grid = (blocks, 1) if blocks else variant.grid_for(problem)
+    kernel.run(*(ctypes.c_uint(size) for size in (*grid, variant.cuda.shared_memory)), *values)
+
+
+@pytest.mark.parametrize(
+    ("k_tile", "stages", "block_k", "blocks"),
+    [(128, 2, 128, None), (128, 2, 128, 3), (64, 4, 64, None), (64, 4, 128, 3)],
+)
+@pytest.mark.timeout(120)
+def test_kernel_computes_the_listed_blocks(
+    k_tile: int, stages: int, block_k: int, blocks: int | None, tmp_path: Path
+) -> None:
+    """`blocks`: thread blocks that stay; the three have four query blocks to share, the last one by halves."""
+    variant = specs.warpgroup_variant("bfloat16", specs.Warpgroups(k_tile, stages, turns=True, blocks=blocks))
+    problem = specs.Problem("bfloat16", HEADS, HEAD_DIM, FRAME, CHUNK, MAX_PAST, 128, block_k)
+    assert variant.fits(problem)
+    sizes = problem.sizes()
+    generator = torch.Generator().manual_seed(k_tile + block_k)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, HEADS, HEAD_DIM, generator=generator).bfloat16()
+
+    slots = torch.tensor([3, 1, -1], dtype=torch.int32)
+    past_k, past_v = (torch.full((4, FRAME, HEADS, HEAD_DIM), float("nan")).bfloat16() for _ in range(2))
+    for cache in (past_k, past_v):
+        for slot in slots[:PAST]:
+            cache[slot] = normal(FRAME)
+    buffers = {name: normal(CHUNK * FRAME) for name in ("q", "k", "v")}
+    buffers |= {"past_k": past_k, "past_v": past_v, "frame_slots": slots}
+    resident = (PAST + CHUNK) * sizes["k_blocks"]
+    # Rows of different lengths, one of them empty and one of a single block.
+    mask = torch.rand(HEADS, sizes["query_blocks"], resident, generator=generator) < 0.7
+    mask[0, 0], mask[1, 1] = False, False
+    mask[1, 1, 4] = True
+    lists = lists_from_mask(mask, sizes["k_blocks"], sizes["key_blocks"])
+    out = torch.full((CHUNK * FRAME + 2, HEADS, HEAD_DIM), float("nan")).bfloat16()
+    buffers |= {"lists": lists.entries, "counts": lists.counts, "out": out[1:-1]}
+
+    run(library(tmp_path, variant), variant, problem, buffers, blocks)
+
+    keys, values = (
+        torch.cat((buffers[f"past_{x}"][slots[:PAST].long()].flatten(0, 1), buffers[x])).float()
+        for x in ("k", "v")
+    )
+    seen = mask.repeat_interleave(128, 1).repeat_interleave(block_k, 2)
+    expected = oracle.dense_attention(buffers["q"].float(), keys, values, HEAD_DIM**-0.5, seen)
+    expected[:128, 0] = 0.0
+    assert out[0].isnan().all(), "written in front of the output"
+    assert out[-1].isnan().all(), "written behind the output"
+    error = float((out[1:-1].float() - expected).norm() / expected.norm())
+    assert error < 5e-3
