@@ -21,7 +21,7 @@ SITE := build/site
 .PHONY: help setup demo test lint slow wheels clean
 
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint slow wheels gpu clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint slow wheels gpu test-gpu-versions clean"
 
 setup:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; none of $(CANDIDATES) is. Install one," \
@@ -45,6 +45,22 @@ test: lint
 # Full-size checks: minutes, and up to 12 GiB of memory.
 slow: setup
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The GPU machine's versions of PyTorch, Triton and numpy in an environment of their own: gigabytes, Python 3.12 or newer
+# (tools/gpu_versions.txt); and the tests that depend on them.
+GPU_VENV := .venv-gpu
+GPU_VERSIONS_PYTHON ?= $(shell for p in python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+.PHONY: setup-gpu-versions test-gpu-versions
+
+setup-gpu-versions:
+	@test -n "$(GPU_VERSIONS_PYTHON)" || { echo "error: the GPU machine's versions need Python 3.12 or newer; install" \
+		"one, or name it: make GPU_VERSIONS_PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(GPU_VERSIONS_PYTHON) tools/setup_env.py $(GPU_VENV) tools/gpu_versions.txt
+
+test-gpu-versions: setup-gpu-versions
+	@OMP_NUM_THREADS=1 $(GPU_VENV)/bin/python -m pytest -n auto --dist loadfile tests/lightforcing_ref tests/plugins \
+		tests/export tests/runtime tests/benchmarks $(PYTEST_ARGS)
 
 # What `make gpu` needs beyond PyTorch and Triton, as wheels, to be carried to a GPU machine without network.
 wheels:
@@ -108,7 +124,7 @@ gpu-sanitizer: gpu-site
 # Everything worth knowing from a GPU that is there for a quarter of an hour (docs/gpu.md): `make lease-archive` here, with
 # the python3 of an environment that holds the GPU machine's PyTorch and Triton (GPU_PYTHON); `make lease`, then
 # `make lease CALL=second` there.
-GPU_PYTHON ?= python3
+GPU_PYTHON ?= $(or $(wildcard $(GPU_VENV)/bin/python),python3)
 CALL ?= first
 LEASE_ARCH := sm_90
 LEASE_BUNDLES := inductor-bf16 inductor-fp8
@@ -127,4 +143,4 @@ lease:
 
 clean:
 	rm -rf build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(GPU_VENV)/*' -prune -exec rm -rf {} +

@@ -148,6 +148,17 @@ def test_set_up_does_nothing_when_nothing_changed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".setup-stamp"]
 
 
+def test_the_gpu_machines_versions_are_pinned_once() -> None:
+    lines = (ROOT / "tools/gpu_versions.txt").read_text().splitlines()
+    found = {r.name: r for r in (Requirement(line) for line in lines if line and not line.startswith("#"))}
+    for name in ("torch", "triton", "numpy", "cuda-core", "cuda-bindings"):
+        (specifier,) = found[name].specifier
+        assert specifier.operator == "==", name
+    carried = {r.name: r for r in map(Requirement, tool("gpu_wheels").WHEELS)}
+    for name in ("pydantic", "ftfy", "onnx-ir"):
+        assert found[name] == carried[name]
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "OUT"}

@@ -1,6 +1,7 @@
 """Create or update the project's virtual environment. Standard library only; quick when nothing changed.
 
-    python tools/setup_env.py VENV EXTRAS
+    python tools/setup_env.py VENV EXTRAS          # this project's extras, with a CPU build of PyTorch
+    python tools/setup_env.py VENV REQUIREMENTS    # what a file (.txt) lists, and the project without dependencies
 
 The environment is up to date when its stamp holds the hash of everything it was made from.
 """
@@ -18,12 +19,17 @@ SOURCES = ("pyproject.toml", "tools/install_torch.py", "tools/setup_env.py")
 STAMP = ".setup-stamp"
 
 
-def fingerprint(extras: str) -> str:
+def fingerprint(wanted: str) -> str:
     """Hash of what the environment is made from."""
-    digest = hashlib.sha256(f"{sys.version}\n{extras}\n{ROOT}\n".encode())
-    for source in SOURCES:
+    digest = hashlib.sha256(f"{sys.version}\n{wanted}\n{ROOT}\n".encode())
+    for source in (*SOURCES, *((wanted,) if is_file(wanted) else ())):
         digest.update((ROOT / source).read_bytes())
     return digest.hexdigest()
+
+
+def is_file(wanted: str) -> bool:
+    """Whether a file of requirements is named, relative to the project, and not extras."""
+    return wanted.endswith(".txt")
 
 
 def environment_python(venv: Path) -> Path:
@@ -44,13 +50,8 @@ def environment_python(venv: Path) -> Path:
     return python
 
 
-def main() -> int:
-    """Set the environment up; returns the exit code."""
-    venv, extras = Path(sys.argv[1]).absolute(), sys.argv[2]
-    stamp, wanted = venv / STAMP, fingerprint(extras)
-    if stamp.exists() and stamp.read_text() == wanted:
-        return 0
-    python = environment_python(venv)
+def install_extras(python: Path, extras: str) -> int:
+    """The project with `extras`; returns pip's exit code."""
     if code := subprocess.run([str(python), str(ROOT / "tools/install_torch.py")], check=False).returncode:
         return code
     version = subprocess.check_output(
@@ -59,11 +60,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder, "constraints.txt")
         constraints.write_text(f"torch=={version}\n")  # so that nothing else replaces the CPU build
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-qq"]
-        command = [*pip, "--constraint", str(constraints), "--editable", f"{ROOT}[{extras}]"]
-        print(f"installing the dependencies ({extras}); this takes a few minutes the first time", flush=True)
-        if code := subprocess.run(command, check=False).returncode:
-            return code
+        return install(python, "--constraint", str(constraints), "--editable", f"{ROOT}[{extras}]")
+
+
+def install_file(python: Path, requirements: str) -> int:
+    """What the file lists, then the project, whose own bounds may be others; returns pip's exit code."""
+    code = install(python, "--requirement", str(ROOT / requirements))
+    return code or install(python, "--no-deps", "--editable", str(ROOT))
+
+
+def install(python: Path, *arguments: str) -> int:
+    """Run `pip install`; returns its exit code."""
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-qq"]
+    return subprocess.run([*pip, *arguments], check=False).returncode
+
+
+def main() -> int:
+    """Set the environment up; returns the exit code."""
+    venv, what = Path(sys.argv[1]).absolute(), sys.argv[2]
+    stamp, wanted = venv / STAMP, fingerprint(what)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return 0
+    python = environment_python(venv)
+    print(f"installing the dependencies ({what}); this takes a few minutes the first time", flush=True)
+    if code := install_file(python, what) if is_file(what) else install_extras(python, what):
+        return code
     stamp.write_text(wanted)
     return 0
 
