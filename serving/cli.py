@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--drain", type=float, default=30.0, metavar="SECONDS", help="time to end, when stopped (30)"
     )
     run.add_argument("--queue", type=int, default=16, help="clients that may wait for a place (16)")
+    run.add_argument("--rate", type=float, default=20.0, help="requests a second from one client (20)")
     run.add_argument(
         "--example", action="append", default=[], metavar="PROMPT", help="prompt that the page offers"
     )
@@ -94,5 +95,9 @@ def _settings(options: argparse.Namespace) -> Settings:
         examples=tuple(options.example),
         resident_text_encoder=options.resident_text_encoder,
         verify=not options.no_verify,
-        limits=Limits(queue=options.queue),
+        limits=Limits(
+            queue=options.queue,
+            requests_per_second=options.rate,
+            request_burst=max(1, round(4 * options.rate)),
+        ),
     )

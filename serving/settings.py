@@ -87,6 +87,10 @@ class Settings:
                 f"--host {self.host} can be reached from other machines: give --token-file, or --insecure if anybody "
                 f"may use this server"
             )
+        if self.limits.queue < 0:
+            raise SettingsError(f"--queue is {self.limits.queue}; expected 0 or more")
+        if not self.limits.requests_per_second > 0:
+            raise SettingsError(f"--rate is {self.limits.requests_per_second:g}; expected more than 0")
         for origin in self.origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise SettingsError(

@@ -1,6 +1,8 @@
 // Shows pictures at the clip's rate. Decodes a few frames ahead and no more: decoders have few surfaces to give away.
 
 const AHEAD = 6;
+const EARLY = 2; // milliseconds
+const LATEST = 100;
 
 /** The format to ask for: H.264 where the browser decodes it here, else JPEG. WebCodecs needs HTTPS or localhost. */
 export async function bestFormat(codec) {
@@ -109,27 +111,34 @@ export class Player extends EventTarget {
 
   #tick(now) {
     if (!this.#running) return;
-    const [next] = this.#ready;
-    const inOrder = next && ![...this.#decoding.keys()].some((time) => time < next.time);
-    if (inOrder) {
+    const due = [];
+    for (let next = this.#next(); next; next = this.#next()) {
       if (this.#starved) this.#due = now;
-      if (now >= this.#due - 2) {
-        this.#starved = false;
-        this.#show(this.#ready.shift());
-        this.#due = Math.max(this.#due + this.#period, now - this.#period);
-        this.#feed();
-      }
-    } else if (!this.#starved && now > this.#due + this.#period / 2) {
+      if (now < this.#due - EARLY) break;
+      this.#starved = false;
+      due.push(this.#ready.shift());
+      this.#due = Math.max(this.#due + this.#period, now - LATEST);
+    }
+    // A screen that is slower than the video shows the newest of the pictures that are due.
+    due.forEach((picture, index) => this.#show(picture, index === due.length - 1));
+    this.#feed();
+    if (!due.length && !this.#next() && !this.#starved && now > this.#due + this.#period / 2) {
       this.#starved = true;
       this.dispatchEvent(new CustomEvent("starved"));
     }
     requestAnimationFrame((later) => this.#tick(later));
   }
 
-  #show(picture) {
+  /** The picture that comes next, once it is decoded. */
+  #next() {
+    const [first] = this.#ready;
+    return first && ![...this.#decoding.keys()].some((time) => time < first.time) ? first : undefined;
+  }
+
+  #show(picture, seen) {
     const { width, height } = this.#screen;
-    this.#screen.getContext("2d").drawImage(picture.image, 0, 0, width, height);
-    if (picture.frame % 4 === 0) this.#glow.drawImage(picture.image, 0, 0, 16, 16);
+    if (seen) this.#screen.getContext("2d").drawImage(picture.image, 0, 0, width, height);
+    if (seen && picture.frame % 4 === 0) this.#glow.drawImage(picture.image, 0, 0, 16, 16);
     picture.image.close();
     this.#screen.dataset.chunk = picture.chunk;
     this.#screen.dataset.frame = picture.frame;

@@ -16,6 +16,7 @@ from serving.app import create_app
 from serving.server import uvicorn_config
 from serving.service import Service
 from serving.settings import Limits, Settings
+from tests.conftest import build
 from tests.runtime import handmade
 from tests.serving.client import wait_until
 
@@ -68,6 +69,16 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, manifest.model_copy(update={"model": manifest.model.model_copy(update={"fps": FPS})})
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's bundle: `tiny` with its trained weights, which paints what captions say. Do not change its files."""
+    from export.weights import shipped_weights
+    from lightforcing_ref.config import PRESETS
+
+    weights = shipped_weights(PRESETS["tiny"], dense=True)
+    return build(tmp_path_factory.mktemp("trained"), "dense", weights=weights)
 
 
 @pytest.fixture
