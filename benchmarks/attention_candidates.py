@@ -94,7 +94,9 @@ def table_rows(state: State, sparsities: Sequence[float]) -> list[list[object]]:
         if row["kernel"] == "dense":
             cells[sparsities[0]] = [row["best_dense_us"], None]
         elif row["kernel"] == "prepare":
-            cells[sparsities[0]] = [row["prepare_us"], f"{row['terabytes_per_second']:.2f} TB/s"]
+            right = row["prepare_us"] is not None
+            told = f"{row['terabytes_per_second']:.2f} TB/s" if right else f"{row['error']:.1e}"
+            cells[sparsities[0]] = [row["prepare_us"] if right else "wrong", told]
         elif row["kernel"] == "select":
             cells[row["sparsity"]] = [row["select_us"], None]
         elif row["attend_us"] is None:
@@ -140,7 +142,7 @@ def measure_candidates(
         rows.extend({"name": name, **about, **row} for row in found)
         keep(state)
 
-    launcher = ImageLauncher(images)
+    launcher = ImageLauncher(images, warm_up=False)  # one that does not load is a row, not the end
     for block_q, block_k in blocks:
         shape = Shape(1536, 0, block_q, block_k)
         about: Row = {"kernel": "prepare", "block_q": block_q, "block_k": block_k}
@@ -165,7 +167,8 @@ def _prepare_rows(launcher: Launcher, shape: Shape) -> list[Row]:
 
     from .attention_timing import measure_prepare
 
-    return [measure_prepare(TorchKernels(launcher), shape)]
+    row = measure_prepare(TorchKernels(launcher), shape)
+    return [row if row["error"] < WRONG else {**row, "prepare_us": None}]
 
 
 def _dense_rows(shape: Shape) -> list[Row]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightforcing_ref.attention import qk_prepare
 from plugins.launch_torch import BlockLists, TorchKernels
 from plugins.policies import DensePolicy, HSAPolicy, mask_from_lists
 
@@ -248,9 +249,9 @@ def measure(
 
 
 def measure_prepare(kernels: TorchKernels, shape: Shape) -> dict[str, Any]:
-    """Time of *prepare*, and the bytes it must move at least (each input read, each output written once)."""
+    """Time of *prepare*, its error, and the bytes it must move at least (each input read, each output written once)."""
     tokens, width = CHUNK_FRAMES * shape.frame_tokens, shape.heads * shape.head_dim
-    works = []
+    works, error = [], 0.0
     for seed in range(BUFFER_SETS):
         generator = torch.Generator("cuda").manual_seed(seed)
         qkv, bias, norm_q, norm_k = (
@@ -263,6 +264,14 @@ def measure_prepare(kernels: TorchKernels, shape: Shape) -> dict[str, Any]:
         options |= {"block_q": shape.block_q, "block_k": shape.block_k}
         out = kernels.qk_prepare(*arguments, **options)
         works.append(lambda a=arguments, o=options, out=out: kernels.qk_prepare(*a, **o, out=out))
+        if not seed:
+            exact = qk_prepare(*(x.float() for x in arguments), **options)
+            error = max(relative(found, want) for found, want in zip(out, exact, strict=True))
     moved = 2 * tokens * 3 * width * DTYPE.itemsize
     time = microseconds(works)
-    return {"prepare_us": time, "bytes": moved, "terabytes_per_second": moved / time / 1e6}
+    return {
+        "prepare_us": time,
+        "error": error,
+        "bytes": moved,
+        "terabytes_per_second": moved / time / 1e6,
+    }

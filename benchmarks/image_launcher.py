@@ -29,15 +29,16 @@ _ELEMENTS = {
 class ImageLauncher:
     """The `plugins.launch_torch.Launcher` over images: PyTorch's memory and streams, `cuda.core`'s launches."""
 
-    def __init__(self, images: Path, device: int = 0) -> None:
-        """`images` is the folder that `python -m plugins build` wrote."""
+    def __init__(self, images: Path, device: int = 0, *, warm_up: bool = True) -> None:
+        """`images` is the folder that `python -m plugins build` wrote; `warm_up`: load all of them now."""
         torch.zeros(1, device=f"cuda:{device}")  # PyTorch's context, which cuda.core then shares
         self._device = cuda_core().Device(device)
         self._device.set_current()
         major, minor = torch.cuda.get_device_capability(device)
         self.library = KernelLibrary.load(images, (major, minor))
         self._launcher = KernelLauncher(self.library, self._device)
-        self._launcher.warm_up()
+        if warm_up:
+            self._launcher.warm_up()
         self._streams: dict[int, Any] = {}
 
     def names(self, kernel: str, problem: Problem) -> list[str]:

@@ -17,15 +17,17 @@ from ..errors import PluginError
 
 __all__ = [
     "ARCHS",
-    "CANDIDATES",
+    "ATTEND_CANDIDATES",
     "DTYPES",
     "KERNELS",
+    "PREPARE_CANDIDATES",
     "WARPGROUP_CANDIDATES",
     "Argument",
     "CudaSource",
     "GridAxis",
     "KernelError",
     "Problem",
+    "Rows",
     "Tiles",
     "Variant",
     "Warpgroups",
@@ -34,6 +36,7 @@ __all__ = [
     "find_variant",
     "image_arch",
     "kernel_function",
+    "prepare_variant",
     "variants",
     "warpgroup_variant",
 ]
@@ -353,28 +356,25 @@ def _attend_variants(arch: int) -> Iterator[Variant]:
                     yield attend_variant(dtype, head_dim, block_q, even, tiles)
 
 
-CANDIDATES: dict[int, dict[int, tuple[Tiles, ...]]] = {
-    90: {
-        128: (
-            Tiles(64, 128, 8, 3),
-            Tiles(64, 128, 8, 2),
-            Tiles(128, 128, 8, 2),
-            Tiles(128, 128, 8, 2, hold_q=True),
-            # Two thread blocks of eight warps share a multiprocessor: one's softmax runs during the other's products.
-            Tiles(32, 128, 8, 3, max_registers=128),
-            Tiles(32, 128, 8, 2, max_registers=128),
-            Tiles(64, 128, 8, 2, max_registers=128),
-        ),
-        64: (
-            Tiles(64, 128, 4, 3),
-            Tiles(64, 128, 4, 2),
-            Tiles(128, 128, 4, 2),
-            Tiles(32, 128, 4, 3, max_registers=128),
-        ),
-    }
+ATTEND_CANDIDATES: dict[int, tuple[Tiles, ...]] = {
+    128: (
+        Tiles(64, 128, 8, 3),
+        Tiles(64, 128, 8, 2),
+        Tiles(128, 128, 8, 2),
+        Tiles(128, 128, 8, 2, hold_q=True),
+        # Two thread blocks of eight warps share a multiprocessor: one's softmax runs during the other's products.
+        Tiles(32, 128, 8, 3, max_registers=128),
+        Tiles(32, 128, 8, 2, max_registers=128),
+        Tiles(64, 128, 8, 2, max_registers=128),
+    ),
+    64: (
+        Tiles(64, 128, 4, 3),
+        Tiles(64, 128, 4, 2),
+        Tiles(128, 128, 4, 2),
+        Tiles(32, 128, 4, 3, max_registers=128),
+    ),
 }
-"""Tiles of attend to be timed besides the shipped ones, by architecture and query block: bfloat16, head size 128, even
-blocks."""
+"""Tiles of attend that are to be timed on sm_90, by query block."""
 
 
 class Warpgroups(NamedTuple):
@@ -437,32 +437,69 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
     )
 
 
+class Rows(NamedTuple):
+    """Tuning of prepare."""
+
+    heads: int
+    """Heads of a program."""
+    rows: int
+    """Rows that it takes at once."""
+    warps: int
+    stages: int
+
+
+PREPARE_CANDIDATES = (
+    Rows(4, 4, 8, 3),
+    Rows(4, 8, 8, 2),
+    Rows(4, 4, 4, 3),
+    Rows(2, 4, 4, 3),
+    Rows(MAX_HEADS, 8, 16, 3),
+)
+"""Ways to run prepare that are to be timed."""
+
+
+def prepare_variant(dtype: str, head_dim: int, rows: Rows, suffix: str = "") -> Variant:
+    """*prepare* with `rows`."""
+    return Variant(
+        "prepare",
+        f"prepare-{DTYPES[dtype]}-d{head_dim}{suffix}",
+        {
+            "HEAD_DIM": head_dim,
+            "WIDTH": head_dim * MAX_HEADS,
+            "PART": head_dim * rows.heads,
+            "ROWS": rows.rows,
+            "STAGES": rows.stages,
+        },
+        rows.warps,
+        (GridAxis("row_blocks"), 3, GridAxis("heads", rows.heads)),
+        _arguments("prepare", dtype),
+        {"dtype": (dtype,), "head_dim": (head_dim,)},
+        {"heads": MAX_HEADS},
+    )
+
+
 def candidates(arch: int) -> tuple[Variant, ...]:
-    """The specialisations of `CANDIDATES` and `WARPGROUP_CANDIDATES`, named after their tuning."""
-    warpgroups = WARPGROUP_CANDIDATES if arch == 90 else ()
+    """What is to be timed besides the shipped specialisations, named after its tuning."""
+    if arch != 90:
+        return ()
     return (
         *(
+            prepare_variant("bfloat16", 128, rows, "-h{}r{}w{}s{}".format(*rows))
+            for rows in PREPARE_CANDIDATES
+        ),
+        *(
             attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
-            for block_q, offered in CANDIDATES.get(arch, {}).items()
+            for block_q, offered in ATTEND_CANDIDATES.items()
             for tiles in offered
         ),
-        *(warpgroup_variant("bfloat16", tuning, f"-{tuning.short}") for tuning in warpgroups),
+        *(warpgroup_variant("bfloat16", tuning, f"-{tuning.short}") for tuning in WARPGROUP_CANDIDATES),
     )
 
 
 def _other_variants() -> Iterator[Variant]:
     for head_dim in (128, 64):
         for dtype, short in DTYPES.items():
-            yield Variant(
-                "prepare",
-                f"prepare-{short}-d{head_dim}",
-                {"HEAD_DIM": head_dim, "WIDTH": head_dim * MAX_HEADS, "ROWS": 4, "STAGES": 3},
-                8,
-                (GridAxis("row_blocks"), 3),
-                _arguments("prepare", dtype),
-                {"dtype": (dtype,), "head_dim": (head_dim,)},
-                {"heads": MAX_HEADS},
-            )
+            yield prepare_variant(dtype, head_dim, Rows(MAX_HEADS, 4, 8, 3))
             yield Variant(
                 "rope_sink",
                 f"rope_sink-{short}-d{head_dim}",
