@@ -7,18 +7,18 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from export.graph import components
+from export.parts.golden import write_golden
+from export.parts.graphs import graph_types
+from export.parts.keys import BuildKeys, tool_versions
+from export.parts.run import Builder, Built, Run
+from export.parts.workspace import open_workspace
+from export.request.request import BuildRequest
+from export.request.targets import BackendName
 from runtime import bundle
 
-from . import components
-from .build_keys import BuildKeys, tool_versions
-from .builder import Builder, Built, Run
-from .golden import write_golden
-from .onnx_parts import graph_types
 from .preflight import check_disk, check_memory, check_target_memory
 from .progress import ProgressCallback
-from .request import BuildRequest
-from .targets import BackendName
-from .workspace import open_workspace
 
 __all__ = ["BuildRequest", "build_bundle", "check_build", "export_onnx"]
 
@@ -30,25 +30,25 @@ _GOLDEN, _GOLDEN_SECTION = "golden vectors", "golden.json"
 
 
 def _onnxruntime() -> Builder:
-    from .ort_bundle import BUILDER
+    from export.backends.onnxruntime import BUILDER
 
     return BUILDER
 
 
 def _tensorrt_rtx() -> Builder:
-    from .rtx_bundle import BUILDER
+    from export.backends.tensorrt_rtx.bundle import BUILDER
 
     return BUILDER
 
 
 def _tensorrt() -> Builder:
-    from .trt_bundle import BUILDER
+    from export.backends.tensorrt.bundle import BUILDER
 
     return BUILDER
 
 
 def _inductor() -> Builder:
-    from .inductor import BUILDER
+    from export.backends.inductor.bundle import BUILDER
 
     return BUILDER
 

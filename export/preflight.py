@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from math import prod
 
+from export.estimate.memory import plan_memory
+from export.parts.graphs import graph_types
+from export.parts.workspace import partial_folder
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from export.request.sizes import transformer_parameters
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 
 from .errors import BuildError, InputError
 from .machine import memory
-from .onnx_parts import graph_types
-from .plan import StepPlan
-from .plan_memory import plan_memory
-from .request import BuildRequest
-from .sizes import transformer_parameters
 from .units import readable_size
-from .workspace import partial_folder
 
 __all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]
 

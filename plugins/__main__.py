@@ -21,7 +21,7 @@ def _build(args: argparse.Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from .build import BuildError, build, parse_archs, spilling
+    from plugins.compile.kernels import BuildError, build, parse_archs, spilling
 
     console = Console()
     start = time.monotonic()
@@ -74,9 +74,10 @@ def _build(args: argparse.Namespace) -> int:
 def _build_libraries(args: argparse.Namespace, console: Console) -> int:
     from rich.markup import escape
 
-    from .build import parse_archs
+    from plugins.compile.kernels import parse_archs
+    from plugins.compile.libraries import HEADERS_HINT, build_libraries
+
     from .errors import PluginError
-    from .tensorrt_build import HEADERS_HINT, build_libraries
 
     start = time.monotonic()
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from runtime.program.buffers import BufferPlan, runs_on_gpu
+
 from .bundle import Bundle
 from .engine import Engine
-from .memory import BufferPlan, runs_on_gpu
 
 __all__ = ["load_engine", "runs_on_host"]
 
@@ -19,7 +20,7 @@ def load_engine(
 ) -> Engine:
     """Load the engine for a bundle's backend and target.
 
-    ``plan`` is :func:`~runtime.memory.plan_buffers` of the bundle, checked against memory by the caller.
+    ``plan`` is :func:`~runtime.program.buffers.plan_buffers` of the bundle, checked against memory by the caller.
     ``threads`` is the number of threads per forward on the host (default: ``default_threads()`` there). ``graphs``
     says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew.
 
@@ -27,12 +28,12 @@ def load_engine(
         EngineError: the backend cannot run what the bundle was built for, or does not load.
     """
     if runs_on_host(bundle):
-        from .host_executor import HostExecutor
-        from .program_builder import build_program
-        from .program_engine import ProgramEngine
+        from runtime.host.executor import HostExecutor
+        from runtime.program.builder import build_program
+        from runtime.program.engine import ProgramEngine
 
         program = build_program(bundle, plan.sessions)
         return ProgramEngine(bundle.manifest, program, HostExecutor(bundle, program, threads=threads))
-    from .cuda_engine import load_cuda_engine
+    from runtime.cuda.engine import load_cuda_engine
 
     return load_cuda_engine(bundle, plan.sessions, graphs=graphs)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import Move
+from .frame_table import Move
 
 if TYPE_CHECKING:
-    from .device_frames import DeviceFrames
+    from .frames import DeviceFrames
 
 __all__ = ["DeviceFrameEngine", "Engine", "Placement"]
 

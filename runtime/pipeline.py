@@ -15,12 +15,12 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.program.buffers import BufferPlan, available_memory, check_memory, plan_buffers
+
 from .backends import load_engine, runs_on_host
-from .bundle import Bundle, load_bundle
+from .bundle import Bundle, Manifest, load_bundle
 from .engine import DeviceFrameEngine, Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
-from .manifest import Manifest
-from .memory import BufferPlan, available_memory, check_memory, plan_buffers
 from .noise import check_seed
 from .rollout import PromptSwitch, Rollout
 from .scheduler import ChunkStarted, Lane, Scheduler
@@ -286,7 +286,7 @@ def _stages(progress: Callable[[LoadStage], None] | None) -> Callable[[LoadStage
 def _free_memory(bundle: Bundle) -> int | None:
     if runs_on_host(bundle):
         return available_memory()
-    from .cuda_driver import free_memory
+    from runtime.cuda.driver import free_memory
 
     try:
         return free_memory()

@@ -14,10 +14,10 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import FrameTable, LatentRing
+from .bundle import Manifest
 from .engine import DeviceFrameEngine, Engine, Placement
 from .errors import SessionCancelledError
-from .manifest import Manifest
+from .frame_table import FrameTable, LatentRing
 from .noise import fill_noise
 
 __all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_first_frame", "chunk_pixel_frames"]
@@ -101,7 +101,7 @@ class Rollout:
     def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:
         """Frames of a chunk, uint8 ``[N, H, W, 3]``, and the backend's seconds.
 
-        They are an array of the caller's, or, if they stay on the device, :class:`~runtime.device_frames.DeviceFrames`.
+        They are an array of the caller's, or, if they stay on the device, :class:`~runtime.frames.DeviceFrames`.
 
         Chunks must be decoded in order, at most one behind the chunk that :meth:`advance` works on.
         """

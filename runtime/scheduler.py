@@ -39,7 +39,7 @@ class Chunk:
     """Frames of one chunk and what they cost.
 
     ``frames`` is uint8 ``[N, H, W, 3]`` and belongs to the caller; in a session with ``frames="device"`` it is a
-    :class:`~runtime.device_frames.DeviceFrames`. ``latency`` is the time in seconds from the
+    :class:`~runtime.frames.DeviceFrames`. ``latency`` is the time in seconds from the
     start of the chunk's work (a prompt switch and the last chunk's clean forward included) until its frames were
     there. ``denoise`` and ``decode`` are the seconds spent inside the transformer's and the decoder's engines,
     ``other`` the runtime's own work around them. ``label`` is that of the prompt the chunk was made with, as given

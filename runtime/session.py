@@ -12,8 +12,8 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .bundle import Manifest
 from .errors import InputError
-from .manifest import Manifest
 from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_first_frame, chunk_pixel_frames
 from .scheduler import Chunk, Lane, Scheduler, SessionStatistics, StreamEndedError
 

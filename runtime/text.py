@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Bundle
+from runtime.bundle.weights_file import numpy_dtype
+
+from .bundle import Bundle, Text
 from .errors import BundleError, ClosedError, InputError
-from .manifest import Text
-from .weights_file import numpy_dtype
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

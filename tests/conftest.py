@@ -10,8 +10,8 @@ import pytest
 def build(out: Path, variant: str, **changes: object) -> Path:
     """Build a `tiny` bundle for the CPU through the code path of the command line."""
     from export.build import BuildRequest, build_bundle
-    from export.targets import load_target, load_variant
-    from export.weights import Weights
+    from export.request.targets import load_target, load_variant
+    from export.request.weights import Weights
     from lightforcing_ref.config import PRESETS
 
     preset = PRESETS["tiny"]

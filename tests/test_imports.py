@@ -1,4 +1,4 @@
-"""The import rules between rooms, and what the command lines may load before they know their arguments."""
+"""The import rules between and inside rooms, and what the command lines may load before they know their arguments."""
 
 from __future__ import annotations
 
@@ -10,20 +10,54 @@ from pathlib import Path
 
 import pytest
 
+from tests.structure import circles, place, structure
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS: dict[str, set[str]] = {
     "lightforcing_ref": set(),
-    "plugins": set(),
+    "plugins": {"runtime"},
     "runtime": set(),
-    "serving": {"runtime"},
     "engines": set(),
     "export": {"lightforcing_ref", "plugins", "runtime", "engines"},
     "training": {"lightforcing_ref", "plugins", "runtime", "export"},
 }
+FLOORS: dict[str, tuple[str, ...]] = {
+    "export": (
+        "__main__",
+        "__init__ cli",
+        "build",
+        "preflight",
+        "estimate",
+        "backends backends/inductor backends/tensorrt backends/tensorrt_rtx",
+        "compare parts",
+        "quantize",
+        "graph",
+        "progress request",
+        "errors interrupts machine units",
+    ),
+    "runtime": (
+        "__main__",
+        "__init__ cli",
+        "pipeline",
+        "verify",
+        "backends",
+        "cuda session",
+        "host scheduler",
+        "program rollout text video",
+        "bundle engine noise",
+        "errors frame_table frames",
+    ),
+    "plugins": ("__main__ eager", "compile nodes", "contract images kernels", "__init__ errors"),
+    "benchmarks": ("lease", "attention quality rollout", "__init__ timing"),
+}
+"""What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""
+MODULES_PER_FOLDER = 15
+FOUND = structure(ROOT)
 # What the manifest and its files are, and how golden vectors are drawn and compared: defined on the runtime's side.
-FROM_RUNTIME = {"runtime.bundle", "runtime.errors", "runtime.golden", "runtime.weights_file"}
+BUNDLE = "runtime.bundle"
+FROM_RUNTIME = {"export": {BUNDLE, "runtime.errors"}, "plugins": {BUNDLE}}
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
-READS_BUNDLES = {"export/compare.py", "export/inspect.py", "export/reference.py"}
+READS_BUNDLES = ("export/compare/", "export/cli/inspection.py")
 NOT_IN_RUNTIME = {
     "torch",
     "onnx",
@@ -35,18 +69,8 @@ NOT_IN_RUNTIME = {
     "modelopt",
 }
 # Bundles that PyTorch compiled need PyTorch to run; it is imported when one is loaded.
-RUNS_ON_TORCH = {"runtime/inductor.py", "runtime/inductor_cuda.py"}
-HEAVY = NOT_IN_RUNTIME | {
-    "fastapi",
-    "uvicorn",
-    "onnxruntime",
-    "av",
-    "PIL",
-    "tokenizers",
-    "scipy",
-    "tensorrt",
-    "tensorrt_rtx",
-}
+RUNS_ON_TORCH = {"runtime/host/inductor.py", "runtime/cuda/inductor.py"}
+HEAVY = NOT_IN_RUNTIME | {"onnxruntime", "av", "PIL", "tokenizers", "scipy", "tensorrt", "tensorrt_rtx"}
 MAX_LINES = 520
 
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -74,28 +98,94 @@ def imports(path: Path) -> Iterator[tuple[int, int, str]]:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_rooms_import_one_way(path: Path) -> None:
     name = relative(path)
-    room = name.split("/")[0]
+    room, folder = name.split("/")[0], name.rpartition("/")[0].replace("/", ".")
     for line, level, module in imports(path):
         top = module.split(".")[0]
+        assert level < 2, f"{name}:{line}: imports across folders are absolute"
         if level or top not in ROOMS:
             continue
-        assert top != room, f"{name}:{line}: imports inside a room are relative, found {module}"
-        assert top in ROOMS[room], f"{name}:{line}: {room} must not import {module}"
-        if (room, top) == ("export", "runtime") and name not in READS_BUNDLES:
-            allowed = any(module == part or module.startswith(f"{part}.") for part in FROM_RUNTIME)
-            assert allowed, f"{name}:{line}: export takes {FROM_RUNTIME} from the runtime, found {module}"
-
-
-@pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("serving/")], ids=relative)
-def test_serving_uses_the_public_face_of_the_runtime(path: Path) -> None:
-    import runtime
-
-    for line, level, module in imports(path):
-        if not level and module.split(".")[0] == "runtime":
-            allowed = module.removeprefix("runtime.") in runtime.__all__
-            assert allowed, (
-                f"{relative(path)}:{line}: serving imports names of runtime.__all__, found {module}"
+        if top == room:
+            source = module.rpartition(".")[0]
+            near = source == folder or (
+                source.rpartition(".")[0] == folder and f"{source.replace('.', '/')}.py" in FOUND.modules
             )
+            assert not near, f"{name}:{line}: imports inside a folder are relative, found {module}"
+            continue
+        assert top in ROOMS[room], f"{name}:{line}: {room} must not import {module}"
+        if room in FROM_RUNTIME and top == "runtime" and not name.startswith(READS_BUNDLES):
+            allowed = any(module == part or module.startswith(f"{part}.") for part in FROM_RUNTIME[room])
+            assert allowed, (
+                f"{name}:{line}: {room} takes {FROM_RUNTIME[room]} from the runtime, found {module}"
+            )
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_no_import_runs_up(room: str) -> None:
+    heights = {
+        f"{room}/{name}".removesuffix("/"): -floor
+        for floor, names in enumerate(FLOORS[room])
+        for name in names.split()
+    }
+    for module, imported in FOUND.modules.items():
+        if module.split("/")[0] != room:
+            continue
+        here = place(module)
+        assert here in heights, f"{module}: {here} is on no floor of {room}; give it one in FLOORS"
+        for other in imported:
+            there = place(other)
+            if other.split("/")[0] == room and there != here:
+                assert heights[there] < heights[here], (
+                    f"{module} imports {other}, which is not on a floor below"
+                )
+
+
+@pytest.mark.parametrize("graph", ["modules", "sources"])
+def test_nothing_imports_or_includes_in_a_circle(graph: str) -> None:
+    assert circles(getattr(FOUND, graph)) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"f"}, "f": {"e"}}) == [
+        ["a", "b", "c"],
+        ["e", "f"],
+    ]
+
+
+def test_structure_sees_every_way_to_import(tmp_path: Path) -> None:
+    files = {
+        "export/__init__.py": "",
+        "export/a.py": "from .deep import b\ndef f():\n    from export.deep.c import x",
+        "export/deep/__init__.py": "from .b import y",
+        "export/deep/b.py": "import export.deep.c as c\ny = 1",
+        "export/deep/c.py": "from ..a import f\nx = 1",
+        "plugins/launch/one.h": '#include "two.h"\n#include <vector>',
+        "plugins/launch/two.h": '#  include "one.h"',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = structure(tmp_path)
+    assert found.modules["export/a.py"] == {"export/deep/b.py", "export/deep/c.py"}
+    assert found.modules["export/deep/b.py"] == {"export/deep/c.py"}
+    assert found.modules["export/deep/__init__.py"] == {"export/deep/b.py"}
+    assert circles(found.modules) == [["export/a.py", "export/deep/b.py", "export/deep/c.py"]]
+    assert found.places()["export/deep"] == {"export/a"}
+    assert circles(found.sources) == [["plugins/launch/one.h", "plugins/launch/two.h"]]
+    assert found.sizes() == {"export": 1, "export/deep": 2}
+
+
+def test_folders_stay_small() -> None:
+    large = {
+        folder: count
+        for folder, count in FOUND.sizes().items()
+        if count > MODULES_PER_FOLDER and folder.split("/")[0] in FLOORS
+    }
+    assert large == {}, f"more than {MODULES_PER_FOLDER} modules"
+
+
+def test_no_module_is_named_as_one_of_pythons() -> None:
+    shadowing = [module for module in FOUND.modules if Path(module).stem in sys.stdlib_module_names]
+    assert shadowing == ["plugins/kernels/select.py"]  # a kernel, named as the operator's step
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("runtime/")], ids=relative)
@@ -137,7 +227,9 @@ def loaded_modules(code: str) -> set[str]:
 
 def test_whole_runtime_loads_without_training_or_export_library() -> None:
     modules = [
-        f"runtime.{path.stem}" for path in sorted((ROOT / "runtime").glob("*.py")) if path.stem != "__main__"
+        module.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for module in FOUND.modules
+        if module.startswith("runtime/") and not module.endswith("__main__.py")
     ]
     found = loaded_modules(f"import importlib\nfor name in {modules!r}: importlib.import_module(name)")
     assert "runtime" in found
@@ -156,8 +248,6 @@ def test_whole_runtime_loads_without_training_or_export_library() -> None:
         "runtime generate",
         "runtime bench",
         "runtime verify",
-        "serving",
-        "serving run",
     ],
 )
 def test_help_is_instant(command: str) -> None:
@@ -171,4 +261,9 @@ def test_help_is_instant(command: str) -> None:
 
 
 def test_importing_errors_and_plans_is_light() -> None:
-    assert not loaded_modules("import export.targets, export.backends, export.doctor, runtime.bundle") & HEAVY
+    assert (
+        not loaded_modules(
+            "import export.request.targets, export.request.capability, export.cli.doctor, runtime.bundle"
+        )
+        & HEAVY
+    )

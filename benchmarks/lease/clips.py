@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.timing import machine_facts, write_json
 
 if TYPE_CHECKING:
-    from benchmarks.rollout_bundles import BundleRollout
+    from benchmarks.rollout.bundles import BundleRollout
 
 REPEATS = 3
 
@@ -59,7 +59,7 @@ def profiled_chunk(runner: BundleRollout, chunks: int, *, overlap: bool) -> dict
     from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.rollout_measure import MARK, inspect_trace
+    from benchmarks.rollout.measure import MARK, inspect_trace
 
     clip = runner.clip(chunks, overlap=overlap)
     for _ in range(chunks - 2):
@@ -89,9 +89,9 @@ def main() -> int:
 
     import torch
 
-    from benchmarks.rollout_bundles import BundleRollout
-    from benchmarks.rollout_ladder import LADDER, chunks_for
-    from benchmarks.rollout_measure import MemoryWatch, summarise, timed_clip
+    from benchmarks.rollout.bundles import BundleRollout
+    from benchmarks.rollout.ladder import LADDER, chunks_for
+    from benchmarks.rollout.measure import MemoryWatch, summarise, timed_clip
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {"bundle": args.bundle.name, "machine": machine_facts()}

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lease.archive import unpack, unpack_wheels
-from benchmarks.lease.runner import Lease
-from benchmarks.lease.stages import CALLS, stages_of
+from .archive import unpack, unpack_wheels
+from .runner import Lease
+from .stages import CALLS, stages_of
 
 __all__ = ["main", "table"]
 

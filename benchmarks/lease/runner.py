@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lease.stages import Seconds, Stage
+from .stages import Seconds, Stage
 
 __all__ = ["Lease", "Outcome"]
 

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
-from ..errors import PluginError
+from plugins.errors import PluginError
 
 __all__ = [
     "ARCHS",

@@ -1,6 +1,6 @@
 // The embedded kernel images and how to launch them: the C++ form of kernels.json (docs/kernels.md).
 //
-// The table itself is generated at build time (plugins/embedding.py). Enumerators are spelled as in the image
+// The table itself is generated at build time (plugins/compile/embedding.py). Enumerators are spelled as in the image
 // format, so that the generator can write them as they come; a name that is missing here fails to compile
 // there.
 #pragma once

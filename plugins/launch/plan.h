@@ -1,4 +1,4 @@
-// Which image serves a problem, and with what grid and arguments: the rules of runtime/kernels.py.
+// Which image serves a problem, and with what grid and arguments: the rules of runtime/program/kernels.py.
 #pragma once
 
 #include <array>

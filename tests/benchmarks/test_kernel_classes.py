@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.kernel_classes import CLASSES, PARTS, GpuEvent, classify, part_shares
 from runtime.bundle import load_bundle
-from runtime.program import Copy, EngineRun, Fill, Forward, KernelLaunch, Program
-from runtime.program_builder import build_program
+from runtime.program.builder import build_program
+from runtime.program.program import Copy, EngineRun, Fill, Forward, KernelLaunch, Program
 from tests.runtime.device_bundles import build_device_bundle
 
 NAMES = json.loads(Path(__file__).with_name("kernel_names.json").read_text())["kernels"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
+from benchmarks.quality import main as quality
 
 
 def test_a_wrong_bundle_is_told_before_the_first_clip(

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import rollout, rollout_ladder
-from benchmarks.rollout_ladder import LADDER, BundleSpec, Case, Platform, bundle_spec, chunks_for
-from benchmarks.rollout_measure import ChunkRecord, Clip, inspect_trace, summarise
-from benchmarks.rollout_report import goals, table
-from export.targets import load_target
+from benchmarks.rollout import ladder
+from benchmarks.rollout import main as rollout
+from benchmarks.rollout.ladder import LADDER, BundleSpec, Case, Platform, bundle_spec, chunks_for
+from benchmarks.rollout.measure import ChunkRecord, Clip, inspect_trace, summarise
+from benchmarks.rollout.report import goals, table
+from export.request.targets import load_target
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ def test_dense_and_sparse_rungs_see_the_same_window(frames: int, window: int) ->
 
 
 def test_goal_sizes_come_first_and_decoders_are_the_published_ones() -> None:
-    full, light = (rollout_ladder.ladder_preset("wan-1.3b", light_vae=on).vae for on in (False, True))
+    full, light = (ladder.ladder_preset("wan-1.3b", light_vae=on).vae for on in (False, True))
     assert (full.dim, light.dim) == (96, 24)
 
 
@@ -138,7 +139,7 @@ def test_goals_count_on_the_device_they_were_set_for() -> None:
 @pytest.fixture
 def bundles(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Bundles of rung 3, and of 5 and 6, without building any; a decoder that costs next to nothing in PyTorch."""
-    monkeypatch.setattr(rollout_ladder, "DECODER_WIDTHS", MappingProxyType({"tiny": (2, 2)}))
+    monkeypatch.setattr(ladder, "DECODER_WIDTHS", MappingProxyType({"tiny": (2, 2)}))
     platform = Platform.here("cpu")
     case = Case("tiny", 128, 128, 21)
     for light in (False, True):
@@ -219,7 +220,7 @@ def test_long_clips_are_checked_for_flatness(
     bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a short clip in place of a long one: what is recorded, not what it says."""
-    monkeypatch.setattr(rollout_ladder, "SHORT_FRAMES", 9)
+    monkeypatch.setattr(ladder, "SHORT_FRAMES", 9)
     monkeypatch.setattr(rollout, "FLAT_EARLY", 2)
     long_name = BundleSpec("fp32", True, True).name(Case("tiny", 128, 128, 21), Platform.here("cpu"))
     shutil.copytree(next(bundles.glob("*-light")), bundles / long_name)
@@ -262,7 +263,7 @@ def test_missing_packages_are_named(
 
 def test_help_needs_no_heavy_import() -> None:
     program = (
-        "import sys; from benchmarks.rollout import main\n"
+        "import sys; from benchmarks.rollout.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'triton', 'pydantic', 'matplotlib'} & set(sys.modules)))"

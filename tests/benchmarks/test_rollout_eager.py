@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import rollout_ladder
-from benchmarks.rollout_eager import EagerRollout, SdpaChoice
-from benchmarks.rollout_ladder import BundleSpec, Case, Platform
-from export.plan import StepPlan
-from export.targets import load_target
+from benchmarks.rollout import ladder
+from benchmarks.rollout.eager import EagerRollout, SdpaChoice
+from benchmarks.rollout.ladder import BundleSpec, Case, Platform
+from export.request.geometry import StepPlan
+from export.request.targets import load_target
 from lightforcing_ref.config import preset
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
@@ -27,7 +27,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers and a thin decoder."""
     tiny = preset("tiny")
     small = replace(tiny, dit=replace(tiny.dit, layers=2, dim=32, ffn_dim=64), vae=replace(tiny.vae, dim=2))
-    monkeypatch.setattr(rollout_ladder, "ladder_preset", lambda name, *, light_vae: small)
+    monkeypatch.setattr(ladder, "ladder_preset", lambda name, *, light_vae: small)
 
 
 def plan_for(frames: int, *, sparse: bool) -> StepPlan:

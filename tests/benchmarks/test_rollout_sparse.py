@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.rollout_sparse import choose_blocks, pool_blocks, sparse_attention
+from benchmarks.rollout.sparse import choose_blocks, pool_blocks, sparse_attention
 from lightforcing_ref.attention import block_means, hsa_attention, hsa_selection
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig, kept_blocks
@@ -93,8 +93,8 @@ def test_statistics_do_not_change_how_much_is_selected(
 
 PROGRAM = """
 import torch
-from benchmarks.rollout_sparse import choose_blocks, gathered_attention, pool_blocks
-from benchmarks.rollout_sparse_kernel import block_attention
+from benchmarks.rollout.sparse import choose_blocks, gathered_attention, pool_blocks
+from benchmarks.rollout.sparse_kernel import block_attention
 from tests.benchmarks.test_rollout_sparse import spec_for, tensors
 spec = spec_for(44, 16)
 q, k, v = tensors(spec, 5)

@@ -19,21 +19,20 @@ import pytest
 import lightforcing_ref
 import plugins
 import runtime
-from export import build_keys
 from export.build import check_build, export_onnx
 from export.errors import BuildError
 from export.machine import Memory
-from export.plan import StepPlan
+from export.parts import keys as build_keys
+from export.parts.workspace import open_workspace
 from export.preflight import check_disk
-from export.targets import load_target, load_variant
-from export.weights import Weights
-from export.workspace import open_workspace
+from export.request.geometry import StepPlan
+from export.request.targets import load_target, load_variant
+from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 from runtime.errors import BundleError
 from tests.conftest import build
-
-from .rtx_bundles import partial, request
+from tests.export.backends.rtx_bundles import partial, request
 
 LAYERS = PRESETS["tiny"].dit.layers
 
@@ -208,10 +207,11 @@ def test_parts_of_another_version_are_not_taken_over(tmp_path, monkeypatch, pack
     shutil.copytree(package.__path__[0], copy, ignore=shutil.ignore_patterns("assets", "__pycache__"))
     monkeypatch.setattr(package, "__path__", [str(copy)])
     if package is runtime:  # found by a module of it, since the export side imports no more
-        monkeypatch.setattr(build_keys.bundle, "__file__", str(copy / "bundle.py"))
+        monkeypatch.setattr(build_keys.bundle, "__file__", str(copy / "bundle" / "__init__.py"))
     before = digest()
     assert digest() == before
-    (copy / "__init__.py").write_text("# another version\n")
+    changed = copy / "bundle" if package is runtime else copy
+    (changed / "__init__.py").write_text("# another version\n")
     assert digest() != before
 
 
@@ -299,7 +299,7 @@ def test_a_build_that_memory_cannot_hold_is_refused_at_once(tmp_path, monkeypatc
     gib = 1 << 30
     enough = Memory(total=64 * gib, available=64 * gib)
     monkeypatch.setattr(
-        "export.plan_memory.memory", lambda: enough
+        "export.estimate.memory.memory", lambda: enough
     )  # that of the target, which is this machine
     monkeypatch.setattr("export.preflight.memory", lambda: Memory(total=24 * gib, available=9 * gib))
     message = r"the build takes about 9\.93 GiB of memory and 9\.00 GiB are free; close"

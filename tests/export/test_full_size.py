@@ -13,10 +13,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.components import write_step
-from export.modules import StepModule
-from export.plan import StepPlan
-from export.targets import load_variant
+from export.graph.components import write_step
+from export.graph.modules import StepModule
+from export.request.geometry import StepPlan
+from export.request.targets import load_variant
 from lightforcing_ref.attention import block_means, hsa_attention, qk_prepare
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.model import CausalWanModel
@@ -29,7 +29,7 @@ MEMORY_LIMIT_GIB = 12
 
 EXPORT = """
 import resource, sys
-from export.cli import main
+from export.cli.main import main
 status = main(sys.argv[1:])
 print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 
 from export.build import build_bundle
-from export.request import BuildRequest
-from export.targets import BackendName, Precision, Target, list_targets, load_target, load_variant
-from export.weights import Weights
+from export.request.request import BuildRequest
+from export.request.targets import BackendName, Precision, Target, list_targets, load_target, load_variant
+from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 
 ROOT = Path(__file__).parents[2]

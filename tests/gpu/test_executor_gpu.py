@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from runtime.bundle import load_bundle
-from runtime.cuda_driver import CudaDriver, RowCopy, host_bytes
-from runtime.cuda_engine import CudaEngine, load_cuda_engine
+from runtime.cuda.driver import CudaDriver, RowCopy, host_bytes
+from runtime.cuda.engine import CudaEngine, load_cuda_engine
 from runtime.errors import EngineError
-from runtime.memory import plan_buffers
 from runtime.pipeline import Pipeline
+from runtime.program.buffers import plan_buffers
 from tests.runtime import device_bundles
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from export.reference import Reference
+from export.compare.reference import Reference
 from lightforcing_ref.vae import to_uint8
 from runtime.backends import load_engine
 from runtime.bundle import load_bundle
-from runtime.inductor_cuda import device_tensor
-from runtime.memory import plan_buffers
+from runtime.cuda.inductor import device_tensor
 from runtime.pipeline import Pipeline
+from runtime.program.buffers import plan_buffers
 from runtime.verify import judge
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"

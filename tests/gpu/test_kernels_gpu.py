@@ -20,9 +20,16 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref import attention as oracle
+from plugins.eager.launch import BlockLists, Launcher, TorchKernels, TritonLauncher, bind_cuda, empty_lists
+from plugins.eager.policies import (
+    ChunkInputs,
+    DensePolicy,
+    HSAPolicy,
+    TopKPolicy,
+    WindowPolicy,
+    mask_from_lists,
+)
 from plugins.kernels.specs import KERNELS
-from plugins.launch_torch import BlockLists, Launcher, TorchKernels, TritonLauncher, bind_cuda, empty_lists
-from plugins.policies import ChunkInputs, DensePolicy, HSAPolicy, TopKPolicy, WindowPolicy, mask_from_lists
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
@@ -71,7 +78,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("LIGHTFORCING_KERNELS")
     if given:
         return Path(given)
-    from plugins.build import build
+    from plugins.compile.kernels import build
     from plugins.kernels.specs import image_arch
 
     major, minor = torch.cuda.get_device_capability()
@@ -87,7 +94,7 @@ def kernels(request: pytest.FixtureRequest) -> TorchKernels:
         pytest.importorskip(
             "cuda.core", reason="cuda-core and cuda-bindings are not installed", exc_type=ImportError
         )
-        from benchmarks.image_launcher import ImageLauncher
+        from benchmarks.attention.launcher import ImageLauncher
 
         launcher = ImageLauncher(request.getfixturevalue("image_folder"))
     return TorchKernels(launcher)

@@ -16,7 +16,7 @@ MISSING_REASON = "the ladder needs a package that is not installed (docs/benchma
 
 @pytest.fixture(autouse=True)
 def needed() -> None:
-    from benchmarks.rollout import NEEDED
+    from benchmarks.rollout.main import NEEDED
 
     for name in NEEDED:
         pytest.importorskip(name, reason=MISSING_REASON)
@@ -24,8 +24,8 @@ def needed() -> None:
 
 @pytest.mark.parametrize(("frame_tokens", "block"), [(1536, 128), (1560, 128), (1560, 64)])
 def test_the_plain_kernel_is_gathered_attention(frame_tokens: int, block: int) -> None:
-    from benchmarks.rollout_sparse import choose_blocks, gathered_attention, pool_blocks
-    from benchmarks.rollout_sparse_kernel import block_attention
+    from benchmarks.rollout.sparse import choose_blocks, gathered_attention, pool_blocks
+    from benchmarks.rollout.sparse_kernel import block_attention
     from lightforcing_ref.cache import AttentionSpec
     from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
 
@@ -46,9 +46,9 @@ def test_the_plain_kernel_is_gathered_attention(frame_tokens: int, block: int) -
 
 
 def test_every_sdpa_backend_is_tried() -> None:
-    from benchmarks.rollout_eager import fastest_sdpa
-    from benchmarks.rollout_ladder import BundleSpec, Case, Platform
-    from export.targets import load_target
+    from benchmarks.rollout.eager import fastest_sdpa
+    from benchmarks.rollout.ladder import BundleSpec, Case, Platform
+    from export.request.targets import load_target
 
     platform = Platform("cuda", load_target("h200"), "inductor", "bf16")
     plan = BundleSpec("bf16", False, True).request(Case("tiny", 128, 128, 81), platform, "unused").plan
@@ -58,7 +58,7 @@ def test_every_sdpa_backend_is_tried() -> None:
 
 
 def test_the_ladder_with_the_tiny_model(tmp_path: Path) -> None:
-    from benchmarks import rollout
+    from benchmarks.rollout import main as rollout
 
     status = rollout.main(
         [

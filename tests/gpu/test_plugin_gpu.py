@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref import attention as oracle
+from plugins.compile.libraries import BuiltLibraries, build_libraries
 from plugins.kernels.specs import image_arch
-from plugins.tensorrt_build import BuiltLibraries, build_libraries
 from tests.gpu.test_kernels_gpu import KEEP, SMALL, TOLERANCE, Size, inputs, relative
-from tests.plugins import launch_interface as lf
+from tests.plugins.launch import launch_interface as lf
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [
@@ -59,7 +59,7 @@ def arch() -> int:
 def kernels(arch: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("LIGHTFORCING_KERNELS"):
         return Path(given)
-    from plugins.build import build
+    from plugins.compile.kernels import build
 
     out = tmp_path_factory.mktemp("kernels")
     build((arch,), out)

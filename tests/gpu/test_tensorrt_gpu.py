@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from export.machine import find_gpus, importable
-from export.targets import Target, list_targets
-from plugins.tensorrt_build import find_plugin
+from export.request.targets import Target, list_targets
+from plugins.compile.libraries import find_plugin
 from runtime.bundle import load_bundle
 from runtime.pipeline import Pipeline
 from runtime.verify import VERDICT_NAME

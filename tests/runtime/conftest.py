@@ -36,7 +36,7 @@ def bundle(make_bundle: MakeBundle) -> Path:
 @pytest.fixture(scope="session")
 def golden_bundle(make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hand-made bundle with golden vectors. Do not change its files."""
-    from export.golden import write_golden
+    from export.parts.golden import write_golden
     from runtime.bundle import file_entry, load_bundle, write_manifest
 
     folder = tmp_path_factory.mktemp("golden") / "handmade"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from plugins import build as kernel_build
 from plugins import images
+from plugins.compile import kernels as kernel_build
 from plugins.kernels import specs
 from runtime.bundle import Manifest, file_entry, write_manifest
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.cuda_driver import Graph, RowCopy, host_bytes
-from runtime.host_executor import KERNELS
-from runtime.host_graph import load_graph
-from runtime.program import KernelLaunch
-from runtime.weights_file import numpy_dtype
+from runtime.bundle.weights_file import numpy_dtype
+from runtime.cuda.driver import Graph, RowCopy, host_bytes
+from runtime.host.executor import KERNELS
+from runtime.host.graph import load_graph
+from runtime.program.program import KernelLaunch
 
 Work = Callable[[], None]
 
@@ -41,7 +41,7 @@ class _Stream:
 
 
 class SimulatedDriver:
-    """Implements runtime.cuda_driver.Driver; `eagerness` is the share of work that runs before it must."""
+    """Implements runtime.cuda.driver.Driver; `eagerness` is the share of work that runs before it must."""
 
     def __init__(self, seed: int = 0, eagerness: float = 0.2) -> None:
         self._random = random.Random(seed)
@@ -188,7 +188,7 @@ class SimulatedDriver:
 
 
 class SimulatedLibrary:
-    """Implements runtime.device.ComponentLibrary with the host's graphs."""
+    """Implements runtime.cuda.library.ComponentLibrary with the host's graphs."""
 
     def __init__(self, bundle: Bundle, driver: SimulatedDriver) -> None:
         self._bundle = bundle

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from itertools import count
 
-from runtime.device_frames import FramePool
+from runtime.frames import FramePool
 
 
 def test_memory_that_is_let_go_of_is_used_again() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cache import FrameTable, LatentRing
+from runtime.frame_table import FrameTable, LatentRing
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.bundle import Model, Rope
 from runtime.errors import InputError
 from runtime.noise import check_seed, fill_noise
-from runtime.rope import RopeTables
+from runtime.program.rope import RopeTables
 
 
 def model(rows: int, columns: int, dims: tuple[int, int, int]) -> Model:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from runtime import Pipeline
-from runtime.bench import measure
-from runtime.cli import main
+from runtime.cli.bench import measure
+from runtime.cli.main import main
 from runtime.session import Session
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.naive import NaiveRollout

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from benchmarks.quality_parser import observe, read
-from benchmarks.quality_scores import psnr, score, ssim, summarise
+from benchmarks.quality.parser import observe, read
+from benchmarks.quality.scores import psnr, score, ssim, summarise
 from training.data import KINDS, random_clip
 
 

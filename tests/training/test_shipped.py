@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks.quality import main as quality
 from lightforcing_ref.checkpoint import load_vae_state
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.vae import VAEDecoder, to_uint8

@@ -1,0 +1,1 @@
+"""Attention kernels: speed against dense attention, and quality."""

@@ -1,0 +1,1 @@
+"""Quality of the tiny model's clips."""

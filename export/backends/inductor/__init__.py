@@ -1,0 +1,1 @@
+"""Bundles of segments that PyTorch compiled ahead of time."""

@@ -1,0 +1,125 @@
+"""A compiled bundle as its manifest describes it: names, types and shapes of its components, without any file read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from export.graph.modules import LAYER_STEMS, layer_names
+from export.parts.graphs import graph_types
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.vae import VAEDecoder
+from plugins import contract
+from runtime import bundle
+
+from .modules import StepSegments, conditioner, dtype_name, step_segments, text_layer, vae_first, vae_next
+
+__all__ = ["OPERATORS", "describe", "operator_components", "step_components"]
+
+OPERATORS = ("qk_prepare", "attention")
+
+
+def describe(
+    request: BuildRequest, decoder: VAEDecoder, linears: frozenset[str]
+) -> dict[str, bundle.Component]:
+    """The manifest's components of a compiled bundle; operators without a file, as where kernels execute them."""
+    plan, types = request.plan, graph_types(request)
+    segments = step_segments(plan, types.transformer, linears)
+    with torch.device("meta"):
+        model = CausalWanModel(plan.preset.dit).to(types.transformer)
+    modules = {
+        **segments.by_name,
+        "text_encoder": text_layer(plan, types.text),
+        "conditioner": conditioner(model),
+        "vae_first": vae_first(decoder, plan),
+        "vae_next": vae_next(decoder, plan),
+    }
+    return {
+        **step_components(plan, segments, types.transformer),
+        **operator_components(plan, types.transformer),
+        **{name: module.component(f"{name}.pt2") for name, module in modules.items()},
+    }
+
+
+def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.Component]:
+    """What goes into and comes out of the operators; no files."""
+    dit, geometry = plan.preset.dit, plan.geometry
+    heads = (dit.heads, dit.head_dim)
+    tokens = CHUNK_FRAMES * geometry.frame_tokens
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "qkv": (tokens, 3 * dit.dim),
+        "bias": (3 * dit.dim,),
+        **dict.fromkeys(("norm_q", "norm_k"), (dit.dim,)),
+        **dict.fromkeys(("cos", "sin"), (tokens, dit.head_dim // 2)),
+        **dict.fromkeys(("q", "k", "v", "out"), (tokens, *heads)),
+        "q_mean": (CHUNK_FRAMES, geometry.q_blocks, *heads),
+        "k_mean": (CHUNK_FRAMES, geometry.k_blocks, *heads),
+        **dict.fromkeys(("past_k", "past_v"), ("slots", geometry.frame_tokens, *heads)),
+        "past_kmean": ("slots", geometry.k_blocks, *heads),
+        "frame_slots": (plan.max_past_frames,),
+        "chunk": (),
+    }
+    wide = {"cos", "sin", "q_mean", "k_mean", "past_kmean"}
+
+    def specs(names: Iterable[str]) -> tuple[bundle.TensorSpec, ...]:
+        kinds = {
+            n: "int32" if n in ("frame_slots", "chunk") else "float32" if n in wide else None for n in names
+        }
+        return tuple(
+            bundle.TensorSpec.model_validate(
+                {"name": n, "dtype": kind or dtype_name(dtype), "shape": shapes[n]}
+            )
+            for n, kind in kinds.items()
+        )
+
+    return {
+        "qk_prepare": bundle.Component(
+            file=None, inputs=specs(contract.QK_PREPARE_INPUTS), outputs=specs(contract.QK_PREPARE_OUTPUTS)
+        ),
+        "attention": bundle.Component(
+            file=None, inputs=specs(contract.HSA_INPUTS), outputs=specs(contract.HSA_OUTPUTS)
+        ),
+    }
+
+
+def step_components(
+    plan: StepPlan, segments: StepSegments, dtype: torch.dtype
+) -> dict[str, bundle.Component]:
+    """The step and its clean variant as a whole: what goes in and comes out. No files."""
+    layers = plan.preset.dit.layers
+    known = {spec.name: spec for spec in (*segments.last.inputs, *segments.last.outputs)}
+    for component in operator_components(plan, dtype).values():
+        known |= {spec.name: spec for spec in (*component.inputs, *component.outputs)}
+
+    def named(source: str, *names: str) -> list[bundle.TensorSpec]:
+        return [known[source].model_copy(update={"name": name}) for name in names]
+
+    def per_layer(source: str, stem: str, count: int = layers) -> list[bundle.TensorSpec]:
+        return named(source, *layer_names(stem, count))
+
+    placement = [*named("chunk", "chunk"), *named("frame_slots", "frame_slots")]
+    placement += [*named("cos", "rope_cos"), *named("sin", "rope_sin")]
+
+    def inputs(first: list[bundle.TensorSpec], count: int) -> tuple[bundle.TensorSpec, ...]:
+        return (*first, *placement, *(spec for stem in LAYER_STEMS for spec in per_layer(stem, stem, count)))
+
+    cache = [
+        spec
+        for source, stem in (("k", "k"), ("v", "v"), ("k_mean", "kmean"))
+        for spec in per_layer(source, stem)
+    ]
+    step = [*named("latent", "latent"), *named("noise", "noise"), *named("step", "step")]
+    return {
+        "step": bundle.Component(
+            file=None,
+            inputs=inputs(step, layers),
+            outputs=(*named("next_latent", "next_latent"), *named("x0", "x0"), *cache),
+        ),
+        "clean": bundle.Component(
+            file=None, inputs=inputs(named("latent", "latent"), layers - 1), outputs=tuple(cache)
+        ),
+    }

@@ -1,0 +1,133 @@
+"""Golden vectors of compiled bundles: the same modules, not compiled, in float32 on the CPU.
+
+There are no ONNX graphs to run. Weights are the bundle's own, widened (FP8 ones as they are), so what is judged is what
+was compiled, not what rounding the weights costs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.parts.golden_reference import GoldenGraph
+from export.parts.graphs import GraphTypes, graph_types
+from export.parts.run import Models
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from lightforcing_ref.attention import hsa_attention, qk_prepare
+from runtime import bundle
+
+from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer, vae_first, vae_next
+
+__all__ = ["golden_graphs"]
+
+Arrays = Mapping[str, NDArray[Any]]
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class _TorchGraph:
+    """A component as the golden vectors take it, computed by PyTorch.
+
+    Args:
+        component: whose inputs are given, in its types; floats but FP8 are widened here.
+        compute: the inputs' tensors, by name -> the outputs' tensors, in order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        component: bundle.Component,
+        precision: str,
+        compute: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    ) -> None:
+        self.path = Path(name)
+        self.inputs, self.outputs = component.inputs, component.outputs
+        self.precision, self.layers = precision, 0
+        self._compute = compute
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        given = {spec.name: _widened(inputs[spec.name], spec) for spec in self.inputs}
+        with torch.no_grad():
+            results = self._compute(given)
+        return {spec.name: result.numpy() for spec, result in zip(self.outputs, results, strict=True)}
+
+
+def _widened(value: NDArray[Any], spec: bundle.TensorSpec) -> Tensor:
+    if spec.dtype == "float8_e4m3fn":
+        return torch.from_numpy(value.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+    wide = np.float32 if spec.dtype in _SHORT else spec.dtype
+    return torch.from_numpy(np.array(value, dtype=wide))
+
+
+def _of(compiled: Compiled) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    def compute(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        outputs = compiled.examples("cpu")[len(compiled.inputs) :]
+        compiled(*(given[spec.name] for spec in compiled.inputs), *outputs)
+        return outputs
+
+    return compute
+
+
+def golden_graphs(
+    plan: StepPlan,
+    request: BuildRequest,
+    models: Models,
+    components: Mapping[str, bundle.Component],
+    linears: frozenset[str],
+) -> dict[str, GoldenGraph]:
+    """The reference of every component of a compiled bundle.
+
+    Args:
+        linears: kinds of the block linears that are in FP8.
+    """
+    types, wide = graph_types(request), GraphTypes()
+
+    def widened(module: nn.Module, dtype: torch.dtype) -> Any:
+        return module if dtype == torch.float32 else copy.deepcopy(module).float()
+
+    decoder = widened(models.decoder(types.decoder), types.decoder)
+    compiled: dict[str, tuple[Compiled, torch.dtype]] = {
+        **{name: (part, types.transformer) for name, part in _segments(plan, linears).items()},
+        "conditioner": (
+            conditioner(widened(models.dit(types.transformer), types.transformer)),
+            types.transformer,
+        ),
+        "text_encoder": (text_layer(plan, wide.text), types.text),
+        "vae_first": (vae_first(decoder, plan), types.decoder),
+        "vae_next": (vae_next(decoder, plan), types.decoder),
+    }
+    graphs: dict[str, GoldenGraph] = {}
+    for name, (module, dtype) in compiled.items():
+        is_fp8 = any(spec.dtype == "float8_e4m3fn" for spec in components[name].inputs)
+        precision = "fp8" if is_fp8 else _SHORT[str(dtype).removeprefix("torch.")]
+        graphs[name] = _TorchGraph(name, components[name], precision, _of(module))
+    precision = _SHORT[str(types.transformer).removeprefix("torch.")]
+    prepare_attributes: dict[str, Any] = {**plan.spec.prepare_attributes(), "eps": plan.preset.dit.eps}
+    attend_attributes: dict[str, Any] = plan.spec.attend_attributes()
+
+    def prepare(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return qk_prepare(*given.values(), **prepare_attributes)
+
+    def attend(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        # Gathering keeps the memory of a full-size call small.
+        return [hsa_attention(*given.values(), **attend_attributes, form="gather")]
+
+    graphs["qk_prepare"] = _TorchGraph("qk_prepare", components["qk_prepare"], precision, prepare)
+    graphs["attention"] = _TorchGraph("attention", components["attention"], precision, attend)
+    return graphs
+
+
+def _segments(plan: StepPlan, linears: frozenset[str]) -> dict[str, Compiled]:
+    parts = step_segments(plan, torch.float32, linears).by_name
+    for part in parts.values():
+        for module in part.modules():
+            if isinstance(module, Fp8Linear):
+                module.emulated = True
+    return parts

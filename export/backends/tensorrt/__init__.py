@@ -1,0 +1,1 @@
+"""Bundles with TensorRT engines."""

@@ -1,0 +1,236 @@
+"""The tensorrt backend: the whole step in one engine, the operators as plugins inside it; built on the target GPU.
+
+Every engine is run on that GPU against golden vectors before the bundle is complete; the errors are in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.errors import BuildError, InputError
+from export.graph import components
+from export.graph.variants import clean_graph
+from export.parts.golden import write_golden
+from export.parts.graphs import export_graphs, graph_parts
+from export.parts.kernels import kernel_variants, write_kernels
+from export.parts.run import Builder, Built, Run
+from export.progress import StepCallback
+from export.quantize.decision import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
+from export.quantize.formats import linear_names, quantize, save_quantized
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from plugins import contract
+from plugins.compile.libraries import find_plugin
+from runtime import bundle
+
+from .engine import TrtMachine, TrtPlugin, build_engine, find_machine, inspector_name, measure_engine
+
+__all__ = ["BUILDER"]
+
+_ENGINES: Mapping[str, float] = {
+    "vae_first": 60.0,
+    "text_encoder": 30.0,
+    "conditioner": 30.0,
+    "vae_next": 60.0,
+    "clean": 240.0,
+    "step": 300.0,
+}
+"""Engines with their rough efforts, cheap ones that fail early first."""
+
+_WITH_OPERATORS = ("step", "clean")
+_OPERATORS = [contract.HIERARCHICAL_SPARSE_ATTENTION, contract.QK_PREPARE]
+_QUANTIZATION, _GOLDEN, _COMPARISON = "quantization.json", "golden.json", "comparison.json"
+_KERNELS = "kernels.json"
+
+
+def _find_plugin() -> Path:
+    found = find_plugin()
+    if found is None:
+        raise BuildError(
+            "there is no plugin library, without which TensorRT cannot run the attention; build it with 'python -m "
+            "plugins build --tensorrt'"
+        )
+    return found
+
+
+def _machine(request: BuildRequest) -> TrtMachine:
+    return find_machine(request.target.name, request.target.compute_capability, request.precision)
+
+
+def _check(request: BuildRequest, plan: StepPlan) -> None:
+    if request.execution != "whole":
+        raise InputError("the tensorrt backend builds the step as one engine; use --execution whole")
+    if request.per_chunk:
+        raise InputError("--per-chunk writes graphs for onnxruntime; drop it, or use --backend onnxruntime")
+    _machine(request)
+    _find_plugin()
+    kernel_variants(request.target, plan)
+    plan_quantization(request, plan)
+
+
+def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
+    del plan
+    engines = {f"engine {name}": effort for name, effort in _ENGINES.items()}
+    return {
+        **graph_parts(request),
+        "quantization": 60.0,
+        "plugin": 1.0,
+        "kernels": 25.0,
+        **engines,
+        "golden vectors": 300.0,
+        "comparison": 60.0,
+    }
+
+
+def _build(run: Run) -> Built:
+    folder, request = run.folder, run.request
+    machine = _machine(request)
+    exported = export_graphs(run)
+    plan = plan_quantization(request, run.plan)
+    run.part("quantization", lambda into: _quantize(into, run, plan))
+    quantized = json.loads((folder / _QUANTIZATION).read_text())
+    plugin_files = run.part("plugin", _copy_plugin)
+    plugin = TrtPlugin.at(folder / plugin_files[0].path)
+    # Attention is inside the engines; the runtime still commits frames into the cache, and turns sinks.
+    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
+
+    files = [*exported["tokenizer"], *plugin_files, *(entry for entry in kernels if entry.path != _KERNELS)]
+    files += [entry for entry in exported["text encoder"] if entry.path == components.TEXT_WEIGHTS]
+    graphs = {name: folder / quantized["graphs"].get(name, f"{name}.onnx") for name in _ENGINES}
+    entries: dict[str, bundle.Component] = {}
+    version = machine.version
+    for name in _ENGINES:
+        build = partial(_write_engine, run=run, name=name, graph=graphs[name], machine=machine, plugin=plugin)
+        written = run.part(f"engine {name}", build)
+        described = json.loads((folder / _description(name)).read_text())
+        entries[name] = bundle.Component.model_validate(described["component"])
+        version = described["version"]
+        files += [entry for entry in written if entry.path != _description(name)]
+
+    own = run.part("golden vectors", lambda into: _write_golden(into, graphs, run.within))
+    files += [entry for entry in own if entry.path != _GOLDEN]
+    golden = bundle.Golden.model_validate_json((folder / _GOLDEN).read_text())
+    run.part("comparison", lambda into: _compare(into, entries, golden, machine, plugin))
+    measured = json.loads((folder / _COMPARISON).read_text())
+    return Built(
+        entries,
+        files,
+        graphs,
+        vae_dtype="float16",
+        status=f"built and verified on {machine.gpu.name}",
+        library=bundle.Library(name="tensorrt", version=version),
+        kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),
+        quantization=None if plan is None else plan.section(quantized["formats"], quantized["errors"]),
+        golden=golden.model_copy(update={"measured": measured}),
+    )
+
+
+def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str]:
+    """Quantize step and conditioner; the clean graph is cut from the quantized step and shares its weights."""
+    document: dict[str, Any] = {"formats": {}, "errors": {}, "graphs": {}}
+    files = [_QUANTIZATION]
+    if plan is not None:
+        names = ("step", "conditioner")
+        models = (ir.load(folder / f"{name}.onnx") for name in names)
+        formats, errors = decide_formats(plan, models, run.within)
+        log = ErrorLog(plan, run.within, len(formats))
+        for name in names:
+            model = ir.load(folder / f"{name}.onnx")
+            own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
+            quantize(model, own, amax=plan.amax, observe=log)
+            graph, weights = f"{name}_quantized.onnx", f"{name}_quantized.weights"
+            save_quantized(model, folder / graph, weights, alone=True)
+            document["graphs"][name] = graph
+            files += [graph, weights]
+        clean = clean_graph(ir.load(folder / "step_quantized.onnx"), run.plan.schedule.clean_step)
+        ir.save(clean, folder / "clean_quantized.onnx")
+        document["graphs"]["clean"] = "clean_quantized.onnx"
+        files.append("clean_quantized.onnx")
+        document |= {"formats": dict(formats), "errors": errors | log.errors}
+    (folder / _QUANTIZATION).write_text(json.dumps(document))
+    return files
+
+
+def _copy_plugin(folder: Path) -> list[str]:
+    source = _find_plugin()
+    shutil.copyfile(source, folder / source.name)
+    return [source.name]
+
+
+def _write_kernels(folder: Path, run: Run) -> list[str]:
+    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
+    (folder / _KERNELS).write_text(section.model_dump_json())
+    return [*files, _KERNELS]
+
+
+def _description(component: str) -> str:
+    return f"{component}.engine.json"
+
+
+def _write_engine(
+    folder: Path, *, run: Run, name: str, graph: Path, machine: TrtMachine, plugin: TrtPlugin
+) -> list[str]:
+    engine = build_engine(
+        graph,
+        folder / f"{name}.engine",
+        component=name,
+        machine=machine,
+        plugin=plugin,
+        dimensions={"slots": max(1, run.plan.max_past_frames)},
+        progress=run.within,
+    )
+    document = {"component": engine.component.model_dump(mode="json"), "version": engine.version}
+    (folder / _description(name)).write_text(json.dumps(document))
+    return [f"{name}.engine", inspector_name(f"{name}.engine"), _description(name)]
+
+
+def _write_golden(folder: Path, graphs: Mapping[str, Path], progress: StepCallback) -> list[str]:
+    files, section = write_golden(folder, graphs, progress=progress)
+    (folder / _GOLDEN).write_text(section.model_dump_json())
+    return [*files, _GOLDEN]
+
+
+def _compare(
+    folder: Path,
+    entries: Mapping[str, bundle.Component],
+    golden: bundle.Golden,
+    machine: TrtMachine,
+    plugin: TrtPlugin,
+) -> list[str]:
+    """Run every engine against its golden vectors; refuse the bundle if one computes something else."""
+    measured = {}
+    for name, component in entries.items():
+        operators = _OPERATORS if name in _WITH_OPERATORS else []
+        errors = measure_engine(
+            folder, name, component, golden=golden.file, machine=machine, plugin=plugin, operators=operators
+        )
+        measured[name] = judge(name, errors, golden.tolerances[name])
+    (folder / _COMPARISON).write_text(json.dumps(measured))
+    return [_COMPARISON]
+
+
+def judge(component: str, errors: Mapping[str, float | None], tolerance: float) -> float:
+    """The largest of a component's errors.
+
+    Raises:
+        BuildError: it is above the tolerance, or not finite.
+    """
+    worst = max(errors, key=lambda name: float("inf") if errors[name] is None else errors[name] or 0.0)
+    error = errors[worst]
+    if error is None or error > tolerance:
+        found = "is not finite" if error is None else f"is off by {error:.1e} (relative L2)"
+        raise BuildError(
+            f"{component}: {worst} {found} on this GPU against ONNX Runtime, and {tolerance:.0e} is allowed; the "
+            "engine computes something else. Update the driver, or use another TensorRT 11 release or --precision bf16"
+        )
+    return error
+
+
+BUILDER = Builder(parts=_parts, build=_build, check=_check, golden=False)

@@ -1,0 +1,304 @@
+"""The tensorrt-rtx backend: engines for one compute capability, kernels between them, built with no GPU.
+
+Every engine is a part of its own, so that an interrupted build loses one at most. Beside each lies what it says about
+itself, as the manifest will have it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.errors import InputError
+from export.graph import components
+from export.graph.segments import write_segments
+from export.parts.graphs import export_graphs, graph_parts
+from export.parts.kernels import kernel_variants, write_kernels
+from export.parts.run import Builder, Built, Run
+from export.quantize.decision import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
+from export.quantize.formats import linear_names, quantize, save_quantized
+from export.quantize.numerics import Format
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from runtime import bundle
+
+from .engine import EngineInfo, EngineTensor, build_engine, check_request
+from .engine_text import PlanReport
+from .expectations import Expectations, Structure, load_expectations
+
+__all__ = ["BUILDER", "STATUS"]
+
+STATUS = "built, not executed"
+"""What can be said of engines that were built where they cannot run."""
+
+_SEGMENTS, _KERNELS, _QUANTIZATION = "segments.json", "kernels.json", "quantization.json"
+"""Sections of the manifest, kept beside a build in progress."""
+
+_DTYPES: Mapping[str, bundle.Dtype] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "fp4": "float4_e2m1",
+    "int32": "int32",
+    "int64": "int64",
+    "uint8": "uint8",
+    "bool": "bool",
+}
+_PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: "bf16"}
+"""Formats of linears -> operand types of the products in plans."""
+
+_NEVER_QUANTIZED = frozenset({"text_encoder", "vae_first", "vae_next"})
+
+_EFFORT = {"conditioner": 5.0, "vae_first": 2.5, "vae_next": 2.5}
+_SMALL_EFFORT = 1.0
+
+
+# ---- before the work ----
+
+
+def _check(request: BuildRequest, plan: StepPlan) -> None:
+    if request.execution != "segmented":
+        raise InputError(
+            "tensorrt-rtx engines hold no attention kernels (it takes no plugins), so the step cannot be one engine; "
+            "use --execution segmented, or --backend tensorrt"
+        )
+    if request.per_chunk:
+        raise InputError("--per-chunk writes graphs for onnxruntime; drop it, or use --backend onnxruntime")
+    if plan.preset.dit.layers < 2:
+        raise InputError(
+            f"{plan.preset.name} has one layer, and segments need two; use --backend onnxruntime"
+        )
+    assert request.target.compute_capability is not None  # tensorrt-rtx is no CPU target's backend
+    needed = {"bf16": ("bf16",), "fp8": ("bf16", "fp8"), "nvfp4": ("bf16", "fp8", "nvfp4")}
+    check_request(request.target.compute_capability, *needed[request.precision])
+    kernel_variants(request.target, plan)
+    plan_quantization(request, plan)
+    load_expectations(request.precision)
+
+
+def _engines(request: BuildRequest, plan: StepPlan) -> list[str]:
+    """The components that become engines, cheap ones that fail early first."""
+    layers = plan.preset.dit.layers
+    segments = [f"layer.{index}" for index in range(layers - 1)] if request.embedded else ["layer"]
+    return ["first", *segments, "last", "conditioner", "text_encoder", "vae_first", "vae_next"]
+
+
+def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
+    engines = {_engine(name): _EFFORT.get(name, _SMALL_EFFORT) for name in _engines(request, plan)}
+    quantized = {"quantization": 12.0, "segments": 40.0}
+    written = {"quantization": 0.1, "segments": 10.0}
+    of_weights = written if request.precision == "bf16" else quantized
+    return {**graph_parts(request), **of_weights, **engines, "kernels": 10.0}
+
+
+def _engine(component: str) -> str:
+    return f"engine {component}"
+
+
+# ---- the work ----
+
+
+def _build(run: Run) -> Built:
+    request, folder = run.request, run.folder
+    exported = export_graphs(run)
+    plan = plan_quantization(request, run.plan)
+    run.part("quantization", lambda into: _quantize(into, run, plan))
+    quantized = _Quantized.read(folder)
+    segments = run.part("segments", lambda into: _cut(into, run, plan, quantized))
+    section = bundle.Segments.model_validate_json((folder / _SEGMENTS).read_text())
+    graphs = {name: folder / f"{name}.onnx" for name in _engines(request, run.plan)}
+    graphs["conditioner"] = folder / quantized.conditioner
+    expectations, structure = load_expectations(request.precision), Structure.of(run.plan)
+    entries: dict[str, bundle.Component] = {}
+    library = None
+    files = [*exported["tokenizer"], *_named(exported["text encoder"], components.TEXT_WEIGHTS)]
+    files += _named(segments, section.weights)
+    for name, graph in graphs.items():
+        moved = _moved(plan, quantized.formats, _linears_of(name, run.plan.preset.dit.layers))
+        check = partial(_check_plan, expectations, name, structure, moved)
+        written = run.part(
+            _engine(name),
+            partial(_write_engine, run=run, name=name, graph=graph, check=check),
+            key=run.keys.engines if name in _NEVER_QUANTIZED else None,
+        )
+        described = json.loads((folder / _description(name)).read_text())
+        entries[name] = bundle.Component.model_validate(described["component"])
+        library = bundle.Library(name="tensorrt-rtx", version=described["version"])
+        files += _named(written, f"{name}.engine")
+    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
+    files += [entry for entry in kernels if entry.path != _KERNELS]
+    # What comes in and goes out where no engine runs: the step as a whole, and the operators, which are kernels.
+    for name in ("step", "clean", "qk_prepare", "attention"):
+        entries[name] = components.component_of(folder, f"{name}.onnx").model_copy(update={"file": None})
+    graphs |= {name: folder / f"{name}.onnx" for name in ("qk_prepare", "attention")}
+    formats, errors = quantized.formats, quantized.errors | _read_errors(folder)
+    return Built(
+        entries,
+        files,
+        graphs,
+        vae_dtype="float16",
+        status=STATUS,
+        segments=section,
+        library=library,
+        kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),
+        quantization=None if plan is None else plan.section(formats, errors),
+    )
+
+
+def _named(entries: Sequence[bundle.FileEntry], path: str) -> list[bundle.FileEntry]:
+    return [entry for entry in entries if entry.path == path]
+
+
+# ---- quantization ----
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """What the part on quantization decided: formats, the conditioner's graph, and the errors of its linears and of
+    those that are left out because of theirs."""
+
+    formats: dict[str, Format]
+    errors: dict[str, float]
+    conditioner: str
+
+    @classmethod
+    def read(cls, folder: Path) -> _Quantized:
+        return cls(**json.loads((folder / _QUANTIZATION).read_text()))
+
+
+_STEP_ERRORS = "step_errors.json"
+
+
+def _read_errors(folder: Path) -> dict[str, float]:
+    errors: dict[str, float] = json.loads((folder / _STEP_ERRORS).read_text())
+    return errors
+
+
+def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str]:
+    """Decide the format of every linear, and quantize the conditioner."""
+    formats: Mapping[str, Format] = {}
+    errors: dict[str, float] = {}
+    files, conditioner = [_QUANTIZATION], "conditioner.onnx"
+    if plan is not None:
+        model = ir.load(folder / conditioner)
+        models = (ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
+        formats, errors = decide_formats(plan, models, run.within)
+        names = set(linear_names(model))
+        own = {name: format for name, format in formats.items() if name in names}
+        conditioner, weights = "conditioner_quantized.onnx", "conditioner_quantized.weights"
+        log = ErrorLog(plan, run.within, len(own))
+        quantize(model, own, amax=plan.amax, observe=log)
+        save_quantized(model, folder / conditioner, weights, alone=True)
+        errors |= log.errors
+        files += [conditioner, weights]
+    document = {"formats": dict(formats), "errors": errors, "conditioner": conditioner}
+    (folder / _QUANTIZATION).write_text(json.dumps(document))
+    return files
+
+
+def _cut(folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quantized) -> list[str]:
+    """Quantize the step and cut it; its weights are quantized as they are written."""
+    model, errors = ir.load(folder / "step.onnx"), dict[str, float]()
+    if plan is not None:
+        names = set(linear_names(model))
+        own = {name: format for name, format in quantized.formats.items() if name in names}
+        log = ErrorLog(plan, run.within, len(own))
+        quantize(model, own, amax=plan.amax, observe=log)
+        errors = log.errors
+    form = components.attention_form(run.plan)
+    files, section = write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)
+    (folder / _SEGMENTS).write_text(section.model_dump_json())
+    (folder / _STEP_ERRORS).write_text(json.dumps(errors))
+    return [*files, _SEGMENTS, _STEP_ERRORS]
+
+
+# ---- engines ----
+
+
+def _linears_of(component: str, layers: int) -> list[str]:
+    """The block linears that the engine of `component` computes."""
+    before, after = ("self_attn.qkv",), ("self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+    kind, _, index = component.partition(".")
+    if kind == "first":
+        return [f"blocks.0.{name}" for name in before]
+    if kind == "last":
+        return [f"blocks.{layers - 1}.{name}" for name in after]
+    if kind == "layer":
+        layer = int(index or 0)
+        return [
+            *(f"blocks.{layer}.{name}" for name in after),
+            *(f"blocks.{layer + 1}.{name}" for name in before),
+        ]
+    if kind == "conditioner":
+        return [f"blocks.{layer}.cross_attn.{name}" for layer in range(layers) for name in ("k", "v")]
+    return []
+
+
+def _moved(
+    plan: QuantizationPlan | None, formats: Mapping[str, Format], linears: list[str]
+) -> dict[tuple[str, str], int]:
+    if plan is None:
+        return {}
+    moved = plan.moved(formats, linears)
+    return {(_PLAN_TYPES[source], _PLAN_TYPES[to]): count for (source, to), count in moved.items()}
+
+
+def _check_plan(
+    expectations: Expectations,
+    name: str,
+    structure: Structure,
+    moved: Mapping[tuple[str, str], int],
+    report: PlanReport,
+) -> None:
+    expectations.check(name, report, structure, moved)
+
+
+def _description(component: str) -> str:
+    return f"{component}.engine.json"
+
+
+def _write_engine(folder: Path, *, run: Run, name: str, graph: Path, check: partial[None]) -> list[str]:
+    capability = run.request.target.compute_capability
+    assert capability is not None
+    info = build_engine(
+        graph,
+        folder / f"{name}.engine",
+        component=name,
+        compute_capability=capability,
+        check=check,
+        progress=run.within,
+    )
+    described = {"component": _component(info).model_dump(mode="json"), "version": info.version}
+    (folder / _description(name)).write_text(json.dumps(described))
+    return [info.path.name, _description(name)]
+
+
+def _component(info: EngineInfo) -> bundle.Component:
+    def specs(tensors: Sequence[EngineTensor]) -> tuple[bundle.TensorSpec, ...]:
+        return tuple(bundle.TensorSpec(name=t.name, dtype=_DTYPES[t.dtype], shape=t.shape) for t in tensors)
+
+    cost = bundle.Cost(
+        launches=len(info.plan.launches),
+        activation_bytes=info.plan.activation_bytes,
+        gemms=info.plan.gemms,
+        seconds=round(info.seconds, 3),
+        peak_bytes=info.peak_bytes,
+    )
+    return bundle.Component(
+        file=info.path.name, inputs=specs(info.inputs), outputs=specs(info.outputs), cost=cost
+    )
+
+
+def _write_kernels(folder: Path, run: Run) -> list[str]:
+    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
+    (folder / _KERNELS).write_text(section.model_dump_json())
+    return [*files, _KERNELS]
+
+
+BUILDER = Builder(parts=_parts, build=_build, check=_check)

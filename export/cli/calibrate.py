@@ -1,0 +1,149 @@
+"""The command `calibrate`: ranges and errors of the block linears over rollouts, for builds to take up."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import chosen_variant, chosen_weights
+from .command import Command, add_source_arguments, check_sources, existing, output, positive
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from export.quantize.calibration import Calibration, Measured
+    from export.request.geometry import StepPlan
+    from export.request.weights import Weights
+
+__all__ = ["Calibrate", "measure"]
+
+DEFAULT_FILE = Path("calibration.json")
+
+
+class Calibrate(Command):
+    """Observe the transformer over rollouts, and save what quantization needs to know.
+
+    Every prompt is rolled out for some chunks with all five timesteps of each. The file holds the range of every
+    linear's input, and what each format costs; `build --calibration FILE` takes it up, for this model only.
+    """
+
+    name = "calibrate"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_source_arguments(parser)
+        parser.add_argument(
+            "--text-encoder", type=existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
+        )
+        parser.add_argument(
+            "--tokenizer", type=existing, metavar="PATH", help="tokenizer.json, or its folder"
+        )
+        parser.add_argument(
+            "--prompts",
+            type=existing,
+            required=True,
+            metavar="FILE",
+            help="text file with a prompt on each line",
+        )
+        parser.add_argument(
+            "--chunks",
+            type=positive,
+            default=3,
+            help="length of each rollout; from the second on there is a cache (3)",
+        )
+        parser.add_argument(
+            "--out", type=output, default=DEFAULT_FILE, metavar="FILE", help=f"(default: {DEFAULT_FILE})"
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        target, variant = chosen_variant(args)
+        check_sources(args)
+        from rich.console import Console
+
+        from export.quantize.calibration import modelopt_quantization
+        from export.quantize.trial import read_prompts
+        from export.request.geometry import StepPlan
+        from lightforcing_ref.config import preset
+
+        model = preset(args.preset)
+        height, width = args.resolution or (model.height, model.width)
+        blocks = variant.blocks(target, model.block)
+        plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
+        weights, prompts = chosen_weights(args, model, variant), read_prompts(args.prompts)
+        modelopt_quantization()  # refuse what cannot be done before any long work
+        console = Console()
+        console.print(f"weights: {weights.described}", markup=False, soft_wrap=True)
+        with console.status("starting") as status:
+            calibration = measure(weights, plan, prompts, chunks=args.chunks, progress=status.update)
+        calibration.save(args.out)
+        console.print(_table(calibration))
+        console.print(
+            f"wrote {args.out} ({len(prompts)} prompts, {args.chunks} chunks); use it with --calibration",
+            markup=False,
+            soft_wrap=True,
+        )
+        return 0
+
+
+def measure(
+    weights: Weights,
+    plan: StepPlan,
+    prompts: list[str],
+    *,
+    chunks: int,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Calibration:
+    """Ranges of the linears' inputs, and the errors of every format, over rollouts of the reference model.
+
+    Raises:
+        InputError: ModelOpt is not installed, or a linear sees nothing but zeros or non-finite values.
+    """
+    import torch
+
+    from export.graph.modules import merge_qkv
+    from export.quantize.calibration import calibrate
+    from export.quantize.cost import latent_error, layer_errors
+    from export.quantize.decision import block_linear_names, weights_identity
+    from export.quantize.formats import choose_formats
+    from export.quantize.trial import Trial, embed_prompts
+
+    progress("embedding the prompts")
+    trial = Trial(plan, tuple(embed_prompts(weights, prompts)), chunks=chunks)
+    progress("observing the inputs of every linear")
+    model = weights.dit(torch.float32)
+    merge_qkv(model)
+    calibration = calibrate(model, trial, weights=weights_identity(weights))
+    progress("comparing every linear in every format")
+    model = weights.dit(torch.float32)  # the first one is left with fake quantization
+    merge_qkv(model)
+    dynamic = layer_errors(model, trial, ("fp8", "nvfp4"))
+    static = layer_errors(model, trial, ("fp8",), amax=calibration.amax)
+    errors: dict[str, dict[Measured, float]] = {
+        name: {"fp8": found["fp8"], "fp8_static": static[name]["fp8"], "nvfp4": found["nvfp4"]}
+        for name, found in dynamic.items()
+    }
+    names = block_linear_names(plan.preset.dit.layers)
+    latents: dict[Measured, float] = {}
+    progress("comparing the latents after whole rollouts")
+    latents["fp8"] = latent_error(model, trial, choose_formats(names, "fp8")).total
+    latents["fp8_static"] = latent_error(
+        model, trial, choose_formats(names, "fp8"), amax=calibration.amax
+    ).total
+    latents["nvfp4"] = latent_error(model, trial, choose_formats(names, "nvfp4")).total
+    return calibration.model_copy(update={"errors": errors, "latent_errors": latents})
+
+
+def _table(calibration: Calibration) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from export.quantize.graph import KINDS, is_block_linear
+
+    columns: tuple[Measured, ...] = ("fp8", "fp8_static", "nvfp4")
+    table = Table("worst layer", *columns, box=box.SIMPLE_HEAD, caption="relative L2 error of the output")
+    for kind in KINDS:
+        rows = [found for name, found in calibration.errors.items() if is_block_linear(name) == kind]
+        table.add_row(kind, *(f"{max(row[column] for row in rows):.3f}" for column in columns))
+    table.add_row("latents", *(f"{calibration.latent_errors[column]:.4f}" for column in columns))
+    return table

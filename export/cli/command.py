@@ -1,0 +1,205 @@
+"""What a sub-command of `python -m export` is, and the arguments that several of them take.
+
+Argument types validate at the door: a bad value ends in one line that says what is expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, NoReturn
+
+from export.errors import InputError
+
+__all__ = [
+    "DEFAULT_OUT",
+    "Command",
+    "CommandParser",
+    "add_decoder_and_text_files",
+    "add_model_arguments",
+    "add_source_arguments",
+    "add_transformer_files",
+    "bundle_name",
+    "check_sources",
+    "existing",
+    "output",
+    "positive",
+    "tolerance",
+]
+
+DEFAULT_OUT = Path("engines/built")
+PIXELS_PER_TOKEN = 16
+"""A video's height and width are multiples of this: 8 pixels per latent pixel, 2 latent pixels per token."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Reports a bad command line as one line, like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+class Command(ABC):
+    """One sub-command. Its docstring is its help; the first line is its summary."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+
+    @abstractmethod
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and return the exit code."""
+
+
+def add_transformer_files(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--checkpoint", type=existing, metavar="FILE", help="weights of the transformer")
+    parser.add_argument("--lora", type=existing, metavar="FILE", help="LoRA to merge into the checkpoint")
+
+
+def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--vae", type=existing, metavar="FILE", help="video decoder, e.g. lightvaew2_1.pth")
+    parser.add_argument(
+        "--text-encoder", type=existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
+    )
+    parser.add_argument("--tokenizer", type=existing, metavar="PATH", help="tokenizer.json, or its folder")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What model, for what target, in which variant."""
+    parser.add_argument(
+        "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
+    )
+    parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
+    parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
+    parser.add_argument("--seed", type=seed, help="of the random weights (default: 0)")
+    add_transformer_files(parser)
+    parser.add_argument(
+        "--resolution", type=resolution, metavar="HxW", help="of the video in pixels (default: the preset's)"
+    )
+    sparse = parser.add_argument_group("attention")
+    sparse.add_argument("--variant", metavar="NAME", help="name or TOML file (default: the target's)")
+    sparse.add_argument(
+        "--sparsity", type=fraction, metavar="S", help="average fraction of key blocks to skip"
+    )
+    sparse.add_argument(
+        "--sparsity-base",
+        type=fraction,
+        metavar="S",
+        help="the fraction in the limit of a long history (default: --sparsity plus the variant's own distance)",
+    )
+    sparse.add_argument("--keep-frames", type=positive, metavar="N", help="past frames the first stage keeps")
+    sparse.add_argument("--sink", type=natural, metavar="N", help="first frames that are always kept")
+    sparse.add_argument("--near", type=natural, metavar="N", help="latest frames that are always kept")
+    sparse.add_argument("--window", type=positive, metavar="N", help="latent frames attention may see")
+    sparse.add_argument("--table-frames", type=positive, metavar="N", help="planned latent frames of a clip")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sources, and where what is built goes."""
+    add_source_arguments(parser)
+    parser.add_argument("--per-chunk", action="store_true", help="also write a specialised graph per chunk")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder (default: {DEFAULT_OUT})")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Weights come from files or from a seed, never partly from either."""
+    files = {
+        name: getattr(args, name)
+        for name in ("checkpoint", "vae", "text_encoder", "tokenizer")
+        if hasattr(args, name)
+    }
+    missing = [_flag(name) for name, path in files.items() if path is None]
+    given = [_flag(name) for name, path in files.items() if path is not None]
+    if given and (getattr(args, "init", None) or getattr(args, "seed", None) is not None):
+        raise InputError(
+            f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}"
+        )
+    if given and missing:
+        raise InputError(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none")
+    if args.lora and not args.checkpoint:
+        raise InputError("--lora needs the --checkpoint it belongs to")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside [0, 1)")
+    return value
+
+
+def tolerance(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if (value := natural(text)) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is too large; expected less than 2**63")
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := natural(text)) == 0:
+        raise argparse.ArgumentTypeError("0 is too small; expected 1 or more")
+    return value
+
+
+def resolution(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH, such as 512x768")
+    height, width = int(match[1]), int(match[2])
+    step = PIXELS_PER_TOKEN
+    if height % step or width % step or not height or not width:
+        near = f"{max(round(height / step), 1) * step}x{max(round(width / step), 1) * step}"
+        raise argparse.ArgumentTypeError(
+            f"{text} does not divide by {step} in both directions; the nearest is {near}"
+        )
+    return height, width
+
+
+def existing(text: str) -> Path:
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
+def output(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: {'it is a folder' if path.is_dir() else f'{path.parent} is no folder'}"
+        )
+    return path
+
+
+def bundle_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name (letters, digits, '.', '_', '-')")
+    return text

@@ -1,0 +1,405 @@
+"""What a bundle holds, as tables or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from export.errors import InputError
+from export.request.targets import load_target
+from export.units import readable_size
+from lightforcing_ref.sparsity import kept_blocks
+from runtime.bundle import (
+    MANIFEST_NAME,
+    Bundle,
+    Component,
+    Cost,
+    Manifest,
+    hash_file,
+    load_bundle,
+)
+from runtime.program.buffers import plan_buffers
+from runtime.program.kernels import KernelLibrary
+from runtime.verify import VERDICT_NAME, Verdict
+
+__all__ = ["inspect_bundle"]
+
+_PER_LAYER_KERNELS = ("prepare", "score", "select", "attend")
+"""Kernels launched once per layer in a denoising forward."""
+
+
+def inspect_bundle(path: Path, *, as_json: bool = False) -> None:
+    """Print the contents of the bundle at `path`, whose files are verified first.
+
+    Raises:
+        BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
+    """
+    bundle = load_bundle(path)
+    if as_json:
+        print(json.dumps(_document(bundle), indent=1))
+        return
+    console = Console()
+    for table in _tables(bundle):
+        console.print(table)
+
+
+def _tables(bundle: Bundle) -> Iterator[Table]:
+    manifest = bundle.manifest
+    yield _summary(bundle)
+    yield _components(manifest)
+    if any(component.cost for component in manifest.components.values()):
+        yield _engines(manifest)
+    if (kernels := _kernels(bundle)) is not None:
+        yield _kernel_table(kernels)
+    if manifest.quantization is not None:
+        yield _quantization_table(manifest)
+    yield _memory_table(manifest)
+    yield _sparsity_table(manifest)
+    if manifest.golden is not None:
+        yield _golden_table(manifest, _verdict(bundle))
+    yield _files(manifest)
+
+
+def _document(bundle: Bundle) -> dict[str, object]:
+    manifest, kernels, verdict = bundle.manifest, _kernels(bundle), _verdict(bundle)
+    memory = plan_buffers(manifest, 1)
+    return {
+        **manifest.model_dump(mode="json"),
+        "bytes": {
+            "files": sum(entry.bytes for entry in manifest.files),
+            "buffers_shared": memory.total_bytes - memory.session_bytes,
+            "buffers_per_session": memory.session_bytes,
+        },
+        "memory": {"parts": _memory(manifest), "peak": _peak(manifest), "target": _target_memory(manifest)},
+        "launches_per_forward": _launches(manifest),
+        "sparsity_per_chunk": _sparsity(manifest),
+        "quantization_by_kind": _quantized_kinds(manifest),
+        "verdict": None if verdict is None else verdict.model_dump(mode="json"),
+        "kernel_images": None if kernels is None else kernels.index.model_dump(mode="json"),
+    }
+
+
+# ---- in figures ----
+
+
+def _engine_bytes(manifest: Manifest) -> int:
+    """Files that are loaded and stay: all but the text encoder's weights, which are streamed, and golden vectors."""
+    apart = {manifest.text.weights, manifest.golden.file if manifest.golden else None}
+    return sum(entry.bytes for entry in manifest.files if entry.path not in apart)
+
+
+def _memory(manifest: Manifest) -> dict[str, int]:
+    plan = plan_buffers(manifest, 1)
+    parts = {
+        "engines and weights": _engine_bytes(manifest),
+        "activations": sum(b.nbytes for b in plan.work if b.name.startswith("scratch.")),
+        "between engines": sum(b.nbytes for b in plan.work if not b.name.startswith("scratch.")),
+        "buffers of a chunk": sum(b.nbytes for b in plan.shared),
+        "keys and values of a session": sum(b.nbytes for b in plan.pool),
+        "the rest of a session": sum(b.nbytes for b in plan.session),
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def _peak(manifest: Manifest) -> int:
+    return sum(_memory(manifest).values())
+
+
+def _target_memory(manifest: Manifest) -> int | None:
+    """Bytes of the target's memory; None for a machine's own, or a target that is not shipped."""
+    try:
+        size = load_target(manifest.target.name).memory_gib
+    except InputError:
+        return None
+    return None if size is None else int(size * 2**30)
+
+
+def _launches(manifest: Manifest) -> dict[str, int] | None:
+    """GPU launches of one denoising forward; None where the engines do not tell."""
+    costs = {name: c.cost for name, c in manifest.components.items() if c.cost}
+    layers = manifest.model.layers
+    if manifest.segments is None:
+        return {"engines": costs["step"].launches, "kernels": 0} if "step" in costs else None
+    runs = ["layer"] * (layers - 1) if "layer" in costs else [f"layer.{i}" for i in range(layers - 1)]
+    needed = ["first", *runs, "last"]
+    if any(name not in costs for name in needed):
+        return None
+    kernels = len(_PER_LAYER_KERNELS) * layers if manifest.kernels else 0
+    return {"engines": sum(costs[name].launches for name in needed), "kernels": kernels}
+
+
+def _sparsity(manifest: Manifest) -> list[dict[str, Any]]:
+    sparsity, model = manifest.sparsity, manifest.model
+    rows = []
+    for chunk, value in enumerate(sparsity.values):
+        frames = min((chunk + 1) * model.chunk_frames, manifest.window_frames)
+        total = frames * manifest.key_blocks
+        kept = kept_blocks(sparsity.keep_q20, chunk, total)
+        rows.append({"chunk": chunk, "sparsity": value, "kept": kept, "of": total})
+    return rows
+
+
+def _quantized_kinds(manifest: Manifest) -> list[dict[str, Any]] | None:
+    """The block linears by kind and format, with the range of their errors."""
+    quantization = manifest.quantization
+    if quantization is None:
+        return None
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in (*quantization.formats, *quantization.skipped):
+        kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+        groups.setdefault((kind, quantization.formats.get(name, "bf16, skipped")), []).append(name)
+    rows = []
+    for (kind, format), names in groups.items():
+        errors = [quantization.errors[name] for name in names if name in quantization.errors]
+        row = {"kind": kind, "format": format, "layers": len(names)}
+        rows.append({**row, "least": min(errors, default=None), "largest": max(errors, default=None)})
+    return rows
+
+
+def _kernels(bundle: Bundle) -> KernelLibrary | None:
+    """The compiled kernels, verified; None where the bundle has none."""
+    kernels, capability = bundle.manifest.kernels, bundle.manifest.target.compute_capability
+    if kernels is None or capability is None:
+        return None
+    major, _, minor = capability.partition(".")
+    return KernelLibrary.load(bundle.root / kernels.folder, (int(major), int(minor)))
+
+
+def _verdict(bundle: Bundle) -> Verdict | None:
+    """The verdict recorded beside this very manifest, on whatever machine; None if there is none."""
+    try:
+        verdict = Verdict.model_validate_json((bundle.root / VERDICT_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return verdict if verdict.manifest == hash_file(bundle.root / MANIFEST_NAME) else None
+
+
+# ---- in tables ----
+
+
+def _summary(bundle: Bundle) -> Table:
+    manifest = bundle.manifest
+    model, cache, attention = manifest.model, manifest.cache, manifest.attention
+    size = f"{model.video_width}x{model.video_height}, {model.fps} FPS"
+    capability = manifest.target.compute_capability
+    library, launches = manifest.library, _launches(manifest)
+    rows = {
+        "target": manifest.target.name + (f" ({capability})" if capability else ""),
+        "backend": f"{manifest.backend} in {manifest.precision}",
+        "library": f"{library.name} {library.version}, this version and no other" if library else None,
+        "status": manifest.status,
+        "verdict": _judgement(_verdict(bundle)) if manifest.golden else None,
+        "execution": _execution(manifest),
+        "launches": (
+            f"{launches['engines']} by engines and {launches['kernels']} by kernels in a denoising forward"
+            if launches
+            else None
+        ),
+        "model": f"{model.preset}: {model.layers} layers of {model.heads} x {model.head_dim}",
+        "video": f"{size}, {model.frame_tokens} tokens per latent frame",
+        "variant": manifest.variant,
+        "attention": (
+            f"blocks of {attention.block_q} x {attention.block_k}, keep {attention.keep_frames} frames "
+            f"(sink {attention.sink_frames}, near {attention.near_frames})"
+        ),
+        "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
+        "weights": manifest.provenance.checkpoint.described,
+        "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",
+        "tools": ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
+    }
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=escape(manifest.name), title_justify="left")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(f"[bold]{name}[/]", escape(value))
+    return table
+
+
+def _judgement(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "none recorded: run `python -m runtime verify` where it is to run"
+    where = f"on {verdict.platform.device}, {verdict.created}"
+    return f"passed {where}" if verdict.passed else f"FAILED {where}: {verdict.failures()}"
+
+
+def _execution(manifest: Manifest) -> str:
+    segments = manifest.segments
+    if segments is None:
+        return "the step as one graph"
+    where = "inputs of one engine for all layers" if not segments.embedded else "inside, an engine per layer"
+    return (
+        f"the step in segments, weights {where}; operators by {'kernels' if manifest.kernels else 'graphs'}"
+    )
+
+
+def _tensors(component: Component, kind: str) -> str:
+    """Inputs or outputs, those of all layers in one: `past_k.0..5 [slots, 64, 2, 64]`."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for spec in component.inputs if kind == "inputs" else component.outputs:
+        stem, _, index = spec.name.rpartition(".")
+        shape = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
+        groups.setdefault((stem or spec.name, shape), []).append(index if stem else "")
+    return "\n".join(f"{_series(stem, indices)} {shape}" for (stem, shape), indices in groups.items())
+
+
+def _series(stem: str, indices: list[str]) -> str:
+    first = f".{indices[0]}" if indices[0] else ""
+    return f"{stem}{first}{f'..{indices[-1]}' if len(indices) > 1 else ''}"
+
+
+def _alike(manifest: Manifest) -> Iterator[tuple[str, Component, int]]:
+    """Components in order, a run of engines per layer in one: (name, the first of them, how many)."""
+    groups: dict[tuple[str, object], list[tuple[str, Component]]] = {}
+    for name, component in manifest.components.items():
+        stem, _, index = name.rpartition(".")
+        key = (stem, (component.inputs, component.outputs)) if stem and index.isdigit() else (name, None)
+        groups.setdefault(key, []).append((name, component))
+    for (stem, _), members in groups.items():
+        indices = [name.removeprefix(stem).lstrip(".") for name, _ in members]
+        yield _series(stem, indices), members[0][1], len(members)
+
+
+def _components(manifest: Manifest) -> Table:
+    table = _table("Components", "name", "file", "inputs", "outputs")
+    for name, component, _ in _alike(manifest):
+        shapes = (_tensors(component, "inputs"), _tensors(component, "outputs"))
+        table.add_row(name, escape(component.file or "-"), *map(escape, shapes))
+    return table
+
+
+def _engines(manifest: Manifest) -> Table:
+    sizes = {entry.path: entry.bytes for entry in manifest.files}
+    table = _table("Engines", "name", "", "size", "launches", "products", "activations", "build", "memory")
+    table.caption = "each as its own plan says; build time and the builder's peak memory"
+    for name, component, count in _alike(manifest):
+        cost: Cost | None = component.cost
+        if cost is None:
+            continue
+        table.add_row(
+            name,
+            f"x {count}" if count > 1 else "",
+            readable_size(sizes.get(component.file or "", 0)),
+            str(cost.launches),
+            ", ".join(f"{number} {kind}" for kind, number in cost.gemms.items() if number) or "none",
+            readable_size(cost.activation_bytes),
+            f"{cost.seconds:.1f} s",
+            readable_size(cost.peak_bytes),
+        )
+    return table
+
+
+def _kernel_table(kernels: KernelLibrary) -> Table:
+    index = kernels.index
+    title = f"Kernels for {index.target}"
+    table = _table(title, "image", "kernel", "threads", "registers", "shared memory", "spills", "size")
+    for image in index.images:
+        spills = image.spill_stores + image.spill_loads
+        table.add_row(
+            escape(image.name),
+            image.kernel,
+            str(image.threads),
+            str(image.registers),
+            readable_size(image.shared_memory),
+            f"[red]{spills} B[/]" if spills else "none",
+            readable_size(image.bytes),
+        )
+    return table
+
+
+def _quantization_table(manifest: Manifest) -> Table:
+    quantization = manifest.quantization
+    assert quantization is not None
+    table = _table("Quantization", "linear", "format", "layers", "relative error")
+    for row in _quantized_kinds(manifest) or ():
+        least, largest = row["least"], row["largest"]
+        error = "not measured" if least is None else f"{least:.3f} - {largest:.3f}"
+        table.add_row(escape(row["kind"]), escape(row["format"]), str(row["layers"]), error)
+    calibration = quantization.calibration
+    source = (
+        f", calibrated on {calibration.prompts} prompts and {calibration.chunks} chunks "
+        f"({calibration.sha256[:12]})"
+        if calibration
+        else ""
+    )
+    skipped = ", ".join(quantization.skipped) or "none"
+    table.caption = f"activations {quantization.activations}{source}; left in bf16: {escape(skipped)}"
+    return table
+
+
+def _memory_table(manifest: Manifest) -> Table:
+    table = _table("Memory, one session", "", "size")
+    for name, size in _memory(manifest).items():
+        table.add_row(name, readable_size(size))
+    peak, limit = _peak(manifest), _target_memory(manifest)
+    table.add_section()
+    table.add_row("[bold]all[/]", f"[bold]{readable_size(peak)}[/]")
+    if limit is not None:
+        verdict = "fits into" if peak <= limit else "does not fit into"
+        table.caption = f"{verdict} the {readable_size(limit)} of {escape(manifest.target.name)}"
+    return table
+
+
+def _sparsity_table(manifest: Manifest) -> Table:
+    table = _table("Sparsity", "chunk", "sparsity", "key blocks kept", "of")
+    for row in _sparsity(manifest):
+        table.add_row(str(row["chunk"]), f"{row['sparsity']:.3f}", str(row["kept"]), str(row["of"]))
+    return table
+
+
+def _golden_table(manifest: Manifest, verdict: Verdict | None) -> Table:
+    golden = manifest.golden
+    assert golden is not None
+    table = _table("Golden vectors", "component", "error allowed", "error found", "")
+    for name, limit in golden.tolerances.items():
+        found = verdict.components.get(name) if verdict else None
+        if found is None:
+            table.add_row(escape(name), f"{limit:.2g}", "-", "")
+        else:
+            error = "not finite" if found.error is None else f"{found.error:.1e}"
+            table.add_row(
+                escape(name), f"{limit:.2g}", error, "[green]pass[/]" if found.passed else "[red]FAIL[/]"
+            )
+    table.caption = f"in {escape(golden.file)}; relative L2"
+    return table
+
+
+def _files(manifest: Manifest) -> Table:
+    table = _table("Files", "path", "size", "SHA-256")
+    for entry in manifest.files:
+        table.add_row(escape(entry.path), readable_size(entry.bytes), entry.sha256[:16])
+    table.add_section()
+    table.add_row("[bold]all[/]", readable_size(sum(entry.bytes for entry in manifest.files)), "")
+    return table
+
+
+_FIGURES = frozenset(
+    {
+        *(
+            "size",
+            "launches",
+            "activations",
+            "build",
+            "memory",
+            "threads",
+            "registers",
+            "shared memory",
+            "spills",
+        ),
+        *("layers", "chunk", "sparsity", "key blocks kept", "of", "error allowed", "error found"),
+    }
+)
+"""Headings of columns of numbers."""
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in _FIGURES else "left", overflow="fold")
+    return table

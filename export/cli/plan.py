@@ -1,0 +1,306 @@
+"""What `python -m export plan` prints: the memory plan, and the predicted floor of every chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from export.errors import InputError
+from export.estimate.memory import MemoryPlan, Planned, plan_memory
+from export.estimate.roofline import (
+    PUBLISHED,
+    PUBLISHED_CHUNKS,
+    PUBLISHED_PRESET,
+    ClipPrediction,
+    Kind,
+    Work,
+    Workload,
+    predict,
+    rate_of,
+)
+from export.request.targets import Precision, Target, Variant, unknown_name
+from export.units import readable_size
+
+if TYPE_CHECKING:
+    from lightforcing_ref.config import Preset
+
+__all__ = ["PlanRequest", "memory_table", "plan_document", "plan_tables", "planned_precision"]
+
+_GOAL = 2.0
+"""Times the authors' speed that this project aims at."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is planned: a model and a variant of it on a target. Sizes in pixels."""
+
+    target: Target
+    variant: Variant
+    preset: Preset
+    height: int
+    width: int
+    precision: Precision
+
+
+def planned_precision(target: Target, name: str | None) -> Precision:
+    """The precision called `name`; None = fp8, as the authors' release, or the best the target has below it.
+
+    Raises:
+        InputError: there is no such precision, or the target does not compute in it.
+    """
+    order: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
+    if name is None:
+        return next((p for p in order if p in target.precisions), target.precisions[0])
+    known: tuple[Precision, ...] = (*order, "nvfp4")
+    for precision in known:
+        if precision == name:
+            if precision not in target.precisions:
+                raise InputError(
+                    f"{target.name} ({target.sm or 'a CPU'}) does not compute in {name}; use --precision "
+                    f"{' or '.join(target.precisions)}, or another --gpu"
+                )
+            return precision
+    raise unknown_name("precision", name, known)
+
+
+# ---- memory ----
+
+
+def memory_table(plan: MemoryPlan) -> Table:
+    """The memory plan, one line per part, with the verdict below."""
+    table = _table("Memory plan", "", "", "size", "of the peak")
+    for item in plan.items:
+        size = item.bytes * (plan.sessions if item.per_session else 1)
+        name = f"{item.name}{f', {plan.sessions} sessions' if item.per_session and plan.sessions > 1 else ''}"
+        table.add_row(item.group, name, readable_size(size), f"{size / plan.peak:.0%}")
+    table.add_section()
+    one_more = f", each session {readable_size(plan.per_session)} of it" if plan.sessions > 1 else ""
+    table.add_row("[bold]peak[/]", f"all of it at once{one_more}", f"[bold]{readable_size(plan.peak)}[/]", "")
+    table.add_row("", "besides: the text encoder's weights, streamed", readable_size(plan.host_bytes), "")
+    colour = {True: "green", False: "bold red", None: "yellow"}[plan.fits]
+    table.caption = f"[{colour}]{escape(plan.verdict)}[/]"
+    return table
+
+
+# ---- prediction ----
+
+
+def plan_tables(request: Planned, sessions: int, efficiency: float) -> Iterator[RenderableType]:
+    """Everything `plan` prints."""
+    yield _heading(request)
+    yield memory_table(plan_memory(request, sessions))
+    clip = predict(request)
+    if clip is None:
+        why = (
+            "no peak rates are known for it"
+            if request.target.peak is None
+            else f"a peak rate that {request.precision} needs is not known"
+        )
+        yield f"No prediction for {escape(request.target.title)}: {why}."
+        return
+    yield _chunks(request, clip, efficiency)
+    yield _roofline(request, len(clip.chunks) - 1)
+    yield _precisions(request, efficiency)
+    yield "\n".join(_conclusions(request, clip))
+
+
+def _heading(request: Planned) -> str:
+    blocks = Workload(request).geometry
+    return (
+        f"[bold]{escape(request.preset.name)}[/] {request.height}x{request.width}, variant "
+        f"{escape(request.variant.name)}, {request.precision}, on {escape(request.target.title)}: "
+        f"{blocks.frame_tokens} tokens per latent frame, blocks of {blocks.block_q} x {blocks.block_k}"
+    )
+
+
+def _chunks(request: Planned, clip: ClipPrediction, efficiency: float) -> Table:
+    share = f"{efficiency:.0%}"
+    table = _table(
+        "PREDICTED floor per chunk (not measured)",
+        *("chunk", "frames", "key blocks", "linear", "attn", "cross", "VAE", "GB", "ms"),
+        f"ms at {share}",
+    )
+    for chunk in clip.chunks:
+        table.add_row(
+            str(chunk.chunk),
+            str(chunk.frames),
+            f"{chunk.kept}/{chunk.total}",
+            *(f"{part.flops / 1e12:.4g}" for part in chunk.parts.values()),
+            f"{sum(part.bytes for part in chunk.parts.values()) / 1e9:.3g}",
+            _ms(chunk.seconds),
+            _ms(chunk.seconds / efficiency),
+        )
+    table.add_section()
+    for total in _totals(clip):
+        kinds: Sequence[Kind] = tuple(total.chunks[0].parts)
+        parts = [total.part(kind) for kind in kinds]
+        table.add_row(
+            "[bold]all[/]",
+            str(total.frames),
+            "",
+            *(f"{part.flops / 1e12:.4g}" for part in parts),
+            f"{sum(part.bytes for part in parts) / 1e9:.3g}",
+            f"[bold]{_ms(total.seconds)}[/]",
+            f"[bold]{_ms(total.seconds / efficiency)}[/]",
+        )
+        table.add_row("[bold]FPS[/]", *[""] * 7, f"{total.fps():.1f}", f"{total.fps(efficiency):.1f}")
+    table.caption = (
+        "linear to VAE in TFLOP; ms: at 100 % of the published peak rates, every operation by itself and the longer of "
+        f"arithmetic and traffic; ms at {share}: the same at {share} of them, an assumption (--efficiency). A chunk is "
+        "the clean forward of the one before, the denoising forwards, and the decoding. Element-wise work, selection "
+        "and launches are not counted"
+    )
+    return table
+
+
+def _totals(clip: ClipPrediction) -> list[ClipPrediction]:
+    """The whole clip, and before it the 81 frames of a short one if it is longer."""
+    return [clip.first(PUBLISHED_CHUNKS), clip] if len(clip.chunks) > PUBLISHED_CHUNKS else [clip]
+
+
+def _samples(request: Planned, chunk: int) -> dict[str, Work]:
+    workload = Workload(request)
+    *_, cross, _ = workload.forward(chunk)
+    return {
+        "self_attn.qkv": workload.linear("self_attn.qkv"),
+        "self_attn.o": workload.linear("self_attn.o"),
+        "ffn.0": workload.linear("ffn.0"),
+        "ffn.2": workload.linear("ffn.2"),
+        "cross-attention": cross,
+        "self-attention": workload.attention(chunk),
+        "the same, dense": workload.attention(chunk, dense=True),
+    }
+
+
+def _roofline(request: Planned, chunk: int) -> Table:
+    peak = request.target.peak
+    assert peak is not None
+    table = _table(
+        f"Roofline of one layer, chunk {chunk} (predicted)",
+        *("operation", "in", "GFLOP", "MB", "FLOP/B", "ridge", "limit", "us"),
+    )
+    for name, work in _samples(request, chunk).items():
+        table.add_row(
+            name,
+            work.format,
+            f"{work.flops / 1e9:.4g}",
+            f"{work.bytes / 1e6:.3g}",
+            f"{work.flops / work.bytes:.0f}",
+            f"{rate_of(peak, work.format) / (peak.memory_gb_s * 1e9):.0f}",
+            "compute" if work.is_compute_bound(peak) else "memory",
+            f"{work.seconds(peak) * 1e6:.3g}",
+        )
+    table.caption = "ridge: operations per byte from which on arithmetic, not memory, sets the time"
+    return table
+
+
+def _precisions(request: Planned, efficiency: float) -> Table:
+    share = f"{efficiency:.0%}"
+    table = _table(
+        "Precisions compared (predicted)",
+        *("precision", "weights", "peak memory", "s", "FPS", f"s at {share}", f"FPS at {share}"),
+    )
+    for precision in request.target.precisions:
+        other = _in(request, precision)
+        clip = predict(other)
+        if clip is not None:
+            memory = plan_memory(other)
+            table.add_row(
+                precision,
+                readable_size(memory.group("weights")),
+                readable_size(memory.peak),
+                f"{clip.seconds:.3g}",
+                f"{clip.fps():.1f}",
+                f"{clip.seconds / efficiency:.3g}",
+                f"{clip.fps(efficiency):.1f}",
+            )
+    return table
+
+
+def _in(request: Planned, precision: Precision) -> PlanRequest:
+    made = PlanRequest(
+        request.target, request.variant, request.preset, request.height, request.width, request.precision
+    )
+    return replace(made, precision=precision)
+
+
+def _conclusions(request: Planned, clip: ClipPrediction) -> Iterator[str]:
+    """What the figures say, in sentences; the published ones where they can be compared."""
+    bound = clip.compute_bound
+    yield (
+        f"Compute-bound in {bound:.0%} of the floor: there, more memory bandwidth changes nothing, and only fewer "
+        "operations or a narrower format help."
+    )
+    figures = "; ".join(f"{entry.title} {entry.seconds} s, {entry.fps} FPS" for entry in PUBLISHED.values())
+    yield f"Published by the authors (measured; 81 frames, 512x768, fp8, LightVAE): {figures}."
+    published = PUBLISHED.get(request.target.name)
+    if published is None or request.preset.name != PUBLISHED_PRESET or len(clip.chunks) < PUBLISHED_CHUNKS:
+        return
+    floor = clip.first(PUBLISHED_CHUNKS).seconds
+    yield (
+        f"The release runs at {floor / published.seconds:.0%} of this floor. {_GOAL:g} times its speed "
+        f"({published.seconds / _GOAL:.2f} s) would take {_GOAL * floor / published.seconds:.0%} of the peak rates in "
+        f"{request.precision}{', which no program reaches' if _GOAL * floor / published.seconds > TOP else ''}."
+    )
+
+
+TOP = 0.9
+"""Share of the peak rates that real programs stay below."""
+
+
+def plan_document(request: Planned, sessions: int, efficiency: float) -> dict[str, Any]:
+    """The same as plain data."""
+    clip = predict(request)
+    prediction = None
+    if clip is not None:
+        prediction = {
+            **clip.as_dict(),
+            "at_efficiency": {
+                "efficiency": efficiency,
+                "seconds": clip.seconds / efficiency,
+                "fps": clip.fps(efficiency),
+            },
+            "precisions": {
+                precision: other.as_dict() | {"chunks": None}
+                for precision in request.target.precisions
+                if (other := predict(_in(request, precision))) is not None
+            },
+        }
+    return {
+        "target": request.target.name,
+        "preset": request.preset.name,
+        "variant": request.variant.name,
+        "precision": request.precision,
+        "height": request.height,
+        "width": request.width,
+        "memory": plan_memory(request, sessions).as_dict(),
+        "prediction": prediction,
+        "published": {
+            name: {"seconds": entry.seconds, "fps": entry.fps} for name, entry in PUBLISHED.items()
+        },
+    }
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for index, heading in enumerate(headings):
+        text = index == 0 or not heading
+        table.add_column(heading, justify="left" if text else "right", overflow="fold")
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"

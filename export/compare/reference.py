@@ -1,0 +1,315 @@
+"""The reference model that a bundle is compared with, set up from the bundle's own manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.errors import ComparisonError
+from export.graph.modules import CACHE_STEMS, LAYER_STEMS, StepModule
+from export.request.weights import Weights, shipped_weights
+from lightforcing_ref.attention import hsa_attention, qk_prepare
+from lightforcing_ref.cache import AttentionSpec
+from lightforcing_ref.checkpoint import checkpoint_sha256
+from lightforcing_ref.config import Preset, preset
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.rollout import Rollout
+from lightforcing_ref.rope import rope_tables
+from lightforcing_ref.schedule import FlowSchedule
+from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
+from lightforcing_ref.vae import CacheSpec, VAEDecoder
+from runtime.bundle import Manifest, RandomInit
+from runtime.noise import fill_noise
+
+__all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds"]
+
+Feed = dict[str, NDArray[Any]]
+
+CROSS_STEMS = LAYER_STEMS[:2]
+
+
+def _spec(manifest: Manifest) -> AttentionSpec:
+    attention, model = manifest.attention, manifest.model
+    return AttentionSpec(
+        heads=model.heads,
+        geometry=BlockGeometry(model.frame_tokens, attention.block_q, attention.block_k),
+        hsa=HSAConfig(attention.keep_frames, attention.sink_frames, attention.near_frames),
+        keep_q20=manifest.sparsity.keep_q20,
+        scale=attention.scale,
+    )
+
+
+def _schedule(manifest: Manifest) -> FlowSchedule:
+    return FlowSchedule(manifest.schedule.timesteps, manifest.schedule.sigmas)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The PyTorch models whose weights a bundle holds."""
+
+    weights: Weights
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Reference:
+        """The reference of a bundle whose weights are random, or come with this package.
+
+        Raises:
+            ComparisonError: the bundle's weights come from a checkpoint, which must be given.
+        """
+        origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
+        if isinstance(origin, RandomInit):
+            return cls(Weights(model, seed=origin.random))
+        shipped = shipped_weights(model, dense=manifest.sparsity.target == 0)
+        if shipped is not None and shipped.source == origin.source and origin.lora is None:
+            if (found := shipped.digests()["checkpoint"]) == origin.sha256:
+                return cls(shipped)
+            raise ComparisonError(
+                f"the bundle's weights are another release, {origin.described}, and this package has {found[:12]}...; "
+                "rebuild the bundle"
+            )
+        raise ComparisonError(
+            f"the bundle's weights come from {origin.described}; pass the files it was built from: --checkpoint, "
+            f"{'--lora, ' if origin.lora else ''}--vae, --text-encoder, --tokenizer"
+        )
+
+    @classmethod
+    def from_files(cls, manifest: Manifest, weights: Weights) -> Reference:
+        """The reference of a bundle that was built from the files of `weights`.
+
+        Raises:
+            ComparisonError: the bundle's weights come from elsewhere.
+            CheckpointError: the checkpoint cannot be read.
+        """
+        origin, checkpoint = manifest.provenance.checkpoint, weights.checkpoint
+        assert checkpoint is not None
+        if isinstance(origin, RandomInit):
+            raise ComparisonError(
+                f"{manifest.name} has random weights (seed {origin.random}), not those of {checkpoint}; drop "
+                "--checkpoint and the other files"
+            )
+        if (found := checkpoint_sha256(checkpoint)) != origin.sha256:
+            raise ComparisonError(
+                f"{manifest.name} was built from {origin.described}, and {checkpoint} is another file "
+                f"({found[:12]}...); pass the checkpoint it was built from"
+            )
+        merged = None if weights.lora is None else checkpoint_sha256(weights.lora)
+        if merged != (origin.lora and origin.lora.sha256):
+            raise ComparisonError(
+                f"{manifest.name} was built from {origin.described}; give --lora the same file, or leave it out if "
+                "there is none"
+            )
+        return cls(weights)
+
+    @property
+    def preset(self) -> Preset:
+        return self.weights.preset
+
+    @cached_property
+    def model(self) -> CausalWanModel:
+        return self.weights.dit(torch.float32)
+
+    @cached_property
+    def decoder(self) -> VAEDecoder:
+        return self.weights.vae_decoder()
+
+    @cached_property
+    def text_weights(self) -> dict[str, Tensor]:
+        return self.weights.text_weights()
+
+    def caches(self, manifest: Manifest) -> list[CacheSpec]:
+        """The decoder's streaming caches at the bundle's resolution."""
+        return self.decoder.cache_specs(manifest.model.latent_height, manifest.model.latent_width)
+
+    def step_module(self, manifest: Manifest, *, chunk: int | None = None) -> StepModule:
+        """The step as a module around the oracle; with `chunk`, as that chunk's specialised graph has it."""
+        spec = _spec(manifest)
+        if chunk is not None:
+            spec = replace(spec, keep_q20=(spec.keep_q20[min(chunk, len(spec.keep_q20) - 1)],))
+        return StepModule(self.model, spec, _schedule(manifest), prepare=qk_prepare, attend=hsa_attention)
+
+    def rollout(self, manifest: Manifest, embedding: Tensor, seed: int) -> Rollout:
+        """A reference rollout with the bundle's settings and the runtime's noise."""
+        model, cache = manifest.model, manifest.cache
+        shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
+
+        def noise(chunk: int, step: int) -> Tensor:
+            out = np.empty(shape, dtype=np.float32)
+            fill_noise(out, seed=seed, chunk=chunk, step=step)
+            return torch.from_numpy(out)
+
+        return Rollout(
+            self.model,
+            _spec(manifest),
+            embedding,
+            noise,
+            model.token_grid,
+            window_frames=manifest.window_frames,
+            sink_frames=cache.sink_frames,
+            sink_positions=cache.sink_positions,
+            schedule=_schedule(manifest),
+        )
+
+
+def step_feeds(
+    reference: Reference, manifest: Manifest, chunks: int, *, seed: int = 5
+) -> Iterator[tuple[int, int, Feed]]:
+    """Every forward of a reference rollout as inputs of the `step` component: (chunk, step, inputs).
+
+    The last step of a chunk is the clean forward. Cached frames lie in shuffled slots of a pool that is larger than
+    needed and otherwise full of NaN, so that a graph which looks anywhere else is found out.
+    """
+    rng = np.random.default_rng(seed)
+    text = rng.standard_normal((manifest.text.text_len, manifest.text.dim), dtype=np.float32)
+    rollout = reference.rollout(manifest, torch.from_numpy(text), seed)
+    frames, steps = manifest.model.chunk_frames, manifest.schedule.denoise_steps
+    for chunk in range(chunks):
+        rollout.cache.make_room(frames)
+        x = rollout.noise(chunk, 0)
+        for step in range(steps):
+            following = rollout.noise(chunk, step + 1) if step + 1 < steps else torch.zeros_like(x)
+            yield chunk, step, _feed(rollout, manifest, x, following, step, chunk, rng)
+            x, _ = rollout.step(x, step, chunk)
+        yield chunk, steps, _feed(rollout, manifest, x, torch.zeros_like(x), steps, chunk, rng)
+        rollout.commit(x, chunk)
+
+
+def synthetic_feeds(manifest: Manifest, chunks: int, *, seed: int = 5) -> Iterator[tuple[int, int, Feed]]:
+    """Inputs of the `step` component for every forward of a rollout, without a model: (chunk, step, inputs).
+
+    Latents, prompt and cached frames are drawn from the seed. Cached frames lie as in `step_feeds`.
+    """
+    rng = np.random.default_rng(seed)
+    model, text, steps = manifest.model, manifest.text, manifest.schedule.denoise_steps
+    per_head = (model.heads, model.head_dim)
+    latent = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    blocks = [
+        slice(start, start + manifest.attention.block_k)
+        for start in range(0, model.frame_tokens, manifest.attention.block_k)
+    ]
+    cross = {
+        f"{stem}.{i}": normal(text.text_len, *per_head) for stem in CROSS_STEMS for i in range(model.layers)
+    }
+    for chunk in range(chunks):
+        resident = min(chunk * model.chunk_frames, manifest.cache.max_past_frames)
+        past = []
+        for _ in range(model.layers):
+            k, v = (normal(resident, model.frame_tokens, *per_head) for _ in range(2))
+            means = np.stack([k[:, rows].mean(axis=1) for rows in blocks], axis=1)
+            past.append((k, v, means))
+        for step in range(steps + 1):
+            x, noise = normal(*latent), normal(*latent)
+            yield chunk, step, _inputs(manifest, x, noise, step, chunk, past, rng) | cross
+
+
+class GraphRollout(Rollout):
+    """A reference rollout whose forwards are executed by graphs; cache and order of things are the reference's."""
+
+    def __init__(
+        self,
+        reference: Rollout,
+        manifest: Manifest,
+        *,
+        step: Callable[[Feed], Feed],
+        clean: Callable[[Feed], Feed],
+        conditioner: Callable[[Feed], Feed],
+    ) -> None:
+        """Args: a fresh rollout whose settings to take; and the components as functions of their inputs."""
+        self._manifest, self._rng = manifest, np.random.default_rng(0)
+        self._step, self._clean, self._conditioner = step, clean, conditioner
+        super().__init__(**{field.name: getattr(reference, field.name) for field in fields(reference)})
+
+    def _condition(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        out = self._conditioner({"text": text.numpy()})
+        layers = range(self._manifest.model.layers)
+        return [
+            (torch.from_numpy(out[f"cross_k.{i}"])[None], torch.from_numpy(out[f"cross_v.{i}"])[None])
+            for i in layers
+        ]
+
+    def step(self, x: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor]:
+        last = step + 1 == self.schedule.clean_step
+        noise = torch.zeros_like(x) if last else self.noise(chunk, step + 1)
+        out = self._step(_feed(self, self._manifest, x, noise, step, chunk, self._rng))
+        return torch.from_numpy(out["next_latent"]), torch.from_numpy(out["x0"])
+
+    def commit(self, x0: Tensor, chunk: int) -> None:
+        clean = self.schedule.clean_step
+        out = self._clean(_feed(self, self._manifest, x0, torch.zeros_like(x0), clean, chunk, self._rng))
+        new = [
+            tuple(torch.from_numpy(out[f"{stem}.{i}"]) for stem in ("k", "v", "kmean"))
+            for i in range(self._manifest.model.layers)
+        ]
+        self.cache.commit(chunk * self._manifest.model.chunk_frames, [(k, v, means) for k, v, means in new])
+        self.latents[chunk] = x0
+
+
+def _feed(
+    rollout: Rollout,
+    manifest: Manifest,
+    latent: Tensor,
+    noise: Tensor,
+    step: int,
+    chunk: int,
+    rng: np.random.Generator,
+) -> Feed:
+    layers = range(manifest.model.layers)
+    past = [tuple(value.numpy() for value in rollout.past(layer, chunk)) for layer in layers]
+    feed = _inputs(manifest, latent.numpy(), noise.numpy(), step, chunk, past, rng)
+    for layer, (k, v) in enumerate(rollout.cross):
+        feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = k[0].numpy(), v[0].numpy()
+    return feed
+
+
+def _inputs(
+    manifest: Manifest,
+    latent: NDArray[Any],
+    noise: NDArray[Any],
+    step: int,
+    chunk: int,
+    past: Sequence[tuple[NDArray[Any], ...]],
+    rng: np.random.Generator,
+) -> Feed:
+    """Inputs of the `step` component but for the prompt's; `past`: keys, values and block means of each layer."""
+    model, capacity = manifest.model, manifest.cache.max_past_frames
+    resident = len(past[0][0])
+    positions = torch.arange(chunk * model.chunk_frames, (chunk + 1) * model.chunk_frames)
+    cos, sin = rope_tables(positions, model.token_grid, model.head_dim, theta=model.rope.theta)
+    slots = rng.permutation(capacity + 2)[:resident]
+    frame_slots = np.full(capacity, -1, dtype=np.int32)
+    frame_slots[:resident] = slots
+    feed: Feed = {
+        "latent": latent,
+        "noise": noise,
+        "step": np.array(step, dtype=np.int32),
+        "chunk": np.array(chunk, dtype=np.int32),
+        "frame_slots": frame_slots,
+        "rope_cos": cos.numpy(),
+        "rope_sin": sin.numpy(),
+    }
+    for layer, cached in enumerate(past):
+        for stem, values in zip(CACHE_STEMS, cached, strict=True):
+            pool = np.full((capacity + 2, *values.shape[1:]), np.nan, dtype=np.float32)
+            pool[slots] = values
+            feed[f"{stem}.{layer}"] = pool
+    return feed
+
+
+def exact_length(feed: Feed) -> Feed:
+    """A feed of the `step` component for a specialised graph: a cache of exactly the resident frames, in order."""
+    slots = feed["frame_slots"][feed["frame_slots"] >= 0]
+    exact = {
+        name: value[slots] if name.rpartition(".")[0] in CACHE_STEMS else value
+        for name, value in feed.items()
+    }
+    return {**exact, "frame_slots": np.arange(len(slots), dtype=np.int32)}

@@ -1,0 +1,320 @@
+"""The arithmetic floor of a rollout: operations and bytes of every chunk, and the time they take at peak rates.
+
+Counted: the matrix products of the linears (weights, inputs and outputs moved once), self-attention over the key blocks
+that a query block sees (every resident key and value moved once), cross-attention, and the decoder's convolutions.
+Not counted: norms, modulations and other element-wise work, the selection of key blocks, launch gaps, the text encoder
+and the conditioner (once per prompt). Each operation takes the longer of its arithmetic and its traffic; nothing
+overlaps. No figure here was measured. Nothing here needs PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from export.errors import InputError
+from export.request.sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
+from export.request.targets import Peak, Precision
+from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
+
+from .memory import Planned
+
+__all__ = [
+    "PUBLISHED",
+    "ChunkPrediction",
+    "ClipPrediction",
+    "Kind",
+    "Published",
+    "Work",
+    "Workload",
+    "predict",
+    "rate_of",
+]
+
+Kind = Literal["linears", "self-attention", "cross-attention", "decoder"]
+KINDS: tuple[Kind, ...] = ("linears", "self-attention", "cross-attention", "decoder")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the authors of Light Forcing report for their release: 81 frames, 512x768, fp8 linears, LightVAE."""
+
+    title: str
+    seconds: float
+    fps: float
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "rtx5090": Published("RTX 5090", 2.96, 27.4),
+    "h100": Published("H100", 2.39, 33.9),
+}
+PUBLISHED_CHUNKS = 7
+PUBLISHED_PRESET = "wan-1.3b"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one kind in one format: multiplications and additions, and bytes between chip and memory."""
+
+    kind: Kind
+    format: Precision
+    flops: int
+    bytes: int
+
+    def seconds(self, peak: Peak) -> float:
+        """Time at the peak rates."""
+        return max(self.flops / rate_of(peak, self.format), self.bytes / (peak.memory_gb_s * 1e9))
+
+    def is_compute_bound(self, peak: Peak) -> bool:
+        return self.flops / rate_of(peak, self.format) >= self.bytes / (peak.memory_gb_s * 1e9)
+
+
+def rate_of(peak: Peak, format: Precision) -> float:
+    """Operations per second of a format.
+
+    Raises:
+        InputError: the target's peak rate of this format is not known.
+    """
+    rates = _rates(peak)
+    if format not in rates:
+        raise InputError(
+            f"no peak rate in {format} is known for this target; there is one for {', '.join(rates)}"
+        )
+    return rates[format] * 1e12
+
+
+def _rates(peak: Peak) -> dict[Precision, float]:
+    """The known rates, in TFLOPS."""
+    rates: dict[Precision, float | None] = {
+        "bf16": peak.bf16_tflops,
+        "fp8": peak.fp8_tflops,
+        "nvfp4": peak.fp4_tflops,
+    }
+    return {format: rate for format, rate in rates.items() if rate is not None}
+
+
+class Workload:
+    """What one variant of one model has to compute."""
+
+    def __init__(self, request: Planned) -> None:
+        self.request = request
+        self.dit = request.preset.dit
+        self.item = item_bytes(request.precision)
+        self.wide: Precision = "fp32" if request.precision == "fp32" else "bf16"
+        blocks = request.variant.blocks(request.target, request.preset.block)
+        frame_tokens = request.preset.frame_tokens(request.height, request.width)
+        self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
+        self.tokens = CHUNK_FRAMES * frame_tokens
+
+    @property
+    def planned_chunks(self) -> int:
+        """Chunks of the clip that the sparsity table was planned for."""
+        return self.request.variant.sparsity.table_frames // CHUNK_FRAMES
+
+    @property
+    def formats(self) -> set[Precision]:
+        """What its products compute in."""
+        linears = layer_linears(self.dit)
+        return {self.wide, *(format_of(linear.kind, self.request.precision) for linear in linears)}
+
+    @cached_property
+    def _keep_q20(self) -> tuple[int, ...]:
+        resident = range(CHUNK_FRAMES, self.request.variant.window_frames + 1)
+        return self.request.variant.table().keep_q20(frames * self.geometry.k_blocks for frames in resident)
+
+    def resident_frames(self, chunk: int) -> int:
+        """Latent frames in the cache and the chunk."""
+        return min(chunk * CHUNK_FRAMES, self.request.variant.max_past_frames) + CHUNK_FRAMES
+
+    def visible_blocks(self, chunk: int) -> tuple[int, int]:
+        """Key blocks that each query block of `chunk` sees, and how many there are."""
+        resident, per_frame = self.resident_frames(chunk), self.geometry.k_blocks
+        total, keep_frames = resident * per_frame, self.request.variant.keep_frames
+        if resident == CHUNK_FRAMES:
+            return total, total
+        eligible = min(resident, keep_frames + CHUNK_FRAMES) * per_frame
+        return min(kept_blocks(self._keep_q20, chunk, total), eligible), total
+
+    def attention(self, chunk: int, *, dense: bool = False) -> Work:
+        """Self-attention of one layer in one forward of `chunk`."""
+        kept, total = self.visible_blocks(chunk)
+        keys = self.resident_frames(chunk) * self.geometry.frame_tokens
+        flops = 4 * self.tokens * keys * self.dit.dim
+        moved = 2 * (self.tokens + keys) * self.dit.dim * self.item
+        return Work("self-attention", self.wide, flops if dense else flops * kept // total, moved)
+
+    def linear(self, kind: str) -> Work:
+        """One block linear."""
+        (linear,) = (linear for linear in layer_linears(self.dit) if linear.kind == kind)
+        moved = linear.bytes(self.request.precision)
+        moved += self.tokens * (linear.rows + linear.columns) * self.item
+        format = format_of(kind, self.request.precision)
+        return Work("linears", format, 2 * self.tokens * linear.elements, moved)
+
+    def forward(self, chunk: int, *, clean: bool = False) -> Iterator[Work]:
+        """One forward of one chunk, operation by operation. The clean one ends with the last layer's keys."""
+        dit, tokens = self.dit, self.tokens
+        kinds = [linear.kind for linear in layer_linears(dit)][:-2]  # the conditioner has the last two
+        cross = Work(
+            "cross-attention",
+            self.wide,
+            4 * tokens * dit.text_len * dit.dim,
+            2 * (tokens + dit.text_len) * dit.dim * self.item,
+        )
+        patch = dit.patch[0] * dit.patch[1] * dit.patch[2] * dit.channels
+        outer = Work(
+            "linears",
+            self.wide,
+            2 * tokens * patch * dit.dim,
+            (tokens * (patch + dit.dim) + patch * dit.dim) * self.item,
+        )
+        yield outer
+        for layer in range(dit.layers):
+            yield self.linear(kinds[0])
+            if clean and layer == dit.layers - 1:
+                return
+            yield self.attention(chunk)
+            for kind in kinds[1:]:
+                yield self.linear(kind)
+            yield cross
+        yield outer
+
+    def decode(self, *, first: bool) -> Iterator[Work]:
+        """The decoder's work on one latent frame, in 16-bit numbers; every tensor moves once."""
+        height, width = self.request.preset.latent_size(self.request.height, self.request.width)
+        for conv in decoder_convs(self.request.preset.vae):
+            flops = conv.flops(height, width, first=first)
+            if flops:
+                pixels = height * width * conv.scale**2 * (1 if first else conv.frames)
+                moved = pixels * (conv.inputs + conv.outputs) + conv.parameters
+                yield Work("decoder", self.wide, flops, moved * self.item)
+        middle, pixels = self.request.preset.vae.widths[0], height * width
+        yield Work("decoder", self.wide, 4 * pixels**2 * middle, 4 * pixels * middle * self.item)
+
+    def chunk(self, chunk: int) -> Iterator[Work]:
+        """Everything between asking for a chunk and having its frames: the clean forward of the chunk before, the
+        denoising forwards, and the decoding."""
+        if chunk:
+            yield from self.forward(chunk - 1, clean=True)
+        for _ in range(STEPS - 1):
+            yield from self.forward(chunk)
+        for frame in range(CHUNK_FRAMES):
+            yield from self.decode(first=chunk == 0 and frame == 0)
+
+    def pixel_frames(self, chunk: int) -> int:
+        """Frames of video that a chunk gives: the first latent frame of a clip gives one."""
+        factor = self.request.preset.vae.temporal_factor
+        return CHUNK_FRAMES * factor - (factor - 1 if chunk == 0 else 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of work in a chunk: operations, bytes, and seconds at peak rates (`compute_bound`: of these)."""
+
+    flops: int
+    bytes: int
+    seconds: float
+    compute_bound: float
+
+
+@dataclass(frozen=True)
+class ChunkPrediction:
+    """One chunk at peak rates.
+
+    Attributes:
+        frames: of video.
+        kept, total: key blocks that a query block sees, and how many there are.
+    """
+
+    chunk: int
+    frames: int
+    kept: int
+    total: int
+    parts: dict[Kind, Part]
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class ClipPrediction:
+    """A clip at peak rates. PREDICTED from sizes and published rates, not measured."""
+
+    chunks: tuple[ChunkPrediction, ...]
+
+    def first(self, chunks: int) -> ClipPrediction:
+        """The clip's beginning."""
+        return ClipPrediction(self.chunks[:chunks])
+
+    @property
+    def frames(self) -> int:
+        return sum(chunk.frames for chunk in self.chunks)
+
+    @property
+    def seconds(self) -> float:
+        """At 100 % of the peak rates."""
+        return sum(chunk.seconds for chunk in self.chunks)
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for chunk in self.chunks for part in chunk.parts.values())
+
+    @property
+    def compute_bound(self) -> float:
+        """Share of the time in operations that arithmetic limits, not memory."""
+        bound = sum(part.compute_bound for chunk in self.chunks for part in chunk.parts.values())
+        return bound / self.seconds
+
+    def part(self, kind: Kind) -> Part:
+        """One kind of work in all chunks."""
+        parts = [chunk.parts[kind] for chunk in self.chunks]
+        return Part(
+            sum(part.flops for part in parts),
+            sum(part.bytes for part in parts),
+            sum(part.seconds for part in parts),
+            sum(part.compute_bound for part in parts),
+        )
+
+    def fps(self, efficiency: float = 1.0) -> float:
+        """Frames per second at a share of the peak rates."""
+        return self.frames * efficiency / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The prediction as plain data."""
+        return {
+            "predicted": True,
+            "frames": self.frames,
+            "seconds": self.seconds,
+            "fps": self.fps(),
+            "compute_bound": self.compute_bound,
+            "chunks": [{**asdict(chunk), "seconds": chunk.seconds} for chunk in self.chunks],
+        }
+
+
+def predict(request: Planned) -> ClipPrediction | None:
+    """The floor of the clip that the variant's table was planned for; None where a peak rate that it needs is not
+    known."""
+    peak, workload = request.target.peak, Workload(request)
+    if peak is None or not all(format in _rates(peak) for format in workload.formats):
+        return None
+    chunks = []
+    for index in range(workload.planned_chunks):
+        kept, total = workload.visible_blocks(index)
+        parts = _parts(workload.chunk(index), peak)
+        chunks.append(ChunkPrediction(index, workload.pixel_frames(index), kept, total, parts))
+    return ClipPrediction(tuple(chunks))
+
+
+def _parts(works: Iterable[Work], peak: Peak) -> dict[Kind, Part]:
+    sums = {kind: [0, 0, 0.0, 0.0] for kind in KINDS}
+    for work in works:
+        total, seconds = sums[work.kind], work.seconds(peak)
+        total[0] += work.flops
+        total[1] += work.bytes
+        total[2] += seconds
+        total[3] += seconds if work.is_compute_bound(peak) else 0.0
+    return {kind: Part(int(a), int(b), float(c), float(d)) for kind, (a, b, c, d) in sums.items()}

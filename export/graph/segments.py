@@ -1,0 +1,236 @@
+"""The step graph as segments: `first`, one `layer` engine for all layers, `last`, and the operators in between.
+
+Weights are inputs of the segments, so one `layer` engine serves every layer with other addresses, and another
+checkpoint or a merged LoRA is another weights file. Or they are embedded: then there is a graph for every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.errors import ExportError
+from export.progress import StepCallback, no_steps
+from plugins import contract
+from plugins.nodes import functions
+from runtime.bundle import Segments
+
+from .partition import Partition, Segment, merge_repeated, partition
+from .tensor_files import StoredTensor, StoredType, write_tensors
+from .tracing import EXTERNAL_BYTES
+
+__all__ = ["SEGMENT_WEIGHTS", "is_kernel", "is_parameter", "write_segments"]
+
+SEGMENT_WEIGHTS = "transformer.safetensors"
+
+_STORED: Mapping[ir.DataType, StoredType] = {
+    ir.DataType.FLOAT: "F32",
+    ir.DataType.FLOAT16: "F16",
+    ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
+    ir.DataType.FLOAT4E2M1: "U8",
+}
+"""Types of weights. The file format has none of four bits: two such elements are a byte."""
+
+_PARAMETERS = ("model.", "modulation_", "head_modulation", "sigmas")
+
+
+def is_kernel(node: ir.Node) -> bool:
+    """Whether the runtime launches a kernel of this project for `node`."""
+    return node.domain == contract.DOMAIN
+
+
+def is_parameter(name: str) -> bool:
+    """Whether an initializer of the step graph comes from the model and not from the exporter."""
+    return name.startswith(_PARAMETERS)
+
+
+def write_segments(
+    folder: Path,
+    model: ir.Model,
+    attention: functions.AttentionForm,
+    *,
+    embedded: bool = False,
+    progress: StepCallback = no_steps,
+) -> tuple[list[str], Segments]:
+    """Cut a step graph and write the segments, the operators and the weights.
+
+    Args:
+        model: a graph as `components.write_step` leaves it, perhaps quantized; weights may still lie in a file or be
+            yet to compute, and are written one by one.
+        attention: form of the attention operator's function body, for runtimes without kernels.
+        embedded: leave the weights inside, in a graph for every layer (`layer.0`, ...). The file of weights then holds
+            those of the operators only.
+        progress: called as weights are written.
+
+    Returns:
+        the files, relative to `folder`, and the manifest's section.
+
+    Raises:
+        ExportError: the layers differ in more than their weights.
+    """
+    cut = partition(model, is_kernel)
+    if len(cut.segments) < _FEWEST:
+        raise ExportError("the step graph has one layer; segmented execution needs two or more")
+    names = _canonical_names(cut)
+    if embedded:
+        files, (first, *layers, last) = _write_embedded(folder, cut.segments, names, progress)
+    else:
+        files, (first, *layers, last) = _write_shared(folder, cut.segments, names)
+    prepare, attend = _operators(cut)
+    for name, nodes in (("qk_prepare", prepare), ("attention", attend)):
+        ir.save(_operator_model(model, nodes[0], attention), folder / f"{name}.onnx")
+    kernel_weights = [_kernel_weights(node) for node in prepare]
+    used = {tensor for row in (first, *layers, last, *kernel_weights) for tensor in row.values()}
+    stored = [_stored(value) for name, value in model.graph.initializers.items() if name in used]
+    write_tensors(folder / SEGMENT_WEIGHTS, stored, progress)
+    section = Segments(
+        weights=SEGMENT_WEIGHTS, first=first, layers=tuple(layers), last=last, prepare=tuple(kernel_weights)
+    )
+    return [*files, "qk_prepare.onnx", "attention.onnx", SEGMENT_WEIGHTS], section
+
+
+_FEWEST = 3
+"""Segments of two layers: `first`, `layer`, `last`."""
+
+_Rows = list[dict[str, str]]
+"""For each run of a segment, in order: weight input -> tensor of the weights file."""
+
+
+def _write_shared(
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str]
+) -> tuple[list[str], _Rows]:
+    """Graphs whose weights are inputs: the first and the last segment, and one for all between them."""
+    groups = {"first": segments[:1], "layer": segments[1:-1], "last": segments[-1:]}
+    rows: _Rows = []
+    for name, group in groups.items():
+        part = merge_repeated(group, name=name, is_weight=is_parameter)
+        _rename(part.model, names)
+        ir.external_data.load_to_model(part.model)  # constants; the weights are inputs by now
+        ir.save(part.model, folder / f"{name}.onnx")
+        rows += [dict(zip(part.weights, row, strict=True)) for row in part.bindings]
+    return [f"{name}.onnx" for name in groups], rows
+
+
+def _write_embedded(
+    folder: Path, segments: Sequence[Segment], names: Mapping[str, str], progress: StepCallback
+) -> tuple[list[str], _Rows]:
+    """A graph for every segment, each with a file of its weights."""
+    files = []
+    titles = ["first", *(f"layer.{index}" for index in range(len(segments) - 2)), "last"]
+    for done, (title, segment) in enumerate(zip(titles, segments, strict=True)):
+        progress(title, done, len(titles))
+        _rename(segment.model, names)
+        weights = f"{title}.weights"
+        ir.save(
+            segment.model,
+            folder / f"{title}.onnx",
+            external_data=weights,
+            size_threshold_bytes=EXTERNAL_BYTES,
+        )
+        files += [f"{title}.onnx", weights]
+    return files, [{} for _ in segments]
+
+
+def _stored(value: ir.Value) -> StoredTensor:
+    tensor, dtype = value.const_value, value.dtype
+    if tensor is None or dtype is None or dtype not in _STORED:
+        raise ExportError(
+            f"the weight {value.name!r} is {dtype}; expected one of {', '.join(map(str, _STORED))}"
+        )
+    shape = tuple(tensor.shape.numpy())
+    if dtype == ir.DataType.FLOAT4E2M1:
+        shape = (*shape[:-1], shape[-1] // 2)
+    return StoredTensor(_value_name(value), _STORED[dtype], shape, _reader(tensor))
+
+
+def _reader(tensor: ir.TensorProtocol) -> Callable[[], memoryview]:
+    return lambda: memoryview(tensor.tobytes())
+
+
+def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The two operators of every layer."""
+    prepare, attend = [], []
+    for stage in cut.kernels:
+        by_type = {node.op_type: node for node in stage}
+        if len(stage) != 2 or set(by_type) != {contract.QK_PREPARE, contract.HIERARCHICAL_SPARSE_ATTENTION}:
+            raise ExportError(
+                f"a layer has the operators {', '.join(node.op_type for node in stage)}; expected one "
+                f"{contract.QK_PREPARE} and one {contract.HIERARCHICAL_SPARSE_ATTENTION}"
+            )
+        prepare.append(by_type[contract.QK_PREPARE])
+        attend.append(by_type[contract.HIERARCHICAL_SPARSE_ATTENTION])
+    return prepare, attend
+
+
+def _canonical_names(cut: Partition) -> dict[str, str]:
+    """Tensor names of the whole graph -> names that are the same in every layer."""
+    prepare, attend = _operators(cut)
+    names: dict[str, str] = {}
+    for node in prepare:
+        names[_value_name(node.inputs[0])] = "qkv"
+    for node in attend:
+        names[_value_name(node.outputs[0])] = "attention_out"
+    projections = set(names)
+    for segment in cut.segments[:-1]:
+        for output in segment.outputs:
+            if output not in projections:
+                names[output] = "x"
+    for layer in range(len(attend)):
+        names |= {f"cross_k.{layer}": "cross_k", f"cross_v.{layer}": "cross_v"}
+    return names
+
+
+def _value_name(value: ir.Value | None) -> str:
+    assert value is not None and value.name is not None
+    return value.name
+
+
+def _rename(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Give a segment's inputs and outputs their canonical names; what comes out as `x` is called `x_out`."""
+    graph = model.graph
+    for value in graph.outputs:
+        canonical = names.get(_value_name(value), _value_name(value))
+        value.name = "x_out" if canonical == "x" else canonical
+    for value in graph.inputs:
+        value.name = names.get(_value_name(value), value.name)
+    if len({value.name for value in (*graph.inputs, *graph.outputs)}) != len(graph.inputs) + len(
+        graph.outputs
+    ):
+        raise ExportError(
+            f"segment {graph.name!r} passes more than the residual stream and the projection: inputs "
+            f"{[value.name for value in graph.inputs]}, outputs {[value.name for value in graph.outputs]}"
+        )
+
+
+def _kernel_weights(node: ir.Node) -> dict[str, str]:
+    """Weights that the operator itself reads: its input name -> initializer."""
+    return {
+        name: _value_name(value)
+        for name, value in zip(contract.QK_PREPARE_INPUTS, node.inputs, strict=True)
+        if value is not None and value.is_initializer()
+    }
+
+
+def _operator_model(model: ir.Model, node: ir.Node, attention: functions.AttentionForm) -> ir.Model:
+    """A model of one operator node, with its function body, under the operator's own tensor names."""
+    input_names: Sequence[str] = contract.QK_PREPARE_INPUTS
+    output_names: Sequence[str] = contract.QK_PREPARE_OUTPUTS
+    if node.op_type == contract.HIERARCHICAL_SPARSE_ATTENTION:
+        input_names, output_names = contract.HSA_INPUTS, contract.HSA_OUTPUTS
+    inputs = [
+        ir.Value(name=name, shape=value.shape, type=value.type)
+        for name, value in zip(input_names, node.inputs, strict=True)
+        if value is not None
+    ]
+    copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+    for new, old, name in zip(copy.outputs, node.outputs, output_names, strict=True):
+        new.name, new.shape, new.type = name, old.shape, old.type
+    graph = ir.Graph(
+        inputs, copy.outputs, nodes=[copy], opset_imports=dict(model.opset_imports), name=node.op_type
+    )
+    result = ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
+    functions.attach(result, attention)
+    return result

@@ -1,0 +1,134 @@
+"""PyTorch module -> ONNX model in memory, with the two operators kept as one node each."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter import onnx_fusions
+from torch import Tensor, nn
+
+from export.progress import StepCallback, no_steps
+from lightforcing_ref.attention import hsa_attention, qk_prepare
+from plugins.nodes import functions, ops
+
+__all__ = ["OPSET", "attend", "prepare", "save_model", "trace"]
+
+OPSET = 23
+"""ONNX opset of every graph: the first with Attention, RMSNormalization and RotaryEmbedding."""
+
+EXTERNAL_BYTES = 1024
+"""Initializers of at least this size go into the weights file; smaller ones (shapes, scales) stay in the graph."""
+
+ops.bind("cpu", hsa=hsa_attention, qk_prepare=qk_prepare)
+
+prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = torch.ops.lightforcing.qk_prepare
+attend: Callable[..., Tensor] = torch.ops.lightforcing.hierarchical_sparse_attention
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's progress and deprecation chatter; errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, fuse, and tidy up.
+
+    The exporter's own optimisation would also merge initializers that happen to be equal; the graph must not depend
+    on the values of the weights, or another checkpoint could not be swapped in. Nor are weights folded into others
+    (transposed, say): they keep their names and their [out, in] layout.
+    """
+    weights = set(model.graph.initializers.values())
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=should_fold)
+    rewriter.rewrite(model)
+    ir.passes.Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    onnx_fusions.fuse(model)
+    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.NameFixPass())(model)
+
+
+def trace(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_shapes: tuple[Any, ...] | None = None,
+    attention: functions.AttentionForm | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ir.Model:
+    """Export `module` to an ONNX model whose weights still live in the module's tensors.
+
+    Args:
+        attention: attach the operators' function bodies, attention in this form; None for graphs without operators.
+        metadata: written into the model's metadata.
+    """
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=functions.export_table(),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            dynamic_shapes=dynamic_shapes,
+            optimize=False,
+        )
+    assert program is not None  # only with `f` given does the exporter return None
+    model = program.model
+    _simplify(model)
+    if attention is not None:
+        functions.attach(model, attention)
+    model.producer_name = "lightforcing-deploy"
+    model.metadata_props.update(metadata or {})
+    return model
+
+
+def save_model(
+    model: ir.Model, path: Path, weights: str | None = None, progress: StepCallback = no_steps
+) -> None:
+    """Write `model` to `path`.
+
+    Args:
+        weights: name of a new file beside `path` for the initializers; None keeps references to the weights file
+            that the model was loaded with (which must lie in the same folder) and writes no weights.
+        progress: called before each initializer that is written.
+    """
+    if weights is None:
+        ir.save(model, path)
+        return
+    written = itertools.count()
+
+    def show(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        progress("writing", next(written), info.total)
+
+    ir.save(model, path, external_data=weights, size_threshold_bytes=EXTERNAL_BYTES, callback=show)

@@ -1,0 +1,93 @@
+"""The parts of a bundle that are exported the same way for every backend that starts from ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from export.graph import components
+from export.request.request import BuildRequest
+from runtime import bundle
+
+if TYPE_CHECKING:
+    from .run import Run
+
+__all__ = ["GraphTypes", "export_graphs", "graph_parts", "graph_types", "tokenizer_part"]
+
+
+@dataclass(frozen=True)
+class GraphTypes:
+    """Types that the graphs compute in. Boundaries are float32 where the runtime's own arithmetic meets them."""
+
+    transformer: torch.dtype = torch.float32
+    decoder: torch.dtype = torch.float32
+    text: torch.dtype = torch.float32
+
+
+_HOST = GraphTypes()
+_DEVICE = GraphTypes(torch.bfloat16, torch.float16, torch.bfloat16)
+
+
+def graph_types(request: BuildRequest) -> GraphTypes:
+    """The types of a bundle: float32 on a host, bf16 with an fp16 decoder on a device, whatever is quantized later."""
+    return _HOST if request.precision == "fp32" else _DEVICE
+
+
+def graph_parts(request: BuildRequest) -> Mapping[str, float]:
+    """The parts that `export_graphs` makes, with their efforts."""
+    del request
+    return {"tokenizer": 1, "text encoder": 60, "video decoder": 8, "conditioner": 8, "transformer": 20}
+
+
+def tokenizer_part(run: Run) -> list[bundle.FileEntry]:
+    """Make the tokenizer's file."""
+
+    def write(folder: Path) -> list[str]:
+        run.models.weights.write_tokenizer(folder / components.TOKENIZER)
+        return [components.TOKENIZER]
+
+    return run.part("tokenizer", write, key=run.keys.model)
+
+
+def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
+    """Make the ONNX graphs of all components, by part.
+
+    The transformer is `step.onnx` with `clean.onnx` and, where the request says so, a graph per chunk; all share one
+    file of weights.
+    """
+    types, plan, models = graph_types(run.request), run.plan, run.models
+    parts = {"tokenizer": tokenizer_part(run)}
+    parts["text encoder"] = run.part(
+        "text encoder",
+        lambda folder: components.write_text_encoder(
+            folder, plan, models.weights.text_tensors(), types.text, run.within
+        ),
+        key=run.keys.model,
+    )
+    parts["video decoder"] = run.part(
+        "video decoder",
+        lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan, run.within),
+        key=run.keys.model,
+    )
+    parts["conditioner"] = run.part(
+        "conditioner",
+        lambda folder: components.write_conditioner(folder, models.dit(types.transformer), run.within),
+        key=run.keys.model,
+    )
+    # Last, because it uses the model up.
+    parts["transformer"] = run.part(
+        "transformer",
+        lambda folder: components.write_step(
+            folder,
+            models.take_dit(types.transformer),
+            plan,
+            per_chunk=run.request.per_chunk,
+            progress=run.within,
+        ),
+        key=run.keys.graphs,
+    )
+    return parts

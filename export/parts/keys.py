@@ -1,0 +1,120 @@
+"""What identifies a build and its parts, so that an interrupted build takes over exactly what it would make again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import engines as engine_data
+import lightforcing_ref
+import plugins
+from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
+from runtime import bundle
+
+from .graphs import graph_types
+
+__all__ = ["BuildKeys", "tool_versions"]
+
+_TOOLS = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "nvidia-modelopt",
+    "tensorrt-rtx-cu13",
+    "triton",
+)
+
+
+@dataclass(frozen=True)
+class BuildKeys:
+    """Digests of everything that decides what a part holds.
+
+    Attributes:
+        model: the weights, the video's size, and the types of the graphs; enough for text encoder, conditioner and
+            decoder.
+        graphs: the attention variant too; enough for the step graphs.
+        engines: model and target; enough for engines of components that are never quantized.
+        build: everything.
+    """
+
+    model: str
+    graphs: str
+    engines: str
+    build: str
+
+    @classmethod
+    def of(cls, request: BuildRequest, plan: StepPlan, digests: Mapping[str, str]) -> BuildKeys:
+        """The keys of a request, given the digests of its weights' files."""
+        model = _digest(
+            plan.preset,
+            plan.height,
+            plan.width,
+            graph_types(request),
+            request.weights.seed,
+            sorted(digests.items()),
+            sorted(_deciding_versions().items()),
+            _source_digest(),
+        )
+        graphs = _digest(model, plan.fingerprint(), request.per_chunk)
+        engines = _digest(model, request.backend, request.target.model_dump())
+        quantization = request.quantization
+        calibration = quantization.calibration
+        build = _digest(
+            graphs,
+            engines,
+            request.precision,
+            request.execution,
+            request.embedded,
+            quantization.static,
+            quantization.skip,
+            None if calibration is None else bundle.hash_file(calibration),
+        )
+        return cls(model, graphs, engines, build)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@cache
+def _source_digest() -> str:
+    """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
+    digest = hashlib.sha256()
+    # Of the runtime only `runtime.bundle`: manifests, weights files and golden vectors are what it defines.
+    folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
+    folders.append(Path(inspect.getfile(bundle)).parent)
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    files += Path(__file__).parents[1].rglob("*.py")
+    files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _deciding_versions() -> dict[str, str]:
+    """The versions that tell builds apart. Not Python's patch level: parts that were compiled on one machine are taken
+    over on another, whose Python seldom is the same to the last digit."""
+    return {**tool_versions(), "python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a bundle's contents depend on, of those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,1 @@
+"""Quantization: formats, what they cost, calibration, and which layers are left out."""

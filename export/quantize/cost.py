@@ -1,0 +1,161 @@
+"""What quantization costs: the output error of every block linear, and the error of the latents after a rollout."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightforcing_ref.model import CausalWanModel
+
+from .numerics import FoldedWeight, Format, fake_linear, fold_weight, relative_error
+from .trial import Trial, block_linears
+
+__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors", "seeded_error"]
+
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class LatentError:
+    """Relative L2 error of the latents, of all chunks together and of each chunk.
+
+    Later chunks build on the errors of earlier ones, and selections of key blocks flip where scores are close.
+    """
+
+    total: float
+    per_chunk: tuple[float, ...]
+
+
+@contextmanager
+def _hooked(model: CausalWanModel, hooks: Mapping[str, _Hook]) -> Iterator[None]:
+    """Run forward hooks on block linears while the context lasts."""
+    linears = block_linears(model)
+    handles = [linears[name].register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.detach()
+
+
+def layer_errors(
+    model: CausalWanModel,
+    trial: Trial,
+    formats: Sequence[Format],
+    *,
+    amax: Mapping[str, float] | None = None,
+) -> dict[str, dict[Format, float]]:
+    """Relative L2 error of each block linear's output (bias left out) over the trial's rollouts, by format.
+
+    Every linear sees what it sees in the unquantized model; activations are compared as they pass, not stored.
+
+    Args:
+        model: with merged projections.
+        amax: static ranges of the inputs, for FP8; None = dynamic.
+    """
+    sums: dict[str, dict[Format, list[float]]] = {}
+    hooks: dict[str, _Hook] = {}
+    for name in block_linears(model):
+        sums[name] = {format: [0.0, 0.0] for format in formats}
+        hooks[name] = _observer(sums[name], _static(name, amax))
+    with _hooked(model, hooks):
+        trial.run(model)
+    return {
+        name: {format: (gap / scale) ** 0.5 if scale else 0.0 for format, (gap, scale) in errors.items()}
+        for name, errors in sums.items()
+    }
+
+
+def _static(name: str, amax: Mapping[str, float] | None) -> Callable[[Format], float | None]:
+    """Static range of a linear's input; NVFP4 is always dynamic."""
+    return lambda format: None if amax is None or format == "nvfp4" else amax[name]
+
+
+def _observer(sums: dict[Format, list[float]], static: Callable[[Format], float | None]) -> _Hook:
+    folded: dict[Format, FoldedWeight] = {}
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = _weight(module)
+        expected = torch.nn.functional.linear(inputs[0], weight).float()
+        for format, total in sums.items():
+            limit = static(format)
+            if format not in folded:
+                folded[format] = fold_weight(weight, format, amax=limit)
+            actual = fake_linear(inputs[0], folded[format], format, amax=limit)
+            total[0] += float((actual - expected).double().square().sum())
+            total[1] += float(expected.double().square().sum())
+
+    return hook
+
+
+SEEDED_ROWS = 64
+"""Tokens of the inputs on which `seeded_error` judges a weight."""
+
+
+def seeded_error(name: str, format: Format, weight: Tensor, folded: FoldedWeight) -> float:
+    """Relative L2 error of a quantized linear's output on normally distributed inputs, seeded by its name.
+
+    It takes no model to run and shows what the weight does; what real activations do, `layer_errors` shows.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    x = torch.empty(SEEDED_ROWS, weight.shape[1]).normal_(generator=generator)
+    return relative_error(fake_linear(x, folded, format), x @ weight.float().T)
+
+
+@contextmanager
+def fake_quantized(
+    model: CausalWanModel, formats: Mapping[str, Format], *, amax: Mapping[str, float] | None = None
+) -> Iterator[None]:
+    """Let the linears named in `formats` compute as the quantized graph does, while the context lasts.
+
+    Args:
+        model: with merged projections.
+        amax: static ranges of the inputs, for FP8; None = dynamic.
+    """
+    hooks = {name: _substitute(format, _static(name, amax)(format)) for name, format in formats.items()}
+    with _hooked(model, hooks):
+        yield
+
+
+def _substitute(format: Format, amax: float | None) -> _Hook:
+    folded: list[FoldedWeight] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert isinstance(module, nn.Linear)
+        if not folded:
+            folded.append(fold_weight(_weight(module), format, dtype=output.dtype, amax=amax))
+        result = fake_linear(inputs[0], folded[0], format, amax=amax).to(output.dtype)
+        return result if module.bias is None else result + module.bias
+
+    return hook
+
+
+def latent_error(
+    model: CausalWanModel,
+    trial: Trial,
+    formats: Mapping[str, Format],
+    *,
+    amax: Mapping[str, float] | None = None,
+) -> LatentError:
+    """Error of the latents after the trial's rollouts, quantized against not, from the same noise.
+
+    Args:
+        As `fake_quantized`.
+    """
+    expected = torch.stack(trial.run(model))
+    with fake_quantized(model, formats, amax=amax):
+        actual = torch.stack(trial.run(model))
+    chunks = zip(actual.chunk(trial.chunks, dim=2), expected.chunk(trial.chunks, dim=2), strict=True)
+    return LatentError(
+        relative_error(actual, expected), tuple(relative_error(ours, theirs) for ours, theirs in chunks)
+    )

@@ -1,0 +1,74 @@
+"""What is to be built: the request that the command line, the backends and the tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lightforcing_ref.config import Preset
+
+from .geometry import StepPlan
+from .targets import BackendName, Precision, Target, Variant
+from .weights import Weights
+
+__all__ = ["BuildRequest", "Execution", "QuantizationRequest"]
+
+Execution = Literal["whole", "segmented"]
+
+
+@dataclass(frozen=True)
+class QuantizationRequest:
+    """How the block linears are quantized, where the precision is fp8 or nvfp4.
+
+    Attributes:
+        static: whether activations have calibrated scales in place of one per token.
+        calibration: file of the ranges; needed where `static`, and otherwise a source of measured errors.
+        skip: patterns of linears that stay in bf16 ("blocks.0.*"), or "auto" for those above an error threshold.
+    """
+
+    static: bool = False
+    calibration: Path | None = None
+    skip: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build, from what, and where to put it.
+
+    Attributes:
+        height, width: of the video, in pixels.
+        weights: the model, and where its weights come from.
+        per_chunk: also write a step graph for each chunk.
+        execution: the step as one graph, or cut into segments.
+        embedded: segments hold their weights, an engine per layer; otherwise weights are inputs of one engine.
+        command: command line, for the manifest.
+    """
+
+    target: Target
+    variant: Variant
+    weights: Weights
+    height: int
+    width: int
+    backend: BackendName
+    precision: Precision
+    out: Path
+    name: str
+    per_chunk: bool = False
+    execution: Execution = "whole"
+    embedded: bool = False
+    quantization: QuantizationRequest = QuantizationRequest()
+    command: str = ""
+
+    @property
+    def preset(self) -> Preset:
+        """The model's dimensions."""
+        return self.weights.preset
+
+    @property
+    def plan(self) -> StepPlan:
+        """The request in numbers; see `StepPlan.of` for the errors."""
+        blocks = self.variant.blocks(self.target, self.preset.block)
+        return StepPlan.of(
+            self.preset, self.variant, self.height, self.width, block_q=blocks.query, block_k=blocks.key
+        )

@@ -1,0 +1,310 @@
+"""Targets (what a bundle is built for) and variants (how its attention is sparse), read from TOML files.
+
+The shipped ones are data of the `engines` package; a path to a file of one's own is accepted wherever a name is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from export.errors import InputError
+from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.sparsity import SparsityTable
+from runtime.bundle import BackendName, Precision
+
+__all__ = [
+    "BackendName",
+    "Blocks",
+    "CachePolicy",
+    "Peak",
+    "Precision",
+    "SparsityPolicy",
+    "Target",
+    "Variant",
+    "list_targets",
+    "list_variants",
+    "load_target",
+    "load_variant",
+    "unknown_name",
+]
+
+_MAX_BASE = 0.999
+
+_Tokens = Annotated[int, Field(ge=16, le=1024)]
+_Count = Annotated[int, Field(ge=0)]
+_Frames = Annotated[int, Field(ge=CHUNK_FRAMES, le=100_000)]
+_Rate = Annotated[float, Field(gt=0)]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Blocks(_Spec):
+    """Attention blocks: tokens of one query block and of one key block."""
+
+    query: _Tokens
+    key: _Tokens
+
+
+class Peak(_Spec):
+    """Peak rates of the hardware: dense tensor TFLOPS with fp32 accumulation, and memory bandwidth in GB/s (1e9)."""
+
+    bf16_tflops: _Rate
+    fp8_tflops: _Rate | None = None
+    fp4_tflops: _Rate | None = None
+    memory_gb_s: _Rate
+
+
+class Target(_Spec):
+    """What a bundle is built for.
+
+    Attributes:
+        compute_capability: of the GPU, as "major.minor"; None on a CPU.
+        memory_gib: device memory in GiB as the driver reports it, rounded; None = the machine's own.
+        blocks: what the target's attention kernels are fastest with; None = what suits the preset's frames.
+        precisions: what the hardware computes in.
+        backends: in order of preference.
+        peak: None where it is not known.
+        default_variant: the variant where none is asked for.
+    """
+
+    schema_version: Literal[1]
+    name: _Name
+    title: str
+    compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None = None
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    blocks: Blocks | None = None
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    backends: Annotated[tuple[BackendName, ...], Field(min_length=1)]
+    peak: Peak | None = None
+    default_variant: str = "short"
+
+    @property
+    def sm(self) -> str | None:
+        """The architecture as compilers name it, e.g. "sm_120"; None on a CPU."""
+        return None if self.compute_capability is None else f"sm_{self.compute_capability.replace('.', '')}"
+
+
+class SparsityPolicy(_Spec):
+    """Sparsity of the attention: the chunk-aware table, and the frames its first stage keeps.
+
+    Attributes:
+        target: average fraction of key blocks that the chunks after the first skip.
+        base: the fraction in the limit of a long history, at least `target`.
+        table_frames: planned length of the clip in latent frames; a whole number of chunks.
+        keep_frames: past frames that stay eligible, `sink_frames` and `near_frames` among them; None = all of them.
+    """
+
+    target: _Fraction
+    base: _Fraction
+    table_frames: _Frames
+    keep_frames: Annotated[int, Field(ge=1)] | None = None
+    sink_frames: _Count = 0
+    near_frames: _Count = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SparsityPolicy:
+        if self.base < self.target:
+            raise ValueError(f"base is {self.base}, below the target {self.target}; expected base >= target")
+        if self.table_frames % CHUNK_FRAMES:
+            raise ValueError(
+                f"table_frames is {self.table_frames}; expected a whole number of chunks of {CHUNK_FRAMES} frames"
+            )
+        reserved = self.sink_frames + self.near_frames
+        if self.keep_frames is not None and self.keep_frames < reserved:
+            raise ValueError(
+                f"keep_frames is {self.keep_frames}; expected at least sink + near = {reserved} frames"
+            )
+        return self
+
+
+class CachePolicy(_Spec):
+    """Which past frames stay in the cache.
+
+    Attributes:
+        window_frames: latent frames that attention may see, the current chunk included; None = the planned clip.
+        sink_frames: first frames of the rollout, which are never evicted.
+        sink_positions: "absolute" leaves them where they were, "window" moves them to just before the oldest
+            recent frame whenever the window slides.
+    """
+
+    window_frames: _Frames | None = None
+    sink_frames: _Count = 0
+    sink_positions: Literal["absolute", "window"] = "absolute"
+
+
+class Variant(_Spec):
+    """How the attention is sparse and what the cache keeps.
+
+    Attributes:
+        block: tokens of a block, where the variant's weights were trained with one size; None = the target's.
+    """
+
+    schema_version: Literal[1]
+    name: _Name
+    title: str
+    block: _Tokens | None = None
+    sparsity: SparsityPolicy
+    cache: CachePolicy
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Variant:
+        if self.cache.sink_frames > self.max_past_frames:
+            raise ValueError(
+                f"cache.sink_frames is {self.cache.sink_frames}; expected at most the {self.max_past_frames} past "
+                f"frames of a window of {self.window_frames}"
+            )
+        return self
+
+    @property
+    def window_frames(self) -> int:
+        """Latent frames that attention may see, the current chunk included."""
+        return self.cache.window_frames or self.sparsity.table_frames
+
+    @property
+    def max_past_frames(self) -> int:
+        """Latent frames the cache holds at most."""
+        return self.window_frames - CHUNK_FRAMES
+
+    @property
+    def keep_frames(self) -> int:
+        """Past frames that stay eligible in the attention's first stage; all of them where the variant states none."""
+        reserved = self.sparsity.sink_frames + self.sparsity.near_frames
+        return self.sparsity.keep_frames or max(1, self.max_past_frames, reserved)
+
+    def blocks(self, target: Target, preset_block: int) -> Blocks:
+        """Attention blocks: the variant's own, else the target's, else what suits the preset's frames."""
+        if self.block is not None:
+            return Blocks(query=self.block, key=self.block)
+        return target.blocks or Blocks(query=preset_block, key=preset_block)
+
+    def table(self) -> SparsityTable:
+        """Sparsity of every chunk.
+
+        Raises:
+            ConfigError: target and base are so far apart that a chunk's sparsity would be negative.
+        """
+        return SparsityTable.chunk_aware(
+            self.sparsity.target,
+            self.sparsity.base,
+            table_frames=self.sparsity.table_frames,
+            chunk_frames=CHUNK_FRAMES,
+            window_frames=self.cache.window_frames,
+        )
+
+    def changed(self, **changes: int | float | None) -> Variant:
+        """This variant with other values, called `NAME-custom`; itself where every value is None.
+
+        Args:
+            changes: fields of `sparsity`, and `window_frames`. A `target` without a `base` takes the base along at
+                the variant's own distance (target 0 is dense: base 0).
+
+        Raises:
+            InputError: the values do not go together.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        if not given:
+            return self
+        if "target" in given and "base" not in given:
+            target, distance = given["target"], self.sparsity.base - self.sparsity.target
+            given["base"] = min(round(target + distance, 6), _MAX_BASE) if target else 0.0
+        document = self.model_dump()
+        for name, value in given.items():
+            document["cache" if name == "window_frames" else "sparsity"][name] = value
+        document["name"] = f"{self.name.removesuffix('-custom')}-custom"
+        return _validated(Variant, document, f"variant {self.name!r} with {_flags(given)}")
+
+
+_SpecT = TypeVar("_SpecT", Target, Variant)
+
+
+def load_target(name: str) -> Target:
+    """The target called `name`, or the one in the file `name`.
+
+    Raises:
+        InputError: there is none (the message lists the shipped ones), or the file is malformed.
+    """
+    return _load(Target, "target", name)
+
+
+def load_variant(name: str) -> Variant:
+    """The variant called `name`, or the one in the file `name`.
+
+    Raises:
+        InputError: there is none (the message lists the shipped ones), or the file is malformed.
+    """
+    return _load(Variant, "variant", name)
+
+
+def list_targets() -> tuple[Target, ...]:
+    """The shipped targets, by name."""
+    return tuple(load_target(name) for name in _names("target"))
+
+
+def list_variants() -> tuple[Variant, ...]:
+    """The shipped variants, by name."""
+    return tuple(load_variant(name) for name in _names("variant"))
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is none of `known`: suggests close ones and lists all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return InputError(f"unknown {kind} {name!r}; {hint}the {kind}s are {', '.join(names)}")
+
+
+def _folder(kind: str) -> Traversable:
+    return resources.files("engines").joinpath(f"{kind}s")
+
+
+def _names(kind: str) -> list[str]:
+    entries = (entry.name for entry in _folder(kind).iterdir())
+    return sorted(entry.removesuffix(".toml") for entry in entries if entry.endswith(".toml"))
+
+
+def _load(model: type[_SpecT], kind: str, name: str) -> _SpecT:
+    known = _names(kind)
+    if name in known:
+        source: Traversable = _folder(kind).joinpath(f"{name}.toml")
+    elif name.endswith(".toml") or "/" in name or "\\" in name:
+        source = Path(name)
+        if not source.is_file():
+            raise InputError(
+                f"no {kind} file at {name}; expected a TOML file, or one of the {kind}s {', '.join(known)}"
+            )
+    else:
+        raise unknown_name(kind, name, known)
+    try:
+        document = tomllib.loads(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"the {kind} file {source} is not readable TOML: {error}") from error
+    return _validated(model, document, f"the {kind} file {source}")
+
+
+def _validated(model: type[_SpecT], document: dict[str, Any], what: str) -> _SpecT:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = [
+            ": ".join(
+                filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")))
+            )
+            for item in error.errors()
+        ]
+        raise InputError(f"{what} is not valid: {'; '.join(problems)}") from error
+
+
+def _flags(values: dict[str, int | float]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())

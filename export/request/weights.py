@@ -1,0 +1,195 @@
+"""The models a bundle is made of, from checkpoints or from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from export.errors import InputError
+from lightforcing_ref.checkpoint import (
+    checkpoint_sha256,
+    load_dit_state,
+    load_lora,
+    load_umt5_state,
+    load_vae_state,
+    vae_config_of,
+)
+from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.config import Preset
+from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
+from lightforcing_ref.text import byte_tokenizer, load_tokenizer
+from lightforcing_ref.vae import VAEDecoder
+
+__all__ = ["Weights", "shipped_weights"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights come from: a seed, or a file for each model.
+
+    Args:
+        seed: draws all weights; None = from the files.
+        checkpoint, lora: transformer, and a LoRA to merge into it.
+    """
+
+    preset: Preset
+    seed: int | None = None
+    checkpoint: Path | None = None
+    lora: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def _shipped(self) -> bool:
+        return self.checkpoint is not None and self.checkpoint.is_relative_to(ASSETS)
+
+    @property
+    def source(self) -> str:
+        """What the transformer's weights are called in a manifest."""
+        if self.checkpoint is None:
+            return f"random:{self.seed or 0}"
+        return f"shipped:{self.preset.name}" if self._shipped else self.checkpoint.name
+
+    @property
+    def example_prompt(self) -> str:
+        """A prompt that these weights can show something for."""
+        return CAPTIONS[self.preset.name] if self._shipped else "a red fox in snow"
+
+    @property
+    def described(self) -> str:
+        """Where the weights come from, in words."""
+        if self.checkpoint is None:
+            return f"random, from seed {self.seed or 0} (--checkpoint and the other files give trained ones)"
+        if self._shipped:
+            return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
+        return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
+
+    def check(self) -> None:
+        """Hold every file's tensors against the models they are for, without reading their values.
+
+        Raises:
+            CheckpointError: a file cannot be read, or holds something else.
+        """
+        if self.checkpoint is not None:
+            load_dit_state(self.checkpoint, self.preset.dit)
+        if self.lora is not None:
+            load_lora(self.lora, self.preset.dit)
+        if self.vae is not None:
+            load_vae_state(self.vae, vae_config_of(self.vae))
+        if self.text_encoder is not None:
+            load_umt5_state(self.text_encoder, self.preset.text)
+        if self.tokenizer is not None:
+            load_tokenizer(self.tokenizer)
+
+    def dit(self, dtype: torch.dtype) -> CausalWanModel:
+        """The transformer, in evaluation mode and without gradients.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not hold this model.
+        """
+        if self.checkpoint is None:
+            model = self._drawn(lambda: CausalWanModel(self.preset.dit), dtype)
+        else:
+            with torch.device("meta"):
+                model = CausalWanModel(self.preset.dit)
+            state = load_dit_state(self.checkpoint, self.preset.dit, lora=self.lora, dtype=dtype)
+            model.load_state_dict(state, strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def vae_decoder(self, dtype: torch.dtype = torch.float32) -> VAEDecoder:
+        """The video decoder, of whatever width the checkpoint has."""
+        if self.vae is None:
+            self._require_seed("vae")
+            model = self._drawn(lambda: VAEDecoder(self.preset.vae), dtype)
+        else:
+            config = vae_config_of(self.vae)
+            with torch.device("meta"):
+                model = VAEDecoder(config)
+            model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def text_tensors(self) -> dict[str, Callable[[], Tensor]]:
+        """The text encoder's weights under the names of the bundle's weights file, each made when it is called for.
+
+        UMT5-XXL does not fit into memory twice: weights of a file are mapped, random ones drawn one by one.
+        """
+        if self.text_encoder is None:
+            self._require_seed("text-encoder")
+            shapes = umt5_shapes(self.preset.text)
+            return {name: partial(self._draw, name, shape) for name, shape in shapes.items()}
+        state = load_umt5_state(self.text_encoder, self.preset.text)
+        return {name: partial(state.__getitem__, name) for name in state}
+
+    def text_weights(self) -> dict[str, Tensor]:
+        """All weights of the text encoder at once, in the type they are stored in; see `text_tensors`."""
+        return {name: make() for name, make in self.text_tensors().items()}
+
+    def write_tokenizer(self, path: Path) -> None:
+        """Write `tokenizer.json` to `path`."""
+        if self.tokenizer is None:
+            byte_tokenizer().save(str(path))
+        else:
+            load_tokenizer(self.tokenizer).save(str(path))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file in use, by role."""
+        roles = ("checkpoint", "lora", "vae", "text_encoder")
+        digests = {
+            role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
+        }
+        if self.tokenizer is not None:
+            text = load_tokenizer(self.tokenizer).to_str()
+            digests["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
+        return digests
+
+    def _require_seed(self, option: str) -> None:
+        if self.seed is None:
+            raise InputError(
+                f"no {option} was given; pass --{option}, or build with random weights (--init random)"
+            )
+
+    def _drawn(self, make: Callable[[], ModelT], dtype: torch.dtype) -> ModelT:
+        """A model with weights from the seed, the same ones in every type; each model draws from its own stream."""
+        self._require_seed("checkpoint")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed or 0)
+            return make().to(dtype)
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A weight of the text encoder, of a size that keeps the hidden states in range."""
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        drawn = torch.empty(shape).normal_(generator=generator)
+        if name == "token_embedding" or name.endswith("rel_bias"):
+            return drawn
+        # Attention scores are not scaled, so the queries are.
+        fan_in = shape[1] * (self.preset.text.d_kv if name.endswith(".q") else 1)
+        return drawn.mul_(fan_in**-0.5)
+
+
+def shipped_weights(preset: Preset, *, dense: bool) -> Weights | None:
+    """The trained weights that come with this package for `preset`, for dense or for sparse attention; None if there
+    are none."""
+    files = shipped(preset.name)
+    if files is None:
+        return None
+    return Weights(
+        preset,
+        checkpoint=files.dense_transformer if dense else files.transformer,
+        vae=files.vae,
+        text_encoder=files.text_encoder,
+        tokenizer=files.tokenizer,
+    )

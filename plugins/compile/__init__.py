@@ -1,0 +1,1 @@
+"""Compiles kernel images, and libraries with the images inside."""

@@ -1,0 +1,1 @@
+"""The kernels under PyTorch, without an engine."""

@@ -1,0 +1,389 @@
+"""The GPU kernels on PyTorch tensors: both operators, and the steps they are made of.
+
+`bind_cuda()` makes `torch.ops.lightforcing.*` callable on CUDA tensors. With `TRITON_INTERPRET=1` in the environment
+before Triton is imported, everything here runs on CPU tensors in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from plugins.kernels.specs import KernelError, Problem, Variant, find_variant, image_arch, kernel_function
+
+__all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Which key blocks each query block sees.
+
+    Attributes:
+        entries: int32 `[H, query_blocks, key_blocks]`; of each row the first `counts` entries are valid, ascending,
+            each `frame << 16 | block` (logical frame: past oldest first, then current; block within the frame).
+        counts: int32 `[H, query_blocks]`.
+    """
+
+    entries: Tensor
+    counts: Tensor
+
+
+class Launcher(Protocol):
+    """Runs a kernel of `plugins.kernels.specs.KERNELS` on the current stream."""
+
+    def launch(
+        self,
+        kernel: str,
+        problem: Problem,
+        buffers: Mapping[str, Tensor],
+        options: Mapping[str, int | float] | None = None,
+    ) -> None:
+        """Launch `kernel`; `buffers` and `options` hold its arguments by name, sizes come from `problem`."""
+        ...
+
+
+class TritonLauncher:
+    """Compiles kernels just in time (or interprets them) and launches them."""
+
+    def __init__(self, adjust: Callable[[Variant], Variant] = lambda variant: variant) -> None:
+        """`adjust` may change a specialisation before it is compiled, to try other tile sizes."""
+        self._adjust = adjust
+
+    def launch(
+        self,
+        kernel: str,
+        problem: Problem,
+        buffers: Mapping[str, Tensor],
+        options: Mapping[str, int | float] | None = None,
+    ) -> None:
+        from triton import knobs
+
+        interpret = bool(knobs.runtime.interpret)
+        if interpret:
+            # Every type runs in the interpreter; the table knows those of the GPU.
+            arch, problem = 80, replace(problem, dtype="bfloat16")
+        else:
+            major, minor = torch.cuda.get_device_capability(next(iter(buffers.values())).device)
+            arch = image_arch(10 * major + minor)
+        variant = self._adjust(find_variant(kernel, problem, arch))
+        constants = dict(variant.constants)
+        if "INTERPRET" in constants:
+            constants["INTERPRET"] = interpret
+        values = {**problem.sizes(), **buffers, **(options or {})}
+        with torch.cuda.device_of(next(iter(buffers.values()))):
+            kernel_function(kernel)[variant.grid_for(problem)](
+                *(values[argument.name] for argument in variant.arguments),
+                **constants,
+                num_warps=variant.num_warps,
+                num_stages=variant.num_stages,
+                maxnreg=variant.max_registers,
+                enable_fp_fusion=True,
+            )
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    if tensor.dtype not in _DTYPE_NAMES:
+        known = ", ".join(_DTYPE_NAMES.values())
+        raise KernelError(f"there are no kernels for {tensor.dtype}; expected one of {known}")
+    return _DTYPE_NAMES[tensor.dtype]
+
+
+@cache
+def _device_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise KernelError(
+                f"{name} {list(tensor.shape)} has strides {tensor.stride()}; the kernels need it contiguous"
+            )
+
+
+class TorchKernels:
+    """The operators and their steps on tensors, run by a launcher. Every call is safe inside a CUDA graph capture
+    once it has run outside of one."""
+
+    def __init__(self, launcher: Launcher | None = None) -> None:
+        self._launcher = launcher or TritonLauncher()
+
+    def qk_prepare(
+        self,
+        qkv: Tensor,
+        bias: Tensor,
+        norm_q: Tensor,
+        norm_k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        heads: int,
+        frame_tokens: int,
+        block_q: int,
+        block_k: int,
+        eps: float,
+        out: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The operator `QKPrepare`; `out`, if given, receives q, k, v, q_mean and k_mean."""
+        tokens, width = qkv.shape[0], qkv.shape[1] // 3
+        problem = Problem(
+            _dtype_name(qkv),
+            heads,
+            width // heads,
+            frame_tokens,
+            tokens // frame_tokens,
+            0,
+            block_q,
+            block_k,
+        )
+        sizes = problem.sizes()
+        if out is None:
+            heads_shape = (tokens, heads, problem.head_dim)
+            mean = (heads, problem.head_dim)
+            q, k, v = (qkv.new_empty(heads_shape) for _ in range(3))
+            q_mean, k_mean = (
+                qkv.new_empty((problem.chunk_frames, sizes[blocks], *mean), dtype=torch.float32)
+                for blocks in ("q_blocks", "k_blocks")
+            )
+        else:
+            q, k, v, q_mean, k_mean = out
+        buffers = {"q": q, "k": k, "v": v, "q_mean": q_mean, "k_mean": k_mean, "qkv": qkv, "bias": bias}
+        buffers |= {"norm_q": norm_q, "norm_k": norm_k, "cos": cos, "sin": sin}
+        _whole(buffers)
+        self._launcher.launch("prepare", problem, buffers, {"eps": eps})
+        return q, k, v, q_mean, k_mean
+
+    def select(
+        self,
+        q_mean: Tensor,
+        k_mean: Tensor,
+        past_kmean: Tensor,
+        frame_slots: Tensor,
+        chunk: Tensor,
+        *,
+        frame_tokens: int,
+        block_q: int,
+        block_k: int,
+        keep_frames: int,
+        sink_frames: int,
+        near_frames: int,
+        keep_q20: Sequence[int],
+        out: BlockLists | None = None,
+        scores: Tensor | None = None,
+    ) -> BlockLists:
+        """The blocks that hierarchical sparse attention keeps.
+
+        Args:
+            q_mean, k_mean: float32 `[frames, blocks, H, D]` block means of the current chunk.
+            past_kmean: float32 `[slots, k_blocks, H, D]`.
+            frame_slots: int32 `[F]`.
+            chunk: int32 scalar tensor, read on the device.
+            scores: float32 work space `[H, query_blocks, key_blocks]`.
+        """
+        chunk_frames, _, heads, head_dim = q_mean.shape
+        problem = Problem(
+            "bfloat16",  # selection works on float32 means whatever the compute type is
+            heads,
+            head_dim,
+            frame_tokens,
+            chunk_frames,
+            frame_slots.numel(),
+            block_q,
+            block_k,
+        )
+        out = out or empty_lists(problem, q_mean.device)
+        if scores is None:
+            scores = torch.empty(out.entries.shape, dtype=torch.float32, device=q_mean.device)
+        buffers = {"scores": scores, "q_mean": q_mean, "k_mean": k_mean, "past_kmean": past_kmean}
+        buffers |= {"frame_slots": frame_slots, "lists": out.entries, "counts": out.counts, "chunk": chunk}
+        buffers["keep_q20"] = _device_table(tuple(keep_q20), q_mean.device)
+        _whole(buffers)
+        self._launcher.launch("score", problem, buffers)
+        options = {"table_entries": len(keep_q20), "keep_frames": keep_frames}
+        options |= {"sink_frames": sink_frames, "near_frames": near_frames}
+        self._launcher.launch("select", problem, buffers, options)
+        return out
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        frame_slots: Tensor,
+        lists: BlockLists,
+        *,
+        frame_tokens: int,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Softmax attention of each query block over its listed key blocks, `[T, H, D]`.
+
+        Args:
+            q, k, v: `[T, H, D]`, the current chunk.
+            past_k, past_v: `[slots, frame_tokens, H, D]`.
+            frame_slots: int32 `[F]`.
+        """
+        tokens, heads, head_dim = q.shape
+        problem = Problem(
+            _dtype_name(q),
+            heads,
+            head_dim,
+            frame_tokens,
+            tokens // frame_tokens,
+            frame_slots.numel(),
+            block_q,
+            block_k,
+        )
+        out = torch.empty_like(q) if out is None else out
+        buffers = {"out": out, "q": q, "k": k, "v": v, "past_k": past_k, "past_v": past_v}
+        buffers |= {"frame_slots": frame_slots, "lists": lists.entries, "counts": lists.counts}
+        _whole(buffers)
+        self._launcher.launch("attend", problem, buffers, {"scale": scale})
+        return out
+
+    def hierarchical_sparse_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_mean: Tensor,
+        k_mean: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        past_kmean: Tensor,
+        frame_slots: Tensor,
+        chunk: Tensor,
+        *,
+        frame_tokens: int,
+        block_q: int,
+        block_k: int,
+        keep_frames: int,
+        sink_frames: int,
+        near_frames: int,
+        scale: float,
+        keep_q20: Sequence[int],
+    ) -> Tensor:
+        """The operator `HierarchicalSparseAttention`."""
+        lists = self.select(
+            q_mean,
+            k_mean,
+            past_kmean,
+            frame_slots,
+            chunk,
+            frame_tokens=frame_tokens,
+            block_q=block_q,
+            block_k=block_k,
+            keep_frames=keep_frames,
+            sink_frames=sink_frames,
+            near_frames=near_frames,
+            keep_q20=keep_q20,
+        )
+        return self.attend(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            past_k,
+            past_v,
+            frame_slots,
+            lists,
+            frame_tokens=frame_tokens,
+            block_q=block_q,
+            block_k=block_k,
+            scale=scale,
+        )
+
+    def commit(
+        self,
+        past_k: Tensor,
+        past_v: Tensor,
+        past_kmean: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_mean: Tensor,
+        commit_slots: Tensor,
+    ) -> None:
+        """Copy the frames of a chunk into the cache, in place.
+
+        Args:
+            past_k, past_v: `[slots, frame_tokens, H, D]`; past_kmean: float32 `[slots, k_blocks, H, D]`.
+            k, v: `[T, H, D]`; k_mean: float32 `[frames, k_blocks, H, D]`.
+            commit_slots: int32 `[frames]`, the slot of each frame; negative: skip the frame.
+        """
+        problem = _cache_problem(past_k, past_kmean, chunk_frames=k_mean.shape[0])
+        bits = {"past_k": past_k, "past_v": past_v, "k": k, "v": v}
+        if k.element_size() == 2:
+            bits = {name: tensor.view(torch.int16) for name, tensor in bits.items()}
+        buffers = {**bits, "past_kmean": past_kmean, "k_mean": k_mean, "commit_slots": commit_slots}
+        _whole(buffers)
+        self._launcher.launch("commit", problem, buffers)
+
+    def rope_sink(
+        self,
+        past_k: Tensor,
+        past_kmean: Tensor,
+        sink_k: Tensor,
+        sink_kmean: Tensor,
+        sink_slots: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
+        """Write sink frames into their slots, rotated along time, in place.
+
+        Args:
+            past_k: `[slots, frame_tokens, H, D]`; past_kmean: float32 `[slots, k_blocks, H, D]`.
+            sink_k, sink_kmean: `[sinks, ...]`, keys and block means as they were committed.
+            sink_slots: int32 `[sinks]`; negative: skip the frame.
+            cos, sin: float32 `[sinks, pairs]`, the rotation of the first `pairs` pairs of every head from the
+                committed to the new temporal position.
+        """
+        problem = _cache_problem(past_k, past_kmean, sinks=sink_k.shape[0])
+        buffers = {"past_k": past_k, "past_kmean": past_kmean, "sink_k": sink_k, "sink_kmean": sink_kmean}
+        buffers |= {"sink_slots": sink_slots, "cos": cos, "sin": sin}
+        _whole(buffers)
+        self._launcher.launch("rope_sink", problem, buffers, {"turned_pairs": cos.shape[1]})
+
+
+def empty_lists(problem: Problem, device: torch.device) -> BlockLists:
+    """Uninitialised lists with room for every resident block."""
+    sizes = problem.sizes()
+    shape = (problem.heads, sizes["query_blocks"], sizes["key_blocks"])
+    return BlockLists(
+        torch.empty(shape, dtype=torch.int32, device=device),
+        torch.empty(shape[:2], dtype=torch.int32, device=device),
+    )
+
+
+def _cache_problem(past_k: Tensor, past_kmean: Tensor, *, chunk_frames: int = 0, sinks: int = 0) -> Problem:
+    _, frame_tokens, heads, head_dim = past_k.shape
+    # Only the number of blocks matters to the cache kernels; this size gives it back.
+    block_k = -(-frame_tokens // past_kmean.shape[1])
+    return Problem(
+        _dtype_name(past_k),
+        heads,
+        head_dim,
+        frame_tokens,
+        chunk_frames,
+        0,
+        block_k,
+        block_k,
+        sinks,
+    )
+
+
+def bind_cuda() -> None:
+    """Make `torch.ops.lightforcing.*` run these kernels on CUDA tensors."""
+    from plugins.nodes import ops
+
+    kernels = TorchKernels()
+    ops.bind("cuda", hsa=kernels.hierarchical_sparse_attention, qk_prepare=kernels.qk_prepare)

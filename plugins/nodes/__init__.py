@@ -1,0 +1,1 @@
+"""The operators as nodes of graphs: PyTorch's, ONNX's and TensorRT's."""

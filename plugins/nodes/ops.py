@@ -1,0 +1,130 @@
+"""PyTorch custom ops of both operators: schemas and shape inference, without a computation of their own.
+
+`torch.ops.lightforcing.hierarchical_sparse_attention` and `torch.ops.lightforcing.qk_prepare` exist once this
+module is imported, and can be traced and exported then. `bind` gives them a kernel per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from plugins import contract
+from plugins.contract import HSAAttributes, QKPrepareAttributes
+from plugins.errors import PluginError, UnboundOperatorError
+
+__all__ = ["HIERARCHICAL_SPARSE_ATTENTION", "QK_PREPARE", "bind"]
+
+HIERARCHICAL_SPARSE_ATTENTION: Final = "hierarchical_sparse_attention"
+QK_PREPARE: Final = "qk_prepare"
+
+_SCHEMAS: Final = {
+    HIERARCHICAL_SPARSE_ATTENTION: (
+        "(Tensor q, Tensor k, Tensor v, Tensor q_mean, Tensor k_mean, Tensor past_k, Tensor past_v, "
+        "Tensor past_kmean, Tensor frame_slots, Tensor chunk, int frame_tokens, int block_q, int block_k, "
+        "int keep_frames, int sink_frames, int near_frames, float scale, int[] keep_q20) -> Tensor"
+    ),
+    QK_PREPARE: (
+        "(Tensor qkv, Tensor bias, Tensor norm_q, Tensor norm_k, Tensor cos, Tensor sin, int heads, "
+        "int frame_tokens, int block_q, int block_k, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+HSAKernel = Callable[..., Tensor]
+QKPrepareKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+# A reload must not drop what is bound: the registrations live as long as these objects.
+_bound: dict[str, Library] = globals().get("_bound", {})
+
+
+def _hsa_arguments(args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], HSAAttributes, torch.Size]:
+    """Split positional arguments into tensors and attributes, validated; also the output's shape."""
+    count = len(contract.HSA_INPUTS)
+    tensors = args[:count]
+    attributes = HSAAttributes(**dict(zip(contract.HSA_ATTRIBUTES, args[count:], strict=True)))
+    shapes = {name: tensor.shape for name, tensor in zip(contract.HSA_INPUTS, tensors, strict=True)}
+    return tensors, attributes, torch.Size(contract.hsa_output_shapes(attributes, shapes)["out"])
+
+
+def _qk_prepare_arguments(
+    args: tuple[Any, ...],
+) -> tuple[tuple[Tensor, ...], QKPrepareAttributes, dict[str, tuple[Any, ...]]]:
+    count = len(contract.QK_PREPARE_INPUTS)
+    tensors = args[:count]
+    attributes = QKPrepareAttributes(**dict(zip(contract.QK_PREPARE_ATTRIBUTES, args[count:], strict=True)))
+    shapes = {name: tensor.shape for name, tensor in zip(contract.QK_PREPARE_INPUTS, tensors, strict=True)}
+    return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes)
+
+
+def _fake_hsa(*args: Any) -> Tensor:
+    tensors, _, shape = _hsa_arguments(args)
+    return tensors[0].new_empty(shape)
+
+
+def _fake_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
+    tensors, _, shapes = _qk_prepare_arguments(args)
+    return tuple(
+        tensors[0].new_empty(
+            shapes[name], dtype=torch.float32 if name.endswith("_mean") else tensors[0].dtype
+        )
+        for name in contract.QK_PREPARE_OUTPUTS
+    )
+
+
+def _unbound(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        raise UnboundOperatorError(
+            f"{contract.DOMAIN}::{name} was called on device {args[0].device.type!r}, for which no kernel is bound; "
+            "call plugins.nodes.ops.bind with kernels for this device (the export package binds the reference on 'cpu')"
+        )
+
+    return call
+
+
+def _define() -> None:
+    fakes = {HIERARCHICAL_SPARSE_ATTENTION: _fake_hsa, QK_PREPARE: _fake_qk_prepare}
+    for name, schema in _SCHEMAS.items():
+        if hasattr(getattr(torch.ops, contract.DOMAIN), name):
+            continue  # this module was reloaded, or another copy of it was imported before
+        qualified = f"{contract.DOMAIN}::{name}"
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "default", _unbound(name))
+        torch.library.register_fake(qualified, fakes[name])
+
+
+def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
+    """Make both ops callable on one type of device; binding again replaces the kernels.
+
+    The kernels get the op's tensors by position and its attributes by keyword. Shapes and attributes have been
+    checked before they are called, and their results are made contiguous, as the ops' schemas promise.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        hsa: kernel of `hierarchical_sparse_attention`.
+        qk_prepare: kernel of `qk_prepare`.
+
+    Raises:
+        PluginError: another device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise PluginError(f"cannot bind kernels for device {device!r}; expected 'cpu' or 'cuda'")
+
+    def run_hsa(*args: Any) -> Tensor:
+        tensors, attributes, _ = _hsa_arguments(args)
+        return hsa(*tensors, **attributes.as_dict()).contiguous()
+
+    def run_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
+        tensors, attributes, _ = _qk_prepare_arguments(args)
+        return tuple(result.contiguous() for result in qk_prepare(*tensors, **attributes.as_dict()))
+
+    _bound.pop(device, None)  # dropping the library withdraws its kernels
+    library = Library(contract.DOMAIN, "IMPL")
+    library.impl(HIERARCHICAL_SPARSE_ATTENTION, run_hsa, device.upper())
+    library.impl(QK_PREPARE, run_qk_prepare, device.upper())
+    _bound[device] = library
+
+
+_define()

@@ -1,0 +1,371 @@
+"""Golden vectors: seeded inputs and expected outputs, by which a component is judged on the machine it runs on.
+
+Full-size inputs and outputs are too large to store. Inputs are therefore drawn again from seeds, weights are the
+bundle's own, and of each output only samples at seeded positions and the norm are kept. Everything that both sides
+must do alike is defined here, from raw bits of a counter-based generator and integer arithmetic, so that it depends
+neither on the machine nor on a numpy version.
+
+The golden file is a safetensors file. Its metadata entry ``golden`` holds the cases as JSON (:class:`GoldenCases`),
+the tensor ``CASE/OUTPUT`` the expected samples of that case, float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from runtime.errors import BundleError
+
+from .load import Bundle
+from .manifest import BundlePath, Component, NonNegative, Positive, TensorSpec
+from .weights_file import WeightsFile, numpy_dtype
+
+__all__ = [
+    "METADATA_KEY",
+    "SAMPLES",
+    "ComponentRunner",
+    "Expected",
+    "GoldenCase",
+    "GoldenCases",
+    "GoldenVectors",
+    "Integers",
+    "Mask",
+    "Normal",
+    "Platform",
+    "Rotary",
+    "Stored",
+    "error_of",
+    "generate",
+    "positions",
+    "sample",
+    "seed_of",
+    "standard_normal",
+]
+
+METADATA_KEY: Final = "golden"
+SAMPLES: Final = 1 << 14
+"""Samples kept of a larger output: a tile of 64 rows in 4608 that is wrong holds some 200 of them."""
+
+_LANES: Final = 4
+_LANE_MAX: Final = (1 << 16) - 1
+_DRAW: Final = 1 << 20
+"""Numbers drawn at a time, so that what is computed on the way stays in the caches."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Normal(_Part):
+    """Numbers that are normally distributed for all purposes here, times ``scale``; see :func:`standard_normal`."""
+
+    kind: Literal["normal"] = "normal"
+    seed: NonNegative
+    scale: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Rotary(_Part):
+    """Cosines or sines of angles that are uniform over the circle; the two of one seed belong together."""
+
+    kind: Literal["cos", "sin"]
+    seed: NonNegative
+
+
+class Integers(_Part):
+    """The integers themselves: a step, a chunk's index, a table of slots."""
+
+    kind: Literal["integers"] = "integers"
+    values: tuple[int, ...]
+
+
+class Mask(_Part):
+    """Ones, then zeros."""
+
+    kind: Literal["mask"] = "mask"
+    ones: NonNegative
+
+
+class Stored(_Part):
+    """A tensor of one of the bundle's weights files."""
+
+    kind: Literal["stored"] = "stored"
+    file: BundlePath
+    tensor: str
+
+
+Recipe = Annotated[Normal | Rotary | Integers | Mask | Stored, Field(discriminator="kind")]
+
+
+class Expected(_Part):
+    """What is known of one output besides its samples.
+
+    ``size`` is its number of elements, ``seed`` gives the positions of the samples, and ``norm`` is the L2 norm of
+    all of it. ``centre`` is taken from every element first: pixels are spread around the middle of their range, and
+    what lies in the middle is no signal.
+    """
+
+    size: NonNegative
+    seed: NonNegative
+    norm: Annotated[float, Field(ge=0)]
+    centre: float = 0.0
+
+
+class GoldenCase(_Part):
+    """One run of a component: what goes in, and what is known of what must come out.
+
+    ``name`` is unique. ``slots`` is the size of the dimension of that name.
+    """
+
+    name: str
+    component: str
+    slots: Positive
+    inputs: dict[str, Recipe]
+    outputs: Annotated[dict[str, Expected], Field(min_length=1)]
+
+
+class GoldenCases(_Part):
+    """The cases of a golden file, in the order they are run."""
+
+    version: Literal[1] = 1
+    cases: Annotated[tuple[GoldenCase, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a component was run on. A verdict counts on an equal platform only.
+
+    Attributes:
+        device: the GPU's name and compute capability, or the CPU's model.
+        driver: version of the GPU's driver; None on a CPU.
+        libraries: versions by name of what executes the components (the engine's library, CUDA, ...).
+    """
+
+    device: str
+    driver: str | None
+    libraries: Mapping[str, str]
+
+
+class ComponentRunner(Protocol):
+    """Runs single components of a bundle, as verification needs it.
+
+    A backend's engine offers one through ``component_runner()``. Runs are independent: nothing of one may be seen
+    by the next. Speed does not matter, and memory only so far that one component at a time fits.
+    """
+
+    @property
+    def platform(self) -> Platform:
+        """What the components run on. Must be cheap: it decides whether anything has to be run at all."""
+
+    def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run ``component`` once, with the engine or kernel that the rollout uses.
+
+        ``inputs`` has every input of the component in the manifest, in the manifest's shapes and
+        :func:`~runtime.bundle.weights_file.numpy_dtype` (bfloat16 and float8 of ml_dtypes, packed float4 as uint8);
+        where weights are inputs, they are among them. The dimension ``slots`` has any size of 1 or more. Returns host
+        arrays of every output by name, in the output's type and any shape of the right number of elements.
+
+        Raises:
+            EngineError: the component does not load or run.
+        """
+
+
+def seed_of(case: str, tensor: str) -> int:
+    """The seed of a tensor of a case: below 2**63, different for different names."""
+    digest = hashlib.sha256(f"{case}/{tensor}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _bits(seed: int, count: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """``count`` random 64-bit words, some at a time, each with the index of the first."""
+    generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
+    for start in range(0, count, _DRAW):
+        yield start, generator.random_raw(min(_DRAW, count - start))
+
+
+def standard_normal(seed: int, count: int) -> NDArray[np.float32]:
+    """``count`` numbers of mean 0 and variance 1: sums of four uniform ones, at most 3.46 large.
+
+    Each is the sum of the four 16-bit parts of a word, shifted and scaled once in float32.
+    """
+    out = np.empty(count, dtype=np.float32)
+    deviation = np.float32(1.0 / np.sqrt(_LANES * ((_LANE_MAX + 1) ** 2 - 1) / 12))
+    for start, words in _bits(seed, count):
+        lanes = words.astype("<u8", copy=False).view("<u2")
+        total = lanes[0::_LANES].astype(np.int32)
+        for lane in range(1, _LANES):
+            total += lanes[lane::_LANES]
+        total -= _LANES * _LANE_MAX // 2
+        np.multiply(total, deviation, out=out[start : start + words.size], dtype=np.float32)
+    return out
+
+
+def _angles(seed: int, count: int) -> NDArray[np.float64]:
+    turns = np.empty(count, dtype=np.float64)
+    for start, words in _bits(seed, count):
+        turns[start : start + words.size] = (words >> np.uint64(40)) * 2.0**-24
+    return (turns - 0.5) * (2 * np.pi)
+
+
+def positions(seed: int, size: int) -> NDArray[np.int64]:
+    """Positions of the samples in an output of ``size`` elements, ascending: all of them, or :data:`SAMPLES`."""
+    if size <= SAMPLES:
+        return np.arange(size, dtype=np.int64)
+    words = np.concatenate([words for _, words in _bits(seed, SAMPLES)])
+    return np.sort((words >> np.uint64(1)).astype(np.int64) % size)
+
+
+def generate(recipe: Recipe, count: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:
+    """The ``count`` elements of an input, flat; float32, int64, or as the weights file has them.
+
+    ``files`` are the weights files that recipes refer to.
+
+    Raises:
+        BundleError: a tensor is missing, or has another number of elements.
+    """
+    match recipe:
+        case Normal():
+            return standard_normal(recipe.seed, count) * np.float32(recipe.scale)
+        case Rotary():
+            angles = _angles(recipe.seed, count)
+            return (np.cos(angles) if recipe.kind == "cos" else np.sin(angles)).astype(np.float32)
+        case Mask():
+            return (np.arange(count) < recipe.ones).astype(np.float32)
+        case Integers():
+            values = np.array(recipe.values, dtype=np.int64)
+        case Stored():
+            values = files[recipe.file].get_required(recipe.tensor).reshape(-1)
+    if values.size != count:
+        raise BundleError(
+            f"the golden vectors give {values.size} elements for an input of {count}; rebuild the bundle"
+        )
+    return values
+
+
+def sample(output: NDArray[Any], expected: Expected) -> tuple[NDArray[np.float32], float]:
+    """Samples of an output at its positions, and its norm; see :class:`Expected`."""
+    flat = output.reshape(-1)
+    picked = flat[positions(expected.seed, flat.size)].astype(np.float32) - np.float32(expected.centre)
+    square = 0.0
+    for start in range(0, flat.size, _DRAW):
+        part = flat[start : start + _DRAW].astype(np.float32) - np.float32(expected.centre)
+        square += float(np.dot(part.astype(np.float64), part.astype(np.float64)))
+    return picked, float(np.sqrt(square))
+
+
+def error_of(output: NDArray[Any], expected: Expected, samples: NDArray[np.float32]) -> float:
+    """How wrong an output is: the larger of the relative L2 error of its samples and that of its norm.
+
+    Infinite where the output is not finite, or has another number of elements.
+    """
+    if output.size != expected.size:
+        return float("inf")
+    found, norm = sample(output, expected)
+    if not np.isfinite(norm):
+        return float("inf")
+    gap = float(np.linalg.norm(found.astype(np.float64) - samples))
+    scale = float(np.linalg.norm(samples.astype(np.float64)))
+    return max(_ratio(gap, scale), _ratio(abs(norm - expected.norm), expected.norm))
+
+
+def _ratio(gap: float, scale: float) -> float:
+    return gap / scale if scale else gap
+
+
+class GoldenVectors:
+    """The golden vectors of a bundle, opened.
+
+    Raises:
+        BundleError: the bundle has none, or they do not fit it.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        golden = bundle.manifest.golden
+        if golden is None:
+            raise BundleError(
+                f"bundle {bundle.root} has no golden vectors, so nothing tells whether it computes what it should; "
+                f"rebuild it with the exporter of this version"
+            )
+        self._bundle = bundle
+        self._samples = WeightsFile(bundle.path(golden.file))
+        self.tolerances = dict(golden.tolerances)
+        try:
+            self.cases = GoldenCases.model_validate_json(self._samples.metadata.get(METADATA_KEY, "")).cases
+        except ValidationError as error:
+            raise BundleError(
+                f"{golden.file!r} of bundle {bundle.root} holds no golden vectors that this runtime can read "
+                f"({error.error_count()} problems, the first: {error.errors()[0]['msg']}); rebuild the bundle"
+            ) from None
+        listed = {entry.path for entry in bundle.manifest.files}
+        for case in self.cases:
+            self._check(case, listed)
+        stored = {
+            recipe.file
+            for case in self.cases
+            for recipe in case.inputs.values()
+            if isinstance(recipe, Stored)
+        }
+        self._files = {file: WeightsFile(bundle.path(file)) for file in sorted(stored)}
+
+    def _check(self, case: GoldenCase, listed: set[str]) -> None:
+        component = self._bundle.component(case.component)
+        for kind, specs, known in (
+            ("input", component.inputs, case.inputs.keys()),
+            ("output", component.outputs, case.outputs.keys()),
+        ):
+            names = {spec.name for spec in specs}
+            if names != known:
+                raise BundleError(
+                    f"golden case {case.name!r} has the {kind}s {', '.join(sorted(known))}, the component "
+                    f"{', '.join(sorted(names))}; rebuild the bundle"
+                )
+        unlisted = [
+            recipe.file
+            for recipe in case.inputs.values()
+            if isinstance(recipe, Stored) and recipe.file not in listed
+        ]
+        if unlisted or case.component not in self.tolerances:
+            raise BundleError(
+                f"golden case {case.name!r} refers to {unlisted[0] if unlisted else 'a tolerance'} "
+                f"that the manifest does not list; rebuild the bundle"
+            )
+
+    def inputs(self, case: GoldenCase) -> dict[str, NDArray[Any]]:
+        """The inputs of a case, in the shapes and types of the bundle's component."""
+        component = self._bundle.component(case.component)
+        return {
+            spec.name: shaped(case.inputs[spec.name], spec, case.slots, self._files)
+            for spec in component.inputs
+        }
+
+    def errors(self, case: GoldenCase, outputs: Arrays) -> dict[str, float]:
+        """The error of each output of a case; infinite for one that is missing."""
+        component: Component = self._bundle.component(case.component)
+        found = {}
+        for spec in component.outputs:
+            samples = self._samples.get_required(f"{case.name}/{spec.name}")
+            output = outputs.get(spec.name)
+            found[spec.name] = (
+                float("inf") if output is None else error_of(output, case.outputs[spec.name], samples)
+            )
+        return found
+
+
+def shaped(recipe: Recipe, spec: TensorSpec, slots: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:
+    """An input as a component takes it. ``slots`` is the size of its one symbolic dimension.
+
+    Raises:
+        BundleError: as :func:`generate`.
+    """
+    shape = [slots if isinstance(dim, str) else dim for dim in spec.shape]
+    if spec.dtype == "float4_e2m1":
+        shape[-1] //= 2
+    values = generate(recipe, int(np.prod(shape, dtype=np.int64)), files)
+    return values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)

@@ -1,0 +1,239 @@
+"""Writing a bundle's manifest, and a loader that trusts nothing.
+
+It checks schema version, field types, mutual consistency, that paths are contained in the folder, and size and SHA-256
+of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import ValidationError
+
+from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError
+
+from .manifest import SCHEMA_VERSION, Component, FileEntry, Manifest
+
+__all__ = [
+    "MANIFEST_NAME",
+    "OPERATOR_COMPONENTS",
+    "REQUIRED_COMPONENTS",
+    "Bundle",
+    "file_entry",
+    "hash_file",
+    "load_bundle",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
+OPERATOR_COMPONENTS = ("qk_prepare", "attention")
+"""Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
+
+_HASH_CHUNK = 1 << 20
+_MAX_PROBLEMS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A validated bundle: its folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        """Absolute path of a file that the manifest lists."""
+        return self.root / relative
+
+    def component(self, name: str) -> Component:
+        """The component called ``name``; :class:`BundleError` if the bundle has none."""
+        try:
+            return self.manifest.components[name]
+        except KeyError:
+            known = ", ".join(sorted(self.manifest.components))
+            raise BundleError(
+                f"bundle {self.root} has no component {name!r} (it has: {known}); rebuild it with "
+                f"'python -m export build'"
+            ) from None
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file as 64 lowercase hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(_HASH_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_entry(folder: str | os.PathLike[str], relative: str) -> FileEntry:
+    """The manifest entry of ``folder/relative``: path with forward slashes, SHA-256 and size in bytes."""
+    path = Path(folder) / relative
+    return FileEntry(
+        path=PurePosixPath(relative).as_posix(), sha256=hash_file(path), bytes=path.stat().st_size
+    )
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
+    """Write ``manifest.json`` into ``folder`` and return its path.
+
+    The file appears complete or not at all. Write it last: a folder without it does not load.
+    """
+    root = Path(folder)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=False) + "\n"
+    temporary = root / f".manifest-{secrets.token_hex(6)}.json"
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return temporary.replace(root / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    """Read and validate the bundle in ``folder``.
+
+    ``verify=False`` skips hashing (sizes and paths are still checked); use it only where the folder was just
+    verified. Raises :class:`BundleError` or a subclass; never returns a partly valid bundle.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise BundleError(
+            f"no bundle at {root}: expected a folder with a {MANIFEST_NAME}; build one with "
+            f"'python -m export build --gpu cpu'"
+        )
+    root = root.resolve()
+    manifest = _parse(root / MANIFEST_NAME)
+    for entry in manifest.files:
+        _require_contained(root, entry.path)
+    _check_components(root, manifest)
+    for entry in manifest.files:
+        _check_file(root, entry, verify=verify)
+    return Bundle(root=root, manifest=manifest)
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} has no {MANIFEST_NAME}: it is not a bundle, or its build was interrupted; "
+            f"run the build again"
+        ) from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BundleSchemaError(f"{path} is not readable JSON ({error}); rebuild the bundle") from error
+    if not isinstance(raw, dict):
+        raise BundleSchemaError(
+            f"{path} holds a {type(raw).__name__}, expected an object; rebuild the bundle"
+        )
+    version = raw.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleSchemaError(
+            f"{path} has schema_version {version!r}, expected {SCHEMA_VERSION}; rebuild the bundle"
+        )
+    if version > SCHEMA_VERSION:
+        raise BundleSchemaError(
+            f"{path} has schema_version {version}, this runtime reads up to {SCHEMA_VERSION}; upgrade the "
+            f"runtime, or rebuild the bundle with the exporter of this version"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise BundleSchemaError(f"{path} does not follow the schema: {_summary(error)}") from error
+
+
+def _summary(error: ValidationError) -> str:
+    problems = [
+        f"{'.'.join(str(part) for part in item['loc']) or 'manifest'}: {item['msg']}"
+        for item in error.errors()
+    ]
+    more = len(problems) - _MAX_PROBLEMS_SHOWN
+    return "; ".join(problems[:_MAX_PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _check_components(root: Path, manifest: Manifest) -> None:
+    segments = manifest.segments
+    required = REQUIRED_COMPONENTS + ((*segments.components, *OPERATOR_COMPONENTS) if segments else ())
+    virtual: tuple[str, ...] = ("step", "clean") if segments else ()
+    if segments and manifest.kernels:
+        virtual += OPERATOR_COMPONENTS
+    missing = [
+        name
+        for name in required
+        if name not in manifest.components or (manifest.components[name].file is None) != (name in virtual)
+    ]
+    if missing:
+        raise BundleError(
+            f"bundle {root} lacks the component(s) {', '.join(missing)}; expected {', '.join(required)}; rebuild it"
+        )
+    listed = {entry.path for entry in manifest.files}
+    used = {
+        f"component {name!r}": component.file
+        for name, component in manifest.components.items()
+        if component.file is not None
+    }
+    used |= {"the tokenizer": manifest.text.tokenizer, "the text encoder's weights": manifest.text.weights}
+    if segments:
+        used["the segments' weights"] = segments.weights
+    if manifest.kernels:
+        used["the kernels"] = f"{manifest.kernels.folder}/{manifest.kernels.arch}/kernels.json"
+    if manifest.golden:
+        used["the golden vectors"] = manifest.golden.file
+    for owner, path in used.items():
+        _require_contained(root, path)
+        if path not in listed:
+            raise BundleIntegrityError(
+                f"bundle {root}: {owner} uses {path!r}, which is not among the manifest's files, so its "
+                f"contents cannot be verified; rebuild the bundle"
+            )
+
+
+def _contained(path: str) -> str:
+    """Return ``path`` if it is a plain relative POSIX path that stays inside its folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(
+            f"path {path!r} leads out of the bundle; expected a relative path with '/' and no '..'"
+        )
+    return path
+
+
+def _require_contained(root: Path, relative: str) -> Path:
+    try:
+        path = root / _contained(relative)
+    except ValueError as error:
+        raise BundleIntegrityError(f"bundle {root}: {error}") from None
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root):
+        raise BundleIntegrityError(
+            f"bundle {root}: {relative!r} is a link that leads out of the folder, to {resolved}; "
+            f"copy the file into the bundle"
+        )
+    return path
+
+
+def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
+    path = root / entry.path
+    if not path.is_file():
+        raise BundleIntegrityError(
+            f"bundle {root}: {entry.path!r} is missing; copy the bundle again or rebuild it"
+        )
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise BundleIntegrityError(
+            f"bundle {root}: {entry.path!r} has {size} bytes, the manifest says {entry.bytes}; copy the "
+            f"bundle again or rebuild it"
+        )
+    if verify and (found := hash_file(path)) != entry.sha256:
+        raise BundleIntegrityError(
+            f"bundle {root}: {entry.path!r} has SHA-256 {found}, the manifest says {entry.sha256}; the "
+            f"file was changed: copy the bundle again or rebuild it"
+        )

@@ -1,0 +1,482 @@
+"""The schema of ``manifest.json``: what a bundle says about itself, field by field.
+
+Every model refuses unknown fields, and validators check what fields must agree on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Attention",
+    "BackendName",
+    "Cache",
+    "Calibration",
+    "Checkpoint",
+    "Component",
+    "Cost",
+    "Dtype",
+    "FileEntry",
+    "Golden",
+    "Kernels",
+    "Library",
+    "Manifest",
+    "Model",
+    "Precision",
+    "Provenance",
+    "Quantization",
+    "RandomInit",
+    "Rope",
+    "Schedule",
+    "Segments",
+    "SourceFile",
+    "Sparsity",
+    "Target",
+    "TensorSpec",
+    "Text",
+    "Vae",
+    "VaeCache",
+]
+
+SCHEMA_VERSION: Final = 1
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal[
+    "float32", "float16", "bfloat16", "float8_e4m3fn", "float4_e2m1", "int32", "int64", "uint8", "bool"
+]
+"""Element types. ``float4_e2m1`` is packed two to a byte along the last axis; weights files hold it as uint8."""
+BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
+Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+BundlePath = Annotated[str, Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Target(_Part):
+    """What the bundle was built for. ``compute_capability`` is e.g. ``"12.0"``, or null on a CPU."""
+
+    name: str
+    compute_capability: str | None = None
+
+
+class Rope(_Part):
+    """Rotary embedding: base ``theta`` and the head dimensions given to time, height and width."""
+
+    theta: Annotated[float, Field(gt=0)]
+    dims_thw: tuple[Positive, Positive, Positive]
+
+    @model_validator(mode="after")
+    def _even(self) -> Rope:
+        if any(d % 2 for d in self.dims_thw):
+            raise ValueError(f"rope.dims_thw must be even (they hold pairs), found {self.dims_thw}")
+        return self
+
+
+class Model(_Part):
+    """Geometry of the diffusion transformer and of the video. Latent sizes in latent pixels."""
+
+    preset: str
+    layers: Positive
+    heads: Positive
+    head_dim: Positive
+    dim: Positive
+    latent_channels: Positive
+    latent_height: Positive
+    latent_width: Positive
+    patch: tuple[Positive, Positive, Positive]
+    chunk_frames: Positive
+    frame_tokens: Positive
+    rope: Rope
+    video_height: Positive
+    video_width: Positive
+    fps: Positive
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        _, ph, pw = self.patch
+        if self.latent_height % ph or self.latent_width % pw:
+            raise ValueError(
+                f"latent {self.latent_height}x{self.latent_width} does not divide by the patch {ph}x{pw}"
+            )
+        tokens = (self.latent_height // ph) * (self.latent_width // pw)
+        if self.frame_tokens != tokens:
+            raise ValueError(f"frame_tokens is {self.frame_tokens}, but latent and patch give {tokens}")
+        if self.dim != self.heads * self.head_dim:
+            raise ValueError(f"dim is {self.dim}, but heads * head_dim is {self.heads * self.head_dim}")
+        if sum(self.rope.dims_thw) != self.head_dim:
+            raise ValueError(f"rope.dims_thw {self.rope.dims_thw} must add up to head_dim {self.head_dim}")
+        return self
+
+    @property
+    def chunk_tokens(self) -> int:
+        """T: tokens of one chunk."""
+        return self.chunk_frames * self.frame_tokens
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        return self.latent_height // self.patch[1], self.latent_width // self.patch[2]
+
+
+class Schedule(_Part):
+    """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0)."""
+
+    timesteps: Annotated[tuple[float, ...], Field(min_length=2)]
+    sigmas: Annotated[tuple[float, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        if len(self.timesteps) != len(self.sigmas):
+            raise ValueError(f"{len(self.timesteps)} timesteps but {len(self.sigmas)} sigmas")
+        if self.timesteps[-1] != 0 or self.sigmas[-1] != 0:
+            raise ValueError("the last timestep and sigma belong to the clean forward and must be 0")
+        return self
+
+    @property
+    def denoise_steps(self) -> int:
+        """Number of denoising forwards per chunk (the clean forward not included)."""
+        return len(self.timesteps) - 1
+
+
+class Attention(_Part):
+    """Attributes of the sparse attention operator. Block sizes in tokens, the rest in frames.
+
+    ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default.
+    """
+
+    block_q: Positive
+    block_k: Positive
+    keep_frames: Positive
+    sink_frames: NonNegative
+    near_frames: NonNegative
+    scale: Annotated[float, Field(gt=0)]
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Attention:
+        if self.keep_frames < self.sink_frames + self.near_frames:
+            raise ValueError(
+                f"keep_frames ({self.keep_frames}) is below sink_frames + near_frames "
+                f"({self.sink_frames} + {self.near_frames})"
+            )
+        return self
+
+
+class Sparsity(_Part):
+    """Chunk-aware sparsity table, planned for ``table_frames`` latent frames.
+
+    ``values[i]`` is the sparsity of chunk i and ``keep_q20[i]`` the kept fraction in units of 2**-20.
+    """
+
+    table_frames: Positive
+    target: Fraction
+    base: Fraction
+    values: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    keep_q20: Annotated[tuple[Annotated[int, Field(gt=0, le=1 << 20)], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sparsity:
+        if len(self.values) != len(self.keep_q20):
+            raise ValueError(f"{len(self.values)} sparsity values but {len(self.keep_q20)} keep_q20 entries")
+        return self
+
+
+class Cache(_Part):
+    """Cache policy. ``window_frames`` counts the current chunk too; null means ``sparsity.table_frames``.
+
+    ``sink_positions``: ``"absolute"`` keeps sink keys where they were committed, ``"window"`` moves them to
+    just before the first recent frame whenever the window slides.
+    """
+
+    window_frames: Positive | None
+    max_past_frames: NonNegative
+    sink_frames: NonNegative
+    sink_positions: Literal["absolute", "window"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cache:
+        if self.sink_frames > self.max_past_frames:
+            raise ValueError(
+                f"sink_frames ({self.sink_frames}) does not fit into max_past_frames ({self.max_past_frames})"
+            )
+        return self
+
+
+class Text(_Part):
+    """Text encoder. ``tokenizer`` and ``weights`` are files of the bundle."""
+
+    encoder: Literal["umt5"]
+    text_len: Positive
+    dim: Positive
+    vocab: Positive
+    layers: Positive
+    heads: Positive
+    eps: Annotated[float, Field(gt=0)]
+    tokenizer: BundlePath
+    weights: BundlePath
+    pad_id: NonNegative
+    eos_id: NonNegative
+
+
+class VaeCache(_Part):
+    """One streaming cache of the decoder; starts as zeros."""
+
+    name: str
+    shape: tuple[Positive, ...]
+    dtype: Dtype
+
+
+class Vae(_Part):
+    """Streaming video decoder: its caches and how it scales time and space."""
+
+    caches: tuple[VaeCache, ...]
+    temporal_factor: Positive
+    spatial_factor: Positive
+
+
+class TensorSpec(_Part):
+    """One input or output. Dimensions are integers or names of symbolic dimensions."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[NonNegative | str, ...]
+
+
+class Cost(_Part):
+    """What an engine says about itself: GPU launches of one run, bytes of activation memory, matrix products by
+    operand type, and what its build took."""
+
+    launches: NonNegative
+    activation_bytes: NonNegative
+    gemms: dict[str, NonNegative]
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: NonNegative
+
+
+class Component(_Part):
+    """One engine of the bundle: its file and the tensors that go in and come out.
+
+    ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments, and for an operator that
+    a kernel executes; the tensors are the same either way. ``cost`` is null where the backend does not tell.
+    """
+
+    file: BundlePath | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cost: Cost | None = None
+
+
+class Segments(_Part):
+    """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
+    ``attention`` in between.
+
+    ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
+    ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
+    ``qk_prepare`` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
+    every layer: ``layer.0``, ``layer.1``, ...
+    """
+
+    weights: BundlePath
+    first: dict[str, str]
+    layers: tuple[dict[str, str], ...]
+    last: dict[str, str]
+    prepare: tuple[dict[str, str], ...]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the engines hold their weights."""
+        return not self.first
+
+    def layer_component(self, index: int) -> str:
+        """The component that runs between the operators of layers ``index`` and ``index`` + 1."""
+        return f"layer.{index}" if self.embedded else "layer"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that the step was cut into: one `layer` whose weights are inputs, or one for every run."""
+        layers = dict.fromkeys(self.layer_component(index) for index in range(len(self.layers)))
+        return ("first", *layers, "last")
+
+
+class Library(_Part):
+    """The library that built the engines. They run with this version and no other."""
+
+    name: Literal["tensorrt-rtx", "tensorrt", "torch"]
+    version: str
+
+
+class Kernels(_Part):
+    """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``."""
+
+    folder: BundlePath
+    arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
+
+
+class Calibration(_Part):
+    """Where static activation scales come from."""
+
+    sha256: Sha256
+    prompts: Positive
+    chunks: Positive
+
+
+class Quantization(_Part):
+    """How the block linears are quantized.
+
+    ``errors`` is the relative L2 error of each linear's output on calibration or seeded inputs; ``skipped`` stayed in
+    bf16.
+    """
+
+    activations: Literal["dynamic", "static"]
+    calibration: Calibration | None = None
+    formats: dict[str, str]
+    errors: dict[str, float]
+    skipped: tuple[str, ...] = ()
+
+
+class Golden(_Part):
+    """Golden vectors: what each component must compute from seeded inputs, see :mod:`runtime.bundle.golden`.
+
+    ``file`` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
+    ``tolerances`` gives for each component that has them the largest error: relative L2, see
+    :func:`runtime.bundle.golden.error_of`. ``measured`` is the error of each component on the GPU that built it, for
+    backends that build there.
+    """
+
+    file: BundlePath
+    tolerances: dict[str, Annotated[float, Field(gt=0)]]
+    measured: dict[str, Annotated[float, Field(ge=0)]] = {}
+
+
+class FileEntry(_Part):
+    """A file of the bundle, with the hash and size it must have."""
+
+    path: BundlePath
+    sha256: Sha256
+    bytes: NonNegative
+
+
+class SourceFile(_Part):
+    """A file that weights came from."""
+
+    source: str
+    sha256: Sha256
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return f"{self.source} (SHA-256 {self.sha256[:12]}...)"
+
+
+class Checkpoint(SourceFile):
+    """The checkpoint the weights came from, and the LoRA that was merged into it."""
+
+    lora: SourceFile | None = None
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        alone = super().described
+        return alone if self.lora is None else f"{alone} with {self.lora.described}"
+
+
+class RandomInit(_Part):
+    """Weights drawn from a seed instead of a checkpoint."""
+
+    random: int
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return f"random, seed {self.random}"
+
+
+class Provenance(_Part):
+    """Where a bundle came from."""
+
+    checkpoint: Checkpoint | RandomInit
+    tools: dict[str, str]
+    command: str
+
+
+class Manifest(_Part):
+    """Contents of ``manifest.json``, schema version 1."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str
+    target: Target
+    backend: BackendName
+    precision: Precision
+    library: Library | None = None
+    variant: str
+    status: str
+    model: Model
+    schedule: Schedule
+    attention: Attention
+    sparsity: Sparsity
+    cache: Cache
+    text: Text
+    vae: Vae
+    components: dict[str, Component]
+    segments: Segments | None = None
+    kernels: Kernels | None = None
+    quantization: Quantization | None = None
+    golden: Golden | None = None
+    files: tuple[FileEntry, ...]
+    provenance: Provenance
+
+    @field_validator("files")
+    @classmethod
+    def _unique(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        seen: set[str] = set()
+        for entry in files:
+            if entry.path in seen:
+                raise ValueError(f"file {entry.path!r} is listed twice")
+            seen.add(entry.path)
+        return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        window = self.window_frames
+        past = window - self.model.chunk_frames
+        if past < 0 or self.cache.max_past_frames != past:
+            raise ValueError(
+                f"cache.max_past_frames is {self.cache.max_past_frames}, but a window of {window} frames "
+                f"with chunks of {self.model.chunk_frames} leaves {past}"
+            )
+        factor = self.vae.spatial_factor
+        expected = (self.model.latent_height * factor, self.model.latent_width * factor)
+        if (self.model.video_height, self.model.video_width) != expected:
+            raise ValueError(
+                f"video is {self.model.video_height}x{self.model.video_width}, but the latent and the "
+                f"decoder's factor {factor} give {expected[0]}x{expected[1]}"
+            )
+        if self.segments is not None:
+            layers = self.model.layers
+            if (len(self.segments.layers), len(self.segments.prepare)) != (layers - 1, layers):
+                raise ValueError(
+                    f"segments bind {len(self.segments.layers)} runs of layer and {len(self.segments.prepare)} of "
+                    f"qk_prepare, but {layers} layers need {layers - 1} and {layers}"
+                )
+        return self
+
+    @property
+    def window_frames(self) -> int:
+        """Frames that attention may see, the current chunk included."""
+        return self.cache.window_frames or self.sparsity.table_frames
+
+    @property
+    def key_blocks(self) -> int:
+        """KB: key blocks per frame (the last one may be ragged)."""
+        return -(-self.model.frame_tokens // self.attention.block_k)

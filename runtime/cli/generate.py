@@ -1,0 +1,146 @@
+"""``python -m runtime generate``: a clip from a prompt, as a video file and a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from runtime.bundle import Model
+from runtime.errors import InputError
+from runtime.pipeline import Pipeline
+from runtime.scheduler import ChunkTimes
+from runtime.session import ChunkStream, Session
+from runtime.video import VIDEO_SUFFIXES, atomic_output, check_output, open_video, write_contact_sheet
+
+__all__ = ["parse_switch", "read_prompt", "run_generate"]
+
+_SWITCH = re.compile(r"\s*(\d+)\s*:(.*)", re.DOTALL)
+_SHEET_FRAMES = 12
+
+
+def parse_switch(text: str) -> tuple[int, str]:
+    """Parse ``"12: prompt"`` into chunk index and prompt."""
+    match = _SWITCH.fullmatch(text)
+    if match is None:
+        raise InputError(
+            f"--switch is {text!r}; expected a chunk index, a colon and a prompt, such as '12: rain'"
+        )
+    return int(match[1]), match[2].strip()
+
+
+def read_prompt(options: argparse.Namespace) -> dict[str, Any]:
+    """The prompt, or the embedding read from its file, as keyword arguments of :meth:`Pipeline.session`."""
+    if options.embedding is None:
+        return {"prompt": options.prompt}
+    try:
+        return {"embedding": np.load(options.embedding, allow_pickle=False)}
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"--embedding {options.embedding!r} cannot be read: {error}; expected a .npy file"
+        ) from error
+
+
+def run_generate(options: argparse.Namespace, console: Console) -> None:
+    """Generate the clip and print a closing table. Arguments are checked before any work starts."""
+    check_output(options.out, VIDEO_SUFFIXES)
+    if options.contact_sheet is not None:
+        check_output(options.contact_sheet, (".png",))
+    switches = [parse_switch(text) for text in options.switch]
+    prompt = read_prompt(options)
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with progress:
+        loading = progress.add_task("load bundle", total=1)
+        with Pipeline.load(options.bundle, threads=options.threads) as pipeline:
+            progress.update(loading, completed=1)
+            with pipeline.session(seed=options.seed, **prompt) as session:
+                stream = session.stream(seconds=options.seconds)
+                for index, text in switches:
+                    _schedule_switch(session, stream, index, text, options)
+                task = progress.add_task("generate frames", total=stream.frames)
+                start = time.perf_counter()
+                chunks = _record(
+                    stream, pipeline.manifest.model, options, lambda count: progress.advance(task, count)
+                )
+                seconds = time.perf_counter() - start
+            fps = pipeline.manifest.model.fps
+    outputs = [path for path in (options.out, options.contact_sheet) if path is not None]
+    Console().print(_summary(chunks, seconds, fps, " and ".join(outputs)))
+
+
+def _schedule_switch(
+    session: Session, stream: ChunkStream, index: int, text: str, options: argparse.Namespace
+) -> None:
+    assert stream.chunks is not None
+    if index >= stream.chunks:
+        raise InputError(
+            f"--switch names chunk {index}, but {options.seconds:g} s are {stream.chunks} chunks, "
+            f"0 to {stream.chunks - 1}"
+        )
+    session.set_prompt(text, recache=options.recache, at=index)
+
+
+def _record(
+    stream: ChunkStream, model: Model, options: argparse.Namespace, advance: Callable[[int], None]
+) -> list[ChunkTimes]:
+    """Write the stream to the video file, and frames spread over it to the contact sheet."""
+    assert stream.frames is not None
+    picked = set(np.linspace(0, stream.frames - 1, _SHEET_FRAMES).round().astype(int).tolist())
+    sheet: list[NDArray[np.uint8]] = []
+    times: list[ChunkTimes] = []
+    written = 0
+    size = {"height": model.video_height, "width": model.video_width}
+    with ExitStack() as stack:
+        # Opened first, hence renamed last: if the video fails, there is no contact sheet either.
+        sheet_file = (
+            stack.enter_context(atomic_output(options.contact_sheet)) if options.contact_sheet else None
+        )
+        video = stack.enter_context(open_video(options.out, fps=model.fps, **size))
+        for chunk in stream:
+            video.write(chunk.frames)
+            sheet += [frame for number, frame in enumerate(chunk.frames, written) if number in picked]
+            times.append(ChunkTimes.of(chunk))
+            written += len(chunk.frames)
+            advance(len(chunk.frames))
+        if sheet_file is not None:
+            write_contact_sheet(sheet_file, sheet)
+    return times
+
+
+def _summary(chunks: list[ChunkTimes], seconds: float, fps: int, title: str) -> Table:
+    frames = sum(chunk.frames for chunk in chunks)
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("frames", f"{frames} ({frames / fps:.2f} s at {fps} FPS)")
+    table.add_row("time", f"{seconds:.2f} s")
+    table.add_row("FPS", f"{frames / seconds:.2f}")
+    for name in ("denoise", "decode", "other", "latency"):
+        average = mean(getattr(chunk, name) for chunk in chunks)
+        table.add_row(f"{name} per chunk", f"{1000 * average:.1f} ms")
+    return table

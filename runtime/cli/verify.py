@@ -1,0 +1,103 @@
+"""``python -m runtime verify``: the golden vectors on this machine, or a dry run where it has no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from runtime.backends import load_engine, runs_on_host
+from runtime.bundle import Bundle, load_bundle
+from runtime.bundle.golden import ComponentRunner
+from runtime.errors import InputError
+from runtime.program.buffers import plan_buffers
+from runtime.verify import Verdict, VerificationError, judge
+from runtime.verify.dry_run import dry_run
+from runtime.verify.verdict import HasRunner, gpu_problem, record, refusal
+from runtime.video import atomic_output
+
+__all__ = ["run_verify"]
+
+
+def run_verify(options: argparse.Namespace, console: Console) -> None:
+    """Verify the bundle, print a table, record the verdict, and write JSON where asked to.
+
+    Raises:
+        VerificationError: a component failed.
+        DryRunError: a launch does not fit its kernel or engine.
+        InputError: the bundle is for a GPU and there is none, or an argument does not fit.
+    """
+    target = None if options.json in (None, "-") else Path(options.json)
+    if target is not None and not target.parent.is_dir():
+        raise InputError(f"folder {str(target.parent)!r} of --json does not exist; create it first")
+    bundle = load_bundle(options.bundle)
+    if options.dry_run:
+        report = dry_run(bundle)
+        _write(json.dumps(report.to_json(), indent=1), report, options.json, target)
+        return
+    with _runner(bundle, options.threads) as runner, console.status("verifying") as status:
+        verdict = judge(
+            bundle,
+            runner,
+            lambda case, done, total: status.update(f"verifying {case} ({done + 1} of {total})"),
+        )
+    path = record(bundle, verdict)
+    _write(verdict.model_dump_json(indent=1), _table(bundle, verdict), options.json, target)
+    console.print(f"verdict recorded in {path}", markup=False, highlight=False, soft_wrap=True)
+    if not verdict.passed:
+        raise VerificationError(refusal(bundle, verdict))
+
+
+def _write(text: str, table: RenderableType, destination: str | None, target: Path | None) -> None:
+    """Print the table, or the JSON in its place; and write the JSON to a file where one is given."""
+    if target is not None:
+        with atomic_output(target) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    if destination == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        Console().print(table)
+
+
+@contextmanager
+def _runner(bundle: Bundle, threads: int | None) -> Iterator[ComponentRunner]:
+    """Runs the bundle's components; its engine is closed at the end, which keeps the kernels that were compiled."""
+    if runs_on_host(bundle):
+        from runtime.host.runner import HostRunner
+
+        yield HostRunner(bundle, threads=threads)
+        return
+    manifest = bundle.manifest
+    if problem := gpu_problem():
+        raise InputError(
+            f"bundle {manifest.name!r} was built for {manifest.target.name} and here {problem}, so its engines cannot "
+            f"run: use --dry-run to check what can be checked without a GPU, and verify it on the target"
+        )
+    engine = load_engine(bundle, plan_buffers(manifest, 1), threads=threads)
+    try:
+        if not isinstance(engine, HasRunner):
+            raise VerificationError(
+                f"backend {manifest.backend!r} cannot run single components; upgrade the runtime"
+            )
+        yield engine.component_runner()
+    finally:
+        engine.close()
+
+
+def _table(bundle: Bundle, verdict: Verdict) -> Table:
+    table = Table(title=f"{bundle.manifest.name} on {verdict.platform.device}", title_justify="left")
+    for heading in ("component", "runs", "error", "limit", "worst output", "verdict"):
+        numeric = heading in ("runs", "error", "limit")
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for name, component in verdict.components.items():
+        error = "-" if component.error is None else f"{component.error:.1e}"
+        passed = "[green]pass[/]" if component.passed else "[bold red]FAIL[/]"
+        limit = f"{component.tolerance:.0e}"
+        table.add_row(name, str(component.cases), error, limit, component.worst, passed)
+    return table

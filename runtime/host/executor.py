@@ -1,0 +1,207 @@
+"""Executes a program on the host: components are graphs, buffers arrays, and the kernels of the cache numpy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.errors import EngineError
+from runtime.program.program import Copy, EngineRun, Fill, Lane, Operation, Program, View
+
+from .graph import Graph, load_graph
+from .onnxruntime import default_threads
+
+__all__ = ["KERNELS", "HostExecutor"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A copy of a buffer: what is fetched next may use the buffer before this one is asked for."""
+
+    array: NDArray[Any]
+
+    def into(self, out: NDArray[Any]) -> float:
+        np.copyto(out, self.array, casting="unsafe")
+        return 0.0
+
+
+class HostExecutor:
+    """Implements :class:`~runtime.program.engine.Executor`; everything has run when a call returns.
+
+    Each component is loaded once, with ``threads`` threads per forward (default: :func:`default_threads`). Weights are
+    mapped from the bundle's file and never copied; all operations are bound to their arrays when this is made, so a
+    forward allocates nothing.
+
+    Raises:
+        BundleError: a component is another graph than the manifest says.
+        EngineError: a component does not load, or the program needs a GPU.
+    """
+
+    def __init__(self, bundle: Bundle, program: Program, *, threads: int | None = None) -> None:
+        segments = bundle.manifest.segments
+        self._program = program
+        self._weights = WeightsFile(bundle.path(segments.weights)) if segments else None
+        self._by_offset = {view.offset: name for name, view in program.weights.items()}
+        names = dict.fromkeys(run.component for _, run in program.walk() if isinstance(run, EngineRun))
+        self._graphs: dict[str, Graph] = {
+            name: load_graph(bundle, name, threads or default_threads()) for name in names
+        }
+        owned = [{}, *({} for _ in range(program.sessions))]  # type: list[Arrays]
+        for name, placed in program.buffers.items():
+            if name == "weights" or name.startswith("encoder."):
+                continue
+            for session in range(program.sessions) if placed.per_session else (-1,):
+                array = np.zeros(placed.buffer.shape, dtype=numpy_dtype(placed.buffer.dtype))
+                owned[session + 1][name] = array
+        self._arrays = owned
+        for step in range(len(bundle.manifest.schedule.timesteps)):
+            owned[0][f"step.{step}"][...] = step
+        self._runs = [
+            {
+                name: [self._bind(operation, session) for operation in forward.operations]
+                for name, forward in program.forwards.items()
+                if name not in ("load", "encode_text_layer")
+            }
+            for session in range(program.sessions)
+        ]
+        self._text: Arrays = {}
+
+    @contextmanager
+    def feed(self, session: int, forward: str) -> Iterator[Mapping[str, NDArray[Any]]]:
+        """See :meth:`Executor.feed <runtime.program.engine.Executor.feed>`."""
+        yield {view.buffer: self.array(view, session) for view in self._program.forwards[forward].feeds}
+
+    def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
+        """See :meth:`Executor.send <runtime.program.engine.Executor.send>`. Nothing is copied."""
+        self._text = {
+            view.buffer: np.ascontiguousarray(values[view.buffer], dtype=numpy_dtype(view.dtype))
+            for view in self._program.forwards[forward].feeds
+        }
+
+    def run(self, session: int, forward: str) -> float:
+        """See :meth:`Executor.run <runtime.program.engine.Executor.run>`."""
+        if forward == "encode_text_layer":
+            inputs = {name.removeprefix("encoder."): array for name, array in self._text.items()}
+            encoder = self._graphs["text_encoder"]
+            outputs = {s.name: _empty(s.dtype, s.shape) for s in encoder.outputs.values()}
+            seconds = encoder.run(encoder.bind(inputs, outputs))
+            self._text = {f"encoder.{name}": array for name, array in outputs.items()}
+            return seconds
+        return sum(run() for run in self._runs[session][forward])
+
+    def copy(self, session: int, copy: Copy, lane: Lane) -> None:
+        """See :meth:`Executor.copy <runtime.program.engine.Executor.copy>`."""
+        np.copyto(self.array(copy.target, session), self.array(copy.source, session))
+
+    def signal(self, session: int, latent: int) -> None:
+        """Nothing is under way."""
+
+    def wait(self, session: int, latent: int) -> None:
+        """Nothing is under way."""
+
+    def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> _Fetched:
+        """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
+        if lane == "text":
+            return _Fetched(self._text[buffer])
+        return _Fetched(self.array(self._program.buffers[buffer].view, session).copy())
+
+    def prepare(self, session: int) -> None:
+        """Everything is bound already."""
+
+    def close(self) -> None:
+        """Drop the buffers and the graphs. May be called twice."""
+        self._runs.clear()
+        self._arrays.clear()
+        self._graphs.clear()
+        if self._weights is not None:
+            self._weights.close()
+
+    def array(self, view: View, session: int = 0) -> NDArray[Any]:
+        """The array of a view: part of a buffer's, without a copy."""
+        if view.buffer == "weights":
+            assert self._weights is not None
+            return self._weights[self._by_offset[view.offset]]
+        placed = self._program.buffers[view.buffer]
+        whole = self._arrays[session + 1 if placed.per_session else 0][view.buffer]
+        dtype = numpy_dtype(view.dtype)
+        flat = whole.reshape(-1).view(np.uint8)[view.offset : view.offset + view.extent]
+        if view.pitch is None:
+            return flat.view(dtype).reshape(view.shape)
+        strides = [dtype.itemsize]
+        for size in view.shape[:1:-1]:
+            strides.insert(0, strides[0] * size)
+        return np.lib.stride_tricks.as_strided(flat.view(dtype), view.shape, (view.pitch, *strides))
+
+    def _bind(self, operation: Operation, session: int) -> Callable[[], float]:
+        """The operation on the arrays of one session; calling it gives the seconds it took."""
+
+        def arrays(views: Mapping[str, View]) -> Arrays:
+            return {name: self.array(view, session) for name, view in views.items()}
+
+        if isinstance(operation, EngineRun):
+            graph = self._graphs[operation.component]
+            binding = graph.bind(arrays(operation.inputs), arrays(operation.outputs))
+            return lambda: graph.run(binding)
+        if isinstance(operation, Fill):
+            target = self.array(operation.target, session)
+            return lambda: _timed(lambda: target.fill(0))
+        if isinstance(operation, Copy):
+            copied = arrays({"source": operation.source, "target": operation.target})
+            return lambda: _timed(lambda: np.copyto(copied["target"], copied["source"]))
+        kernel = KERNELS.get(operation.kernel)
+        if kernel is None:
+            raise EngineError(
+                f"kernel {operation.kernel!r} runs on a GPU only; a bundle for the host holds a graph in its place"
+            )
+        buffers = arrays(operation.buffers)
+        return lambda: _timed(lambda: kernel(buffers))
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _empty(dtype: Any, shape: tuple[int | str, ...]) -> NDArray[Any]:
+    return np.empty([int(dim) for dim in shape], dtype=numpy_dtype(dtype))
+
+
+def _commit(arrays: Arrays) -> None:
+    """The kernel `commit`, see docs/kernels.md."""
+    for past, staged in (("past_k", "k"), ("past_v", "v"), ("past_kmean", "k_mean")):
+        pool = arrays[past]
+        frames = arrays[staged].reshape(-1, *pool.shape[1:])
+        for frame, slot in enumerate(arrays["commit_slots"]):
+            if slot >= 0:
+                pool[slot] = frames[frame]
+
+
+def _rope_sink(arrays: Arrays) -> None:
+    """The kernel `rope_sink`, see docs/kernels.md."""
+    for past, kept in (("past_k", "sink_k"), ("past_kmean", "sink_kmean")):
+        for sink, slot in enumerate(arrays["sink_slots"]):
+            if slot < 0:
+                continue
+            cos, sin = arrays["cos"][sink], arrays["sin"][sink]
+            source, target = arrays[kept][sink], arrays[past][slot]
+            turned = 2 * len(cos)
+            even = source[..., 0:turned:2].astype(np.float32)
+            odd = source[..., 1:turned:2].astype(np.float32)
+            target[..., 0:turned:2] = even * cos - odd * sin
+            target[..., 1:turned:2] = even * sin + odd * cos
+            target[..., turned:] = source[..., turned:]
+
+
+KERNELS: Mapping[str, Callable[[Arrays], None]] = {"commit": _commit, "rope_sink": _rope_sink}
+"""The kernels of the cache on arrays named as their buffers."""

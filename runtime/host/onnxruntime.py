@@ -1,0 +1,118 @@
+"""ONNX components on the host, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle, TensorSpec
+from runtime.errors import BundleError, EngineError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, IOBinding
+
+__all__ = ["OnnxGraph", "default_threads"]
+
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "uint8": "tensor(uint8)",
+    "bool": "tensor(bool)",
+}
+_ORT_ERRORS_ONLY = 3
+
+
+def default_threads() -> int:
+    """Threads per forward: ``OMP_NUM_THREADS`` if set, else the cores this process may use."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class OnnxGraph:
+    """One component, loaded. Runs bound to fixed addresses."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
+        import onnxruntime as ort
+
+        component = bundle.component(name)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ORT_ERRORS_ONLY
+        # Several graphs take turns on the same cores; a pool that spins while it waits would take them from the next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        segments = bundle.manifest.segments
+        if segments is not None and segments.embedded and name in segments.components:
+            # Packed, a matrix would give other bits than as an input, and lie in memory a second time.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if component.file is None:
+            raise BundleError(
+                f"component {name!r} of bundle {bundle.root} is executed as segments and has no file"
+            )
+        path = bundle.path(component.file)
+        try:
+            self._session: InferenceSession = ort.InferenceSession(
+                path, sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise EngineError(
+                f"component {name!r} ({path}) does not load in ONNX Runtime {ort.__version__}: {error}; rebuild "
+                f"the bundle, or install the onnxruntime version its manifest names"
+            ) from error
+        self.name = name
+        self.inputs = {spec.name: spec for spec in component.inputs}
+        self.outputs = {spec.name: spec for spec in component.outputs}
+        self._check(self.inputs, self._session.get_inputs(), "input")
+        self._check(self.outputs, self._session.get_outputs(), "output")
+
+    def _check(self, specs: Mapping[str, TensorSpec], found: Sequence[Any], kind: str) -> None:
+        graph = {arg.name: _describe(arg.type, arg.shape) for arg in found}
+        manifest = {name: _describe(_ORT_TYPES[spec.dtype], spec.shape) for name, spec in specs.items()}
+        wrong = sorted(name for name in graph | manifest if graph.get(name) != manifest.get(name))
+        if wrong:
+            raise BundleError(
+                f"component {self.name!r}: {len(wrong)} {kind}(s) differ between manifest and graph, the first is "
+                f"{wrong[0]!r}: {manifest.get(wrong[0], 'absent')} in the manifest, "
+                f"{graph.get(wrong[0], 'absent')} in the graph; rebuild the bundle"
+            )
+
+    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> IOBinding:
+        """Bind the component's inputs and outputs to arrays, which must stay alive and in place."""
+        binding = self._session.io_binding()
+        for specs, arrays, bind in (
+            (self.inputs, inputs, binding.bind_input),
+            (self.outputs, outputs, binding.bind_output),
+        ):
+            for name in specs:
+                if name not in arrays:
+                    raise BundleError(
+                        f"component {self.name!r} has a tensor {name!r} that this runtime does not know; rebuild "
+                        f"the bundle with the exporter of this version"
+                    )
+                array = arrays[name]
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return binding
+
+    def run(self, binding: IOBinding) -> float:
+        """Run a binding; the seconds it took."""
+        start = time.perf_counter()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise EngineError(f"component {self.name!r} failed: {error}") from error
+        return time.perf_counter() - start
+
+
+def _describe(kind: str, shape: Sequence[int | str | None]) -> str:
+    return f"{kind} {['?' if not isinstance(dim, int) else dim for dim in shape]}"

@@ -1,0 +1,114 @@
+"""Running single components of a bundle on the host, for verification."""
+
+from __future__ import annotations
+
+import platform as machine
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.bundle.golden import Platform
+from runtime.bundle.weights_file import numpy_dtype
+from runtime.program.builder import build_program
+from runtime.program.program import EngineRun
+
+from .executor import HostExecutor
+from .graph import load_graph
+from .onnxruntime import default_threads
+
+__all__ = ["HostRunner"]
+
+Arrays = Mapping[str, NDArray[Any]]
+Run = Callable[[Arrays], dict[str, NDArray[Any]]]
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "inductor": ("torch",)}
+"""Distributions that execute a backend's components, of which one is enough."""
+
+
+class HostRunner:
+    """Implements :class:`~runtime.bundle.golden.ComponentRunner`; holds one loaded component at a time.
+
+    ``step`` and ``clean`` of a segmented bundle run as the forwards that the runtime makes of the segments.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._threads = threads or default_threads()
+        self._loaded: tuple[str, int, Run] | None = None  # component, slots, how to run it
+
+    @property
+    def platform(self) -> Platform:
+        """The CPU's model, and the version of what executes the components."""
+        libraries = {}
+        for name in _LIBRARIES[self._bundle.manifest.backend]:
+            try:
+                libraries[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return Platform(device=_cpu_name(), driver=None, libraries=libraries)
+
+    def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """See :meth:`ComponentRunner.run <runtime.bundle.golden.ComponentRunner.run>`."""
+        is_cut = component in ("step", "clean") and self._bundle.component(component).file is None
+        slots = max((len(value) for name, value in inputs.items() if name.startswith("past_")), default=1)
+        if self._loaded is None or self._loaded[0] != component or (is_cut and self._loaded[1] < slots):
+            self._loaded = None  # before the next one takes memory
+            run = self._load_forwards(component, slots) if is_cut else self._load_graph(component)
+            self._loaded = component, slots, run
+        return self._loaded[2](inputs)
+
+    def _load_graph(self, component: str) -> Run:
+        graph = load_graph(self._bundle, component, self._threads)
+
+        def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
+            outputs = {
+                name: np.empty([int(dim) for dim in spec.shape], dtype=numpy_dtype(spec.dtype))
+                for name, spec in graph.outputs.items()
+            }
+            graph.run(graph.bind(inputs, outputs))
+            return outputs
+
+        return run
+
+    def _load_forwards(self, component: str, slots: int) -> Run:
+        """The forwards of a program that compute ``component``, over a pool of at least ``slots`` slots."""
+        manifest = self._bundle.manifest
+        program = build_program(self._bundle, -(-slots // max(1, manifest.cache.max_past_frames)))
+        kind = "clean" if component == "clean" else "denoise"
+        forwards = {name: f for name, f in program.forwards.items() if name.partition(".")[0] == kind}
+        executor = HostExecutor(self._bundle, replace(program, forwards=forwards), threads=self._threads)
+        specs = manifest.components[component]
+
+        def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
+            forward = kind if component == "clean" else f"{kind}.{int(inputs['step'])}"
+            views = {name: placed.view for name, placed in program.buffers.items()}
+            for operation in forwards[forward].operations:
+                if isinstance(operation, EngineRun):
+                    views |= operation.tensors  # latents and noise lie in other places in every forward
+            outputs = {spec.name: executor.array(views[spec.name]) for spec in specs.outputs}
+            for array in outputs.values():
+                array.fill(np.nan)  # or what an earlier run wrote would pass for this one's
+            for spec in specs.inputs:
+                value = inputs[spec.name]
+                executor.array(views[spec.name])[tuple(slice(size) for size in value.shape)] = value
+            executor.run(0, forward)
+            return {name: array.copy() for name, array in outputs.items()}
+
+        return run
+
+
+def _cpu_name() -> str:
+    try:
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return machine.processor() or machine.machine()

@@ -1,0 +1,300 @@
+"""Every buffer of a pipeline, sized from the manifest before anything is allocated.
+
+An engine allocates exactly the buffers listed here, so the sizes that are checked are the sizes that are used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from runtime.errors import BundleError, CapacityError, InputError
+from runtime.frame_table import LatentRing
+
+__all__ = [
+    "Buffer",
+    "BufferPlan",
+    "available_memory",
+    "check_memory",
+    "item_bits",
+    "plan_buffers",
+    "runs_on_gpu",
+    "work_buffers",
+]
+
+_ITEM_BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "float8_e4m3fn": 8,
+    "float4_e2m1": 4,
+    "int32": 32,
+    "int64": 64,
+    "uint8": 8,
+    "bool": 8,
+}
+_CGROUP = Path("/sys/fs/cgroup")
+_OUTSIDE_LANE = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
+"""Components that run at the same time as the transformer, and the lane they run in."""
+
+
+def item_bits(dtype: Dtype) -> int:
+    """Bits of one element."""
+    return _ITEM_BITS[dtype]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One array: its name, element type and shape."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * _ITEM_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """The buffers of a pipeline that serves ``sessions`` sessions.
+
+    ``pool`` holds the frame slots of all sessions, ``shared`` what one chunk needs while it is computed (the
+    session that is served uses it), ``session`` what each session keeps for itself, and ``work`` what passes between
+    engines, scalars, and on a GPU the activation memory that engines are given.
+    """
+
+    sessions: int
+    pool: tuple[Buffer, ...]
+    shared: tuple[Buffer, ...]
+    session: tuple[Buffer, ...]
+    work: tuple[Buffer, ...]
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes one more session costs: its buffers and its part of the pool."""
+        return _total(self.session) + _total(self.pool) // self.sessions
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all buffers together."""
+        return (
+            _total(self.pool) + _total(self.shared) + _total(self.work) + self.sessions * _total(self.session)
+        )
+
+
+def runs_on_gpu(manifest: Manifest) -> bool:
+    """Whether engines run on a GPU. ONNX Runtime's run on the host, whatever their target has."""
+    return manifest.backend != "onnxruntime" and manifest.target.compute_capability is not None
+
+
+def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
+    """Plan the buffers for ``sessions`` sessions.
+
+    Raises:
+        BundleError: a component's inputs or outputs are unusable.
+        InputError: the engines are built for fewer sessions.
+    """
+    slots = max(1, sessions * manifest.cache.max_past_frames)
+    step, clean = manifest.components["step"], manifest.components["clean"]
+    conditioner = manifest.components["conditioner"]
+    vae_first, vae_next = manifest.components["vae_first"], manifest.components["vae_next"]
+    inputs, outputs = _named(step.inputs), _named(step.outputs)
+    latent = _require(inputs, "latent", step)
+    steps = manifest.schedule.denoise_steps
+    cache = manifest.cache
+    ring = LatentRing(
+        chunk_frames=manifest.model.chunk_frames,
+        sink_frames=cache.sink_frames,
+        past_frames=cache.max_past_frames,
+    )
+
+    pool = [_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("past_")]
+    if any(buffer.shape[0] < slots for buffer in pool):
+        raise InputError(
+            f"the engines of this bundle have {pool[0].shape[0]} frame slots, which is one rollout, and {sessions} "
+            f"sessions need {slots}; load one session, or use a bundle of another backend"
+        )
+    shared = [
+        Buffer("noise", latent.dtype, (steps, *_fixed(latent))),
+        Buffer("denoised", latent.dtype, (steps, *_fixed(latent))),
+        _renamed(latent, "clean_latent"),
+        *(
+            _resolve(_require(inputs, name, step), slots)
+            for name in ("chunk", "frame_slots", "rope_cos", "rope_sin")
+        ),
+        *(_resolve(spec, slots) for name, spec in outputs.items() if name != "next_latent"),
+        _resolve(_require(_named(conditioner.inputs), "text", conditioner), slots),
+        _renamed(_require(_named(vae_next.inputs), "latent", vae_next), "vae_latent"),
+        _renamed(_require(_named(vae_first.outputs), "frames", vae_first), "frames_first"),
+        _renamed(_require(_named(vae_next.outputs), "frames", vae_next), "frames_next"),
+    ]
+    _require(outputs, "next_latent", step)
+    _require(_named(clean.inputs), "latent", clean)
+    session = [
+        Buffer("latents", latent.dtype, (ring.slots, *_fixed(latent))),
+        *(_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("cross_")),
+        *(
+            Buffer(f"cache.{index}.{side}", decoder_cache.dtype, decoder_cache.shape)
+            for side in ("a", "b")
+            for index, decoder_cache in enumerate(manifest.vae.caches)
+        ),
+    ]
+    if cache.sink_positions == "window":
+        session += [
+            Buffer(
+                buffer.name.replace("past_", "sink_"), buffer.dtype, (cache.sink_frames, *buffer.shape[1:])
+            )
+            for buffer in pool
+            if not buffer.name.startswith("past_v.")
+        ]
+    return BufferPlan(
+        sessions=sessions,
+        pool=tuple(pool),
+        shared=tuple(shared),
+        session=tuple(session),
+        work=tuple(
+            buffer
+            for buffer in work_buffers(manifest)
+            # The host hands the text encoder the arrays that it is called with.
+            if runs_on_gpu(manifest) or not buffer.name.startswith("encoder.")
+        ),
+    )
+
+
+def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
+    """What a forward needs besides the buffers that every engine has, if its parts are run one by one.
+
+    Scalars and tables that are constant, what the host feeds besides chunks, what passes between segments, and the
+    activation memory: one piece for all components that never run at once.
+    """
+    steps, cache = manifest.schedule.denoise_steps, manifest.cache
+    buffers = [Buffer(f"step.{step}", "int32", ()) for step in range(steps + 1)]
+    buffers.append(Buffer("commit_slots", "int32", (manifest.model.chunk_frames,)))
+    if cache.sink_positions == "window" and cache.sink_frames:
+        pairs = (cache.sink_frames, manifest.model.rope.dims_thw[0] // 2)
+        buffers.append(Buffer("sink_slots", "int32", (cache.sink_frames,)))
+        buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
+    if manifest.segments is not None:
+        buffers += _segment_buffers(manifest)
+    encoder = manifest.components["text_encoder"]
+    buffers += [_renamed(spec, f"encoder.{spec.name}") for spec in (*encoder.inputs, *encoder.outputs)]
+    scratch: dict[str, int] = {}
+    for name, component in manifest.components.items():
+        lane = _OUTSIDE_LANE.get(name, "forward")
+        if component.cost is not None:
+            scratch[lane] = max(scratch.get(lane, 0), component.cost.activation_bytes)
+    return (
+        *buffers,
+        *(Buffer(f"scratch.{lane}", "uint8", (size,)) for lane, size in scratch.items() if size),
+    )
+
+
+def _segment_buffers(manifest: Manifest) -> list[Buffer]:
+    """What passes between the segments of a step; the residual stream alternates between two buffers."""
+    components = manifest.components
+    first, prepare = components["first"], components["qk_prepare"]
+    outputs = _named(first.outputs)
+    residual = _require(outputs, "x_out", first)
+    query = _named(prepare.outputs)
+    q = _require(query, "q", prepare)
+    buffers = [
+        _renamed(residual, "residual.0"),
+        _renamed(residual, "residual.1"),
+        _renamed(_require(outputs, "qkv", first), "qkv"),
+        _renamed(q, "q"),
+        _renamed(_require(query, "q_mean", prepare), "q_mean"),
+        _renamed(q, "attention_out"),
+    ]
+    if manifest.kernels is not None:
+        model, attention = manifest.model, manifest.attention
+        rows = model.chunk_frames * -(-model.frame_tokens // attention.block_q)
+        frames = manifest.cache.max_past_frames + model.chunk_frames
+        lists = (model.heads, rows, frames * manifest.key_blocks)
+        buffers += [
+            Buffer("scores", "float32", lists),
+            Buffer("lists", "int32", lists),
+            Buffer("counts", "int32", lists[:2]),
+            Buffer("keep_q20", "int32", (len(manifest.sparsity.keep_q20),)),
+        ]
+    return buffers
+
+
+def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
+    """:class:`CapacityError` if engines and buffers do not fit into ``free`` bytes; ``None`` means unknown.
+
+    Engines and weights are counted with the size of their files; the text encoder's weights are streamed and not
+    counted, nor are golden vectors. On a GPU, activation memory is among the buffers.
+    """
+    manifest = bundle.manifest
+    outside = {manifest.text.weights, manifest.golden.file if manifest.golden else ""}
+    engines = sum(entry.bytes for entry in manifest.files if entry.path not in outside)
+    needed = engines + plan.total_bytes
+    if free is None or needed <= free:
+        return
+    raise CapacityError(
+        f"{plan.sessions} session(s) of {manifest.name!r} need {needed:,} bytes ({engines:,} for engines, "
+        f"{plan.total_bytes:,} for buffers, of which {plan.session_bytes:,} per session), but {free:,} are free; "
+        f"load fewer sessions or free memory",
+        needed=needed,
+        free=free,
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory that can be allocated now, or ``None`` where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return available
+    if limit == "max":
+        return available
+    room = max(0, int(limit) - used)
+    return room if available is None else min(room, available)
+
+
+def _total(buffers: tuple[Buffer, ...]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def _named(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+    return {spec.name: spec for spec in specs}
+
+
+def _require(specs: dict[str, TensorSpec], name: str, component: Component) -> TensorSpec:
+    if name not in specs:
+        raise BundleError(
+            f"component {component.file!r} has no tensor {name!r} (it has: {', '.join(specs)}); rebuild the bundle"
+        )
+    return specs[name]
+
+
+def _resolve(spec: TensorSpec, slots: int) -> Buffer:
+    shape = []
+    for dim in spec.shape:
+        if isinstance(dim, str) and dim != "slots":
+            raise BundleError(
+                f"tensor {spec.name!r} has the symbolic dimension {dim!r}, expected sizes or 'slots'; rebuild "
+                f"the bundle"
+            )
+        shape.append(slots if isinstance(dim, str) else dim)
+    return Buffer(spec.name, spec.dtype, tuple(shape))
+
+
+def _fixed(spec: TensorSpec) -> tuple[int, ...]:
+    return _resolve(spec, slots=0).shape
+
+
+def _renamed(spec: TensorSpec, name: str) -> Buffer:
+    return Buffer(name, spec.dtype, _fixed(spec))

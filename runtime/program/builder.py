@@ -1,0 +1,382 @@
+"""From a bundle's manifest to the program that executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from runtime.bundle.weights_file import StoredTensor, WeightsFile
+from runtime.errors import BundleError
+from runtime.frame_table import LatentRing
+
+from .buffers import Buffer, plan_buffers, work_buffers
+from .kernels import KernelProblem
+from .program import (
+    ALIGNMENT,
+    Copy,
+    EngineRun,
+    Fill,
+    Forward,
+    KernelLaunch,
+    Lane,
+    Operation,
+    Placed,
+    Program,
+    View,
+)
+
+__all__ = ["attention_launches", "build_program", "kernel_problem", "prepare_options"]
+
+Views = Mapping[str, View]
+
+
+def build_program(bundle: Bundle, sessions: int) -> Program:
+    """The program that executes ``bundle`` for ``sessions`` sessions.
+
+    Raises:
+        BundleError: the manifest names something that the program has no tensor for.
+    """
+    manifest = bundle.manifest
+    segments = manifest.segments
+    stored: Mapping[str, StoredTensor] = {}
+    if segments is not None:
+        with WeightsFile(bundle.path(segments.weights)) as weights:
+            stored = weights.tensors
+    return _Builder(manifest, sessions, stored).build()
+
+
+def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
+    """The sizes of every kernel launch of a bundle that computes in ``dtype``."""
+    return KernelProblem(
+        dtype=dtype,
+        heads=manifest.model.heads,
+        head_dim=manifest.model.head_dim,
+        frame_tokens=manifest.model.frame_tokens,
+        chunk_frames=manifest.model.chunk_frames,
+        past_frames=manifest.cache.max_past_frames,
+        block_q=manifest.attention.block_q,
+        block_k=manifest.attention.block_k,
+        sinks=manifest.cache.sink_frames,
+    )
+
+
+def prepare_options(manifest: Manifest) -> dict[str, int | float]:
+    """Scalar arguments of the kernel `prepare`."""
+    return {"eps": manifest.attention.eps}
+
+
+def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | float]]]:
+    """The kernels that make up the attention operator, in order, with their scalar arguments."""
+    attention = manifest.attention
+    choice: dict[str, int | float] = {
+        "table_entries": len(manifest.sparsity.keep_q20),
+        "keep_frames": attention.keep_frames,
+        "sink_frames": attention.sink_frames,
+        "near_frames": attention.near_frames,
+    }
+    return [("score", choice), ("select", choice), ("attend", {"scale": attention.scale})]
+
+
+class _Builder:
+    """Places the buffers, then writes down the forwards in terms of views."""
+
+    def __init__(self, manifest: Manifest, sessions: int, stored: Mapping[str, StoredTensor]) -> None:
+        self.manifest = manifest
+        self.model = manifest.model
+        self.sessions = sessions
+        self.stored = stored
+        self.placed: dict[str, Placed] = {}
+        plan = plan_buffers(manifest, sessions)
+        self.shared_bytes = self._place(
+            (*plan.pool, *plan.shared, *work_buffers(manifest)), per_session=False
+        )
+        self.session_bytes = self._place(plan.session, per_session=True)
+        self.pool = [buffer.name for buffer in plan.pool]
+        self.weights = self._place_weights()
+        self.steps = manifest.schedule.denoise_steps
+        self.problem = kernel_problem(manifest, self.view("k.0").dtype)
+
+    def build(self) -> Program:
+        manifest, caches = self.manifest, len(self.manifest.vae.caches)
+        sides = {side: [self.view(f"cache.{index}.{side}") for index in range(caches)] for side in ("a", "b")}
+        forwards = [
+            self._load(),
+            Forward("reset", "decode", (), tuple(Fill(view) for side in sides.values() for view in side)),
+            self._forward("condition", ("text",), [self._whole("conditioner")]),
+            self._forward("begin", (*_PLACEMENT, "noise"), []),
+            *(self._forward(f"denoise.{step}", (), self._step(step)) for step in range(self.steps)),
+            self._forward("begin_clean", _PLACEMENT, []),
+            self._forward("clean", (), self._step(None)),
+            self._forward("commit", ("commit_slots",), self._commit()),
+            *self._sinks(),
+            self._decode("decode_first", "vae_first", "frames_first", [], sides["a"]),
+            self._decode("decode_next.a", "vae_next", "frames_next", sides["a"], sides["b"]),
+            self._decode("decode_next.b", "vae_next", "frames_next", sides["b"], sides["a"]),
+            self._encode(),
+        ]
+        ring = LatentRing(
+            chunk_frames=self.model.chunk_frames,
+            sink_frames=manifest.cache.sink_frames,
+            past_frames=manifest.cache.max_past_frames,
+        )
+        return Program(
+            sessions=self.sessions,
+            buffers=self.placed,
+            shared_bytes=self.shared_bytes,
+            session_bytes=self.session_bytes,
+            forwards={forward.name: forward for forward in forwards},
+            weights=self.weights,
+            latent_slots=ring.slots,
+        )
+
+    def view(self, name: str) -> View:
+        return self.placed[name].view
+
+    def _place(self, buffers: tuple[Buffer, ...], *, per_session: bool) -> int:
+        offset = 0
+        for buffer in buffers:
+            self.placed[buffer.name] = Placed(buffer, offset, per_session)
+            offset += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+        return offset
+
+    def _place_weights(self) -> dict[str, View]:
+        """All tensors of the weights file in one buffer, which is placed last of the shared ones."""
+        views, size = {}, 0
+        for name, tensor in self.stored.items():
+            views[name] = View("weights", tensor.dtype, tensor.shape, size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if size:
+            self.placed["weights"] = Placed(Buffer("weights", "uint8", (size,)), self.shared_bytes, False)
+            self.shared_bytes += size
+        return views
+
+    def _weight(self, component: str, tensor: str) -> View:
+        if tensor not in self.weights:
+            segments = self.manifest.segments
+            file = None if segments is None else segments.weights
+            raise BundleError(
+                f"component {component!r} is bound to the tensor {tensor!r}, which the weights file {file!r} does "
+                f"not hold; rebuild the bundle"
+            )
+        return self.weights[tensor]
+
+    def _forward(
+        self, name: str, feeds: tuple[str, ...], operations: list[Operation], lane: Lane = "forward"
+    ) -> Forward:
+        return Forward(name, lane, tuple(self.view(feed) for feed in feeds), tuple(operations))
+
+    def _load(self) -> Forward:
+        """Constants; the pool is cleared because a masked value that is not finite would still spoil a product."""
+        constants = [f"step.{step}" for step in range(self.steps + 1)]
+        constants += [name for name in ("keep_q20", "weights") if name in self.placed]
+        return self._forward("load", tuple(constants), [Fill(self.view(name)) for name in self.pool])
+
+    def _run(
+        self,
+        name: str,
+        tensors: Callable[[str], View | None],
+        *,
+        lane: Lane = "forward",
+        layer: int | None = None,
+    ) -> EngineRun:
+        """A run of component ``name``; ``tensors`` finds the view of each input and output."""
+        component = self.manifest.components.get(name)
+        if component is None:
+            raise BundleError(
+                f"the bundle has no component {name!r} (it has: {', '.join(self.manifest.components)}); rebuild it"
+            )
+
+        def resolve(specs: tuple[TensorSpec, ...]) -> dict[str, View]:
+            views = {}
+            for spec in specs:
+                view = tensors(spec.name)
+                if view is None:
+                    raise BundleError(
+                        f"component {name!r} has a tensor {spec.name!r} that this runtime does not know; rebuild "
+                        f"the bundle with the exporter of this version"
+                    )
+                views[spec.name] = view
+            return views
+
+        scratch = None
+        if component.cost is not None and component.cost.activation_bytes:
+            buffer = self.view(f"scratch.{lane}")
+            scratch = View(buffer.buffer, "uint8", (component.cost.activation_bytes,))
+        return EngineRun(name, resolve(component.inputs), resolve(component.outputs), scratch, layer)
+
+    def _whole(self, name: str, own: Views | None = None) -> EngineRun:
+        """A component whose tensors are buffers of the same name, but for ``own``."""
+        views = {**{key: self.view(key) for key in self.placed}, **(own or {})}
+        return self._run(name, views.get)
+
+    def _step(self, step: int | None) -> list[Operation]:
+        """Denoising forward ``step``, or the clean one."""
+        last = self.steps - 1
+        if step is None:
+            own = {"latent": self.view("clean_latent"), "step": self.view(f"step.{self.steps}")}
+        else:
+            noise, denoised = self.view("noise"), self.view("denoised")
+            own = {
+                "latent": denoised.index(step - 1) if step else noise.index(0),
+                "noise": noise.index(min(step + 1, last)),  # the last forward does not use it
+                "step": self.view(f"step.{step}"),
+                "next_latent": denoised.index(step),
+            }
+        if self.manifest.segments is None:
+            return [self._whole("clean" if step is None else "step", own)]
+        return self._segmented(own, clean=step is None)
+
+    def _segmented(self, own: Views, *, clean: bool) -> list[Operation]:
+        segments = self.manifest.segments
+        assert segments is not None
+        layers = self.model.layers
+        outs = {"x_out": self.view("residual.0"), "qkv": self.view("qkv")}
+        operations: list[Operation] = [self._segment("first", {**own, **outs}, segments.first, None)]
+        for layer in range(layers):
+            operations.append(self._prepare(layer, segments.prepare[layer]))
+            is_last = layer == layers - 1
+            if clean and is_last:
+                break
+            operations += self._attention(layer)
+            tensors = {
+                **own,
+                "x": self.view(f"residual.{layer % 2}"),
+                "attention_out": self.view("attention_out"),
+                "cross_k": self.view(f"cross_k.{layer}"),
+                "cross_v": self.view(f"cross_v.{layer}"),
+                "x0": self.view("x0"),
+                "qkv": self.view("qkv"),
+                "x_out": self.view(f"residual.{(layer + 1) % 2}"),
+            }
+            if is_last:
+                operations.append(self._segment("last", tensors, segments.last, layer))
+            else:
+                name = segments.layer_component(layer)
+                operations.append(self._segment(name, tensors, segments.layers[layer], layer))
+        return operations
+
+    def _segment(self, name: str, tensors: Views, weights: Mapping[str, str], layer: int | None) -> EngineRun:
+        bound = {key: self._weight(name, tensor) for key, tensor in weights.items()}
+        component = self.manifest.components.get(name)
+        unknown = sorted(bound.keys() - {spec.name for spec in component.inputs}) if component else []
+        if unknown:
+            raise BundleError(
+                f"the manifest binds a weight to the input {unknown[0]!r} of component {name!r}, which has none of "
+                f"that name; rebuild the bundle"
+            )
+        return self._run(name, {**tensors, **bound}.get, layer=layer)
+
+    def _prepare(self, layer: int, weights: Mapping[str, str]) -> Operation:
+        tensors = {
+            "qkv": self.view("qkv"),
+            "cos": self.view("rope_cos"),
+            "sin": self.view("rope_sin"),
+            **{name: self._weight("qk_prepare", tensor) for name, tensor in weights.items()},
+            **self._projections(layer),
+        }
+        if self.manifest.kernels is None:
+            return self._run("qk_prepare", tensors.get, layer=layer)
+        return KernelLaunch("prepare", self.problem, tensors, prepare_options(self.manifest), layer)
+
+    def _projections(self, layer: int) -> dict[str, View]:
+        return {
+            "q": self.view("q"),
+            "k": self.view(f"k.{layer}"),
+            "v": self.view(f"v.{layer}"),
+            "q_mean": self.view("q_mean"),
+            "k_mean": self.view(f"kmean.{layer}"),
+        }
+
+    def _attention(self, layer: int) -> list[Operation]:
+        past = {name: self.view(f"{name}.{layer}") for name in ("past_k", "past_v", "past_kmean")}
+        shared = {name: self.view(name) for name in ("frame_slots", "chunk")}
+        tensors = {**self._projections(layer), **past, **shared, "out": self.view("attention_out")}
+        if self.manifest.kernels is None:
+            return [self._run("attention", tensors.get, layer=layer)]
+        tensors |= {name: self.view(name) for name in ("scores", "lists", "counts", "keep_q20")}
+
+        return [
+            KernelLaunch(
+                kernel, self.problem, {name: tensors[name] for name in _BUFFERS[kernel]}, options, layer
+            )
+            for kernel, options in attention_launches(self.manifest)
+        ]
+
+    def _commit(self) -> list[Operation]:
+        return [
+            KernelLaunch(
+                "commit",
+                self.problem,
+                {
+                    **{
+                        name: self.view(f"{name}.{layer}")
+                        for name in ("past_k", "past_v", "past_kmean", "k", "v")
+                    },
+                    "k_mean": self.view(f"kmean.{layer}"),
+                    "commit_slots": self.view("commit_slots"),
+                },
+                layer=layer,
+            )
+            for layer in range(self.model.layers)
+        ]
+
+    def _sinks(self) -> list[Forward]:
+        """Copies of the sinks as committed, one forward per chunk that holds some, and writing them turned."""
+        sinks, frames = self.manifest.cache.sink_frames, self.model.chunk_frames
+        if "sink_slots" not in self.placed:
+            return []
+        forwards = []
+        for chunk in range(-(-sinks // frames)):
+            first = chunk * frames
+            count = min(frames, sinks - first)
+            copies: list[Operation] = []
+            for layer in range(self.model.layers):
+                for stem in ("k", "kmean"):
+                    target = self.view(f"sink_{stem}.{layer}")
+                    staged = self.view(f"{stem}.{layer}")
+                    by_frame = View(staged.buffer, staged.dtype, (frames, *target.shape[1:]))
+                    copies.append(Copy(by_frame.index(0, count), target.index(first, count), layer))
+            forwards.append(self._forward(f"keep_sinks.{chunk}", (), copies))
+        turn: list[Operation] = [
+            KernelLaunch(
+                "rope_sink",
+                self.problem,
+                {
+                    "past_k": self.view(f"past_k.{layer}"),
+                    "past_kmean": self.view(f"past_kmean.{layer}"),
+                    "sink_k": self.view(f"sink_k.{layer}"),
+                    "sink_kmean": self.view(f"sink_kmean.{layer}"),
+                    "sink_slots": self.view("sink_slots"),
+                    "cos": self.view("sink_cos"),
+                    "sin": self.view("sink_sin"),
+                },
+                {"turned_pairs": self.view("sink_cos").shape[1]},
+                layer,
+            )
+            for layer in range(self.model.layers)
+        ]
+        return [*forwards, self._forward("place_sinks", ("sink_slots", "sink_cos", "sink_sin"), turn)]
+
+    def _decode(self, forward: str, name: str, frames: str, reads: list[View], writes: list[View]) -> Forward:
+        tensors = {
+            "latent": self.view("vae_latent"),
+            "frames": self.view(frames),
+            **{f"cache.{index}": view for index, view in enumerate(reads)},
+            **{f"cache_out.{index}": view for index, view in enumerate(writes)},
+        }
+        return self._forward(forward, (), [self._run(name, tensors.get, lane="decode")], "decode")
+
+    def _encode(self) -> Forward:
+        component: Component = self.manifest.components["text_encoder"]
+        run = self._run("text_encoder", lambda name: self.view(f"encoder.{name}"), lane="text")
+        feeds = tuple(f"encoder.{spec.name}" for spec in component.inputs)
+        return self._forward("encode_text_layer", feeds, [run], "text")
+
+
+_PLACEMENT = ("chunk", "frame_slots", "rope_cos", "rope_sin")
+_BUFFERS: Mapping[str, tuple[str, ...]] = {
+    "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
+    "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
+    "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
+}
+"""What each kernel of the attention operator may take; an image takes what it needs of it."""

@@ -1,0 +1,208 @@
+"""An engine made of a program and something that executes it.
+
+Everything that is the same on every device is here: what is fed before which forward, which copies lie between them,
+and which side of the decoder's caches is next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Manifest
+from runtime.engine import Placement
+from runtime.frame_table import ABSENT, Move
+
+from .program import Copy, Lane, Program
+from .rope import RopeTables
+
+__all__ = ["Executor", "Fetch", "ProgramEngine"]
+
+
+class Fetch(Protocol):
+    """A buffer on its way to the host."""
+
+    def into(self, out: NDArray[Any]) -> float:
+        """Wait for it and copy it into ``out``; the seconds spent waiting for the device."""
+
+
+class Executor(Protocol):
+    """Executes one program. What is enqueued in one lane runs in order."""
+
+    def feed(self, session: int, forward: str) -> AbstractContextManager[Mapping[str, NDArray[Any]]]:
+        """Arrays to fill, by buffer name, with what ``forward`` is fed; they are sent when the context ends."""
+
+    def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
+        """Like :meth:`feed`, for large arrays that exist already."""
+
+    def run(self, session: int, forward: str) -> float:
+        """Enqueue the operations of ``forward``; the seconds spent on it."""
+
+    def copy(self, session: int, copy: Copy, lane: Lane) -> None:
+        """Enqueue a copy that is part of no forward."""
+
+    def signal(self, session: int, latent: int) -> None:
+        """A latent has been written, once what is enqueued in lane ``forward`` has run."""
+
+    def wait(self, session: int, latent: int) -> None:
+        """What is enqueued in lane ``decode`` from now on runs after the last :meth:`signal` of that latent."""
+
+    def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> Fetch:
+        """Enqueue a copy to the host; ``index`` below the frames of a chunk tells fetches apart that are under way."""
+
+    def prepare(self, session: int) -> None:
+        """Do what the first run of each forward would do, now; all have run once for some session."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+class ProgramEngine:
+    """Implements :class:`~runtime.engine.Engine`."""
+
+    def __init__(self, manifest: Manifest, program: Program, executor: Executor) -> None:
+        self._program = program
+        self._executor = executor
+        self._steps = manifest.schedule.denoise_steps
+        self._chunk_frames = manifest.model.chunk_frames
+        self._sinks = manifest.cache.sink_frames if "place_sinks" in program.forwards else 0
+        self._rope = RopeTables(manifest.model)
+        self._latent = [0] * program.sessions
+        self._side = [0] * program.sessions
+        self._encoding = threading.Lock()
+
+    @property
+    def program(self) -> Program:
+        """What is executed."""
+        return self._program
+
+    @property
+    def executor(self) -> Executor:
+        """What executes it."""
+        return self._executor
+
+    def warmup(self) -> None:
+        """Run every component but the text encoder's layer once, and get every forward ready for every session."""
+        shapes = {name: placed.buffer.shape for name, placed in self._program.buffers.items()}
+        placement = Placement(0, 0, (ABSENT,) * shapes["frame_slots"][0], 0)
+        self.condition(0, np.zeros(shapes["text"], dtype=np.float32))
+        self.begin(0, placement, np.zeros(shapes["noise"], dtype=np.float32))
+        for step in range(self._steps):
+            self.denoise(0, step)
+        self.begin(0, placement, None)
+        self.clean(0)
+        first, following = shapes["frames_first"], shapes["frames_next"]
+        frames = first[0] + (self._chunk_frames - 1) * following[0]
+        self.decode(0, 0, first=True, out=np.empty((frames, *first[1:]), dtype=np.uint8))
+        self.commit(0, [Move(frame, 0, frame) for frame in range(min(1, len(placement.frame_slots)))])
+        if self._sinks:
+            self.place_sinks(0, (0,), 1)
+        for session in range(self._program.sessions):
+            self._executor.prepare(session)
+            self.reset(session)
+
+    def reset(self, session: int) -> None:
+        """Zero the decoder's caches; everything else is written before it is read."""
+        self._executor.run(session, "reset")
+        self._side[session] = 0
+
+    def condition(self, session: int, embedding: NDArray[np.float32]) -> float:
+        """See :meth:`Engine.condition <runtime.engine.Engine.condition>`."""
+        with self._executor.feed(session, "condition") as arrays:
+            np.copyto(arrays["text"], embedding, casting="unsafe")
+        return self._executor.run(session, "condition")
+
+    def begin(self, session: int, placement: Placement, noise: NDArray[np.float32] | None) -> None:
+        """See :meth:`Engine.begin <runtime.engine.Engine.begin>`."""
+        forward = "begin_clean" if noise is None else "begin"
+        with self._executor.feed(session, forward) as arrays:
+            arrays["chunk"][...] = placement.chunk
+            arrays["frame_slots"][...] = placement.frame_slots
+            self._rope.fill(placement.first_frame, arrays["rope_cos"], arrays["rope_sin"])
+            if noise is not None:
+                np.copyto(arrays["noise"], noise, casting="unsafe")
+        self._latent[session] = placement.latent
+        if noise is None:
+            self._executor.copy(session, self._program.load_latent(placement.latent), "forward")
+
+    def denoise(self, session: int, step: int) -> float:
+        """See :meth:`Engine.denoise <runtime.engine.Engine.denoise>`."""
+        seconds = self._executor.run(session, f"denoise.{step}")
+        if step == self._steps - 1:
+            latent = self._latent[session]
+            self._executor.copy(session, self._program.store_latent(latent), "forward")
+            self._executor.signal(session, latent)
+        return seconds
+
+    def clean(self, session: int) -> float:
+        """See :meth:`Engine.clean <runtime.engine.Engine.clean>`."""
+        return self._executor.run(session, "clean")
+
+    def commit(self, session: int, moves: Sequence[Move]) -> None:
+        """See :meth:`Engine.commit <runtime.engine.Engine.commit>`."""
+        with self._executor.feed(session, "commit") as arrays:
+            arrays["commit_slots"].fill(ABSENT)
+            for move in moves:
+                arrays["commit_slots"][move.offset] = move.slot
+        self._executor.run(session, "commit")
+        for chunk in sorted({move.frame // self._chunk_frames for move in moves if move.frame < self._sinks}):
+            self._executor.run(session, f"keep_sinks.{chunk}")
+
+    def place_sinks(self, session: int, slots: Sequence[int], shift: int) -> None:
+        """See :meth:`Engine.place_sinks <runtime.engine.Engine.place_sinks>`."""
+        with self._executor.feed(session, "place_sinks") as arrays:
+            arrays["sink_slots"].fill(ABSENT)
+            arrays["sink_slots"][: len(slots)] = slots
+            arrays["sink_cos"][...], arrays["sink_sin"][...] = self._rope.turn(shift)
+        self._executor.run(session, "place_sinks")
+
+    def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
+        """See :meth:`Engine.decode <runtime.engine.Engine.decode>`."""
+        fetches: list[tuple[Fetch, int]] = []
+
+        def take(buffer: str, count: int, index: int) -> None:
+            fetches.append((self._executor.fetch(session, buffer, "decode", index), count))
+
+        seconds, written = self._decode(session, latent, first, take), 0
+        for fetch, count in fetches:
+            seconds += fetch.into(out[written : written + count])
+            written += count
+        return seconds
+
+    def _decode(self, session: int, latent: int, first: bool, take: Callable[[str, int, int], None]) -> float:
+        """Run the decoder for each frame of a latent; ``take`` gets the buffer that then holds so many frames."""
+        self._executor.wait(session, latent)
+        seconds = 0.0
+        for index in range(self._chunk_frames):
+            self._executor.copy(session, self._program.decode_latent(latent, index), "decode")
+            if first and index == 0:
+                forward, frames = "decode_first", "frames_first"
+            else:
+                forward, frames = f"decode_next.{'ab'[self._side[session]]}", "frames_next"
+                self._side[session] ^= 1
+            seconds += self._executor.run(session, forward)
+            take(frames, self._program.buffers[frames].buffer.shape[0], index)
+        return seconds
+
+    def encode_text_layer(
+        self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
+    ) -> NDArray[np.float32]:
+        """See :meth:`Engine.encode_text_layer <runtime.engine.Engine.encode_text_layer>`."""
+        with self._encoding:
+            values = {"hidden": hidden, "mask": mask, **weights}
+            self._executor.send(
+                0, "encode_text_layer", {f"encoder.{name}": value for name, value in values.items()}
+            )
+            self._executor.run(0, "encode_text_layer")
+            out = np.empty(hidden.shape, dtype=np.float32)
+            self._executor.fetch(0, "encoder.hidden_out", "text").into(out)
+            return out
+
+    def close(self) -> None:
+        """Free everything."""
+        self._executor.close()

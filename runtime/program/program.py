@@ -1,0 +1,240 @@
+"""The execution of a bundle as data: buffers in one arena, and for each kind of forward a list of operations.
+
+A program is built from a manifest (:mod:`runtime.program.builder`) and interpreted three times over: checked with no
+device (:mod:`runtime.verify.dry_run`), run on the host (:mod:`runtime.host.executor`), run on a GPU
+(:mod:`runtime.cuda.executor`). What changes from chunk to chunk lies in buffers that are *fed* before a forward; the
+operations themselves never change, so a forward can be recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from runtime.bundle import Dtype
+
+from .buffers import Buffer, item_bits
+from .kernels import KernelProblem
+
+__all__ = [
+    "ALIGNMENT",
+    "KERNEL_OUTPUTS",
+    "Copy",
+    "EngineRun",
+    "Fill",
+    "Forward",
+    "KernelLaunch",
+    "Lane",
+    "Operation",
+    "Placed",
+    "Program",
+    "View",
+]
+
+ALIGNMENT: Final = 256
+"""Of every buffer, in bytes: what TensorRT asks of tensors and activation memory."""
+
+Lane = Literal["forward", "decode", "text"]
+"""Forwards of one lane run one after another; those of different lanes at the same time."""
+
+KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "prepare": ("q", "k", "v", "q_mean", "k_mean"),
+    "score": ("scores",),
+    "select": ("lists", "counts"),
+    "attend": ("out",),
+    "commit": ("past_k", "past_v", "past_kmean"),
+    "rope_sink": ("past_k", "past_kmean"),
+}
+"""The buffers that each kernel writes."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in a buffer, ``offset`` bytes from its start.
+
+    ``pitch`` is the distance in bytes between the rows of the first axis where that is not the size of a row.
+    """
+
+    buffer: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    offset: int = 0
+    pitch: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * item_bits(self.dtype) // 8
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        if self.pitch is None or not self.shape[0]:
+            return self.nbytes
+        return self.pitch * (self.shape[0] - 1) + self.nbytes // self.shape[0]
+
+    def index(self, start: int, count: int | None = None) -> View:
+        """Element ``start`` along the first axis, or ``count`` of them from there."""
+        row = self.nbytes // self.shape[0]
+        shape = self.shape[1:] if count is None else (count, *self.shape[1:])
+        return replace(self, shape=shape, offset=self.offset + start * row)
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One run of a component. ``layer`` says where in the model, for messages."""
+
+    component: str
+    inputs: Mapping[str, View]
+    outputs: Mapping[str, View]
+    scratch: View | None = None
+    layer: int | None = None
+
+    @property
+    def tensors(self) -> dict[str, View]:
+        """Inputs and outputs."""
+        return {**self.inputs, **self.outputs}
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One launch of a kernel of :mod:`runtime.program.kernels`."""
+
+    kernel: str
+    problem: KernelProblem
+    buffers: Mapping[str, View]
+    options: Mapping[str, int | float] = field(default_factory=dict)
+    layer: int | None = None
+
+    @property
+    def outputs(self) -> dict[str, View]:
+        """What it writes."""
+        return {name: self.buffers[name] for name in KERNEL_OUTPUTS[self.kernel] if name in self.buffers}
+
+    @property
+    def inputs(self) -> dict[str, View]:
+        """What it reads."""
+        outputs = KERNEL_OUTPUTS[self.kernel]
+        return {name: view for name, view in self.buffers.items() if name not in outputs}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy ``source`` to ``target``: the same number of bytes, either may have a pitch."""
+
+    source: View
+    target: View
+    layer: int | None = None
+
+    @property
+    def inputs(self) -> dict[str, View]:
+        """What it reads."""
+        return {"source": self.source}
+
+    @property
+    def outputs(self) -> dict[str, View]:
+        """What it writes."""
+        return {"target": self.target}
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Set every byte of ``target`` to zero."""
+
+    target: View
+    layer: int | None = None
+
+    @property
+    def inputs(self) -> dict[str, View]:
+        """Nothing."""
+        return {}
+
+    @property
+    def outputs(self) -> dict[str, View]:
+        """What it writes."""
+        return {"target": self.target}
+
+
+Operation = EngineRun | KernelLaunch | Copy | Fill
+
+
+@dataclass(frozen=True)
+class Forward:
+    """``feeds`` are written by the host before the operations run, in stream order."""
+
+    name: str
+    lane: Lane
+    feeds: tuple[View, ...]
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a buffer lies: in the part of the arena that sessions share, or in each session's own."""
+
+    buffer: Buffer
+    offset: int
+    per_session: bool
+
+    @property
+    def view(self) -> View:
+        """The whole buffer."""
+        return View(self.buffer.name, self.buffer.dtype, self.buffer.shape)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Buffers, forwards, and where the weights go.
+
+    ``forwards`` has, in the order a rollout first needs them: ``load`` (once), ``reset`` (once per rollout),
+    ``condition``, ``begin``, ``denoise.0`` and on, ``begin_clean``, ``clean``, ``commit``, ``keep_sinks.0`` and on
+    (copies of the sinks that chunk holds) and ``place_sinks`` where sinks move, ``decode_first``, ``decode_next.a`` and
+    ``decode_next.b`` (reading the decoder's caches of that side, writing the other's), ``encode_text_layer``.
+
+    ``weights`` maps tensors of the segments' weights file to where they are kept.
+    """
+
+    sessions: int
+    buffers: Mapping[str, Placed]
+    shared_bytes: int
+    session_bytes: int
+    forwards: Mapping[str, Forward]
+    weights: Mapping[str, View]
+    latent_slots: int
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of everything together."""
+        return self.shared_bytes + self.sessions * self.session_bytes
+
+    def offset(self, view: View, session: int) -> int:
+        """Where ``view`` begins in the arena, for ``session``."""
+        placed = self.buffers[view.buffer]
+        start = self.shared_bytes + session * self.session_bytes if placed.per_session else 0
+        return start + placed.offset + view.offset
+
+    def store_latent(self, slot: int) -> Copy:
+        """Keep the clean latent of the chunk that was just denoised."""
+        return Copy(self.buffers["x0"].view, self.buffers["latents"].view.index(slot))
+
+    def load_latent(self, slot: int) -> Copy:
+        """Hand a kept latent to the clean forward."""
+        return Copy(self.buffers["latents"].view.index(slot), self.buffers["clean_latent"].view)
+
+    def decode_latent(self, slot: int, frame: int) -> Copy:
+        """Hand one frame of a kept latent to the decoder."""
+        chunk = self.buffers["latents"].view.index(slot)  # [channels, frames, h, w]
+        channels, frames, *size = chunk.shape
+        row = chunk.nbytes // (channels * frames)
+        source = replace(
+            chunk, shape=(channels, 1, *size), offset=chunk.offset + frame * row, pitch=frames * row
+        )
+        return Copy(source, self.buffers["vae_latent"].view)
+
+    def walk(self) -> Iterator[tuple[Forward, Operation]]:
+        """Every operation of every forward."""
+        for forward in self.forwards.values():
+            for operation in forward.operations:
+                yield forward, operation

@@ -1,0 +1,5 @@
+"""Whether a bundle computes what it should: golden vectors on this machine, and dry runs without the device."""
+
+from .verdict import VERDICT_NAME, Verdict, VerificationError, ensure_verified, judge
+
+__all__ = ["VERDICT_NAME", "Verdict", "VerificationError", "ensure_verified", "judge"]

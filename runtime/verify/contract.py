@@ -1,0 +1,201 @@
+"""What the components' tensors must be for a rollout to feed and read them, whatever executes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from runtime.bundle import Bundle, Manifest, TensorSpec
+from runtime.bundle.weights_file import WeightsFile
+
+from .steps import Flaws
+
+__all__ = ["check_contract"]
+
+Dims = tuple[int | str, ...]
+
+_FLOATS: Final = ("float32", "float16", "bfloat16")
+_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("step", "chunk", "frame_slots"), ("int32",)),
+    **dict.fromkeys(
+        ("kmean", "past_kmean", "q_mean", "k_mean", "rope_cos", "rope_sin", "cos", "sin"), ("float32",)
+    ),
+    "frames": ("uint8",),
+}
+"""Element types of tensors by name; all others are floating point."""
+_TEXT_WEIGHTS: Final = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
+_BETWEEN: Final = ("x", "attention_out", "step", "cross_k", "cross_v")
+_NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "first": (("latent", "step"), ("x_out", "qkv")),
+    "layer": (_BETWEEN, ("x_out", "qkv")),
+    "last": ((*_BETWEEN, "latent", "noise"), ("next_latent", "x0")),
+    "qk_prepare": (("qkv", "bias", "norm_q", "norm_k", "cos", "sin"), ("q", "k", "v", "q_mean", "k_mean")),
+    "attention": (
+        ("q", "k", "v", "q_mean", "k_mean", "past_k", "past_v", "past_kmean", "frame_slots", "chunk"),
+        ("out",),
+    ),
+    "conditioner": (("text",), ()),
+    "text_encoder": (("hidden", "mask", *_TEXT_WEIGHTS), ("hidden_out",)),
+    "vae_first": (("latent",), ("frames",)),
+    "vae_next": (("latent",), ("frames",)),
+}
+"""Inputs and outputs without which a component does not do its part. Layers' and caches' are checked apart."""
+
+
+def check_contract(bundle: Bundle, flaws: Flaws) -> None:
+    """Hold the components against the model's sizes, and the text encoder's weights against its layer."""
+    manifest = bundle.manifest
+    wanted = _shapes(manifest)
+    for name, tensors in wanted.items():
+        component = manifest.components[name]
+        for kind, specs in (("input", component.inputs), ("output", component.outputs)):
+            for spec in specs:
+                where = f"component {name!r}, {kind} {spec.name!r}"
+                stem, _, index = spec.name.partition(".")
+                if stem in ("cache", "cache_out"):
+                    _check_cache(manifest, spec, index, where, flaws)
+                elif stem in tensors:
+                    _check(spec, tensors[stem], _TYPES.get(stem, _FLOATS), where, flaws)
+    _check_needed(manifest, flaws)
+    _check_layers(manifest, flaws)
+    _check_text_weights(bundle, flaws)
+
+
+def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
+    """Per component, the shape of every tensor by name (without the layer's number)."""
+    model, text, vae = manifest.model, manifest.text, manifest.vae
+    frames, tokens, head = model.chunk_frames, model.chunk_tokens, (model.heads, model.head_dim)
+    size = (model.latent_height, model.latent_width)
+    pixels = (model.video_height, model.video_width, 3)
+    q_blocks = -(-model.frame_tokens // manifest.attention.block_q)
+    k_blocks = manifest.key_blocks
+    latent: Dims = (model.latent_channels, frames, *size)
+    projected: dict[str, Dims] = dict.fromkeys(("q", "k", "v", "out"), (tokens, *head))
+    past: dict[str, Dims] = {
+        "past_k": ("slots", model.frame_tokens, *head),
+        "past_v": ("slots", model.frame_tokens, *head),
+        "past_kmean": ("slots", k_blocks, *head),
+        "frame_slots": (manifest.cache.max_past_frames,),
+        "chunk": (),
+    }
+    cross: dict[str, Dims] = dict.fromkeys(("cross_k", "cross_v"), (text.text_len, *head))
+    angles: Dims = (tokens, model.head_dim // 2)
+    step: dict[str, Dims] = {
+        **dict.fromkeys(("latent", "noise", "next_latent", "x0"), latent),
+        **past,
+        **cross,
+        "step": (),
+        "rope_cos": angles,
+        "rope_sin": angles,
+        "k": projected["k"],
+        "v": projected["v"],
+        "kmean": (frames, k_blocks, *head),
+    }
+    means: dict[str, Dims] = {"q_mean": (frames, q_blocks, *head), "k_mean": (frames, k_blocks, *head)}
+    decoded: dict[str, Dims] = {"latent": (model.latent_channels, 1, *size)}
+    shapes: dict[str, dict[str, Dims]] = {
+        "step": step,
+        "clean": step,
+        "conditioner": {"text": (text.text_len, text.dim), **cross},
+        "text_encoder": {
+            "hidden": (text.text_len, text.dim),
+            "mask": (text.text_len,),
+            "hidden_out": (text.text_len, text.dim),
+        },
+        "vae_first": {**decoded, "frames": (1, *pixels)},
+        "vae_next": {**decoded, "frames": (vae.temporal_factor, *pixels)},
+    }
+    if manifest.segments is not None:
+        width = (model.dim,)
+        shapes["qk_prepare"] = {
+            **projected,
+            **means,
+            "qkv": (tokens, 3 * model.dim),
+            "bias": (3 * model.dim,),
+            "norm_q": width,
+            "norm_k": width,
+            "cos": angles,
+            "sin": angles,
+        }
+        shapes["attention"] = {**projected, **means, **past}
+    return shapes
+
+
+def _check(spec: TensorSpec, shape: Dims, types: tuple[str, ...], where: str, flaws: Flaws) -> None:
+    if spec.dtype not in types:
+        flaws.add(where, f"it is {spec.dtype}, expected {' or '.join(types)}")
+    if [dim for dim in spec.shape if dim != 1] != [dim for dim in shape if dim != 1]:
+        flaws.add(where, f"it is {list(spec.shape)}, and the model makes it {list(shape)}")
+
+
+def _check_cache(manifest: Manifest, spec: TensorSpec, index: str, where: str, flaws: Flaws) -> None:
+    caches = manifest.vae.caches
+    if not index.isdecimal() or int(index) >= len(caches):
+        flaws.add(where, f"the manifest lists {len(caches)} caches of the decoder")
+        return
+    cache = caches[int(index)]
+    if (spec.dtype, spec.shape) != (cache.dtype, cache.shape):
+        flaws.add(
+            where, f"it is {spec.dtype} {list(spec.shape)}, and the cache {cache.dtype} {list(cache.shape)}"
+        )
+
+
+def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
+    for name, component in manifest.components.items():
+        inputs, outputs = _NEEDED.get(name.partition(".")[0], ((), ()))
+        for kind, specs, wanted in (
+            ("input", component.inputs, inputs),
+            ("output", component.outputs, outputs),
+        ):
+            for missing in sorted(set(wanted) - {spec.name for spec in specs}):
+                flaws.add(f"component {name!r}, {kind} {missing!r}", "it is missing")
+
+
+def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
+    """Every layer has its tensors in the step, and every cache of the decoder is read and written."""
+    layers = range(manifest.model.layers)
+    step = manifest.components["step"]
+    inputs = {spec.name for spec in step.inputs}
+    outputs = {spec.name for spec in step.outputs}
+    wanted = {
+        f"{stem}.{i}" for stem in ("past_k", "past_v", "past_kmean", "cross_k", "cross_v") for i in layers
+    }
+    for name in sorted(wanted - inputs):
+        flaws.add(f"component 'step', input {name!r}", "it is missing")
+    for name in sorted({f"{stem}.{i}" for stem in ("k", "v", "kmean") for i in layers} - outputs):
+        flaws.add(f"component 'step', output {name!r}", "it is missing")
+    following = manifest.components["vae_next"]
+    for index in range(len(manifest.vae.caches)):
+        for kind, name, specs in (
+            ("input", f"cache.{index}", following.inputs),
+            ("output", f"cache_out.{index}", following.outputs),
+        ):
+            if name not in {spec.name for spec in specs}:
+                flaws.add(f"component 'vae_next', {kind} {name!r}", "it is missing")
+
+
+def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
+    text = bundle.manifest.text
+    where = f"weights file {text.weights!r}"
+    with WeightsFile(bundle.path(text.weights)) as weights:
+        stored = weights.tensors
+    shapes: dict[str, Dims] = {"token_embedding": (text.vocab, text.dim), "norm": (text.dim,)}
+    specs = {spec.name: spec for spec in bundle.manifest.components["text_encoder"].inputs}
+    for name in sorted(specs.keys() - set(_NEEDED["text_encoder"][0])):
+        flaws.add(f"component 'text_encoder', input {name!r}", "the runtime knows no such tensor")
+    for name in _TEXT_WEIGHTS:
+        if name not in specs:
+            continue
+        if specs[name].dtype not in _FLOATS:
+            flaws.add(
+                f"component 'text_encoder', input {name!r}",
+                f"it is {specs[name].dtype}, expected a float type",
+            )
+        shapes |= {f"layers.{layer}.{name}": specs[name].shape for layer in range(text.layers)}
+    for name, shape in shapes.items():
+        if name not in stored:
+            flaws.add(f"{where}, tensor {name!r}", "it is missing")
+        elif [dim for dim in stored[name].shape if dim != 1] != [dim for dim in shape if dim != 1]:
+            flaws.add(
+                f"{where}, tensor {name!r}", f"it is {list(stored[name].shape)}, expected {list(shape)}"
+            )

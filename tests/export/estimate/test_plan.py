@@ -1,0 +1,356 @@
+"""Planning: sizes against the real models and bundles, work against hand-computed figures, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from export.cli.main import main
+from export.cli.plan import PlanRequest, planned_precision
+from export.errors import InputError
+from export.estimate.memory import plan_memory
+from export.estimate.roofline import Workload, predict
+from export.request.sizes import (
+    decoder_convs,
+    decoder_parameters,
+    layer_linears,
+    text_layer_parameters,
+    text_outer_parameters,
+    transformer_parameters,
+)
+from export.request.targets import load_target, load_variant
+from lightforcing_ref.checkpoint_spec import dit_shapes, umt5_shapes, vae_decoder_shapes
+from lightforcing_ref.config import PRESETS, preset
+from lightforcing_ref.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEDecoder
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def planned(target="rtx5090", variant="short", model="wan-1.3b", size=None, precision="bf16") -> PlanRequest:
+    chosen = preset(model)
+    height, width = size or (chosen.height, chosen.width)
+    return PlanRequest(load_target(target), load_variant(variant), chosen, height, width, precision)
+
+
+def total(shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_checkpoints(name):
+    model = preset(name)
+    assert transformer_parameters(model.dit) == total(dit_shapes(model.dit))
+    text = model.text
+    assert text.layers * text_layer_parameters(text) + text_outer_parameters(text) == total(umt5_shapes(text))
+
+
+def test_published_parameters():
+    assert transformer_parameters(preset("wan-1.3b").dit) == 1_418_996_800
+    assert round(decoder_parameters(WAN_VAE) / 1e6, 1) == 73.3
+    assert round(decoder_parameters(LIGHT_VAE) / 1e6, 2) == 4.62
+
+
+@pytest.mark.parametrize("vae", [WAN_VAE, LIGHT_VAE, TINY_VAE], ids=["wan", "light", "tiny"])
+def test_decoder_convolutions_are_those_of_the_decoder(vae):
+    assert decoder_parameters(vae) == total(vae_decoder_shapes(vae))
+    with torch.device("meta"):
+        real = VAEDecoder(vae).cache_specs(60, 104)
+    caches = [shape for conv in decoder_convs(vae) if (shape := conv.cache_shape(60, 104))]
+    assert caches == [cache.shape for cache in real]
+    assert len(caches) == 32
+
+
+def test_published_decoder_figures():
+    caches = [shape for conv in decoder_convs(WAN_VAE) if (shape := conv.cache_shape(60, 104))]
+    assert sum(map(math.prod, caches)) == 944_286_720
+    attention = 4 * (60 * 104) ** 2 * 384
+    flops = sum(conv.flops(60, 104) for conv in decoder_convs(WAN_VAE)) + attention
+    assert round(flops / 1e12, 2) == 13.55
+
+
+def test_decoder_work_is_what_pytorch_counts():
+    workload = Workload(planned(model="tiny"))
+    with torch.device("meta"), torch.no_grad():
+        decoder = VAEDecoder(TINY_VAE)
+        latent = torch.empty(16, 1, 16, 16)
+        with FlopCounterMode(display=False) as first:
+            _, caches = decoder.decode_first(latent)
+        with FlopCounterMode(display=False) as later:
+            decoder.decode_next(latent, caches)
+    assert sum(work.flops for work in workload.decode(first=True)) == first.get_total_flops()
+    assert sum(work.flops for work in workload.decode(first=False)) == later.get_total_flops()
+
+
+def test_weights_in_each_precision():
+    """1.42B in bf16: 2.50 GB of block linears in the step graph; 1.25 GB in fp8 and 0.89 GB in nvfp4."""
+    step = layer_linears(preset("wan-1.3b").dit)[:-2]
+    sizes = {p: 30 * sum(linear.bytes(p) for linear in step) / 1e9 for p in ("bf16", "fp8", "nvfp4")}
+    assert {p: round(size, 2) for p, size in sizes.items()} == {"bf16": 2.50, "fp8": 1.25, "nvfp4": 0.89}
+
+
+# ---- memory ----
+
+
+def test_cache_by_hand():
+    """1560-token frames: 287.5 MB of keys and values per latent frame in bf16, and 18 frames besides the chunk."""
+    plan = plan_memory(planned(size=(480, 832)))
+    sizes = {item.name: item.bytes for item in plan.items}
+    assert sizes["keys and values of past frames"] == 18 * 30 * 2 * 1560 * 1536 * 2
+    assert round(sizes["keys and values of past frames"] / 18 / 1e6, 1) == 287.5
+    assert sizes["block means of the keys"] == 18 * 30 * 25 * 1536 * 4
+    latent_channels = 16 * 2 * 60 * 104  # the one cache that is as wide in LightVAE as in the full decoder
+    assert sizes["video decoder, two sets"] == 2 * 2 * (
+        (944_286_720 - latent_channels) // 4 + latent_channels
+    )
+    assert sizes["cross-attention keys and values"] == 30 * 2 * 512 * 1536 * 2
+
+
+def test_long_clips_cost_a_window():
+    short, long = plan_memory(planned()), plan_memory(planned(variant="long"))
+    name = "keys and values of past frames"
+    frames = {plan: next(i.bytes for i in plan.items if i.name == name) for plan in (short, long)}
+    assert frames[short] * 9 == frames[long] * 18
+
+
+def test_verdicts():
+    one = plan_memory(planned())
+    assert one.fits
+    assert one.verdict.startswith("fits: 1 session needs ")
+    assert one.peak == one.shared + one.per_session == sum(item.bytes for item in one.items)
+    assert one.most_sessions is not None
+    edge, over = (plan_memory(planned(), one.most_sessions + extra) for extra in (0, 1))
+    assert edge.fits
+    assert not over.fits
+    assert over.verdict.startswith("does not fit: ")
+    assert over.peak - edge.peak == one.per_session
+
+
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_narrower_weights_take_less(precision):
+    wide, narrow = plan_memory(planned()), plan_memory(planned(precision=precision))
+    assert narrow.group("weights") < wide.group("weights")
+    assert narrow.group("cache") == wide.group("cache")
+
+
+# ---- work ----
+
+
+def test_published_work_per_forward():
+    """4680 queries at 480x832: linears 11.70 TFLOP, cross-attention 0.44, self-attention 4.04 per chunk of history."""
+    workload = Workload(planned(variant="dense", size=(480, 832)))
+    work = list(workload.forward(0))
+    by_kind = {kind: sum(w.flops for w in work if w.kind == kind) / 1e12 for kind in {w.kind for w in work}}
+    assert by_kind["linears"] == pytest.approx(11.70, abs=0.01)
+    assert by_kind["cross-attention"] == pytest.approx(0.44, abs=0.005)
+    for chunk in range(7):
+        assert 30 * workload.attention(chunk).flops / 1e12 == pytest.approx(4.037 * (chunk + 1), rel=1e-3)
+    assert workload.attention(6).flops == pytest.approx(0.942e12, rel=1e-3)
+
+
+def test_dense_attention_of_the_last_chunk_at_512x768():
+    workload = Workload(planned(variant="dense"))
+    assert workload.attention(6).flops == 4 * (3 * 1536) * (21 * 1536) * 1536
+    assert Workload(planned()).attention(6, dense=True) == workload.attention(6)
+
+
+@pytest.mark.parametrize(
+    ("target", "variant", "kept"),
+    [
+        ("rtx5090", "short", ["72/72", "24/144", "31/216", "36/288", "42/360", "46/432", "51/504"]),
+        ("h200", "hopper", ["36/36", "18/72", "24/108", "29/144", "35/180", "40/216", "45/252"]),
+    ],
+)
+def test_published_budgets(target, variant, kept):
+    workload = Workload(planned(target, variant))
+    assert ["{}/{}".format(*workload.visible_blocks(chunk)) for chunk in range(7)] == kept
+    share = [int(a) / int(b) for a, b in (entry.split("/") for entry in kept)]
+    for chunk in range(7):
+        dense = workload.attention(chunk, dense=True).flops
+        assert workload.attention(chunk).flops == pytest.approx(dense * share[chunk])
+
+
+def test_no_more_blocks_than_the_kept_frames_have():
+    """One frame kept of many: the budget of 9 in 10 blocks cannot be used."""
+    variant = load_variant("short").changed(target=0.1, base=0.1, keep_frames=1, sink_frames=0, near_frames=0)
+    workload = Workload(PlanRequest(load_target("rtx5090"), variant, preset("wan-1.3b"), 512, 768, "bf16"))
+    assert workload.visible_blocks(6) == ((1 + 3) * 24, 21 * 24)
+
+
+def test_the_clean_forward_ends_with_the_last_keys():
+    workload = Workload(planned())
+    whole, clean = (sum(w.flops for w in workload.forward(2, clean=clean)) for clean in (False, True))
+    tokens, dim, ffn = 3 * 1536, 1536, 8960
+    rest = 2 * tokens * (3 * dim * dim + 2 * dim * ffn + 64 * dim) + 4 * tokens * 512 * dim
+    assert whole - clean == rest + workload.attention(2).flops
+
+
+# ---- prediction ----
+
+
+def test_published_floor():
+    """DiT-only floor of 35 whole forwards at 480x832, dense, in seconds."""
+    published = {
+        ("rtx5090", "bf16"): 4.74,
+        ("rtx5090", "fp8"): 3.76,
+        ("h200", "bf16"): 1.0,
+        ("h200", "fp8"): 0.79,
+    }
+    for (target, precision), seconds in published.items():
+        asked = planned(target, "dense", size=(480, 832), precision=precision)
+        workload, peak = Workload(asked), asked.target.peak
+        work = [w for chunk in range(7) for w in workload.forward(chunk)]
+        assert 5 * sum(w.seconds(peak) for w in work) == pytest.approx(seconds, abs=0.02)
+
+
+def test_a_clip_of_81_frames():
+    clip = predict(planned(precision="fp8"))
+    assert clip is not None
+    assert [chunk.frames for chunk in clip.chunks] == [9, 12, 12, 12, 12, 12, 12]
+    assert clip.frames == 81
+    assert clip.seconds == pytest.approx(sum(chunk.seconds for chunk in clip.chunks))
+    assert clip.fps(0.5) == pytest.approx(81 / clip.seconds / 2)
+
+
+def test_fp8_alone_does_not_double_the_authors_speed_and_nvfp4_can():
+    """2.96 s on the 5090: half of it would take 99 % of the peak rates in fp8."""
+    clips = {p: predict(planned(precision=p)) for p in ("bf16", "fp8", "nvfp4")}
+    assert clips["fp8"].seconds == pytest.approx(1.46, abs=0.01)
+    assert clips["nvfp4"].seconds / 0.7 < 2.96 / 2
+    assert all(clip.compute_bound > 0.99 for clip in clips.values())
+
+
+def test_memory_limits_what_moves_more_than_it_computes():
+    slow = load_target("rtx5090")
+    slow = slow.model_copy(update={"peak": slow.peak.model_copy(update={"memory_gb_s": 1.0})})
+    asked = PlanRequest(slow, load_variant("short"), preset("wan-1.3b"), 512, 768, "bf16")
+    clip = predict(asked)
+    assert clip is not None
+    assert clip.compute_bound == 0
+    work = Workload(asked).attention(6)
+    assert work.seconds(slow.peak) == work.bytes / 1e9 == 2 * (3 + 21) * 1536 * 1536 * 2 / 1e9
+
+
+def test_nothing_is_predicted_without_rates():
+    assert predict(planned("cpu", model="tiny", precision="fp32")) is None
+
+
+# ---- the command ----
+
+
+def run(capsys, *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_plan_prints_memory_and_prediction(capsys):
+    text = run(
+        capsys, "--gpu", "rtx5090", "--preset", "wan-1.3b", "--precision", "fp8", "--efficiency", "0.5"
+    )
+    for expected in (
+        "Memory plan",
+        "fits: 1 session needs",
+        "PREDICTED floor per chunk (not measured)",
+        "51/504",
+    ):
+        assert expected in text
+    for expected in ("ms at 50%", "27.4 FPS", "33.9 FPS", "Compute-bound in 100%"):
+        assert expected in text
+
+
+def test_plan_as_json(capsys):
+    text = run(capsys, "--gpu", "h200", "--preset", "wan-1.3b", "--json")
+    document = json.loads(text)
+    assert document["prediction"]["predicted"] is True
+    assert document["memory"]["fits"] is True
+    assert len(document["prediction"]["chunks"]) == 7
+    assert set(document["prediction"]["precisions"]) == {"bf16", "fp8"}
+
+
+def test_a_rate_that_is_not_known_costs_its_prediction_only(capsys, tmp_path):
+    """A target of one's own, with fp8 and no rate for it: the memory plan stays, and so does what bf16 would take."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'schema_version = 1\nname = "mine"\ntitle = "My card"\ncompute_capability = "8.9"\nmemory_gib = 24\n'
+        'precisions = ["bf16", "fp8"]\nbackends = ["tensorrt-rtx"]\n'
+        "[peak]\nbf16_tflops = 100.0\nmemory_gb_s = 1000.0\n"
+    )
+    text = run(capsys, "--gpu", str(path), "--preset", "wan-1.3b")
+    assert "fits: 1 session needs" in text
+    assert "No prediction for My card: a peak rate that fp8 needs is not known" in text
+    text = run(capsys, "--gpu", str(path), "--preset", "wan-1.3b", "--precision", "bf16", "--json")
+    prediction = json.loads(text)["prediction"]
+    assert len(prediction["chunks"]) == 7
+    assert set(prediction["precisions"]) == {"bf16"}
+
+
+def test_longer_clips_show_the_short_one_too(capsys):
+    text = run(capsys, "--gpu", "rtx5090", "--preset", "wan-1.3b", "--variant", "long")
+    assert "all 81 " in text
+    assert "all 249 " in text
+
+
+def test_a_cpu_has_a_memory_plan_only(capsys):
+    text = run(capsys, "--preset", "tiny")
+    assert "this machine, available now" in text
+    assert "No prediction for ONNX Runtime on the CPU" in text
+
+
+def test_what_does_not_fit_exits_with_1(capsys):
+    assert main(["plan", "--gpu", "rtx5080", "--preset", "wan-1.3b", "--sessions", "9"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("does not fit: 9 sessions need") == 2
+    assert "does not fit: 9 sessions need" in text[-200:]  # below all tables, where it is seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gpu rtx509", "did you mean rtx5090"),
+        ("--preset huge", "unknown preset 'huge'"),
+        ("--variant sparse", "unknown variant 'sparse'"),
+        ("--gpu a100 --precision fp8", "a100 (sm_80) does not compute in fp8"),
+        ("--precision fp16", "unknown precision 'fp16'"),
+        ("--sessions 0", "0 is too small"),
+        ("--efficiency 0", "0 is outside (0, 1]"),
+        ("--efficiency 2", "2 is outside [0, 1)"),
+        ("--resolution 500x768", "500x768 does not divide by 16"),
+        ("--keep-frames 2", "expected at least sink + near = 3"),
+        ("--sparsity 0.1 --sparsity-base 0.98", "bring base and target closer together"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(["plan", *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_default_precisions():
+    found = {name: planned_precision(load_target(name), None) for name in ("rtx5090", "h200", "a100", "cpu")}
+    assert found == {"rtx5090": "fp8", "h200": "fp8", "a100": "bf16", "cpu": "fp32"}
+    with pytest.raises(InputError, match="does not compute in nvfp4"):
+        planned_precision(load_target("rtx4090"), "nvfp4")
+
+
+def test_planning_loads_no_pytorch():
+    script = (
+        "import sys; from export.cli.main import main; "
+        "code = main(['plan', '--gpu', 'rtx5090', '--preset', 'wan-1.3b']); "
+        "sys.exit(code or int(bool({'torch', 'onnx', 'onnx_ir'} & sys.modules.keys())))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=False, timeout=180, capture_output=True
+    )
+    assert result.returncode == 0

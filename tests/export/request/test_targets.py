@@ -1,0 +1,199 @@
+"""Targets and variants: the shipped files, files of one's own, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from export.errors import InputError
+from export.request.targets import (
+    Blocks,
+    Target,
+    Variant,
+    list_targets,
+    list_variants,
+    load_target,
+    load_variant,
+)
+from lightforcing_ref import config
+from lightforcing_ref.errors import ConfigError
+
+# name: compute capability, GiB, block, precisions beyond fp32, published bf16 / fp8 / fp4 TFLOPS, GB/s
+PUBLISHED = {
+    "rtx5090": ("12.0", 32, 64, "bf16 fp8 nvfp4", 209.5, 419.0, 1676.0, 1792),
+    "rtx5080": ("12.0", 16, 64, "bf16 fp8 nvfp4", 112.6, 225.1, 900.4, 960),
+    "rtx4090": ("8.9", 24, 64, "bf16 fp8", 165.2, 330.3, None, 1008),
+    "rtx3090": ("8.6", 24, 64, "bf16", 71.2, None, None, 936),
+    "h100": ("9.0", 80, 128, "bf16 fp8", 989.4, 1978.9, None, 3350),
+    "h200": ("9.0", 140, 128, "bf16 fp8", 989.4, 1978.9, None, 4800),
+    "b200": ("10.0", 179, 128, "bf16 fp8 nvfp4", 2250, 4500, 9000, 8000),
+    "a100": ("8.0", 80, 64, "bf16", 312, None, None, 2039),
+}
+
+# name: target, base, planned frames, keep/sink/near, window, cached sinks and their positions, block
+PUBLISHED_VARIANTS = {
+    "short": (0.88, 0.98, 21, (6, 1, 2), 21, 1, "absolute", None),
+    "long": (0.85, 0.95, 63, (3, 1, 1), 12, 1, "window", None),
+    "hopper": (0.80, 0.90, 21, (6, 1, 2), 21, 1, "absolute", 128),
+    "dense": (0, 0, 21, (18, 0, 0), 21, 1, "absolute", None),
+    "longlive": (0, 0, 21, (9, 0, 0), 12, 3, "absolute", None),
+}
+
+MINE = """
+schema_version = 1
+name = "mine"
+title = "A card of my own"
+compute_capability = "8.6"
+precisions = ["fp32"]
+backends = ["onnxruntime"]
+"""
+
+
+def test_shipped_names() -> None:
+    assert {target.name for target in list_targets()} == {*PUBLISHED, "cpu"}
+    assert {variant.name for variant in list_variants()} == set(PUBLISHED_VARIANTS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_target_holds_the_published_facts(name: str) -> None:
+    target = load_target(name)
+    capability, gib, block, precisions, bf16, fp8, fp4, bandwidth = PUBLISHED[name]
+    assert target.compute_capability == capability
+    assert target.sm == f"sm_{capability.replace('.', '')}"
+    assert target.memory_gib == gib
+    assert target.blocks == Blocks(query=block, key=block)
+    assert target.precisions == ("fp32", *precisions.split())
+    assert target.peak is not None
+    assert (target.peak.bf16_tflops, target.peak.fp8_tflops, target.peak.fp4_tflops) == (bf16, fp8, fp4)
+    assert target.peak.memory_gb_s == bandwidth
+    assert target.backends[-1] == "onnxruntime"
+
+
+def test_cpu_leaves_machine_and_preset_their_say() -> None:
+    cpu = load_target("cpu")
+    assert (cpu.compute_capability, cpu.sm, cpu.memory_gib, cpu.blocks, cpu.peak) == (None,) * 5
+    short = load_variant("short")
+    assert short.blocks(cpu, config.PRESETS["tiny"].block) == Blocks(query=32, key=32)
+    assert short.blocks(cpu, config.PRESETS["wan-1.3b"].block) == Blocks(query=64, key=64)
+    assert load_variant("hopper").blocks(cpu, 32) == Blocks(query=128, key=128)
+    assert short.blocks(load_target("h200"), 64) == Blocks(query=128, key=128)
+
+
+def test_default_variants_exist_and_suit_the_blocks() -> None:
+    for target in list_targets():
+        block = load_variant(target.default_variant).block
+        assert block is None or target.blocks == Blocks(query=block, key=block)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VARIANTS)
+def test_variant_holds_the_published_settings(name: str) -> None:
+    variant = load_variant(name)
+    sparsity, cache = variant.sparsity, variant.cache
+    assert (
+        sparsity.target,
+        sparsity.base,
+        sparsity.table_frames,
+        (variant.keep_frames, sparsity.sink_frames, sparsity.near_frames),
+        variant.window_frames,
+        cache.sink_frames,
+        cache.sink_positions,
+        variant.block,
+    ) == PUBLISHED_VARIANTS[name]
+    assert variant.max_past_frames == variant.window_frames - 3
+
+
+def test_published_sparsity_tables() -> None:
+    short = [0, 0.827, 0.855, 0.872, 0.883, 0.892, 0.898]
+    assert load_variant("short").table().values == pytest.approx(short, abs=5e-4)
+    hopper = [0, 0.747, 0.775, 0.792, 0.803, 0.812, 0.818]
+    assert load_variant("hopper").table().values == pytest.approx(hopper, abs=5e-4)
+    long = load_variant("long").table().values
+    assert len(long) == 21
+    assert [*long[:4], long[-1]] == pytest.approx(
+        [0, 0.735, 0.774, 0.798, 0.884], abs=5.5e-4
+    )  # published after rounding to four decimals first
+    assert set(load_variant("dense").table().values) == {0.0}
+
+
+def test_unknown_names_suggest_and_list() -> None:
+    with pytest.raises(
+        InputError, match=r"unknown target 'rtx509'; did you mean rtx5090.*a100, b200, cpu, h100"
+    ):
+        load_target("rtx509")
+    with pytest.raises(
+        InputError, match="unknown variant 'xyz'; the variants are dense, hopper, long, longlive, short"
+    ):
+        load_variant("xyz")
+
+
+def test_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE)
+    target = load_target(str(path))
+    assert isinstance(target, Target)
+    assert (target.name, target.sm, target.default_variant) == ("mine", "sm_86", "short")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("schema_version = 1", "schema_version = 2"), "schema_version"),
+        (('"8.6"', '"ampere"'), "compute_capability"),
+        (('["onnxruntime"]', '["onnx"]'), "backends"),
+        (('["fp32"]', "[]"), "precisions"),
+        (("title", "titel"), "titel"),
+        (('name = "mine"', 'name = "../mine"'), "name"),
+        (("schema_version = 1", "schema_version == 1"), "not readable TOML"),
+    ],
+)
+def test_malformed_file_names_file_and_field(tmp_path: Path, edit: tuple[str, str], message: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE.replace(*edit))
+    with pytest.raises(InputError, match=message) as caught:
+        load_target(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no target file at .*rtx5090"):
+        load_target(str(tmp_path / "none.toml"))
+
+
+def test_changes_make_a_custom_variant() -> None:
+    short = load_variant("short")
+    assert short.changed(target=None, keep_frames=None) is short
+    changed = short.changed(keep_frames=4, window_frames=15)
+    assert isinstance(changed, Variant)
+    assert (changed.name, changed.keep_frames, changed.max_past_frames) == ("short-custom", 4, 12)
+    assert changed.changed(near_frames=1).name == "short-custom"
+    assert load_variant("dense").changed(window_frames=9).keep_frames == 6
+
+
+def test_target_alone_takes_the_base_along() -> None:
+    short = load_variant("short")
+    assert short.changed(target=0.8).sparsity.base == pytest.approx(0.9)
+    assert short.changed(target=0.95).sparsity.base == 0.999
+    assert short.changed(target=0.8, base=0.85).sparsity.base == 0.85
+    assert set(short.changed(target=0.0).table().values) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": 0.5}, "base >= target"),
+        ({"target": 1.0}, "sparsity.target"),
+        ({"table_frames": 20}, "whole number of chunks"),
+        ({"keep_frames": 2}, "at least sink \\+ near = 3"),
+        ({"window_frames": 3}, "cache.sink_frames is 1; expected at most the 0 past"),
+        ({"window_frames": 2}, "cache.window_frames"),
+    ],
+)
+def test_changes_that_do_not_go_together(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_variant("short").changed(**changes)
+
+
+def test_table_that_would_go_negative() -> None:
+    with pytest.raises(ConfigError, match="bring base and target closer together"):
+        load_variant("short").changed(target=0.1, base=0.98).table()

@@ -1,0 +1,99 @@
+"""Files that hold something else are refused before a build begins."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export.cli.main import main
+from export.compare.reference import Reference
+from export.errors import ComparisonError
+from export.request.weights import Weights, shipped_weights
+from lightforcing_ref.checkpoint_spec import lora_targets
+from lightforcing_ref.config import PRESETS
+from lightforcing_ref.shipped import shipped
+from runtime.bundle import Checkpoint, load_bundle
+
+FILES = shipped("tiny") or pytest.fail("the tiny model's weights are part of the package")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("role", "path"),
+    [
+        ("checkpoint", FILES.vae),
+        ("checkpoint", FILES.text_encoder),
+        ("lora", FILES.transformer),
+        ("vae", FILES.transformer),
+        ("text-encoder", FILES.vae),
+        ("tokenizer", FILES.vae),
+    ],
+)
+def test_a_build_with_a_file_for_something_else_writes_nothing(
+    role: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "checkpoint": FILES.transformer,
+        "vae": FILES.vae,
+        "text-encoder": FILES.text_encoder,
+        "tokenizer": FILES.tokenizer,
+    } | {role: path}
+    options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    assert main(["build", "--preset", "tiny", "--out", str(tmp_path / "out"), *options]) == 2
+    assert path.name in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_shipped_and_what_is_random_pass() -> None:
+    weights = shipped_weights(PRESETS["tiny"], dense=True)
+    assert weights is not None
+    weights.check()
+    Weights(PRESETS["tiny"], seed=0).check()
+
+
+def test_a_bundle_says_which_lora_was_merged_into_its_checkpoint(tmp_path: Path) -> None:
+    config = PRESETS["tiny"].dit
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for target, (out_dim, in_dim) in lora_targets(config).items():
+        stem = target.removesuffix(".weight")
+        lora[f"{stem}.lora_A.weight"] = torch.randn(2, in_dim, generator=generator)
+        lora[f"{stem}.lora_B.weight"] = torch.randn(out_dim, 2, generator=generator) / 100
+    save_file(lora, tmp_path / "style.safetensors")
+    files = {
+        "checkpoint": FILES.transformer,
+        "lora": tmp_path / "style.safetensors",
+        "vae": FILES.vae,
+        "text-encoder": FILES.text_encoder,
+        "tokenizer": FILES.tokenizer,
+    }
+    options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    command = [
+        "build",
+        "--preset",
+        "tiny",
+        "--resolution",
+        "32x32",
+        "--name",
+        "styled",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*command, *options]) == 0
+    manifest = load_bundle(tmp_path / "styled").manifest
+    origin = manifest.provenance.checkpoint
+    assert isinstance(origin, Checkpoint) and origin.lora is not None
+    assert (origin.lora.source, origin.lora.sha256) == (
+        "style.safetensors",
+        digest(tmp_path / "style.safetensors"),
+    )
+    assert (origin.source, origin.sha256) == ("shipped:tiny", digest(FILES.transformer))
+    with pytest.raises(ComparisonError, match=r"pass the files .* --lora"):
+        Reference.of(manifest)

@@ -1,0 +1,120 @@
+"""Weights files: every type a bundle uses, read without a copy, and refused where they are damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.errors import BundleError
+
+TENSORS = {
+    "full": torch.arange(6.0).reshape(2, 3),
+    "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
+    "brain": torch.tensor([1.5, -2.0, 3.0], dtype=torch.bfloat16),
+    "eight": torch.tensor([[0.5, -448.0, 1.0]]).to(torch.float8_e4m3fn),
+    "packed": torch.tensor([18, 255], dtype=torch.uint8),
+    "whole": torch.tensor([7, -1], dtype=torch.int32),
+    "long": torch.tensor(9, dtype=torch.int64),
+    "flag": torch.tensor([True, False]),
+    "none": torch.zeros(0, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(TENSORS, path, metadata={"golden": "{}"})
+    return path
+
+
+def test_every_type_is_read_as_it_was_written(path: Path) -> None:
+    with WeightsFile(path) as weights:
+        assert set(weights) == set(TENSORS)
+        assert len(weights) == len(TENSORS)
+        assert weights.metadata == {"golden": "{}"}
+        for name, tensor in TENSORS.items():
+            assert weights[name].shape == tuple(tensor.shape), name
+            assert np.array_equal(weights[name].astype(np.float64), tensor.double().numpy()), name
+        assert weights["eight"].dtype == ml_dtypes.float8_e4m3fn
+        assert weights["brain"].dtype == ml_dtypes.bfloat16
+
+
+def test_arrays_are_views_of_the_file_and_outlive_it(path: Path) -> None:
+    weights = WeightsFile(path)
+    array = weights["full"]
+    assert np.shares_memory(array, weights["full"])
+    assert not array.flags.writeable
+    stored = weights.tensors["full"]
+    assert path.read_bytes()[stored.offset :][: stored.nbytes] == array.tobytes()
+    weights.close()
+    weights.close()
+    assert array.sum() == 15
+    with pytest.raises(BundleError, match="is closed"):
+        weights["full"]
+
+
+def test_a_missing_tensor_or_file_is_named(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no tensor 'other'"):
+        WeightsFile(path).get_required("other")
+    assert WeightsFile(path).get("other") is None
+    with pytest.raises(BundleError, match="cannot read the weights file"):
+        WeightsFile(tmp_path / "absent")
+
+
+def header(entries: object, data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str = "F32", shape: object = (2,), begin: int = 0, end: int = 8) -> dict[str, object]:
+    return {"t": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "header claims|cannot read"),
+        (b"\xff" * 20, "header claims"),
+        ((10**6).to_bytes(8, "little") + b"{}", "header claims 1000000 bytes"),
+        ((4).to_bytes(8, "little") + b"nope", "not a weights file"),
+        (header([]), "not a weights file"),
+        (header({"t": 3}), "not a weights file"),
+        (header(entry()), "claims the bytes 0 to 8"),
+        (header(entry(end=4), bytes(8)), "claims the bytes 0 to 4"),
+        (header(entry(begin=-8, end=0), bytes(8)), "claims the bytes -8 to 0"),
+        (header(entry(shape=(-2, -1)), bytes(8)), "claims the bytes"),
+        (header(entry(dtype="F8_E5M2"), bytes(8)), "has the type F8_E5M2"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "w").write_bytes(content)
+    with pytest.raises(BundleError, match=message):
+        WeightsFile(tmp_path / "w")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_damage_reads_past_the_file(path: Path, data: st.DataObject) -> None:
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        for array in WeightsFile(damaged).values():
+            array.tobytes()
+    except BundleError:
+        pass
+
+
+def test_packed_float4_is_bytes() -> None:
+    assert numpy_dtype("float4_e2m1") == np.uint8

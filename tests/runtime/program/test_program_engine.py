@@ -1,0 +1,335 @@
+"""Programs against a rollout written the plain way: on the host, and on a simulated GPU, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import pipeline as pipeline_module
+from runtime.backends import load_engine
+from runtime.bundle import Bundle, load_bundle
+from runtime.bundle.weights_file import WeightsFile
+from runtime.cuda.engine import CudaEngine, constants
+from runtime.cuda.executor import CudaExecutor
+from runtime.cuda.runner import CudaComponentRunner
+from runtime.engine import Engine
+from runtime.errors import BundleError, EngineError, InputError, SessionFailedError
+from runtime.host.runner import HostRunner
+from runtime.pipeline import Pipeline
+from runtime.program.buffers import BufferPlan, plan_buffers
+from runtime.program.builder import build_program
+from runtime.program.engine import ProgramEngine
+from tests.conftest import build
+from tests.runtime.conftest import MakeBundle
+from tests.runtime.naive import NaiveRollout
+from tests.runtime.simulated_gpu import SimulatedComponent, SimulatedDriver, SimulatedLibrary, launcher
+
+Load = Callable[..., Engine]
+
+
+RECACHE = ("window", "all")
+"""What each session recomputes when its prompt changes before chunk 5."""
+
+
+def embedding(folder: Path, seed: int) -> np.ndarray:
+    text = json.loads((folder / "manifest.json").read_text())["text"]
+    return np.random.default_rng(seed).standard_normal((text["text_len"], text["dim"]), dtype=np.float32)
+
+
+class OnGpu:
+    """Loads engines on one simulated GPU and keeps the last."""
+
+    def __init__(self, seed: int = 0, eagerness: float = 0.2) -> None:
+        self.driver = SimulatedDriver(seed, eagerness)
+
+    def __call__(
+        self, bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+    ) -> ProgramEngine:
+        manifest = bundle.manifest
+        program = build_program(bundle, plan.sessions)
+        weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
+        library = SimulatedLibrary(bundle, self.driver)
+        SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
+        fed = constants(manifest, weights)
+        self.executor = CudaExecutor(program, self.driver, library, launcher(self.driver), fed, graphs=graphs)
+        return CudaEngine(bundle, program, self.driver, self.executor)
+
+
+def rollout(
+    load: Load,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    chunks: int = 7,
+    warmup: bool = True,
+    graphs: bool = True,
+) -> np.ndarray:
+    """Frames of several sessions taking turns, each with a prompt switch of its own."""
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    frames = []
+    with Pipeline.load(path, sessions=len(RECACHE), warmup=warmup, threads=1, graphs=graphs) as pipe:
+        opened = [pipe.session(embedding=embedding(path, 0), seed=number) for number in range(len(RECACHE))]
+        streams = [session.stream(chunks=chunks) for session in opened]
+        for chunk in range(chunks):
+            frames += [next(stream).frames for stream in streams]
+            if chunk == 2:
+                for session, mode in zip(opened, RECACHE, strict=True):
+                    session.set_prompt(embedding=embedding(path, 1), recache=mode, at=5)
+    return np.concatenate(frames)
+
+
+@functools.cache
+def plain(path: Path, chunks: int = 7) -> np.ndarray:
+    """The same frames, written the plain way."""
+    rollouts = [NaiveRollout(path, embedding(path, 0), seed) for seed in range(len(RECACHE))]
+    frames = []
+    for chunk in range(chunks):
+        for rollout, mode in zip(rollouts, RECACHE, strict=True):
+            if chunk == 5:
+                rollout.set_prompt(embedding(path, 1), mode)
+            frames.append(rollout.next_chunk())
+    return np.concatenate(frames)
+
+
+@pytest.mark.parametrize("options", [{}, {"window_frames": None}, {"sink_positions": "absolute"}], ids=str)
+def test_sessions_on_the_host_give_the_bits_of_each_alone(
+    make_bundle: MakeBundle, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_bundle(**options)
+    expected = plain(path)
+    assert expected.std() > 5
+    assert np.array_equal(rollout(load_engine, path, monkeypatch), expected)
+
+
+@pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
+@pytest.mark.parametrize(("seed", "eagerness"), [(0, 0.0), (1, 0.3), (2, 0.6)])
+def test_streams_graphs_and_pinned_memory_change_no_bit(
+    bundle: Path, seed: int, eagerness: float, warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = rollout(OnGpu(seed, eagerness), bundle, monkeypatch, warmup=warmup)
+    assert np.array_equal(found, plain(bundle))
+
+
+@pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
+def test_without_graphs_every_operation_is_enqueued_anew(
+    bundle: Path, warmup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu(3, 0.3)
+    found = rollout(load, bundle, monkeypatch, chunks=3, warmup=warmup, graphs=False)
+    assert np.array_equal(found, plain(bundle, chunks=3))
+    assert (load.driver.captures, load.executor.counters.graph_launches) == (0, 0)
+    assert load.executor.counters.operations > 0
+
+
+@pytest.mark.parametrize("missing", ["the decoder's wait", "the wait for room", "the wait for frames"])
+def test_the_simulation_shows_a_missing_wait(
+    bundle: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu(eagerness=0.0)
+    if missing == "the decoder's wait":
+        monkeypatch.setattr(CudaExecutor, "wait", lambda self, session, latent: None)
+    elif missing == "the wait for room":
+        monkeypatch.setattr(SimulatedDriver, "is_done", lambda self, event: True)
+    else:
+        monkeypatch.setattr(SimulatedDriver, "sync_event", lambda self, event: None)
+    try:
+        found = rollout(load, bundle, monkeypatch, chunks=3)
+    except SessionFailedError:  # what was read too early is no valid index
+        return
+    assert not np.array_equal(found, plain(bundle, chunks=3))
+
+
+def test_nothing_is_allocated_or_recorded_after_loading(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu()
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle, sessions=2) as pipe:
+        allocations, captures = load.driver.allocations, load.driver.captures
+        with pipe.session("a red fox", seed=1) as session:
+            for _ in session.stream(chunks=3):
+                pass
+            counters = load.executor.counters
+            before = (counters.graph_launches, counters.waits, counters.operations)
+            for _ in session.stream(chunks=5):
+                pass
+        assert (load.driver.allocations, load.driver.captures) == (allocations, captures)
+        # Clean, commit, sinks, four denoising forwards and three runs of the decoder; the host waits for these three.
+        assert counters.graph_launches - before[0] == 5 * 10
+        assert counters.operations - before[2] == 0
+        assert counters.waits - before[1] >= 5 * 3
+    assert not load.driver._memory, "memory was not given back"
+
+
+def test_a_chunk_waits_for_the_device_only_for_its_frames(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that keeps up, feeding never waits."""
+    load = OnGpu(eagerness=0.95)
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle) as pipe, pipe.session("a red fox", seed=1) as session:
+        next(session.stream(chunks=1))
+        before = load.executor.counters.waits
+        chunks = 6
+        for _ in session.stream(chunks=chunks):
+            pass
+        assert load.executor.counters.waits - before <= chunks * 3 + 2
+
+
+def test_frames_on_the_device_are_handed_over_without_a_copy(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OnGpu()
+    monkeypatch.setattr(pipeline_module, "load_engine", load)
+    with Pipeline.load(bundle) as pipe:
+        with pipe.session("a red fox", seed=1) as session:
+            expected = [chunk.frames for chunk in session.stream(chunks=8)]
+        with pipe.session("a red fox", seed=1, frames="device") as session:
+            stream = session.stream(chunks=8)
+            held = np.from_dlpack(next(stream).frames)
+            before = load.driver.allocations
+            for wanted, chunk in zip(expected[1:], stream, strict=True):
+                assert (len(chunk.frames), chunk.frames.shape) == (len(wanted), wanted.shape)
+                capsule = chunk.frames.__dlpack__()  # that nobody takes anything out of
+                found = np.from_dlpack(chunk.frames)
+                assert np.array_equal(found, wanted)
+                assert found.ctypes.data == chunk.frames.address
+                del capsule, found, chunk
+            assert np.array_equal(held, expected[0]), "memory was used again while it was held"
+            # Besides the one that is held: the present chunk, the one waiting, and the one being decoded.
+            assert load.driver.allocations - before <= 3, "memory is not used again"
+            with pytest.raises(BufferError):
+                np.from_dlpack(next(session.stream(chunks=1)).frames, copy=True)
+    monkeypatch.undo()
+    with Pipeline.load(bundle) as pipe, pytest.raises(InputError, match="runs on a GPU"):
+        pipe.session("a red fox", frames="device")
+
+
+def test_prompts_are_encoded_as_on_the_host(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.load(bundle, threads=1) as pipe:
+        expected = [pipe.embed(prompt) for prompt in ("a red fox", "sea")]
+    assert not np.array_equal(*expected)
+    monkeypatch.setattr(pipeline_module, "load_engine", OnGpu())
+    with Pipeline.load(bundle) as pipe:
+        assert np.array_equal([pipe.embed(prompt) for prompt in ("a red fox", "sea")], expected)
+
+
+def test_components_run_alone_as_on_the_host(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    load = OnGpu()
+    engine = load(loaded, plan_buffers(loaded.manifest, 1))
+    runner, host = CudaComponentRunner(loaded, load.driver, load.executor), HostRunner(loaded)
+    rng = np.random.default_rng(0)
+    allocated = len(load.driver._memory)
+    for name in ("conditioner", "text_encoder", "vae_first", "vae_next"):
+        inputs = {
+            spec.name: rng.standard_normal(spec.shape).astype(spec.dtype)
+            for spec in loaded.component(name).inputs
+        }
+        found, expected = runner.run(name, inputs), host.run(name, inputs)
+        assert found.keys() == expected.keys()
+        for output, array in expected.items():
+            assert np.array_equal(found[output], array), (name, output)
+    assert len(load.driver._memory) == allocated, "memory was not given back"
+    with pytest.raises(BundleError, match="no component 'nothing'"):
+        runner.run("nothing", {})
+    engine.close()
+
+
+class _Recorded(SimulatedLibrary):
+    """A library that counts how often it is closed, and may fail then as PyTorch does."""
+
+    def __init__(self, bundle: Bundle, driver: SimulatedDriver, problem: Exception | None = None) -> None:
+        super().__init__(bundle, driver)
+        self.closed, self._problem = 0, problem
+
+    def close(self) -> None:
+        self.closed += 1
+        if self._problem is not None:
+            raise self._problem
+
+
+class _Full(SimulatedDriver):
+    """A device on which only so many allocations, streams and events fit."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def _take(self) -> None:
+        if not self.room:
+            raise EngineError("cuMemAlloc failed on CUDA device 0: out of memory")
+        self.room -= 1
+
+    def alloc(self, nbytes: int) -> int:
+        self._take()
+        return super().alloc(nbytes)
+
+    alloc_pinned = alloc
+
+    def create_stream(self) -> int:
+        self._take()
+        return super().create_stream()
+
+    def create_event(self) -> int:
+        self._take()
+        return super().create_event()
+
+
+def executor_on(driver: SimulatedDriver, library: SimulatedLibrary, loaded: Bundle) -> CudaExecutor:
+    program = build_program(loaded, 1)
+    SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
+    return CudaExecutor(program, driver, library, launcher(driver), constants(loaded.manifest, None))
+
+
+def test_loading_that_does_not_fit_leaves_nothing_behind(bundle: Path) -> None:
+    loaded, refused = load_bundle(bundle), 0
+    for room in range(200):
+        driver = _Full(room)
+        library = _Recorded(loaded, driver)
+        try:
+            executor = executor_on(driver, library, loaded)
+        except EngineError as error:
+            assert "out of memory" in str(error)
+            refused += 1
+        else:
+            executor.close()
+            executor.close()
+        assert (driver._memory, driver._streams, driver._events, library.closed) == ({}, {}, {}, 1), room
+        if refused <= room:
+            return
+    raise AssertionError("never fits")
+
+
+def test_closing_frees_what_it_can(bundle: Path) -> None:
+    """PyTorch says of a device that has failed so in an error of its own, for every graph and at the end."""
+    loaded, driver = load_bundle(bundle), SimulatedDriver()
+    executor = executor_on(driver, _Recorded(loaded, driver, RuntimeError("CUDA error: 700")), loaded)
+    engine = CudaEngine(loaded, build_program(loaded, 1), driver, executor)
+    engine.warmup()
+    for graph in executor._graphs.values():
+        graph._close = fail_as_torch_does
+    engine.close()
+    assert (driver._memory, driver._streams, driver._events) == ({}, {}, {})
+
+
+def fail_as_torch_does() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["short", "long"])
+def test_segmented_bundles_of_the_exporter(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build(tmp_path / "cut", variant, execution="segmented")
+    assert load_bundle(path).manifest.segments is not None
+    found = rollout(load_engine, path, monkeypatch)
+    expected = plain(build(tmp_path / "whole", variant))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert np.array_equal(rollout(OnGpu(), path, monkeypatch), found)
