@@ -9,10 +9,10 @@ from pathlib import Path
 
 from export.graph import components
 from export.parts.golden import write_golden
-from export.parts.graphs import graph_types
 from export.parts.keys import BuildKeys, tool_versions
 from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from runtime import bundle

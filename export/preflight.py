@@ -6,9 +6,9 @@ import shutil
 from math import prod
 
 from export.estimate.memory import plan_memory
-from export.parts.graphs import graph_types
 from export.parts.workspace import partial_folder
 from export.request.geometry import StepPlan
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.sizes import transformer_parameters
 from lightforcing_ref.checkpoint_spec import umt5_shapes

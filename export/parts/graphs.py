@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from export.graph import components
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from runtime import bundle
 
 if TYPE_CHECKING:
     from .run import Run
 
-__all__ = ["GraphTypes", "export_graphs", "graph_parts", "graph_types", "tokenizer_part"]
-
-
-@dataclass(frozen=True)
-class GraphTypes:
-    """Types that the graphs compute in. Boundaries are float32 where the runtime's own arithmetic meets them."""
-
-    transformer: torch.dtype = torch.float32
-    decoder: torch.dtype = torch.float32
-    text: torch.dtype = torch.float32
-
-
-_HOST = GraphTypes()
-_DEVICE = GraphTypes(torch.bfloat16, torch.float16, torch.bfloat16)
-
-
-def graph_types(request: BuildRequest) -> GraphTypes:
-    """The types of a bundle: float32 on a host, bf16 with an fp16 decoder on a device, whatever is quantized later."""
-    return _HOST if request.precision == "fp32" else _DEVICE
+__all__ = ["export_graphs", "graph_parts", "tokenizer_part"]
 
 
 def graph_parts(request: BuildRequest) -> Mapping[str, float]:

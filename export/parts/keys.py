@@ -15,10 +15,9 @@ import engines as engine_data
 import lightforcing_ref
 import plugins
 from export.request.geometry import StepPlan
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from runtime import bundle
-
-from .graphs import graph_types
 
 __all__ = ["BuildKeys", "tool_versions"]
 

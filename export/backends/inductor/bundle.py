@@ -27,7 +27,7 @@ from export.graph.tensor_files import StoredTensor, store, write_tensors
 from export.graph.tracing import attend, prepare, save_model, trace
 from export.machine import find_gpus, importable
 from export.parts.golden import write_vectors
-from export.parts.graphs import graph_types, tokenizer_part
+from export.parts.graphs import tokenizer_part
 from export.parts.kernels import FOLDER as KERNELS_FOLDER
 from export.parts.kernels import kernel_arch, kernel_variants, write_kernels
 from export.parts.run import Builder, Built, Run
@@ -36,6 +36,7 @@ from export.quantize.formats import choose_formats
 from export.quantize.graph import KINDS
 from export.quantize.numerics import fold_weight
 from export.request.geometry import StepPlan
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.model import CausalWanModel

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from export.graph.modules import LAYER_STEMS, layer_names
-from export.parts.graphs import graph_types
 from export.request.geometry import StepPlan
+from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.parts.golden_reference import GoldenGraph
-from export.parts.graphs import GraphTypes, graph_types
 from export.parts.run import Models
 from export.request.geometry import StepPlan
+from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from runtime import bundle
