@@ -57,7 +57,7 @@ FOUND = structure(ROOT)
 BUNDLE = "runtime.bundle"
 FROM_RUNTIME = {"export": {BUNDLE, "runtime.errors"}, "plugins": {BUNDLE}}
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
-READS_BUNDLES = ("export/compare/", "export/cli/inspection.py")
+READS_BUNDLES = ("export/compare/", "export/report/bundle.py")
 NOT_IN_RUNTIME = {
     "torch",
     "onnx",
@@ -263,7 +263,7 @@ def test_help_is_instant(command: str) -> None:
 def test_importing_errors_and_plans_is_light() -> None:
     assert (
         not loaded_modules(
-            "import export.request.targets, export.request.capability, export.cli.doctor, runtime.bundle"
+            "import export.request.targets, export.request.capability, export.report.doctor, runtime.bundle"
         )
         & HEAVY
     )

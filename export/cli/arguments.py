@@ -87,10 +87,9 @@ class Build(Command):
         from export.build import build_bundle, check_build
         from export.estimate.memory import plan_memory
         from export.progress import progress_bars
+        from export.report.engines import engine_table
+        from export.report.plan import memory_table
         from runtime.bundle import load_bundle
-
-        from .build import engine_table
-        from .plan import memory_table
 
         request, choice = build_request(args)
         check_build(request)

@@ -26,8 +26,7 @@ from .command import (
 if TYPE_CHECKING:
     from export.compare.reference import Reference
     from export.compare.result import Comparison
-
-    from .plan import PlanRequest
+    from export.report.plan import PlanRequest
 
 __all__ = ["Compare", "Doctor", "Inspect", "Plan", "Targets"]
 
@@ -62,8 +61,7 @@ class Plan(Command):
 
     def run(self, args: argparse.Namespace) -> int:
         from export.estimate.memory import plan_memory
-
-        from .plan import plan_document, plan_tables
+        from export.report.plan import plan_document, plan_tables
 
         request = _planned(args)
         memory = plan_memory(request, args.sessions)
@@ -91,7 +89,7 @@ class Inspect(Command):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-        from .inspection import inspect_bundle
+        from export.report.bundle import inspect_bundle
 
         inspect_bundle(args.bundle, as_json=args.json)
         return 0
@@ -211,7 +209,7 @@ class Targets(Command):
             return 0
         from rich.console import Console
 
-        from .tables import target_table, variant_table
+        from export.report.targets import target_table, variant_table
 
         Console().print(target_table(targets), variant_table(variants))
         return 0
@@ -230,7 +228,7 @@ class Doctor(Command):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
-        from .doctor import examine
+        from export.report.doctor import examine
 
         report = examine(DEFAULT_OUT)
         if args.json:
@@ -238,7 +236,7 @@ class Doctor(Command):
         else:
             from rich.console import Console
 
-            from .tables import doctor_tables
+            from export.report.targets import doctor_tables
 
             Console().print(*doctor_tables(report))
         return 1 if report.problems else 0
@@ -253,7 +251,7 @@ def efficiency(text: str) -> float:
 
 def _planned(args: argparse.Namespace) -> PlanRequest:
     """Check the arguments of `plan`."""
-    from .plan import PlanRequest, planned_precision
+    from export.report.plan import PlanRequest, planned_precision
 
     target, variant = chosen_variant(args)
     precision = planned_precision(target, args.precision)

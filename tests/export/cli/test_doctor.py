@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from export.cli.doctor import BackendStatus, Library, Report, _load
-from export.cli.tables import doctor_tables
 from export.machine import Gpu, GpuReport, Memory, find_gpus, importable, installed_version, memory
+from export.report.doctor import BackendStatus, Library, Report, _load
+from export.report.targets import doctor_tables
 from export.request.capability import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from export.cli.main import main
-from export.cli.plan import PlanRequest
 from export.estimate.memory import plan_memory
+from export.report.plan import PlanRequest
 from export.request.targets import load_target, load_variant
 from lightforcing_ref.config import preset
 from runtime.bundle import (

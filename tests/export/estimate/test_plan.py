@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.cli.main import main
-from export.cli.plan import PlanRequest, planned_precision
 from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import Workload, predict
+from export.report.plan import PlanRequest, planned_precision
 from export.request.sizes import (
     decoder_convs,
     decoder_parameters,

@@ -1,0 +1,1 @@
+"""What is printed about bundles, plans, targets and this machine."""
