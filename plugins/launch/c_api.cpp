@@ -12,8 +12,6 @@ using namespace lightforcing;
 
 namespace {
 
-thread_local char lastError[2048] = "";
-
 template <typename T>
 T& dereference(T* pointer, const char* name) {
     if (pointer == nullptr) {
@@ -51,14 +49,6 @@ Values valuesOf(const lf_value* values, std::size_t count) {
 }
 
 } // namespace
-
-void lightforcing::rememberError(const char* message) noexcept {
-    std::strncpy(lastError, message, sizeof lastError - 1);
-}
-
-const char* lf_last_error(void) {
-    return lastError;
-}
 
 const char* lf_architectures(void) {
     static const std::string text = [] {
