@@ -29,11 +29,12 @@ if TYPE_CHECKING:
         SessionCancelledError,
         SessionFailedError,
     )
+    from .files import atomic_output
     from .pipeline import Health, Pipeline
     from .scheduler import Chunk, ChunkStarted, SessionStatistics
     from .session import ChunkStream, Session
     from .verify import VerificationError
-    from .video import atomic_output, open_video
+    from .video import open_video
 
 __all__ = [
     "Bundle",
@@ -68,7 +69,8 @@ _MODULES = {
     "scheduler": ("Chunk", "ChunkStarted", "SessionStatistics"),
     "session": ("ChunkStream", "Session"),
     "verify": ("VerificationError",),
-    "video": ("atomic_output", "open_video"),
+    "files": ("atomic_output",),
+    "video": ("open_video",),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .files import atomic_output
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "VIDEO_SUFFIXES",
     "VideoWriter",
-    "atomic_output",
     "check_output",
     "open_video",
     "write_contact_sheet",
@@ -32,18 +31,6 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
 _CRF = "18"
 _SHEET_COLUMNS = 6
 _SHEET_GAP = 4
-
-
-@contextmanager
-def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to ``path`` on success, removed on any error."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(6)}{target.suffix}")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class VideoWriter:

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.errors import InputError
+from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
 from runtime.scheduler import ChunkTimes
 from runtime.session import Session
 from runtime.verify.verdict import HasRunner
-from runtime.video import atomic_output
 
 from .generate import read_prompt
 

@@ -25,10 +25,11 @@ from rich.table import Table
 
 from runtime.bundle import Model
 from runtime.errors import InputError
+from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
 from runtime.scheduler import ChunkTimes
 from runtime.session import ChunkStream, Session
-from runtime.video import VIDEO_SUFFIXES, atomic_output, check_output, open_video, write_contact_sheet
+from runtime.video import VIDEO_SUFFIXES, check_output, open_video, write_contact_sheet
 
 __all__ = ["parse_switch", "read_prompt", "run_generate"]
 

@@ -16,11 +16,11 @@ from runtime.backends import load_engine, runs_on_host
 from runtime.bundle import Bundle, load_bundle
 from runtime.bundle.golden import ComponentRunner
 from runtime.errors import InputError
+from runtime.files import atomic_output
 from runtime.program.buffers import plan_buffers
 from runtime.verify import Verdict, VerificationError, judge
 from runtime.verify.dry_run import dry_run
 from runtime.verify.verdict import HasRunner, gpu_problem, record, refusal
-from runtime.video import atomic_output
 
 __all__ = ["run_verify"]
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InputError
-from runtime.video import atomic_output, open_video, write_contact_sheet
+from runtime.files import atomic_output
+from runtime.video import open_video, write_contact_sheet
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:
