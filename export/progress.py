@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import (
@@ -16,9 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from .interrupts import kept_interrupts
-
-__all__ = ["ProgressCallback", "StepCallback", "no_steps", "progress_bars", "time_left"]
+__all__ = ["ProgressCallback", "StepCallback", "kept_interrupts", "no_steps", "progress_bars", "time_left"]
 
 ProgressCallback = Callable[[str, float, float], None]
 """Called with what is worked on now, how much of the effort is done and how much there is."""
@@ -37,6 +37,39 @@ def time_left(elapsed: float, done: float, total: float) -> str:
         return ""
     seconds = elapsed * (total - done) / done
     return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+
+@contextmanager
+def kept_interrupts() -> Iterator[Callable[[], None]]:
+    """Keep a Ctrl-C that Python loses while the body runs; the result raises it again whenever it is called.
+
+    What is raised in the callback of a weak reference is printed and dropped, and tracing a model runs many of them;
+    other libraries turn it into an error of their own, which becomes a `KeyboardInterrupt` again. Where Ctrl-C is
+    ignored, as in a job in the background, it stays so.
+    """
+    lost = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal lost
+        lost = True
+        signal.default_int_handler(number, frame)
+
+    def check() -> None:
+        if lost:
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    except Exception as error:
+        if lost:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,9 +17,8 @@ from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
 from plugins.nodes.functions import AttentionForm
-from runtime.bundle import Component
+from runtime.bundle import Component, Dtype, TensorSpec
 
-from .graph_specs import tensor_specs
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .rewrites import sink_uint8
 from .tensor_files import store, write_tensors
@@ -34,6 +33,7 @@ __all__ = [
     "attention_form",
     "component_of",
     "per_chunk_name",
+    "tensor_specs",
     "write_conditioner",
     "write_step",
     "write_text_encoder",
@@ -51,6 +51,30 @@ def component_of(folder: Path, file: str) -> Component:
     """The manifest entry of the graph `folder/file`, read from the graph itself."""
     graph = ir.load(folder / file).graph
     return Component(file=file, inputs=tensor_specs(graph.inputs), outputs=tensor_specs(graph.outputs))
+
+
+_DTYPES: Mapping[ir.DataType, Dtype] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
+    ir.DataType.FLOAT4E2M1: "float4_e2m1",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.BOOL: "bool",
+}
+
+
+def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Name, type and shape of each value; a symbolic size is its name."""
+    return tuple(_spec(value) for value in values)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(name=value.name, dtype=_DTYPES[value.dtype], shape=shape)
 
 
 def per_chunk_name(chunk: int) -> str:

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.graph.components import tensor_specs
 from export.graph.float32_twin import float32_twin
-from export.graph.graph_specs import tensor_specs
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import ORT_SESSION_CONFIG
 from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION

@@ -9,8 +9,7 @@ import weakref
 import pytest
 from rich.console import Console
 
-from export.interrupts import kept_interrupts
-from export.progress import progress_bars, time_left
+from export.progress import kept_interrupts, progress_bars, time_left
 
 
 class Node:

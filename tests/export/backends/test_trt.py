@@ -23,7 +23,7 @@ from export.backends.tensorrt.engine import TrtMachine, TrtPlugin, build_engine,
 from export.backends.tensorrt.engine_text import check_plugins, check_precision, read_inspection
 from export.backends.tensorrt.graph import operators_of, prepare_for_trt, quantized_products
 from export.errors import BuildError, ExportError, InputError
-from export.graph.graph_specs import tensor_specs
+from export.graph.components import tensor_specs
 from export.machine import Gpu, GpuReport, importable
 from export.quantize.formats import choose_formats, linear_names, quantize
 
