@@ -25,6 +25,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "export": (
         "__main__",
         "__init__ cli",
+        "report",
         "build",
         "preflight",
         "estimate",
@@ -33,7 +34,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "quantize",
         "graph",
         "progress request",
-        "errors interrupts machine units",
+        "errors machine units",
     ),
     "runtime": (
         "__main__",
@@ -45,7 +46,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "host scheduler",
         "program rollout text video",
         "bundle engine noise",
-        "errors frame_table frames",
+        "errors files frame_table frames",
     ),
     "plugins": ("__main__ eager", "compile nodes", "contract images kernels", "__init__ errors"),
     "benchmarks": ("lease", "attention quality rollout", "__init__ timing"),

@@ -1,23 +1,18 @@
-"""The commands that report: `plan`, `inspect`, `compare`, `targets`, `doctor`."""
+"""The command `compare`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
 
-from .arguments import chosen_variant
 from .command import (
-    DEFAULT_OUT,
     Command,
     add_decoder_and_text_files,
-    add_model_arguments,
     add_transformer_files,
     check_sources,
-    fraction,
     output,
     positive,
     tolerance,
@@ -26,73 +21,8 @@ from .command import (
 if TYPE_CHECKING:
     from export.compare.reference import Reference
     from export.compare.result import Comparison
-    from export.report.plan import PlanRequest
 
-__all__ = ["Compare", "Doctor", "Inspect", "Plan", "Targets"]
-
-
-class Plan(Command):
-    """Plan a bundle without building it: memory, checked against the target's, and the predicted floor per chunk.
-
-    Takes the arguments of `build` on model, variant and target. Nothing is measured: times follow from sizes and
-    published peak rates, and real ones are longer. Exit code 1 where the plan does not fit into the target's memory.
-    """
-
-    name = "plan"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_model_arguments(parser)
-        parser.add_argument(
-            "--precision",
-            metavar="NAME",
-            help="fp32, bf16, fp8 or nvfp4 (default: fp8, or the target's best)",
-        )
-        parser.add_argument(
-            "--sessions", type=positive, default=1, metavar="N", help="concurrent rollouts (default: 1)"
-        )
-        parser.add_argument(
-            "--efficiency",
-            type=efficiency,
-            default=0.6,
-            metavar="E",
-            help="share of the peak rates that the second column assumes (default: 0.6)",
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def run(self, args: argparse.Namespace) -> int:
-        from export.estimate.memory import plan_memory
-        from export.report.plan import plan_document, plan_tables
-
-        request = _planned(args)
-        memory = plan_memory(request, args.sessions)
-        if args.json:
-            print(json.dumps(plan_document(request, args.sessions, args.efficiency), indent=1))
-        else:
-            from rich.console import Console
-
-            Console().print(*plan_tables(request, args.sessions, args.efficiency), sep="\n")
-            if memory.fits is False:  # the last word, too: the tables are longer than a screen
-                Console().print(memory.verdict, style="red", markup=False)
-        return 1 if memory.fits is False else 0
-
-
-class Inspect(Command):
-    """Show what a bundle holds: components, engines, kernels, quantization, memory, sparsity, provenance, verdict.
-
-    Launches, matrix products and activation memory are what each engine's own plan says. Files are verified first.
-    """
-
-    name = "inspect"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("bundle", type=Path, help="folder of the bundle")
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def run(self, args: argparse.Namespace) -> int:
-        from export.report.bundle import inspect_bundle
-
-        inspect_bundle(args.bundle, as_json=args.json)
-        return 0
+__all__ = ["Compare"]
 
 
 class Compare(Command):
@@ -184,83 +114,6 @@ def precisions(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text} names a precision twice")
     return names
-
-
-class Targets(Command):
-    """List the targets and variants, or show one of them in full."""
-
-    name = "targets"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("target", nargs="?", help="name or TOML file (default: all of them)")
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def run(self, args: argparse.Namespace) -> int:
-        from export.request.targets import list_targets, list_variants, load_target
-
-        targets = list_targets() if args.target is None else (load_target(args.target),)
-        variants = list_variants()
-        if args.json:
-            document = {
-                "targets": [t.model_dump() for t in targets],
-                "variants": [v.model_dump() for v in variants],
-            }
-            print(json.dumps(document, indent=1))
-            return 0
-        from rich.console import Console
-
-        from export.report.targets import target_table, variant_table
-
-        Console().print(target_table(targets), variant_table(variants))
-        return 0
-
-
-class Doctor(Command):
-    """Report what this machine can build and run, and why not.
-
-    Exit code 1 where something is broken: a library that does not load or is not the installed one, packages that
-    exclude each other, or nothing that can be built at all.
-    """
-
-    name = "doctor"
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="print JSON")
-
-    def run(self, args: argparse.Namespace) -> int:
-        from export.report.doctor import examine
-
-        report = examine(DEFAULT_OUT)
-        if args.json:
-            print(json.dumps(report.as_dict(), indent=1))
-        else:
-            from rich.console import Console
-
-            from export.report.targets import doctor_tables
-
-            Console().print(*doctor_tables(report))
-        return 1 if report.problems else 0
-
-
-def efficiency(text: str) -> float:
-    value = 1.0 if text == "1" else fraction(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
-    return value
-
-
-def _planned(args: argparse.Namespace) -> PlanRequest:
-    """Check the arguments of `plan`."""
-    from export.report.plan import PlanRequest, planned_precision
-
-    target, variant = chosen_variant(args)
-    precision = planned_precision(target, args.precision)
-
-    from lightforcing_ref.config import preset
-
-    model = preset(args.preset)
-    height, width = args.resolution or (model.height, model.width)
-    return PlanRequest(target, variant, model, height, width, precision)
 
 
 def _reference(args: argparse.Namespace) -> Reference:

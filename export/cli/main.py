@@ -12,10 +12,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from .arguments import Build, Onnx
+from .build import Build
 from .calibrate import Calibrate
 from .command import Command, CommandParser
-from .compare import Compare, Doctor, Inspect, Plan, Targets
+from .compare import Compare
+from .doctor import Doctor
+from .inspection import Inspect
+from .onnx import Onnx
+from .plan import Plan
+from .targets import Targets
 
 __all__ = ["COMMANDS", "main"]
 

@@ -11,10 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from export.machine import GpuReport, Memory, find_gpus, installed_version, memory
 from export.request.capability import BACKENDS, Backend, missing_modules
+from export.units import readable_size
 
-__all__ = ["BackendStatus", "Library", "Report", "examine"]
+from .tables import titled_table
+
+__all__ = ["BackendStatus", "Library", "Report", "doctor_tables", "examine"]
 
 _LIBRARIES = {
     "numpy": "numpy",
@@ -185,3 +191,37 @@ def _status(backend: Backend, gpus: GpuReport) -> BackendStatus:
 def _missing(modules: tuple[str, ...]) -> list[str]:
     missing = missing_modules(modules)
     return [f"{', '.join(missing)} not installed"] if missing else []
+
+
+_YES = "[green]yes[/]"
+
+
+def doctor_tables(report: Report) -> tuple[Table | str, ...]:
+    """The report of `doctor`: machine, libraries, backends, and what is broken."""
+    machine = titled_table("Machine", "", "")
+    machine.show_header = False
+    machine.add_row("Python", report.python)
+    machine.add_row("system", report.system)
+    machine.add_row("memory", f"{_known(report.memory.available)} available of {_known(report.memory.total)}")
+    machine.add_row("disk", f"{_known(report.disk_free)} free at {escape(report.disk_folder)}")
+    for gpu in report.gpus.gpus:
+        machine.add_row(
+            "GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {_known(gpu.memory_bytes)}"
+        )
+    machine.add_row("CUDA", report.gpus.problem or f"driver supports up to {report.gpus.cuda_version}")
+
+    libraries = titled_table("Libraries", "library", "installed", "loaded", "")
+    for library in report.libraries:
+        verdict = f"[red]{escape(library.problem)}[/]" if library.problem else "[green]ok[/]"
+        libraries.add_row(library.name, library.installed, library.loaded or "-", verdict)
+
+    backends = titled_table("Backends", "backend", "build here", "run here")
+    for status in report.backends:
+        backends.add_row(status.name, status.build or _YES, status.run or _YES)
+
+    verdicts = [f"[red]problem:[/] {escape(problem)}" for problem in report.problems]
+    return machine, libraries, backends, *(verdicts or ["[green]no problems found[/]"])
+
+
+def _known(size: int | None) -> str:
+    return "unknown" if size is None else readable_size(size)

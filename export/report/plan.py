@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from export.errors import InputError
 from export.estimate.memory import MemoryPlan, Planned, plan_memory
 from export.estimate.roofline import (
     PUBLISHED,
@@ -24,49 +23,17 @@ from export.estimate.roofline import (
     predict,
     rate_of,
 )
-from export.request.targets import Precision, Target, Variant, unknown_name
+from export.request.request import PlanRequest
+from export.request.targets import Precision
 from export.units import readable_size
 
 if TYPE_CHECKING:
-    from lightforcing_ref.config import Preset
+    pass
 
-__all__ = ["PlanRequest", "memory_table", "plan_document", "plan_tables", "planned_precision"]
+__all__ = ["memory_table", "plan_document", "plan_tables"]
 
 _GOAL = 2.0
 """Times the authors' speed that this project aims at."""
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is planned: a model and a variant of it on a target. Sizes in pixels."""
-
-    target: Target
-    variant: Variant
-    preset: Preset
-    height: int
-    width: int
-    precision: Precision
-
-
-def planned_precision(target: Target, name: str | None) -> Precision:
-    """The precision called `name`; None = fp8, as the authors' release, or the best the target has below it.
-
-    Raises:
-        InputError: there is no such precision, or the target does not compute in it.
-    """
-    order: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
-    if name is None:
-        return next((p for p in order if p in target.precisions), target.precisions[0])
-    known: tuple[Precision, ...] = (*order, "nvfp4")
-    for precision in known:
-        if precision == name:
-            if precision not in target.precisions:
-                raise InputError(
-                    f"{target.name} ({target.sm or 'a CPU'}) does not compute in {name}; use --precision "
-                    f"{' or '.join(target.precisions)}, or another --gpu"
-                )
-            return precision
-    raise unknown_name("precision", name, known)
 
 
 # ---- memory ----

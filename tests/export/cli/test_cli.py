@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from export.cli.arguments import _next_commands, build_request, graph_request
+from export.cli.arguments import build_request
+from export.cli.build import _next_commands
 from export.cli.main import COMMANDS, _parser, main
+from export.cli.onnx import graph_request
 from export.machine import importable
 
 ROOT = Path(__file__).resolve().parents[3]

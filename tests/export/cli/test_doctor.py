@@ -15,8 +15,7 @@ import pytest
 from rich.console import Console
 
 from export.machine import Gpu, GpuReport, Memory, find_gpus, importable, installed_version, memory
-from export.report.doctor import BackendStatus, Library, Report, _load
-from export.report.targets import doctor_tables
+from export.report.doctor import BackendStatus, Library, Report, _load, doctor_tables
 from export.request.capability import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -16,7 +16,7 @@ from export.cli.main import main
 from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import Workload, predict
-from export.report.plan import PlanRequest, planned_precision
+from export.request.request import PlanRequest, planned_precision
 from export.request.sizes import (
     decoder_convs,
     decoder_parameters,

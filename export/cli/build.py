@@ -1,0 +1,102 @@
+"""The command `build`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from .arguments import build_request
+from .command import Command, add_decoder_and_text_files, add_model_arguments, bundle_name, existing
+
+__all__ = ["Build"]
+
+
+class Build(Command):
+    """Build a bundle: everything one target needs to run one variant of a model.
+
+    The bundle appears complete or not at all. An interrupted build resumes when the same command runs again.
+    """
+
+    name = "build"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_model_arguments(parser)
+        add_decoder_and_text_files(parser)
+        parser.add_argument(
+            "--precision", metavar="NAME", help="fp32, bf16, fp8 or nvfp4 (default: the backend's)"
+        )
+        parser.add_argument(
+            "--backend", default="auto", metavar="NAME", help="onnxruntime, tensorrt-rtx, ... (default: auto)"
+        )
+        parser.add_argument(
+            "--execution",
+            choices=("whole", "segmented"),
+            help="the step as one graph, or cut at its operators (default: what the backend can)",
+        )
+        parser.add_argument(
+            "--weights",
+            choices=("inputs", "embedded"),
+            default="inputs",
+            help="segments take their weights as inputs, one engine for all layers, or hold them, an engine per layer "
+            "(default: inputs)",
+        )
+        quantized = parser.add_argument_group("quantization, for fp8 and nvfp4")
+        quantized.add_argument(
+            "--fp8-activations",
+            choices=("dynamic", "static"),
+            default="dynamic",
+            help="a scale per token, or calibrated ones (default: dynamic)",
+        )
+        quantized.add_argument(
+            "--calibration", type=existing, metavar="FILE", help="ranges and errors, from `calibrate`"
+        )
+        quantized.add_argument(
+            "--skip",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="linears to leave in bf16, such as '*.ffn.2'; or auto, for those that lose too much; repeatable",
+        )
+        parser.add_argument(
+            "--name",
+            type=bundle_name,
+            help="of the bundle (default: TARGET-PRESET-VARIANT, with the precision if it is reduced)",
+        )
+
+    def run(self, args: argparse.Namespace) -> int:
+        from rich.console import Console
+        from rich.markup import escape
+
+        from export.build import build_bundle, check_build
+        from export.estimate.memory import plan_memory
+        from export.progress import progress_bars
+        from export.report.engines import engine_table
+        from export.report.plan import memory_table
+        from runtime.bundle import load_bundle
+
+        request, choice = build_request(args)
+        check_build(request)
+        console = Console()
+        console.print(
+            f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
+        )
+        console.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
+        console.print(memory_table(plan_memory(request)))
+        with progress_bars(console) as progress:
+            folder = build_bundle(request, progress)
+        manifest = load_bundle(folder, verify=False).manifest
+        if manifest.library is not None:
+            console.print(engine_table(manifest))
+        console.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
+        on_device = manifest.target.compute_capability is not None
+        for command in _next_commands(str(folder), request.weights.example_prompt, on_device=on_device):
+            console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        return 0
+
+
+def _next_commands(folder: str, prompt: str, *, on_device: bool) -> list[str]:
+    folder, prompt = shlex.quote(folder), shlex.quote(prompt)
+    generate = f"python -m runtime generate {folder} --prompt {prompt} --out clip.mp4"
+    if not on_device:
+        return [generate]
+    return [f"python -m runtime verify --dry-run {folder}", f"{generate}   (on the target)"]

@@ -1,0 +1,82 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from .arguments import chosen_variant
+from .command import Command, add_model_arguments, fraction, positive
+
+if TYPE_CHECKING:
+    from export.request.request import PlanRequest
+
+
+__all__ = ["Plan"]
+
+
+class Plan(Command):
+    """Plan a bundle without building it: memory, checked against the target's, and the predicted floor per chunk.
+
+    Takes the arguments of `build` on model, variant and target. Nothing is measured: times follow from sizes and
+    published peak rates, and real ones are longer. Exit code 1 where the plan does not fit into the target's memory.
+    """
+
+    name = "plan"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_model_arguments(parser)
+        parser.add_argument(
+            "--precision",
+            metavar="NAME",
+            help="fp32, bf16, fp8 or nvfp4 (default: fp8, or the target's best)",
+        )
+        parser.add_argument(
+            "--sessions", type=positive, default=1, metavar="N", help="concurrent rollouts (default: 1)"
+        )
+        parser.add_argument(
+            "--efficiency",
+            type=efficiency,
+            default=0.6,
+            metavar="E",
+            help="share of the peak rates that the second column assumes (default: 0.6)",
+        )
+        parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(self, args: argparse.Namespace) -> int:
+        from export.estimate.memory import plan_memory
+        from export.report.plan import plan_document, plan_tables
+
+        request = _planned(args)
+        memory = plan_memory(request, args.sessions)
+        if args.json:
+            print(json.dumps(plan_document(request, args.sessions, args.efficiency), indent=1))
+        else:
+            from rich.console import Console
+
+            Console().print(*plan_tables(request, args.sessions, args.efficiency), sep="\n")
+            if memory.fits is False:  # the last word, too: the tables are longer than a screen
+                Console().print(memory.verdict, style="red", markup=False)
+        return 1 if memory.fits is False else 0
+
+
+def efficiency(text: str) -> float:
+    value = 1.0 if text == "1" else fraction(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is outside (0, 1]")
+    return value
+
+
+def _planned(args: argparse.Namespace) -> PlanRequest:
+    """Check the arguments of `plan`."""
+    from export.request.request import PlanRequest, planned_precision
+
+    target, variant = chosen_variant(args)
+    precision = planned_precision(target, args.precision)
+
+    from lightforcing_ref.config import preset
+
+    model = preset(args.preset)
+    height, width = args.resolution or (model.height, model.width)
+    return PlanRequest(target, variant, model, height, width, precision)
