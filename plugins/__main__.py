@@ -76,6 +76,7 @@ def _build_libraries(args: argparse.Namespace, console: Console) -> int:
 
     from plugins.compile.kernels import parse_archs
     from plugins.compile.libraries import HEADERS_HINT, build_libraries
+    from runtime.errors import BundleError
 
     from .errors import PluginError
 
@@ -90,7 +91,7 @@ def _build_libraries(args: argparse.Namespace, console: Console) -> int:
                 fetch=args.fetch,
                 jobs=args.jobs,
             )
-    except PluginError as error:
+    except (BundleError, PluginError) as error:
         console.print("[red]error:[/red]", escape(str(error)), highlight=False)
         return 1
     targets = ", ".join(libraries.targets)

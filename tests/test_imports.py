@@ -48,7 +48,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "bundle engine noise",
         "errors files frame_table frames",
     ),
-    "plugins": ("__main__ eager", "compile nodes", "contract images kernels", "__init__ errors"),
+    "plugins": ("__main__ eager", "compile nodes", "contract kernels", "__init__ errors"),
     "benchmarks": ("lease", "attention quality rollout", "__init__ timing"),
 }
 """What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""
@@ -56,7 +56,7 @@ MODULES_PER_FOLDER = 15
 FOUND = structure(ROOT)
 # What the manifest and its files are, and how golden vectors are drawn and compared: defined on the runtime's side.
 BUNDLE = "runtime.bundle"
-FROM_RUNTIME = {"export": {BUNDLE, "runtime.errors"}, "plugins": {BUNDLE}}
+FROM_RUNTIME = {"export": {BUNDLE, "runtime.errors"}, "plugins": {BUNDLE, "runtime.errors"}}
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
 READS_BUNDLES = ("export/compare/", "export/report/bundle.py")
 NOT_IN_RUNTIME = {

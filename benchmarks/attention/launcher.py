@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from plugins.kernels.specs import KernelError, Problem
+from runtime.cuda.kernels import KernelLauncher, cuda_core
 from runtime.errors import EngineError
-from runtime.program.kernels import KernelLauncher, KernelLibrary, KernelProblem, cuda_core
+from runtime.program.kernels import KernelLibrary, KernelProblem
 
 __all__ = ["ImageLauncher"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from plugins import images
 from plugins.errors import PluginError
 from plugins.kernels.specs import DTYPES, KERNELS, Problem
+from runtime.bundle import images
 
 __all__ = ["ASSEMBLY_NAME", "EMBEDDED_KERNELS", "TABLE_NAME", "EmbeddingError", "write_embedded"]
 
@@ -43,7 +43,7 @@ def write_embedded(archs: Sequence[int], kernels: Path, out: Path) -> list[str]:
 
     Raises:
         EmbeddingError: an image uses a name that the launch library does not know.
-        ImageError: a folder of images is missing, incomplete or damaged.
+        BundleError: a folder of images is missing, incomplete or damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     symbols: dict[str, str] = {}

@@ -19,9 +19,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypedDict
 
-from plugins import images
 from plugins.errors import PluginError
 from plugins.kernels import specs
+from runtime.bundle import images
 
 __all__ = ["BuildError", "build", "default_cache", "parse_archs", "spilling"]
 

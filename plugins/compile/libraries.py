@@ -120,7 +120,7 @@ def build_libraries(
 
     Raises:
         BuildError: CMake is missing, or the libraries do not compile.
-        EmbeddingError, ImageError: the images cannot be embedded.
+        BundleError, EmbeddingError: the images cannot be embedded.
     """
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     if cmake is None:

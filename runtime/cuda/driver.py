@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
-from runtime.program.kernels import cuda_core
+
+from .kernels import cuda_core
 
 __all__ = ["CudaDriver", "Driver", "Graph", "RowCopy", "free_memory", "host_bytes", "no_collection"]
 

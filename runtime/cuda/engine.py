@@ -17,11 +17,12 @@ from runtime.errors import EngineError
 from runtime.frames import DeviceFrames
 from runtime.program.builder import build_program
 from runtime.program.engine import ProgramEngine
-from runtime.program.kernels import KernelLauncher, KernelLibrary, cuda_core
+from runtime.program.kernels import KernelLibrary
 from runtime.program.program import KernelLaunch, Program
 
 from .driver import CudaDriver
 from .executor import CudaExecutor
+from .kernels import KernelLauncher, cuda_core
 from .library import ComponentLibrary
 
 if TYPE_CHECKING:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from plugins import images
 from plugins.compile import kernels as kernel_build
 from plugins.kernels import specs
-from runtime.bundle import Manifest, file_entry, write_manifest
+from runtime.bundle import Manifest, file_entry, images, write_manifest
 
 LAYERS, HEADS, HEAD_DIM, CHUNK, FRAME_TOKENS, BLOCK = 3, 2, 64, 3, 64, 32
 DIM, FFN, TOKENS = HEADS * HEAD_DIM, 256, CHUNK * FRAME_TOKENS

@@ -28,8 +28,8 @@ from runtime.bundle import (
     load_bundle,
     write_manifest,
 )
+from runtime.bundle.images import Argument, Image, ImageSet
 from runtime.program.buffers import plan_buffers
-from runtime.program.kernels import Argument, Image, ImageSet
 from runtime.verify import Verdict
 from runtime.verify.verdict import ComponentVerdict, PlatformRecord
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins import images
 from plugins.compile import kernels as builder
 from plugins.kernels import specs
+from runtime.bundle import images
 from runtime.errors import BundleIntegrityError, BundleSchemaError, EngineError
 from runtime.program import kernels as reader
 from tests.plugins.launch.launch_interface import WAN
@@ -222,20 +222,20 @@ def test_index_that_was_damaged_is_refused(altered: Path) -> None:
     cubin = altered / index["images"][0]["file"]
     content = cubin.read_bytes()
     cubin.write_bytes(content[:-1] + b"!")
-    with pytest.raises(images.ImageError, match="SHA-256"):
+    with pytest.raises(BundleIntegrityError, match="SHA-256"):
         images.read_images(altered)
     with pytest.raises(BundleIntegrityError, match="SHA-256"):
         reader.KernelLibrary.load(library, (9, 0))
     cubin.unlink()
-    with pytest.raises(images.ImageError, match="missing"):
+    with pytest.raises(BundleIntegrityError, match="missing"):
         images.read_images(altered)
-    with pytest.raises(BundleIntegrityError, match="cannot be read"):
+    with pytest.raises(BundleIntegrityError, match="missing"):
         reader.KernelLibrary.load(library, (9, 0))
     cubin.write_bytes(content)
 
     def refused(change: dict[str, Any]) -> None:
         (altered / images.INDEX_NAME).write_text(json.dumps({**index, **change}))
-        with pytest.raises(images.ImageError, match="index of format"):
+        with pytest.raises(BundleSchemaError, match="not an index"):
             images.read_images(altered)
         with pytest.raises(BundleSchemaError, match="not an index"):
             reader.KernelLibrary.load(library, (9, 0))
@@ -244,22 +244,10 @@ def test_index_that_was_damaged_is_refused(altered: Path) -> None:
     refused({"surprise": 1})
     refused({"images": [{**index["images"][0], "file": "../../outside.cubin"}]})
     (altered / images.INDEX_NAME).unlink()
-    with pytest.raises(images.ImageError, match="does not exist"):
+    with pytest.raises(BundleIntegrityError, match="does not exist"):
         images.read_images(altered)
     with pytest.raises(EngineError, match="holds kernels for none"):
         reader.KernelLibrary.load(library, (9, 0))
-
-
-def without_descriptions(schema: Any) -> Any:
-    if isinstance(schema, dict):
-        return {key: without_descriptions(value) for key, value in schema.items() if key != "description"}
-    return [without_descriptions(value) for value in schema] if isinstance(schema, list) else schema
-
-
-def test_both_readers_hold_the_same_schema() -> None:
-    assert without_descriptions(images.json_schema()) == without_descriptions(
-        reader.ImageSet.model_json_schema()
-    )
 
 
 @given(
@@ -314,8 +302,8 @@ def test_plan_says_what_is_missing(built: Path) -> None:
 
 
 def test_target_with_a_letter_runs_on_its_own_capability_only() -> None:
-    def index(arch: str, target: str) -> reader.ImageSet:
-        return reader.ImageSet(arch=arch, target=target, compiler={}, images=())
+    def index(arch: str, target: str) -> images.ImageSet:
+        return images.ImageSet(arch=arch, target=target, compiler={}, images=())
 
     assert index("sm_90", "sm_90a").runs_on((9, 0))
     assert not index("sm_120", "sm_120a").runs_on((12, 1))

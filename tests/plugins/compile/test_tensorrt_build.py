@@ -10,7 +10,7 @@ import pytest
 
 from plugins.compile import libraries as tensorrt_build
 from plugins.compile.kernels import BuildError
-from plugins.images import ImageError
+from runtime.errors import BundleError
 from tests.plugins.launch import launch_interface as lf
 
 pytest.importorskip("triton")
@@ -51,7 +51,7 @@ def test_missing_cmake_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @lf.needs_tools
 def test_failures_leave_no_library_behind(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ImageError, match="does not exist"):
+    with pytest.raises(BundleError, match="does not exist"):
         tensorrt_build.build_libraries((90,), tmp_path / "kernels", out)
     lf.write_stand_ins(tmp_path / "kernels", (90,))
     with pytest.raises(BuildError, match=r"failed; the libraries need a C\+\+17 compiler"):

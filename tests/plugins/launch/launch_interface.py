@@ -31,10 +31,10 @@ from typing import Any
 
 import pytest
 
-from plugins import images
 from plugins.compile.embedding import ASSEMBLY_NAME, TABLE_NAME, write_embedded
 from plugins.compile.libraries import LAUNCH_LIBRARY, find_tool
 from plugins.kernels import specs
+from runtime.bundle import images
 
 MISSING_TOOLS = ", ".join(
     name

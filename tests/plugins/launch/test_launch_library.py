@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins import contract, images
+from plugins import contract
 from plugins.compile.embedding import EMBEDDED_KERNELS, EmbeddingError, write_embedded
 from plugins.compile.libraries import build_libraries
 from plugins.errors import ContractError
 from plugins.kernels import specs
-from runtime.errors import EngineError
+from runtime.bundle import images
+from runtime.errors import BundleError, EngineError
 from runtime.program import kernels as reader
 from tests.plugins.launch import launch_interface as lf
 from tests.plugins.launch.launch_interface import ATTRIBUTES, WAN
@@ -405,7 +406,7 @@ def test_images_that_the_library_cannot_launch_are_refused(kernels: Path, tmp_pa
     (folder / images.INDEX_NAME).write_text(json.dumps(index))
     with pytest.raises(EmbeddingError, match=f"{attend['name']} uses colour, somewhere, which"):
         write_embedded((90,), tmp_path, tmp_path / "out")
-    with pytest.raises(images.ImageError, match="does not exist"):
+    with pytest.raises(BundleError, match="does not exist"):
         write_embedded((120,), tmp_path, tmp_path / "out")
 
 

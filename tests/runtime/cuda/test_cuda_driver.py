@@ -161,8 +161,9 @@ def test_a_kernel_gets_its_arguments_and_its_shared_memory(library: Path) -> Non
     run(
         library,
         f"""
-from runtime.program.kernels import Argument, GridAxis, Image, ImageSet, KernelLauncher, KernelLibrary, KernelProblem
-from runtime.program.kernels import cuda_core
+from runtime.bundle.images import Argument, GridAxis, Image, ImageSet
+from runtime.cuda.kernels import KernelLauncher, cuda_core
+from runtime.program.kernels import KernelLibrary, KernelProblem
 
 pointer = dict(type="pointer", source="buffer", element="float32")
 image = Image(

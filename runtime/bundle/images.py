@@ -12,11 +12,13 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import PluginError
+from runtime.errors import BundleIntegrityError, BundleSchemaError
+
+from .manifest import NonNegative, Positive, Sha256
 
 __all__ = [
     "FORMAT_VERSION",
@@ -24,24 +26,19 @@ __all__ = [
     "Argument",
     "GridAxis",
     "Image",
-    "ImageError",
     "ImageSet",
+    "read_cubin",
     "read_images",
+    "read_index",
+    "replace_file",
     "write_images",
 ]
 
 FORMAT_VERSION: Final = 1
 INDEX_NAME: Final = "kernels.json"
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-class ImageError(PluginError):
-    """A folder of kernel images is incomplete, altered, or of another format."""
 
 
 class _Part(BaseModel):
@@ -133,6 +130,58 @@ class ImageSet(_Part):
             raise ValueError(f"target {self.target!r} is not one of {self.arch!r}")
         return self
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, e.g. ``(9, 0)``."""
+        number = int(self.arch.removeprefix("sm_"))
+        return number // 10, number % 10
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether the images run on a device of compute capability ``capability``."""
+        if self.target != self.arch:
+            return capability == self.capability
+        return capability[0] == self.capability[0] and capability >= self.capability
+
+
+def read_index(folder: Path) -> ImageSet:
+    """Read the index of a folder of images.
+
+    Raises:
+        BundleIntegrityError: there is none.
+        BundleSchemaError: it is of another format.
+    """
+    path = folder / INDEX_NAME
+    try:
+        return ImageSet.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleIntegrityError(
+            f"{path} does not exist; build it with `python -m plugins build`"
+        ) from error
+    except ValidationError as error:
+        raise BundleSchemaError(
+            f"{path} is not an index of kernel images of format {FORMAT_VERSION}; rebuild the kernels: {error}"
+        ) from error
+
+
+def read_cubin(folder: Path, image: Image) -> bytes:
+    """The verified cubin of an image of the folder.
+
+    Raises:
+        BundleIntegrityError: it is missing, or differs from its hash or size.
+    """
+    path = folder / image.file
+    try:
+        cubin = path.read_bytes()
+    except OSError as error:
+        raise BundleIntegrityError(f"kernel image {path} is missing; rebuild the kernels") from error
+    digest = hashlib.sha256(cubin).hexdigest()
+    if digest != image.sha256 or len(cubin) != image.bytes:
+        raise BundleIntegrityError(
+            f"kernel image {path} has SHA-256 {digest} and {len(cubin)} bytes, its index says {image.sha256} and "
+            f"{image.bytes}; rebuild the kernels"
+        )
+    return cubin
+
 
 def read_images(folder: Path) -> tuple[ImageSet, dict[str, bytes]]:
     """Read and verify a folder of images.
@@ -141,31 +190,10 @@ def read_images(folder: Path) -> tuple[ImageSet, dict[str, bytes]]:
         The index, and the cubins by image name.
 
     Raises:
-        ImageError: no index, one of another format, or a cubin that is missing or differs from its hash.
+        BundleIntegrityError, BundleSchemaError: as `read_index` and `read_cubin`.
     """
-    index = folder / INDEX_NAME
-    try:
-        images = ImageSet.model_validate_json(index.read_bytes())
-    except FileNotFoundError as error:
-        raise ImageError(f"{index} does not exist; build it with `python -m plugins build`") from error
-    except ValidationError as error:
-        raise ImageError(
-            f"{index} is not an index of format {FORMAT_VERSION}; rebuild it: {error}"
-        ) from error
-    cubins = {}
-    for image in images.images:
-        try:
-            cubin = (folder / image.file).read_bytes()
-        except FileNotFoundError as error:
-            raise ImageError(f"{folder / image.file} is missing; rebuild the images") from error
-        digest = hashlib.sha256(cubin).hexdigest()
-        if digest != image.sha256 or len(cubin) != image.bytes:
-            raise ImageError(
-                f"{folder / image.file} has SHA-256 {digest} and {len(cubin)} bytes, the index says "
-                f"{image.sha256} and {image.bytes}; rebuild the images"
-            )
-        cubins[image.name] = cubin
-    return images, cubins
+    index = read_index(folder)
+    return index, {image.name: read_cubin(folder, image) for image in index.images}
 
 
 def write_images(folder: Path, images: ImageSet, cubins: Mapping[str, bytes]) -> None:
@@ -196,8 +224,3 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of the index."""
-    return ImageSet.model_json_schema()
