@@ -17,7 +17,7 @@ from pathlib import Path
 
 __all__ = ["ROOMS", "Structure", "circles", "imports", "place", "structure"]
 
-ROOMS = ("lightforcing_ref", "plugins", "export", "runtime", "engines", "training", "benchmarks")
+ROOMS = ("lightforcing_ref", "plugins", "export", "runtime", "engines", "serving", "training", "benchmarks")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 

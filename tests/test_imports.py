@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "lightforcing_ref": set(),
     "plugins": {"runtime"},
     "runtime": set(),
+    "serving": {"runtime"},
     "engines": set(),
     "export": {"lightforcing_ref", "plugins", "runtime", "engines"},
     "training": {"lightforcing_ref", "plugins", "runtime", "export"},
@@ -49,7 +50,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors files frame_table frames",
     ),
     "plugins": ("__main__ eager", "compile nodes", "contract kernels", "__init__ errors"),
-    "benchmarks": ("lease", "attention quality rollout", "__init__ timing"),
+    "benchmarks": ("lease", "attention quality rollout", "__init__ kernel_classes timing"),
 }
 """What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""
 MODULES_PER_FOLDER = 15
@@ -71,7 +72,17 @@ NOT_IN_RUNTIME = {
 }
 # Bundles that PyTorch compiled need PyTorch to run; it is imported when one is loaded.
 RUNS_ON_TORCH = {"runtime/host/inductor.py", "runtime/cuda/inductor.py"}
-HEAVY = NOT_IN_RUNTIME | {"onnxruntime", "av", "PIL", "tokenizers", "scipy", "tensorrt", "tensorrt_rtx"}
+HEAVY = NOT_IN_RUNTIME | {
+    "fastapi",
+    "uvicorn",
+    "onnxruntime",
+    "av",
+    "PIL",
+    "tokenizers",
+    "scipy",
+    "tensorrt",
+    "tensorrt_rtx",
+}
 MAX_LINES = 520
 
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -189,6 +200,18 @@ def test_no_module_is_named_as_one_of_pythons() -> None:
     assert shadowing == ["plugins/kernels/select.py"]  # a kernel, named as the operator's step
 
 
+@pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("serving/")], ids=relative)
+def test_serving_uses_the_public_face_of_the_runtime(path: Path) -> None:
+    import runtime
+
+    for line, level, module in imports(path):
+        if not level and module.split(".")[0] == "runtime":
+            allowed = module.removeprefix("runtime.") in runtime.__all__
+            assert allowed, (
+                f"{relative(path)}:{line}: serving imports names of runtime.__all__, found {module}"
+            )
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("runtime/")], ids=relative)
 def test_runtime_needs_no_training_or_export_library(path: Path) -> None:
     barred = NOT_IN_RUNTIME - {"torch"} if relative(path) in RUNS_ON_TORCH else NOT_IN_RUNTIME
@@ -249,6 +272,8 @@ def test_whole_runtime_loads_without_training_or_export_library() -> None:
         "runtime generate",
         "runtime bench",
         "runtime verify",
+        "serving",
+        "serving run",
     ],
 )
 def test_help_is_instant(command: str) -> None:
