@@ -1,4 +1,4 @@
-"""attend_sm90.cu on a CPU, over an emulation of Hopper's barriers, copies and products (tests/plugins/emulated).
+"""attend_sm90.cu on a CPU, over an emulation of Hopper's barriers, copies and products (`emulated/`).
 
 The kernel's own source runs, three warpgroups as 384 threads, against the reference: layouts, rings and hand-overs are
 checked, speed and the PTX underneath are not.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref import attention as oracle
+from plugins.eager.policies import lists_from_mask
 from plugins.kernels import specs
-from plugins.policies import lists_from_mask
 
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("c++") or shutil.which("g++")
