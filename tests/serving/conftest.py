@@ -74,7 +74,7 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's bundle: `tiny` with its trained weights, which paints what captions say. Do not change its files."""
-    from export.weights import shipped_weights
+    from export.request.weights import shipped_weights
     from lightforcing_ref.config import PRESETS
 
     weights = shipped_weights(PRESETS["tiny"], dense=True)

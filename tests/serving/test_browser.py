@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quality_parser import observe
+from benchmarks.quality.parser import observe
 from serving.settings import Limits, Settings
 from tests.serving.client import StreamClient, wait_until
 from tests.serving.conftest import RunningServer, StartServer, running

@@ -30,7 +30,6 @@ from plugins.eager.policies import (
     mask_from_lists,
 )
 from plugins.kernels.specs import KernelError, Problem, Rows, find_variant, prepare_variant
-from plugins.kernels.specs import KernelError, Problem, find_variant
 from tests import brute_force
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
