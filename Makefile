@@ -1,6 +1,7 @@
 # make demo   a 5-second clip from a text prompt, on any machine
+# make serve  the same model live: a page in the browser, whose prompt can be changed while it plays
 # make test   linters, type checker and the test suite
-# Both set up .venv themselves. Needed: Python >= 3.11 with venv, make, a C compiler.
+# All set up .venv themselves. Needed: Python >= 3.11 with venv, make, a C compiler.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,12 +14,15 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 
 DEMO_BUNDLE := engines/built/demo
 DEMO_PROMPT ?= a yellow square on black moves right from the top left
+SERVE_EXAMPLES := --example "a red circle on grey orbits clockwise from the top" \
+	--example "a blue circle on grey orbits clockwise from the top" \
+	--example "a cyan circle on brown bounces right from the bottom left"
 # Where `make gpu` leaves its results.
 RESULTS := $(if $(OUT),$(OUT),build/gpu)
 
 SITE := build/site
 
-.PHONY: help setup demo test lint slow wheels clean
+.PHONY: help setup demo serve test lint slow wheels clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint slow wheels gpu test-gpu-versions clean"
@@ -33,6 +37,13 @@ demo: setup
 	@$(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
 	@$(BIN)/python -m runtime generate $(DEMO_BUNDLE) --prompt "$(DEMO_PROMPT)" --seconds 5 \
 		--out demo/clip.mp4 --contact-sheet demo/contact_sheet.png
+
+$(DEMO_BUNDLE)/manifest.json:
+	@$(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
+
+serve: setup
+	@$(MAKE) --no-print-directory $(DEMO_BUNDLE)/manifest.json
+	@$(BIN)/python -m serving run $(DEMO_BUNDLE) --log-level WARNING $(SERVE_EXAMPLES) $(SERVE_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,21 +26,19 @@ from .websocket import serve_stream
 __all__ = ["create_app"]
 
 
-def create_app(settings: Settings, on_failure: Callable[[Exception], None] | None = None) -> FastAPI:
+def create_app(settings: Settings, on_loaded: Callable[[Exception | None], None] = lambda _: None) -> FastAPI:
     """The application for a bundle. It loads when the server starts, and answers 503 until it has.
 
-    ``on_failure`` is told if the bundle cannot be loaded. ``app.state.service`` is the :class:`Service`.
+    ``on_loaded`` is called when it has, or with the error if it cannot. ``app.state.service`` is the :class:`Service`.
     """
     service = Service(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        import asyncio
-
         async def start() -> None:
             await service.start()
-            if service.error is not None and on_failure is not None:
-                on_failure(service.error)
+            if service.error is not None or service.state == "ready":
+                on_loaded(service.error)
 
         starting = asyncio.create_task(start())
         try:

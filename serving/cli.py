@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from .server import serve
 
-    failure = serve(settings)
+    failure = serve(settings, lambda url: print(f"open {url} (Ctrl+C stops)", flush=True))
     if failure is None:
         return 0
     print(f"error: {failure}", file=sys.stderr)

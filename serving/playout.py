@@ -2,7 +2,8 @@
 
 The client says when it begins to show a chunk. Until then the chunk is queued there, and no other is sent: the client
 shows one and holds at most one. A client that says so sooner than the video's rate allows is not believed. One that has
-not begun a chunk half a chunk after the following one should have begun is behind, and that following one is dropped.
+not begun a chunk half a chunk (and half a second) after the following one should have begun is behind, and that
+following one is dropped.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ __all__ = ["Playout"]
 
 _GRACE = 0.5
 """Fraction of a chunk that a client may be late before something is dropped."""
-_LEAST_GRACE = 0.25
+_LEAST_GRACE = 0.5
 _EARLY = 0.1
 """Fraction of a chunk that a client's clock may be early."""
 _SPARE = 1.5

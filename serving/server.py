@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,8 @@ class Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.url = ""
+        """Where it listens, once it does."""
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """See uvicorn."""
@@ -40,7 +43,8 @@ class Server(uvicorn.Server):
                 for socket in server.sockets:
                     host, port = socket.getsockname()[:2]
                     address = f"[{host}]" if ":" in host else host
-                    _log.info("listening", extra={"fields": {"url": f"http://{address}:{port}/"}})
+                    self.url = f"http://{address}:{port}/"
+                    _log.info("listening", extra={"fields": {"url": self.url}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came."""
@@ -59,15 +63,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(settings: Settings) -> Exception | None:
-    """Serve until a signal; the error if the bundle could not be loaded."""
+def serve(settings: Settings, on_ready: Callable[[str], None]) -> Exception | None:
+    """Serve until a signal; the error if the bundle could not be loaded. ``on_ready`` gets the page's address."""
     failure: list[Exception] = []
 
-    def failed(error: Exception) -> None:
-        failure.append(error)
-        server.should_exit = True
+    def loaded(error: Exception | None) -> None:
+        if error is None:
+            on_ready(server.url)
+        else:
+            failure.append(error)
+            server.should_exit = True
 
-    app = create_app(settings, failed)
+    app = create_app(settings, loaded)
     server = Server(uvicorn_config(app, settings), app.state.service, settings.drain_seconds)
     server.run()
     return failure[0] if failure else None

@@ -83,6 +83,8 @@ class Service:
                 shape = VideoShape(model.video_height, model.video_width, model.fps)
                 encoder, _ = await asyncio.to_thread(h264_codec, shape)
             self._pipeline = pipeline
+            if self.state != "starting":
+                return  # told to stop meanwhile
             await asyncio.to_thread(self.clips.open)
         except (LightForcingError, ServingError, OSError) as error:
             self.error = error

@@ -88,7 +88,7 @@ function start() {
 
 function switchPrompt() {
   const prompt = $("prompt").value.trim();
-  const id = connection.send("set_prompt", { prompt });
+  const id = connection.send("set_prompt", { prompt, recache: $("recache").value });
   if (id === null) return;
   remember(id, prompt, "asked");
   if ($("at-once").checked && current() === "playing") connection.send("flush");

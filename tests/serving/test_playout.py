@@ -44,11 +44,11 @@ def test_a_client_that_claims_to_be_ahead_of_time_is_not_believed(playout: Playo
 
 
 def test_deadline_of_the_next_chunk(playout: Playout) -> None:
-    assert playout.deadline(CHUNK) == pytest.approx(10.02 + CHUNK + CHUNK / 2)
+    assert playout.deadline(CHUNK) == pytest.approx(10.02 + CHUNK + 0.5)
     playout.sent(1, CHUNK, 10.1)
-    assert playout.deadline(CHUNK) == pytest.approx(10.02 + 2 * CHUNK + CHUNK / 2)
+    assert playout.deadline(CHUNK) == pytest.approx(10.02 + 2 * CHUNK + 0.5)
     playout.dropped(CHUNK)
-    assert playout.deadline(CHUNK) == pytest.approx(10.02 + 3 * CHUNK + CHUNK / 2)
+    assert playout.deadline(CHUNK) == pytest.approx(10.02 + 3 * CHUNK + 0.5)
 
 
 def test_a_late_chunk_is_a_stall_and_moves_the_clock(playout: Playout) -> None:
