@@ -69,15 +69,14 @@ def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
     import torch
 
     try:
-        model = torch._inductor.aoti_load_package(
-            str(path), run_single_threaded=True, device_index=device_index
-        )
+        # Not `torch._inductor.aoti_load_package`: it compares this machine with the one that compiled the package, for
+        # which it runs a C++ compiler on a program for each instruction set, most of a minute in every process.
+        return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, device_index)
     except Exception as error:
         raise EngineError(
             f"component {name!r} ({path}) does not load in PyTorch {torch.__version__}: {error}; rebuild the bundle "
             f"on this machine"
         ) from error
-    return model.loader
 
 
 def _file(bundle: Bundle, name: str) -> str:

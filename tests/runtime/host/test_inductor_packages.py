@@ -1,0 +1,49 @@
+"""Packages are loaded without starting a compiler, which would take most of a minute and may not be there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+COMPILER = torch._inductor.config.cpp.cxx
+COMPILERS = [name for name in (COMPILER if isinstance(COMPILER, tuple) else (COMPILER,)) if name]
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+from pathlib import Path
+import torch
+from runtime.host.inductor import load_package
+folder = Path(sys.argv[1])
+bundle = SimpleNamespace(root=folder, path=folder.joinpath, component=lambda name: SimpleNamespace(file=f"{name}.pt2"))
+result = load_package(bundle, "twice").run([torch.full((4,), 3.0)])
+assert result[0].tolist() == [6.0] * 4, result
+"""
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="PyTorch finds no C++ compiler here")
+def test_a_package_is_loaded_without_a_compiler(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    program = torch.export.export(Twice(), (torch.zeros(4),))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "twice.pt2"))
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/bin/sh\necho called >> {tmp_path}/called\nexit 1\n")
+    compiler.chmod(0o755)
+    # With a cache of its own: PyTorch keeps what a compiler told it about this machine.
+    environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "called").exists(), "loading has started the compiler"
