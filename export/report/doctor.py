@@ -142,7 +142,10 @@ def _library(name: str, installed: str, loaded: str | None, failure: str | None)
     problem = None
     if failure is not None:
         problem = f"{installed} is installed but does not load: {failure}"
-    elif loaded and loaded != installed:
+    elif loaded and installed not in (
+        loaded,
+        loaded.partition("+")[0],
+    ):  # some wheels name no build in their version
         problem = f"{installed} is installed but {loaded} loads; remove the other copy from the import path"
     return Library(name, installed, loaded or None, problem)
 

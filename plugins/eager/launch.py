@@ -16,6 +16,8 @@ from torch import Tensor
 
 from plugins.kernels.specs import KernelError, Problem, Variant, find_variant, image_arch, kernel_function
 
+from .interpreter import mend_interpreter
+
 __all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -67,6 +69,7 @@ class TritonLauncher:
 
         interpret = bool(knobs.runtime.interpret)
         if interpret:
+            mend_interpreter()
             # Every type runs in the interpreter; the table knows those of the GPU.
             arch, problem = 80, replace(problem, dtype="bfloat16")
         else:

@@ -95,7 +95,9 @@ PROGRAM = """
 import torch
 from benchmarks.rollout.sparse import choose_blocks, gathered_attention, pool_blocks
 from benchmarks.rollout.sparse_kernel import block_attention
+from plugins.eager.interpreter import mend_interpreter
 from tests.benchmarks.test_rollout_sparse import spec_for, tensors
+mend_interpreter()
 spec = spec_for(44, 16)
 q, k, v = tensors(spec, 5)
 chosen = choose_blocks(pool_blocks(q, 44, 16), pool_blocks(k, 44, 16), 5, 2, spec)

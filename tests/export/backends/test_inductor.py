@@ -325,9 +325,9 @@ def with_library(bundle: Bundle, library: Library | None) -> Bundle:
 
 def test_packages_of_another_pytorch_are_refused(mixed_bundle: Path) -> None:
     bundle = load_bundle(mixed_bundle, verify=False)
-    other = with_library(bundle, Library(name="torch", version="2.11.0+cu130"))
+    other = with_library(bundle, Library(name="torch", version="2.3.1+cu121"))
     with pytest.raises(
-        EngineError, match=r"compiled by PyTorch 2\.11\.0\+cu130.*" + torch.__version__.split("+")[0]
+        EngineError, match=r"compiled by PyTorch 2\.3\.1\+cu121.*" + torch.__version__.split("+")[0]
     ):
         InductorGraph(other, "layer", 1)
     for library in (None, Library(name="tensorrt", version="11.4")):

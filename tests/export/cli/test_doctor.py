@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from export.machine import Gpu, GpuReport, Memory, find_gpus, importable, installed_version, memory
-from export.report.doctor import BackendStatus, Library, Report, _load, doctor_tables
+from export.report.doctor import BackendStatus, Library, Report, _library, _load, doctor_tables
 from export.request.capability import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,9 +96,23 @@ def test_report_covers_machine_and_libraries(report: dict[str, Any]) -> None:
     assert sys.version.split()[0] in report["python"]
     libraries = {library["name"]: library for library in report["libraries"]}
     for name in ("numpy", "torch", "onnx", "onnxruntime"):
-        version = metadata.version(name)
-        assert libraries[name] == {"name": name, "installed": version, "loaded": version, "problem": None}
+        found = libraries[name]
+        assert (found["installed"], found["problem"]) == (metadata.version(name), None)
+    assert libraries["torch"]["loaded"] == torch.__version__
     assert report["disk_free"] > 0
+
+
+@pytest.mark.parametrize(
+    ("installed", "loaded", "is_another"),
+    [
+        ("2.11.0", "2.11.0+cu130", False),  # as the wheel on PyPI has it
+        ("2.13.0+cpu", "2.13.0+cpu", False),
+        ("2.11.0+cu130", "2.11.0+cpu", True),
+        ("2.11.0", "2.13.0", True),
+    ],
+)
+def test_another_copy_is_told_from_a_build(installed: str, loaded: str, is_another: bool) -> None:
+    assert (_library("torch", installed, loaded, None).problem is not None) == is_another
 
 
 def test_report_says_what_can_be_built_and_why_not(report: dict[str, Any]) -> None:

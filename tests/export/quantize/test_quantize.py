@@ -85,6 +85,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
 @pytest.fixture(scope="module")
 def calibrated(small: Small) -> tuple[Calibration, CausalWanModel]:
     """A calibration, and the model with ModelOpt's static fake quantization that it was read from."""
+    pytest.importorskip("modelopt", reason="ModelOpt is not installed (extra quantize)")
     model = small.model()
     return calibrate(model, small.trial, weights={"checkpoint": "random:3"}), model
 
@@ -175,6 +176,7 @@ other side, and moves by a sixteenth."""
 @pytest.fixture(scope="module")
 def dynamic_judge(small: Small) -> CausalWanModel:
     """The model with ModelOpt's fake quantization per token."""
+    pytest.importorskip("modelopt", reason="ModelOpt is not installed (extra quantize)")
     model = small.model()
     fake_quantize(model, "dynamic", lambda: None)
     return model
