@@ -75,7 +75,7 @@ class TritonLauncher:
         else:
             major, minor = torch.cuda.get_device_capability(next(iter(buffers.values())).device)
             arch = image_arch(10 * major + minor)
-        variant = self._adjust(find_variant(kernel, problem, arch))
+        variant = self._adjust(find_variant(kernel, problem, arch, triton_only=True))
         constants = dict(variant.constants)
         if "INTERPRET" in constants:
             constants["INTERPRET"] = interpret

@@ -33,14 +33,6 @@ def _load_if(pointer, wanted, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _keep(x, INTERPRET: tl.constexpr):
-    """`x`, as a value that a loop computes anew at every step: one that it only reads is moved to shared memory."""
-    if INTERPRET:
-        return x
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
-
-
-@triton.jit
 def _load_rows(pointers, inside, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointers)
@@ -79,7 +71,6 @@ def attend(
     V_TILE: tl.constexpr,
     FRAMES: tl.constexpr,
     EVEN: tl.constexpr,
-    HOLD_Q: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -88,7 +79,6 @@ def attend(
     `Q_TILE` is the query block. A key block of 1, 2 or 4 times `K_TILE` tokens is walked in steps of `K_TILE`.
     `EVEN`: blocks divide the frame, so nothing needs a mask. `V_TILE` is `HEAD_DIM`, or half of it where warps
     would otherwise be laid across the columns of the output instead of its rows (64 query rows on mma.sync).
-    `HOLD_Q` keeps the query tile in registers rather than in shared memory, which wgmma would read again at every step.
     """
     query_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -142,8 +132,6 @@ def attend(
         decay = tl.exp2(best - new_best)
         norm = norm * decay + tl.sum(weights, 1)
         best = new_best
-        if HOLD_Q:
-            q_tile = _keep(q_tile, INTERPRET)
 
         weights = weights.to(v.dtype.element_ty)
         v_tile = _load_rows(v_base + value_offset, key_inside, EVEN)

@@ -3,7 +3,7 @@
 // The producer copies keys and values of the listed blocks into a ring in shared memory. Each consumer owns 64 of the
 // 128 query rows; it issues the product of the next keys before it turns the last logits into weights, and the two take
 // turns, so that the exponentials of one run during the products of the other. Compiled with
-//   K_TILE     keys of a step: 64 or 128
+//   K_TILE     keys of a step: 64, or 128, which may be two key blocks of 64
 //   STAGES     steps that the ring holds
 //   TURNS      1: the consumers take turns in issuing products
 //   HALF       1: float16, 0: bfloat16
@@ -23,8 +23,11 @@ constexpr int kQBytes = kRows * kHeadDim * 2;
 constexpr int kTileBytes = K_TILE * kHeadDim * 2;
 constexpr int kHalfTile = K_TILE * kRowBytes;
 constexpr int kHalfQ = kRows * kRowBytes;
+constexpr int kUnit = 64;         // keys that lie together, whatever the key block
+constexpr int kUnits = K_TILE / kUnit;
 constexpr int kLogits = K_TILE / 2;    // of a thread, in a step
 constexpr int kEntryBits = 16;
+constexpr int kPast = 1 << 30;    // marks a token of the past
 #define kInfinity __int_as_float(0x7f800000)
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -63,7 +66,7 @@ struct Shared {
 };
 
 // The part of the work that this block does in turn `turn`: whole query blocks while there is one for every block, then,
-// where that gives more blocks something to do, halves of them.
+// where that gives more blocks something to do, halves of them. The consumers then share the keys instead of the rows.
 struct Item {
     int row;       // head * query_blocks + query block
     int half;      // -1: both
@@ -117,8 +120,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
     const int blocks = gridDim.x * gridDim.y;
     const int items = query_blocks * heads;
     const int stride = heads * kHeadDim;
-    // Steps of a key block: 1 or 2.
-    const int shift = block_k / K_TILE >> 1;
+    // Units of a key block: 1 or 2.
+    const int shift = block_k / kUnit >> 1;
 
     if (group == 0) {
         registers_give<40>();
@@ -147,36 +150,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             barrier_arrive_after_copies(shared.full_q);
 
             const int* entries = lists + static_cast<uint64_t>(item.row) * key_blocks;
-            const int steps = counts[item.row] << shift;
-            int token_here = 0, past_here = 0;
-            for (int step = 0; step < steps; ++step) {
-                if (step % 32 == 0) {
-                    // Each lane resolves one of the next 32 steps.
-                    const int mine = step + lane;
-                    const int entry = mine < steps ? __ldg(entries + (mine >> shift)) : 0;
+            const int units = counts[item.row] << shift;
+            constexpr int kStepsAtOnce = 32 / kUnits;
+            int token_here = 0;
+            for (int step = 0; step * kUnits < units; ++step) {
+                if (step % kStepsAtOnce == 0) {
+                    // Each lane resolves one of the next 32 units. A step that lacks one takes the last one again.
+                    const int mine = min(step * kUnits + lane, units - 1);
+                    const int entry = __ldg(entries + (mine >> shift));
                     const int frame = entry >> kEntryBits;
                     const int start =
-                        (entry & ((1 << kEntryBits) - 1)) * block_k + (mine & ((1 << shift) - 1)) * K_TILE;
+                        (entry & ((1 << kEntryBits) - 1)) * block_k + (mine & ((1 << shift) - 1)) * kUnit;
                     const int slot = __shfl_sync(~0u, slot_here, frame);
-                    past_here = frame < present;
-                    token_here = (past_here ? slot : frame - present) * frame_tokens + start;
+                    const bool past = frame < present;
+                    token_here = (past ? slot : frame - present) * frame_tokens + start;
+                    if (past) token_here |= kPast;
                 }
-                const int key_token = __shfl_sync(~0u, token_here, step % 32) + first_row;
-                const bool past = __shfl_sync(~0u, past_here, step % 32);
-                const uint64_t offset = static_cast<uint64_t>(key_token) * stride + column;
-
+                bool past[kUnits];
+                uint64_t offset[kUnits];
+#pragma unroll
+                for (int u = 0; u < kUnits; ++u) {
+                    const int token = __shfl_sync(~0u, token_here, step % kStepsAtOnce * kUnits + u);
+                    past[u] = token & kPast;
+                    offset[u] = static_cast<uint64_t>((token & ~kPast) + first_row) * stride + column;
+                }
+                auto copy_tile = [&](uint32_t tile, const uint16_t* before, const uint16_t* now) {
+#pragma unroll
+                    for (int u = 0; u < kUnits; ++u) {
+                        const uint16_t* rows = (past[u] ? before : now) + offset[u];
+#pragma unroll
+                        for (int i = 0; i < kUnit / 8; ++i)
+                            copy16(tile + to + (u * kUnit + i * 8) * kRowBytes, rows + i * row_step);
+                    }
+                };
                 barrier_wait(shared.empty_k + 8 * ring.index, ring.parity ^ 1);
-                const uint16_t* keys = (past ? past_k : k) + offset;
-                const uint32_t k_to = shared.k + ring.index * kTileBytes + to;
-#pragma unroll
-                for (int i = 0; i < K_TILE / 8; ++i) copy16(k_to + i * 8 * kRowBytes, keys + i * row_step);
+                copy_tile(shared.k + ring.index * kTileBytes, past_k, k);
                 barrier_arrive_after_copies(shared.full_k + 8 * ring.index);
-
                 barrier_wait(shared.empty_v + 8 * ring.index, ring.parity ^ 1);
-                const uint16_t* values = (past ? past_v : v) + offset;
-                const uint32_t v_to = shared.v + ring.index * kTileBytes + to;
-#pragma unroll
-                for (int i = 0; i < K_TILE / 8; ++i) copy16(v_to + i * 8 * kRowBytes, values + i * row_step);
+                copy_tile(shared.v + ring.index * kTileBytes, past_v, v);
                 barrier_arrive_after_copies(shared.full_v + 8 * ring.index);
                 ring.advance();
             }
@@ -187,8 +198,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         const int consumer = group - 1;
         const int warp = thread / 32;
         const float to_log2 = scale * kLog2E;
-        // The descriptor's halves do not matter where columns run along the summed dimension.
-        const uint64_t q_descriptor = descriptor(shared.q + consumer * 64 * kRowBytes, 16);
         constexpr int kMine = 1, kTurnThreads = 2 * kGroup;
         if (TURNS && consumer == 1) named_arrive(kMine, kTurnThreads);
 
@@ -202,7 +211,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             __syncwarp();
             if (lane == 0) barrier_arrive(barrier);
         };
+        uint64_t q_descriptor;
         auto issue_qk = [&] {
+            // The descriptor's halves do not matter where columns run along the summed dimension.
             const uint64_t k_descriptor = descriptor(shared.k + k_ring.index * kTileBytes, 16);
 #pragma unroll
             for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -228,31 +239,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         for (int turn = 0;; ++turn) {
             const Item item(block, blocks, turn, items);
             if (!item.valid) break;
-            const int steps = counts[item.row] << shift;
-            if (item.half >= 0 && item.half != consumer) {
-                // The other half is another block's: take the steps without the work.
-                barrier_wait(shared.full_q, q_parity);
-                q_parity ^= 1;
-                for (int step = 0; step < steps; ++step) {
+            const int units = counts[item.row] << shift;
+            const int steps = (units + kUnits - 1) / kUnits;
+            const bool odd = units % kUnits;
+            const bool shares = item.half >= 0;
+            const int first = shares ? consumer : 0, every = shares ? 2 : 1;
+            const int rows = (shares ? item.half : consumer) * 64;
+            q_descriptor = descriptor(shared.q + rows * kRowBytes, 16);
+            // Steps that the other consumer takes are given back at once.
+            int k_step = 0, v_step = 0;
+            auto k_to = [&](int step) {
+#pragma unroll 1
+                for (; k_step < step; ++k_step) {
                     barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
-                    if (TURNS && step > 0) {
-                        named_sync(kMine + consumer, kTurnThreads);
-                        named_arrive(kMine + 1 - consumer, kTurnThreads);
-                    }
                     release(shared.empty_k + 8 * k_ring.index);
                     k_ring.advance();
+                }
+            };
+            auto v_to = [&](int step) {
+#pragma unroll 1
+                for (; v_step < step; ++v_step) {
                     barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                     release(shared.empty_v + 8 * v_ring.index);
                     v_ring.advance();
                 }
-                release(shared.empty_q);
-                continue;
-            }
+            };
 
             // Rows of a thread: lane / 4 and that plus 8 of its warp's 16; of 8 columns two, from 2 * (lane % 4) on.
             float best[2] = {-kInfinity, -kInfinity};
             float norm[2] = {0.0f, 0.0f};
             float decay[2];
+            // The second unit of the last step may be missing.
+            auto hide = [&](int step) {
+                if (kUnits == 2 && odd && step == steps - 1) {
+#pragma unroll
+                    for (int i = kLogits / 2; i < kLogits; ++i) logits[i] = -kInfinity;
+                }
+            };
             // Logits to weights; the sums over the four threads of a row wait for the end.
             auto softmax = [&] {
 #pragma unroll
@@ -284,7 +307,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             for (int i = 0; i < 64; ++i) output[i] = 0.0f;
             barrier_wait(shared.full_q, q_parity);
             q_parity ^= 1;
-            if (steps > 0) {
+            if (first < steps) {
+                k_to(first);
                 barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                 fence_for_products();
                 pin(logits);
@@ -294,23 +318,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 pin(logits);
                 release(shared.empty_k + 8 * k_ring.index);
                 k_ring.advance();
+                ++k_step;
+                hide(first);
                 softmax();
                 pack_weights();
-                for (int step = 1; step < steps; ++step) {
+                for (int step = first + every; step < steps; step += every) {
+                    k_to(step);
+                    v_to(step - every);
                     barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                     barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                     fence_for_products();
-                    if (TURNS) named_sync(kMine + consumer, kTurnThreads);
+                    if (TURNS && !shares) named_sync(kMine + consumer, kTurnThreads);
                     pin(logits);
                     pin(output);
                     products_begin();
                     issue_qk();
                     issue_pv();
-                    if (TURNS) named_arrive(kMine + 1 - consumer, kTurnThreads);
+                    if (TURNS && !shares) named_arrive(kMine + 1 - consumer, kTurnThreads);
                     products_wait<1>();
                     pin(logits);
                     release(shared.empty_k + 8 * k_ring.index);
                     k_ring.advance();
+                    ++k_step;
+                    hide(step);
                     softmax();
                     pin(logits);
                     finish_before_waiting(norm[0] + norm[1], shared.q);
@@ -318,10 +348,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                     pin(output);
                     release(shared.empty_v + 8 * v_ring.index);
                     v_ring.advance();
+                    ++v_step;
                     pack_weights();
 #pragma unroll
                     for (int i = 0; i < 64; ++i) output[i] *= decay[i / 2 % 2];
                 }
+                v_to(first + (steps - 1 - first) / every * every);
                 barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                 fence_for_products();
                 pin(output);
@@ -331,19 +363,55 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 pin(output);
                 release(shared.empty_v + 8 * v_ring.index);
                 v_ring.advance();
+                ++v_step;
+            }
+            k_to(steps);
+            v_to(steps);
+
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                norm[r] += __shfl_xor_sync(~0u, norm[r], 1);
+                norm[r] += __shfl_xor_sync(~0u, norm[r], 2);
+            }
+            if (shares) {
+                // The second consumer's part goes through shared memory, of which nobody needs anything any more: this
+                // is the block's last item.
+                const uint32_t part = shared.q + thread * 4, sums = shared.k + thread * 4;
+                constexpr int kColumn = kGroup * 4;
+                named_sync(5, 2 * kGroup);
+                if (consumer == 1) {
+#pragma unroll
+                    for (int i = 0; i < 64; ++i) store_shared(part + i * kColumn, __float_as_uint(output[i]));
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        store_shared(sums + r * kColumn, __float_as_uint(best[r]));
+                        store_shared(sums + (2 + r) * kColumn, __float_as_uint(norm[r]));
+                    }
+                }
+                named_sync(5, 2 * kGroup);
+                if (consumer == 1) break;
+                float mine[2], theirs[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    const float their_best = __uint_as_float(load_shared4(sums + r * kColumn));
+                    const float top = fmaxf(best[r], their_best);
+                    mine[r] = norm[r] > 0.0f ? exp2_fast(best[r] - top) : 0.0f;
+                    theirs[r] = their_best > -kInfinity ? exp2_fast(their_best - top) : 0.0f;
+                    norm[r] = norm[r] * mine[r] + __uint_as_float(load_shared4(sums + (2 + r) * kColumn)) * theirs[r];
+                }
+#pragma unroll
+                for (int i = 0; i < 64; ++i) {
+                    const float other = __uint_as_float(load_shared4(part + i * kColumn));
+                    output[i] = output[i] * mine[i / 2 % 2] + other * theirs[i / 2 % 2];
+                }
             }
 
             float inverse[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float sum = norm[r];
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                inverse[r] = sum > 0.0f ? 1.0f / sum : 0.0f;
-            }
+            for (int r = 0; r < 2; ++r) inverse[r] = norm[r] > 0.0f ? 1.0f / norm[r] : 0.0f;
             // Through the place of these queries, so that whole rows are written. All warps must be done with them.
             named_sync(3 + consumer, kGroup);
-            const uint32_t stage = shared.q + consumer * 64 * kRowBytes;
+            const uint32_t stage = shared.q + rows * kRowBytes;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -357,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             named_sync(3 + consumer, kGroup);
             const int head = item.row / query_blocks;
             const int token =
-                query_token(item.row % query_blocks, q_blocks, frame_tokens) + consumer * 64 + thread / 16;
+                query_token(item.row % query_blocks, q_blocks, frame_tokens) + rows + thread / 16;
             uint16_t* target =
                 out + static_cast<uint64_t>(token) * stride + static_cast<uint64_t>(head) * kHeadDim + thread % 16 * 8;
 #pragma unroll

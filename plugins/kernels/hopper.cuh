@@ -158,6 +158,12 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ uint32_t load_shared4(uint32_t from) {
+    uint32_t value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ Bytes16 load_shared(uint32_t from) {
     Bytes16 bytes;
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"

@@ -294,15 +294,16 @@ class Tiles(NamedTuple):
 
 
 def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
-    """Chosen from registers, shared memory and the generated code, not from timings."""
+    """Timed on sm_90; elsewhere chosen from registers, shared memory and the generated code."""
     wgmma = arch in (90, 100)
     if block_q == 32:
         return Tiles(32, head_dim, 4, 3) if wgmma else Tiles(32, head_dim // 2, 2, 2)
     warps = block_q // 16
+    if arch == 90 and block_q == 128 and head_dim == 128 and even:
+        # Two thread blocks share a multiprocessor: one's softmax runs during the other's products.
+        return Tiles(32, head_dim, warps, 3, max_registers=128)
     if wgmma:
-        # With 64 keys a step, reading queries from shared memory would take as long as the product (sm_100 cannot
-        # take them from registers).
-        return Tiles(64, head_dim, warps, 3, hold_q=arch == 90)
+        return Tiles(64, head_dim, warps, 3)
     # 100 KiB of shared memory per multiprocessor on sm_86, 89 and 120, 164 on sm_80.
     stages = 3 if arch == 80 else 2
     if block_q == 64:
@@ -328,7 +329,6 @@ def attend_variant(
             "V_TILE": tiles.v_tile,
             "FRAMES": MAX_FRAMES,
             "EVEN": even,
-            "HOLD_Q": tiles.hold_q,
             "STAGES": tiles.stages,
             "INTERPRET": False,
         },
@@ -347,34 +347,19 @@ def attend_variant(
     )
 
 
-def _attend_variants(arch: int) -> Iterator[Variant]:
-    for head_dim in (128, 64):
-        for dtype in DTYPES:
-            for block_q in (128, 64, 32):
-                for even in (True, False):
-                    tiles = _attend_tiles(arch, head_dim, block_q, even)
-                    yield attend_variant(dtype, head_dim, block_q, even, tiles)
-
-
 ATTEND_CANDIDATES: dict[int, tuple[Tiles, ...]] = {
     128: (
         Tiles(64, 128, 8, 3),
-        Tiles(64, 128, 8, 2),
         Tiles(128, 128, 8, 2),
-        Tiles(128, 128, 8, 2, hold_q=True),
-        # Two thread blocks of eight warps share a multiprocessor: one's softmax runs during the other's products.
-        Tiles(32, 128, 8, 3, max_registers=128),
-        Tiles(32, 128, 8, 2, max_registers=128),
         Tiles(64, 128, 8, 2, max_registers=128),
     ),
     64: (
-        Tiles(64, 128, 4, 3),
         Tiles(64, 128, 4, 2),
         Tiles(128, 128, 4, 2),
         Tiles(32, 128, 4, 3, max_registers=128),
     ),
 }
-"""Tiles of attend that are to be timed on sm_90, by query block."""
+"""Tiles of attend that are timed on sm_90 besides the shipped ones, by query block."""
 
 
 class Warpgroups(NamedTuple):
@@ -394,15 +379,13 @@ class Warpgroups(NamedTuple):
 
 
 _H200_PROCESSORS = 132
+_WARPGROUPS = Warpgroups(128, 2, blocks=_H200_PROCESSORS)
 WARPGROUP_CANDIDATES = (
     Warpgroups(128, 2),
-    Warpgroups(64, 4),
-    Warpgroups(128, 2, blocks=_H200_PROCESSORS),
     Warpgroups(64, 4, blocks=_H200_PROCESSORS),
-    Warpgroups(128, 2, turns=False),
-    Warpgroups(64, 4, turns=False),
+    Warpgroups(128, 2, turns=False, blocks=_H200_PROCESSORS),
 )
-"""Ways to run attend_sm90.cu that are to be timed."""
+"""Ways to run attend_sm90.cu that are timed besides the shipped one."""
 
 
 def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Variant:
@@ -428,13 +411,25 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
             "dtype": (dtype,),
             "head_dim": (128,),
             "block_q": (128,),
-            "block_k": tuple(block for block in (64, 128) if block >= tuning.k_tile),
+            "block_k": (64, 128),
             "even": (1,),
         },
         {"past_frames": MAX_FRAMES},
         # The tiles start at a multiple of 1024.
         cuda=CudaSource("attend_sm90.cu", 1024 + 128 * 128 * 2 + 2 * tuning.stages * tile_bytes + barriers),
     )
+
+
+def _attend_variants(arch: int) -> Iterator[Variant]:
+    if arch == 90:
+        for dtype in DTYPES:
+            yield warpgroup_variant(dtype, _WARPGROUPS, "-ws")
+    for head_dim in (128, 64):
+        for dtype in DTYPES:
+            for block_q in (128, 64, 32):
+                for even in (True, False):
+                    tiles = _attend_tiles(arch, head_dim, block_q, even)
+                    yield attend_variant(dtype, head_dim, block_q, even, tiles)
 
 
 class Rows(NamedTuple):
@@ -571,13 +566,20 @@ def image_arch(capability: int) -> int:
     return same[-1]
 
 
-def find_variant(kernel: str, problem: Problem, arch: int) -> Variant:
+def find_variant(kernel: str, problem: Problem, arch: int, *, triton_only: bool = False) -> Variant:
     """The preferred specialisation of `kernel` for `problem` on compute capability `arch`.
+
+    Args:
+        triton_only: leave out those in CUDA C++, which Triton cannot compile just in time.
 
     Raises:
         KernelError: none serves it; the message lists what is served.
     """
-    offered = [variant for variant in variants(arch) if variant.kernel == kernel]
+    offered = [
+        variant
+        for variant in variants(arch)
+        if variant.kernel == kernel and not (triton_only and variant.cuda)
+    ]
     for variant in offered:
         if variant.fits(problem):
             return variant

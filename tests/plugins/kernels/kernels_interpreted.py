@@ -7,7 +7,6 @@ it is imported whether it interprets. By hand: TRITON_INTERPRET=1 pytest tests/p
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from plugins.eager.policies import (
     lists_from_mask,
     mask_from_lists,
 )
-from plugins.kernels.specs import KernelError, Problem, Rows, find_variant, prepare_variant
+from plugins.kernels.specs import KernelError, Problem, Rows, prepare_variant
 from tests import brute_force
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
@@ -322,17 +321,6 @@ def test_attend_with_head_dim_128_and_no_past() -> None:
     lists = lists_from_mask(mask, sizes["k_blocks"], sizes["key_blocks"])
     found = attend(tensors, problem, lists)
     assert relative(found, expected_attention(tensors, problem, mask)) < 1e-3
-
-
-def test_attend_with_queries_held_in_registers_gives_the_same() -> None:
-    tensors, problem = attend_case((88, 64, 64), torch.float16, past=1, max_past=1)
-    sizes = problem.sizes()
-    mask = torch.ones(2, sizes["query_blocks"], sizes["key_blocks"], dtype=torch.bool)
-    lists = lists_from_mask(mask, sizes["k_blocks"], sizes["key_blocks"])
-    held = TorchKernels(TritonLauncher(lambda v: replace(v, constants={**v.constants, "HOLD_Q": True})))
-    found, again = attend(tensors, problem, lists), attend(tensors, problem, lists, held)
-    assert not find_variant("attend", problem, 80).constants["HOLD_Q"]
-    assert relative(again, found) < 1e-4
 
 
 def test_attend_writes_zeros_where_a_list_is_empty() -> None:

@@ -68,7 +68,7 @@ def run(
 
 @pytest.mark.parametrize(
     ("k_tile", "stages", "block_k", "blocks"),
-    [(128, 2, 128, None), (128, 2, 128, 3), (64, 4, 64, None), (64, 4, 128, 3)],
+    [(128, 2, 128, None), (128, 2, 128, 3), (128, 2, 64, 3), (64, 4, 64, None), (64, 4, 128, 3)],
 )
 @pytest.mark.timeout(120)
 def test_kernel_computes_the_listed_blocks(

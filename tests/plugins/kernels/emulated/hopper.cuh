@@ -6,6 +6,7 @@
 // Instructions".
 #pragma once
 
+#include <algorithm>
 #include <barrier>
 #include <bit>
 #include <chrono>
@@ -105,8 +106,11 @@ inline unsigned __ballot_sync(unsigned, bool value) {
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ldg(const int* pointer) { return *pointer; }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 using std::fma;
 using std::fmax;
+using std::min;
 
 inline void barrier_init(uint32_t barrier, int count) {
     Barrier& here = block->barriers[barrier];
@@ -160,6 +164,11 @@ inline void copy16(uint32_t to, const void* from) {
     copies.push_back([=] { std::memcpy(at(to), from, 16); });
 }
 inline void store_shared(uint32_t to, uint32_t value) { std::memcpy(at(to), &value, 4); }
+inline uint32_t load_shared4(uint32_t from) {
+    uint32_t value;
+    std::memcpy(&value, at(from), 4);
+    return value;
+}
 inline Bytes16 load_shared(uint32_t from) {
     Bytes16 bytes;
     std::memcpy(&bytes, at(from), 16);
