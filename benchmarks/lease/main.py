@@ -152,6 +152,9 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
                     f"{clips['frames']} frames in {clips['latency_s']:.3f} s, {clips['fps']:.1f} FPS"
                 )
                 found.append(f"first frames after {clips['first_frames_s']:.3f} s")
+        elif stem == "packages":
+            parts = {name: part for name, part in content.items() if isinstance(part, dict)}
+            found += [f"{name} {part.get('us') or part.get('problem')}" for name, part in parts.items()]
         elif stem == "golden":
             found += [
                 f"{name} {part['error']}"

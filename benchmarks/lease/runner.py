@@ -129,7 +129,7 @@ class Lease:
         command = [part.format(results=results, build=self._build) for part in stage.command]
         if stage.background:
             command = ["nice", "-n", "10", *command]
-        environment = {**os.environ, "OUT": str(results), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OUT": str(results), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         environment |= {
             "LIGHTFORCING_KERNELS": str(self._build / "kernels"),
             "LIGHTFORCING_GPU_BUNDLES": str(self._build / "gpu-bundles"),

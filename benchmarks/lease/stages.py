@@ -117,6 +117,13 @@ _FIRST_CUDA = (
         after=("bundle",),
     ),
     Stage(
+        "packages",
+        _module("benchmarks.lease.packages", "{build}/ladder/" + BUNDLE, "--out", "{results}"),
+        90,
+        "time of each package alone; which one fails, and where",
+        after=("bundle",),
+    ),
+    Stage(
         "eager",
         _ladder(*_CASE, "--rungs", "0", "--repeats", "1", "--budget-seconds", "75", "--out", "{results}"),
         80,
