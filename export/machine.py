@@ -1,17 +1,18 @@
-"""What this machine has: GPUs, memory, and which libraries are installed."""
+"""What this machine has: GPUs, their driver, and which libraries are installed."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["Gpu", "GpuReport", "Memory", "find_gpus", "importable", "installed_version", "memory"]
+__all__ = ["Gpu", "GpuReport", "driver_version", "find_gpus", "importable", "installed_version"]
 
+_DRIVER = Path("/proc/driver/nvidia/version")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
 
 
@@ -36,14 +37,6 @@ class GpuReport:
     gpus: tuple[Gpu, ...] = ()
     cuda_version: str | None = None
     problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Main memory in bytes; None where the system does not tell."""
-
-    total: int | None
-    available: int | None
 
 
 def find_gpus(library: str | None = None) -> GpuReport:
@@ -82,17 +75,14 @@ def _describe(cuda: ctypes.CDLL, ordinal: int) -> Gpu:
     return Gpu(name.value.decode(errors="replace"), ".".join(capability), total.value)
 
 
-def memory() -> Memory:
-    """Main memory, total and available to a new process."""
-    fields = {}
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver's kernel module ("580.65.06"); None without one, or where the system hides it."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            fields[key] = int(value.split()[0]) * 1024
+        text = _DRIVER.read_text(errors="replace")
     except OSError:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-        return Memory(total, None)
-    return Memory(fields.get("MemTotal"), fields.get("MemAvailable"))
+        return None
+    match = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
+    return match[0] if match else None
 
 
 def installed_version(distribution: str) -> str | None:

@@ -12,9 +12,9 @@ from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.sizes import transformer_parameters
 from lightforcing_ref.checkpoint_spec import umt5_shapes
+from runtime.host_memory import memory
 
 from .errors import BuildError, InputError
-from .machine import memory
 from .units import readable_size
 
 __all__ = ["check_disk", "check_memory", "check_target_memory", "text_bytes"]

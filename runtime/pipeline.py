@@ -15,12 +15,13 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from runtime.program.buffers import BufferPlan, available_memory, check_memory, plan_buffers
+from runtime.program.buffers import BufferPlan, check_memory, plan_buffers
 
 from .backends import load_engine, runs_on_host
 from .bundle import Bundle, Manifest, load_bundle
 from .engine import DeviceFrameEngine, Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
+from .host_memory import memory
 from .noise import check_seed
 from .rollout import PromptSwitch, Rollout
 from .scheduler import ChunkStarted, Lane, Scheduler
@@ -80,6 +81,7 @@ class Pipeline:
         memory_limit: int | None = None,
         graphs: bool = True,
         progress: Callable[[LoadStage], None] | None = None,
+        golden_progress: Callable[[str, int, int], None] | None = None,
     ) -> Pipeline:
         """Load a bundle for up to ``sessions`` rollouts at a time.
 
@@ -97,6 +99,8 @@ class Pipeline:
                 slower, for measurements and debuggers. On the host it changes nothing.
             progress: called as each stage begins: ``"files"`` (reading and checking them), ``"engines"``, ``"golden"``
                 (verification), ``"warmup"``, ``"ready"``.
+            golden_progress: called while a bundle is verified on its first load, with a golden case, the cases done
+                and their number.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -122,7 +126,7 @@ class Pipeline:
         try:
             if verify:
                 stage("golden")
-                ensure_verified(bundle, engine)
+                ensure_verified(bundle, engine, golden_progress)
             encoder = None
             if text_encoder != "external":
                 encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
@@ -285,7 +289,7 @@ def _stages(progress: Callable[[LoadStage], None] | None) -> Callable[[LoadStage
 
 def _free_memory(bundle: Bundle) -> int | None:
     if runs_on_host(bundle):
-        return available_memory()
+        return memory().available
     from runtime.cuda.driver import free_memory
 
     try:

@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "host scheduler",
         "program rollout text video",
         "bundle engine noise",
-        "errors files frame_table frames",
+        "errors files frame_table frames host_memory",
     ),
     "plugins": ("__main__ eager", "compile nodes", "contract kernels", "__init__ errors"),
     "benchmarks": ("lease", "attention quality rollout", "__init__ kernel_classes timing"),
@@ -57,7 +57,10 @@ MODULES_PER_FOLDER = 15
 FOUND = structure(ROOT)
 # What the manifest and its files are, and how golden vectors are drawn and compared: defined on the runtime's side.
 BUNDLE = "runtime.bundle"
-FROM_RUNTIME = {"export": {BUNDLE, "runtime.errors"}, "plugins": {BUNDLE, "runtime.errors"}}
+FROM_RUNTIME = {
+    "export": {BUNDLE, "runtime.errors", "runtime.files", "runtime.host_memory"},
+    "plugins": {BUNDLE, "runtime.errors", "runtime.files"},
+}
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
 READS_BUNDLES = ("export/compare/", "export/report/bundle.py")
 NOT_IN_RUNTIME = {

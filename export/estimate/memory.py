@@ -12,7 +12,6 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from export.machine import memory
 from export.request.sizes import (
     STEPS,
     Sized,
@@ -29,6 +28,7 @@ from export.request.targets import Precision, Target, Variant
 from export.units import readable_size
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry
+from runtime.host_memory import memory
 
 if TYPE_CHECKING:
     pass

@@ -46,26 +46,25 @@ def run_worker(
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        worker = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(request)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             env={**environment, "PYTHONPATH": path},
-        )
-        result: dict[str, Any] = {}
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                message = json.loads(line)
-                if "phase" in message and progress is not None:
-                    progress(message["phase"], message["done"], message["total"])
-                result |= message
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
+        ) as worker:
+            result: dict[str, Any] = {}
+            try:
+                assert worker.stdout is not None
+                for line in worker.stdout:
+                    message = json.loads(line)
+                    if "phase" in message and progress is not None:
+                        progress(message["phase"], message["done"], message["total"])
+                    result |= message
+                code = worker.wait()
+            finally:
+                if worker.poll() is None:
+                    worker.kill()
         log.seek(0)
         return Outcome(code, result, log.read())
 

@@ -14,9 +14,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from export.machine import GpuReport, Memory, find_gpus, installed_version, memory
+from export.machine import GpuReport, find_gpus, installed_version
 from export.request.capability import BACKENDS, Backend, missing_modules
 from export.units import readable_size
+from runtime.host_memory import Memory, memory
 
 from .tables import titled_table
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Protocol
+from types import TracebackType
+from typing import Annotated, Any, Final, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,7 +281,7 @@ def _ratio(gap: float, scale: float) -> float:
 
 
 class GoldenVectors:
-    """The golden vectors of a bundle, opened.
+    """The golden vectors of a bundle, opened. Close them, or use them in a ``with`` statement.
 
     Raises:
         BundleError: the bundle has none, or they do not fit it.
@@ -313,6 +314,19 @@ class GoldenVectors:
             if isinstance(recipe, Stored)
         }
         self._files = {file: WeightsFile(bundle.path(file)) for file in sorted(stored)}
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        for file in (self._samples, *self._files.values()):
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _check(self, case: GoldenCase, listed: set[str]) -> None:
         component = self._bundle.component(case.component)

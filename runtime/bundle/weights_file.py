@@ -82,13 +82,14 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
                 if size < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
                     raise self._malformed(f"its header claims {length} bytes and the file has {size}")
                 header = stream.read(length)
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise BundleError(
                 f"cannot read the weights file {self.path}: {error}; rebuild the bundle"
             ) from error
         self.metadata, self.tensors = self._parse(header, _LENGTH_BYTES + length, size)
-        self._buffer: NDArray[np.uint8] | None = np.frombuffer(self._map, dtype=np.uint8)
+        # Nothing but the arrays keeps the mapping, and with it the file, open.
+        self._buffer: NDArray[np.uint8] | None = np.frombuffer(mapped, dtype=np.uint8)
 
     def _malformed(self, problem: str) -> BundleError:
         return BundleError(f"{self.path} is not a weights file: {problem}; copy or build the bundle again")

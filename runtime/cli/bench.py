@@ -102,9 +102,17 @@ def run_bench(options: argparse.Namespace, console: Console) -> None:
         raise InputError(f"folder {str(target.parent)!r} of --json does not exist; create it first")
     prompt = read_prompt(options)
     with (
-        console.status("measuring"),
-        Pipeline.load(options.bundle, sessions=options.sessions, threads=options.threads) as pipeline,
+        console.status("loading") as status,
+        Pipeline.load(
+            options.bundle,
+            sessions=options.sessions,
+            threads=options.threads,
+            golden_progress=lambda case, done, total: status.update(
+                f"verifying {case}, {done} of {total} done"
+            ),
+        ) as pipeline,
     ):
+        status.update("measuring")
         result = measure(
             pipeline,
             prompt,

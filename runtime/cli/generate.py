@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -77,8 +79,9 @@ def run_generate(options: argparse.Namespace, console: Console) -> None:
     )
     with progress:
         loading = progress.add_task("load bundle", total=1)
-        with Pipeline.load(options.bundle, threads=options.threads) as pipeline:
-            progress.update(loading, completed=1)
+        verified = partial(_show_verified, progress, loading)
+        with Pipeline.load(options.bundle, threads=options.threads, golden_progress=verified) as pipeline:
+            progress.update(loading, description="load bundle", completed=1, total=1)
             with pipeline.session(seed=options.seed, **prompt) as session:
                 stream = session.stream(seconds=options.seconds)
                 for index, text in switches:
@@ -92,6 +95,11 @@ def run_generate(options: argparse.Namespace, console: Console) -> None:
             fps = pipeline.manifest.model.fps
     outputs = [path for path in (options.out, options.contact_sheet) if path is not None]
     Console().print(_summary(chunks, seconds, fps, " and ".join(outputs)))
+
+
+def _show_verified(progress: Progress, task: TaskID, case: str, done: int, total: int) -> None:
+    """Verification takes a while, but only when a bundle is loaded on this machine for the first time."""
+    progress.update(task, description=f"verify {case}", completed=done, total=total)
 
 
 def _schedule_switch(

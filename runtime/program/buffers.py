@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
 from runtime.errors import BundleError, CapacityError, InputError
@@ -16,7 +15,6 @@ from runtime.frame_table import LatentRing
 __all__ = [
     "Buffer",
     "BufferPlan",
-    "available_memory",
     "check_memory",
     "item_bits",
     "plan_buffers",
@@ -35,7 +33,6 @@ _ITEM_BITS = {
     "uint8": 8,
     "bool": 8,
 }
-_CGROUP = Path("/sys/fs/cgroup")
 _OUTSIDE_LANE = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
 """Components that run at the same time as the transformer, and the lane they run in."""
 
@@ -243,25 +240,6 @@ def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
         needed=needed,
         free=free,
     )
-
-
-def available_memory() -> int | None:
-    """Bytes of host memory that can be allocated now, or ``None`` where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
-    try:
-        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return available
-    if limit == "max":
-        return available
-    room = max(0, int(limit) - used)
-    return room if available is None else min(room, available)
 
 
 def _total(buffers: tuple[Buffer, ...]) -> int:

@@ -121,7 +121,21 @@ def judge(bundle: Bundle, runner: ComponentRunner, progress: Progress | None = N
     Raises:
         BundleError: the bundle has no golden vectors, or they do not fit it.
     """
-    vectors = GoldenVectors(bundle)
+    with GoldenVectors(bundle) as vectors:
+        found = _judged(vectors, runner, progress)
+    return Verdict(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        manifest=hash_file(bundle.root / MANIFEST_NAME),
+        backend=bundle.manifest.backend,
+        platform=PlatformRecord.of(runner.platform),
+        passed=all(component.passed for component in found.values()),
+        components=found,
+    )
+
+
+def _judged(
+    vectors: GoldenVectors, runner: ComponentRunner, progress: Progress | None
+) -> dict[str, ComponentVerdict]:
     found: dict[str, ComponentVerdict] = {}
     for done, case in enumerate(vectors.cases):
         if progress is not None:
@@ -143,14 +157,7 @@ def judge(bundle: Bundle, runner: ComponentRunner, progress: Progress | None = N
             problem=problem,
         )
         found[case.component] = _worse(found.get(case.component), verdict)
-    return Verdict(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        manifest=hash_file(bundle.root / MANIFEST_NAME),
-        backend=bundle.manifest.backend,
-        platform=PlatformRecord.of(runner.platform),
-        passed=all(component.passed for component in found.values()),
-        components=found,
-    )
+    return found
 
 
 def _worse(first: ComponentVerdict | None, second: ComponentVerdict) -> ComponentVerdict:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from export.machine import Gpu, GpuReport, Memory, find_gpus, importable, installed_version, memory
+from export.machine import Gpu, GpuReport, find_gpus, importable, installed_version
 from export.report.doctor import BackendStatus, Library, Report, _library, _load, doctor_tables
 from export.request.capability import BACKENDS
+from runtime.host_memory import Memory, memory
 
 ROOT = Path(__file__).resolve().parents[3]
 

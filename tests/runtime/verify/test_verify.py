@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from runtime.bundle import Bundle, file_entry, load_bundle
-from runtime.bundle.golden import Platform
+from runtime.bundle.golden import GoldenVectors, Platform
 from runtime.cli.main import main
 from runtime.errors import EngineError
 from runtime.host.runner import HostRunner
+from runtime.pipeline import Pipeline
 from runtime.verify import VERDICT_NAME, VerificationError, ensure_verified, judge
 from runtime.verify.verdict import find_verdict, gpu_problem, record
 from tests.runtime.device_bundles import build_device_bundle
@@ -200,6 +201,51 @@ def test_a_bundle_for_a_gpu_is_verified_once(golden_bundle: Path, tmp_path: Path
     again = CardEngine(golden_bundle)
     ensure_verified(bundle, again)
     assert again.runs == 0
+
+
+def test_verification_shows_how_far_it_is(golden_bundle: Path, tmp_path: Path) -> None:
+    bundle = for_card(copied(golden_bundle, tmp_path / "card"))
+    shown: list[tuple[str, int, int]] = []
+    ensure_verified(bundle, CardEngine(golden_bundle), lambda *at: shown.append(at))
+    total = len(shown)
+    assert [(done, cases) for _, done, cases in shown] == [(done, total) for done in range(total)]
+    assert {name.split("@")[0] for name, _, _ in shown} == set(bundle.manifest.golden.tolerances)
+    ensure_verified(bundle, CardEngine(golden_bundle), lambda *at: pytest.fail("it has been verified"))
+
+
+def test_loading_shows_verification(
+    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline hands on what it is given to be told."""
+    folder = copied(golden_bundle, tmp_path / "card")
+    for_card(folder)
+    shown: list[str] = []
+    monkeypatch.setattr("runtime.pipeline._free_memory", lambda bundle: None)
+    monkeypatch.setattr("runtime.pipeline.load_engine", lambda *_, **__: CardEngine(golden_bundle))
+    with Pipeline.load(
+        folder,
+        warmup=False,
+        text_encoder="external",
+        golden_progress=lambda case, done, total: shown.append(case),
+    ):
+        assert len(shown) > 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of open files")
+def test_verification_leaves_no_file_open(golden_bundle: Path, tmp_path: Path) -> None:
+    def opened() -> list[str]:
+        links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        maps = Path("/proc/self/maps").read_text().split()
+        return [name for name in (*links, *maps) if name.startswith(str(folder))]
+
+    folder = copied(golden_bundle, tmp_path / "card")
+    bundle = for_card(folder)
+    vectors = GoldenVectors(bundle)
+    assert opened()  # the test sees them
+    vectors.close()
+    assert not opened()
+    ensure_verified(bundle, CardEngine(golden_bundle))
+    assert not opened()
 
 
 @pytest.mark.parametrize(
