@@ -14,9 +14,12 @@ from pathlib import Path
 import engines as engine_data
 import lightforcing_ref
 import plugins
+from export.machine import driver_version
+from export.request.capability import BACKENDS
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
+from export.request.targets import BackendName
 from runtime import bundle
 
 __all__ = ["BuildKeys", "tool_versions"]
@@ -31,9 +34,11 @@ _TOOLS = (
     "tokenizers",
     "numpy",
     "nvidia-modelopt",
-    "tensorrt-rtx-cu13",
     "triton",
 )
+
+
+_SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class BuildKeys:
             _source_digest(),
         )
         graphs = _digest(model, plan.fingerprint(), request.per_chunk)
-        engines = _digest(model, request.backend, request.target.model_dump())
+        engines = _digest(model, request.backend, request.target.model_dump(), _compilers(request.backend))
         quantization = request.quantization
         calibration = quantization.calibration
         build = _digest(
@@ -94,8 +99,8 @@ def _source_digest() -> str:
     # Of the runtime only `runtime.bundle`: manifests, weights files and golden vectors are what it defines.
     folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
     folders.append(Path(inspect.getfile(bundle)).parent)
-    files = [path for folder in folders for path in folder.rglob("*.py")]
-    files += Path(__file__).parents[1].rglob("*.py")
+    folders.append(Path(__file__).parents[1])
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in _SOURCES]
     files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
     for path in sorted(files):
         digest.update(path.read_bytes())
@@ -105,13 +110,25 @@ def _source_digest() -> str:
 def _deciding_versions() -> dict[str, str]:
     """The versions that tell builds apart. Not Python's patch level: parts that were compiled on one machine are taken
     over on another, whose Python seldom is the same to the last digit."""
-    return {**tool_versions(), "python": ".".join(platform.python_version_tuple()[:2])}
+    versions = {name: version for name, version in tool_versions().items() if name in _TOOLS}
+    return {**versions, "python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def _compilers(name: BackendName) -> tuple[str | None, ...]:
+    """What compiles a backend's engines: its library; and the driver, where engines are timed on the GPU they are for.
+
+    Packages of Inductor are compiled on one machine and finished on another, so that no driver decides what they are.
+    """
+    library = BACKENDS[name].library
+    version = None if library is None else library.version
+    return (version, driver_version()) if name == "tensorrt" else (version,)
 
 
 def tool_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a bundle's contents depend on, of those that are installed."""
     versions = {"python": platform.python_version()}
-    for name in _TOOLS:
+    compilers = (backend.library for backend in BACKENDS.values() if backend.library is not None)
+    for name in (*_TOOLS, *(name for library in compilers for name in library.distributions)):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from export.errors import InputError
-from export.machine import GpuReport, find_gpus, importable
+from export.machine import GpuReport, find_gpus, importable, installed_version
 
 from .targets import BackendName, Precision, Target, unknown_name
 
-__all__ = ["BACKENDS", "Backend", "BackendChoice", "build_problem", "choose_backend", "missing_modules"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendChoice",
+    "Library",
+    "build_problem",
+    "choose_backend",
+    "known_capabilities",
+    "missing_modules",
+]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that compiles engines.
+
+    Attributes:
+        distributions: packages that bring it, of which one is installed.
+        release: the release that this project builds with, as the first numbers of its version.
+    """
+
+    distributions: tuple[str, ...]
+    release: tuple[int, ...]
+
+    @property
+    def version(self) -> str | None:
+        """The version that is installed; None where none is."""
+        return next(filter(None, map(installed_version, self.distributions)), None)
+
+    @property
+    def requirement(self) -> str:
+        """What to ask pip for."""
+        *first, last = self.release
+        least, limit = (".".join(map(str, (*first, number))) for number in (last, last + 1))
+        return f"{self.distributions[0]}>={least},<{limit}"
+
+    def supports(self, version: str) -> bool:
+        """Whether this project builds with a version."""
+        return version.split(".")[: len(self.release)] == [str(number) for number in self.release]
 
 
 @dataclass(frozen=True)
@@ -25,6 +63,8 @@ class Backend:
         execution: the ways it can execute the step, the default first.
         on_target: whether it builds on the target GPU itself and nowhere else.
         build_modules, run_modules: what must be importable to build and to run.
+        library: what compiles its engines, beyond the export tools that all backends share.
+        minimum: the first compute capability that computes in a precision; of precisions not named, all do.
     """
 
     name: BackendName
@@ -34,6 +74,13 @@ class Backend:
     on_target: bool
     build_modules: tuple[str, ...]
     run_modules: tuple[str, ...]
+    library: Library | None = None
+    minimum: Mapping[str, str] = field(default_factory=dict)
+
+    def computes(self, precision: str, compute_capability: str) -> bool:
+        """Whether GPUs of a compute capability compute in a precision."""
+        least = self.minimum.get(precision)
+        return least is None or _order(compute_capability) >= _order(least)
 
 
 _EXPORT = ("torch", "onnx", "onnx_ir", "onnxscript")
@@ -61,6 +108,8 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             on_target=False,
             build_modules=(*_EXPORT, "tensorrt_rtx", "triton"),
             run_modules=("tensorrt_rtx", "cuda.core"),
+            library=Library(("tensorrt-rtx-cu13",), (1, 7)),
+            minimum=MappingProxyType({"bf16": "8.0", "fp8": "8.9", "nvfp4": "12.0"}),
         ),
         "tensorrt": Backend(
             name="tensorrt",
@@ -70,6 +119,8 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             on_target=True,
             build_modules=(*_EXPORT, "tensorrt"),
             run_modules=("tensorrt", "cuda.core"),
+            library=Library(("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), (11,)),
+            minimum=MappingProxyType({"bf16": "8.0", "fp8": "8.9", "nvfp4": "10.0"}),
         ),
         "inductor": Backend(
             name="inductor",
@@ -98,11 +149,16 @@ def missing_modules(modules: tuple[str, ...]) -> list[str]:
     return [module for module in modules if not importable(module)]
 
 
+def known_capabilities(backend: Backend) -> list[str]:
+    """The compute capabilities that a backend builds for, the oldest first."""
+    return sorted(filter(None, backend.capabilities or ()), key=_order)
+
+
 def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | None:
     """Why `backend` cannot be built for `target` on this machine; None where it can."""
     supported = backend.capabilities
     if supported is not None and target.compute_capability not in supported:
-        known = ", ".join(sorted(filter(None, supported), key=_order))
+        known = ", ".join(known_capabilities(backend))
         return (
             f"only for compute capability {known}, which {target.name} "
             f"({target.compute_capability or 'no GPU'}) is not"

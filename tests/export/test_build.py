@@ -21,16 +21,18 @@ import plugins
 import runtime
 from export.build import check_build, export_onnx
 from export.errors import BuildError
-from export.machine import Memory
 from export.parts import keys as build_keys
+from export.parts.keys import BuildKeys
 from export.parts.workspace import open_workspace
 from export.preflight import check_disk
 from export.request.geometry import StepPlan
+from export.request.request import BuildRequest
 from export.request.targets import load_target, load_variant
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import load_bundle
 from runtime.errors import BundleError
+from runtime.host_memory import Memory
 from tests.conftest import build
 from tests.export.backends.rtx_bundles import partial, request
 
@@ -222,6 +224,62 @@ def test_parts_of_another_patch_level_of_python_are_taken_over(monkeypatch):
 
     assert versions("3", "12", "1") == versions("3", "12", "3")
     assert versions("3", "12", "1") != versions("3", "13", "1")
+
+
+@pytest.mark.parametrize("name", ["attend_sm90.cu", "hopper.cuh"])
+def test_kernels_in_cuda_are_sources_too(tmp_path, monkeypatch, name):
+    digest = build_keys._source_digest.__wrapped__
+    copy = tmp_path / "plugins"
+    shutil.copytree(plugins.__path__[0], copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(plugins, "__path__", [str(copy)])
+    before = digest()
+    with (copy / "kernels" / name).open("a") as file:
+        file.write("// another version")
+    assert digest() != before
+
+
+def install(folder, name: str, version: str) -> None:
+    """What `importlib.metadata` takes for an installed package, where `folder` is on the path."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_what_compiles_engines_tells_their_builds_apart(tmp_path, monkeypatch):
+    def keys(backend: str, *installed: tuple[str, str], driver: str | None = None) -> BuildKeys:
+        folder = tmp_path / f"site-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, version in installed:
+            install(folder, name, version)
+        proc = folder / "version"
+        if driver is not None:
+            proc.write_text(
+                f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {driver}  Release Build\n"
+            )
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            patch.setattr("export.machine._DRIVER", proc)
+            tiny = PRESETS["tiny"]
+            asked = BuildRequest(
+                target=load_target("rtx5090"), variant=load_variant("short"), weights=Weights(tiny, seed=0),
+                height=tiny.height, width=tiny.width, backend=backend, precision="bf16", out=tmp_path, name="b",
+            )  # fmt: skip
+            return BuildKeys.of(asked, asked.plan, {})
+
+    first = keys("tensorrt", ("tensorrt", "11.4.0"), driver="580.65.06")
+    assert keys("tensorrt", ("tensorrt", "11.4.0"), driver="580.65.06") == first
+    for other in (
+        keys("tensorrt", ("tensorrt", "11.4.1"), driver="580.65.06"),
+        keys("tensorrt", ("tensorrt-cu13", "11.4.2"), driver="580.65.06"),
+        keys("tensorrt", ("tensorrt", "11.4.0"), driver="581.10"),
+    ):
+        assert (other.model, other.graphs) == (first.model, first.graphs)
+        assert other.engines != first.engines and other.build != first.build
+    rtx = keys("tensorrt-rtx", ("tensorrt-rtx-cu13", "1.7.0"))
+    assert keys("tensorrt-rtx", ("tensorrt-rtx-cu13", "1.7.9")).engines != rtx.engines
+    # Packages for a GPU are compiled on one machine and finished on another.
+    compiled = keys("inductor", ("tensorrt", "11.4.0"), driver="580.65.06")
+    assert keys("inductor", driver=None) == compiled
 
 
 def test_publishing_replaces_the_old_result_and_drops_leftovers(tmp_path):

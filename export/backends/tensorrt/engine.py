@@ -17,9 +17,10 @@ from typing import Any
 import onnx_ir as ir
 
 from export.errors import BuildError, InputError
-from export.machine import Gpu, find_gpus, installed_version
+from export.machine import Gpu, find_gpus
 from export.parts.worker import run_worker
 from export.progress import StepCallback
+from export.request.capability import BACKENDS
 from runtime import bundle
 
 from .engine_text import Inspection, check_plugins, check_precision, read_inspection
@@ -27,12 +28,7 @@ from .graph import operator_nodes, operators_of, prepare_for_trt, quantized_prod
 
 __all__ = ["TrtEngine", "TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
 
-SUPPORTED = 11
-"""Major release of TensorRT that this project builds with; strongly typed networks only."""
-
-_DISTRIBUTIONS = ("tensorrt-cu13", "tensorrt-cu12", "tensorrt")
-_MINIMUM = {"bf16": (8, 0), "fp8": (8, 9), "nvfp4": (10, 0)}
-"""Compute capability from which a precision is computed in."""
+_BACKEND = BACKENDS["tensorrt"]
 
 _WORKSPACE_SHARE = 0.5
 """Part of the GPU's memory that tactics may use while an engine is built."""
@@ -103,11 +99,10 @@ def find_machine(target_name: str, compute_capability: str | None, precision: st
     if compute_capability is None:
         raise InputError(f"{target_name} is no GPU; use --backend onnxruntime")
     major, minor = (int(part) for part in compute_capability.split("."))
-    least = _MINIMUM.get(precision, (0, 0))
-    if (major, minor) < least:
+    if not _BACKEND.computes(precision, compute_capability):
         raise InputError(
             f"GPUs of compute capability {compute_capability} do not compute in {precision}, which begins with "
-            f"{least[0]}.{least[1]}; use another --precision or another --gpu"
+            f"{_BACKEND.minimum[precision]}; use another --precision or another --gpu"
         )
     report = find_gpus()
     found = [(i, gpu) for i, gpu in enumerate(report.gpus) if gpu.compute_capability == compute_capability]
@@ -122,16 +117,16 @@ def find_machine(target_name: str, compute_capability: str | None, precision: st
             f"TensorRT builds an engine on the very GPU that runs it; {target_name} has compute capability "
             f"{compute_capability}, and here there is {here}. Run this command on a machine with that GPU; or {other}"
         )
-    version = next(filter(None, map(installed_version, _DISTRIBUTIONS)), None)
-    if version is None or version.split(".")[0] != str(SUPPORTED):
+    library = _BACKEND.library
+    assert library is not None
+    version = library.version
+    if version is None or not library.supports(version):
         state = (
             "is not installed"
             if version is None
             else f"{version} is installed, which this version does not use"
         )
-        raise BuildError(
-            f"TensorRT {state}; pip install 'tensorrt>={SUPPORTED},<{SUPPORTED + 1}' (the extra tensorrt)"
-        )
+        raise BuildError(f"TensorRT {state}; pip install '{library.requirement}' (the extra tensorrt)")
     ordinal, gpu = found[0]
     base = os.environ.get("XDG_CACHE_HOME")
     cache = (Path(base) if base else Path.home() / ".cache") / "lightforcing" / "tensorrt"

@@ -18,24 +18,17 @@ import onnx_ir as ir
 
 from export.errors import BuildError, InputError
 from export.graph.rewrites import prepare_for_rtx
-from export.machine import installed_version, memory
 from export.parts.worker import run_worker
 from export.progress import StepCallback
+from export.request.capability import BACKENDS, known_capabilities
 from export.units import readable_size
+from runtime.host_memory import memory
 
 from .engine_text import PlanReport, read_plan
 
-__all__ = ["CAPABILITIES", "EngineInfo", "EngineTensor", "build_engine", "check_request"]
+__all__ = ["EngineInfo", "EngineTensor", "build_engine", "check_request"]
 
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities that TensorRT-RTX builds for."""
-
-_MINIMUM = {"fp16": "7.5", "bf16": "8.0", "fp8": "8.9", "nvfp4": "12.0"}
-"""The first of them that computes in a precision."""
-
-_DISTRIBUTION = "tensorrt-rtx-cu13"
-_SUPPORTED = "1.7"
-"""Release whose plans `plan_reader` reads."""
+_BACKEND = BACKENDS["tensorrt-rtx"]
 
 _MEMORY_FACTOR, _MEMORY_BASE = 3, 640 << 20
 """Memory of a build: so many times the weights inside the engine, and the library itself (measured)."""
@@ -87,30 +80,31 @@ def check_request(compute_capability: str, *precisions: str) -> str:
         InputError: it does not build that; names what it builds.
         BuildError: it is not installed, or not in the version this project reads the plans of.
     """
-    if compute_capability not in CAPABILITIES:
+    library, capabilities = _BACKEND.library, _BACKEND.capabilities
+    assert library is not None and capabilities is not None
+    if compute_capability not in capabilities:
         raise InputError(
-            f"TensorRT-RTX builds for compute capability {', '.join(CAPABILITIES)}, and not for {compute_capability}; "
-            "use --backend tensorrt or --backend inductor on such a GPU"
+            f"TensorRT-RTX builds for compute capability {', '.join(known_capabilities(_BACKEND))}, and not for "
+            f"{compute_capability}; use --backend tensorrt or --backend inductor on such a GPU"
         )
-    rank = CAPABILITIES.index
     for precision in precisions:
-        minimum = _MINIMUM.get(precision, CAPABILITIES[0])
-        if rank(compute_capability) < rank(minimum):
-            able = " or ".join(p for p in ("bf16", "fp8") if rank(compute_capability) >= rank(_MINIMUM[p]))
+        if not _BACKEND.computes(precision, compute_capability):
+            able = " or ".join(p for p in _BACKEND.precisions[:2] if _BACKEND.computes(p, compute_capability))
             other = f"--precision {able}, or another --gpu" if able else "another --gpu"
             raise InputError(
                 f"GPUs of compute capability {compute_capability} do not compute in {precision}, which begins with "
-                f"{minimum}; use {other}"
+                f"{_BACKEND.minimum[precision]}; use {other}"
             )
-    version = installed_version(_DISTRIBUTION)
+    version = library.version
     if version is None:
         raise BuildError(
-            f"TensorRT-RTX is not installed; pip install '{_DISTRIBUTION}>={_SUPPORTED},<1.8' (the extra tensorrt-rtx)"
+            f"TensorRT-RTX is not installed; pip install '{library.requirement}' (the extra tensorrt-rtx)"
         )
-    if version.split(".")[:2] != _SUPPORTED.split("."):
+    if not library.supports(version):
+        release = ".".join(map(str, library.release))
         raise BuildError(
-            f"TensorRT-RTX {version} is installed, and this version builds with {_SUPPORTED}; pip install "
-            f"'{_DISTRIBUTION}>={_SUPPORTED},<1.8'"
+            f"TensorRT-RTX {version} is installed, and this version builds with {release}; pip install "
+            f"'{library.requirement}'"
         )
     return version
 

@@ -13,14 +13,15 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from export.backends.tensorrt_rtx.engine import CAPABILITIES, build_engine, check_request
+from export.backends.tensorrt_rtx.engine import build_engine, check_request
 from export.backends.tensorrt_rtx.expectations import Structure, load_expectations
 from export.errors import BuildError, ExportError, InputError
 from export.graph.rewrites import prepare_for_rtx
-from export.machine import Memory
+from export.request.capability import BACKENDS, known_capabilities
 from export.request.geometry import StepPlan
 from export.request.targets import load_variant
 from lightforcing_ref.config import PRESETS
+from runtime.host_memory import Memory
 from tests.export.backends.rtx_graphs import (
     OUT,
     ROWS,
@@ -168,7 +169,7 @@ def test_precisions_a_gpu_does_not_have_are_refused(gpu, precision, instead):
 
 
 def test_precisions_a_gpu_has_are_accepted():
-    assert CAPABILITIES[-1] == "12.1"
+    assert known_capabilities(BACKENDS["tensorrt-rtx"])[-1] == "12.1"
     assert check_request("12.0", "bf16", "fp8", "nvfp4").startswith("1.7.")
 
 
@@ -181,7 +182,7 @@ def test_precisions_a_gpu_has_are_accepted():
     ],
 )
 def test_another_release_is_refused_before_the_build(monkeypatch, installed, message):
-    monkeypatch.setattr("export.backends.tensorrt_rtx.engine.installed_version", lambda name: installed)
+    monkeypatch.setattr("export.request.capability.installed_version", lambda name: installed)
     with pytest.raises(BuildError, match=message):
         check_request("12.0", "bf16")
 

@@ -26,6 +26,7 @@ from export.errors import BuildError, ExportError, InputError
 from export.graph.components import tensor_specs
 from export.machine import Gpu, GpuReport, importable
 from export.quantize.formats import choose_formats, linear_names, quantize
+from export.request import capability
 
 CARD = Gpu("NVIDIA GeForce RTX 5090", "12.0", 32 << 30)
 
@@ -232,7 +233,7 @@ def test_tensorrt_must_be_here_in_its_release(
     monkeypatch: pytest.MonkeyPatch, installed: str | None, message: str
 ) -> None:
     monkeypatch.setattr(trt, "find_gpus", lambda: GpuReport((CARD,), "13.0"))
-    monkeypatch.setattr(trt, "installed_version", lambda name: installed)
+    monkeypatch.setattr(capability, "installed_version", lambda name: installed)
     with pytest.raises(BuildError, match=message):
         find_machine("rtx5090", "12.0", "fp8")
 
@@ -240,7 +241,7 @@ def test_tensorrt_must_be_here_in_its_release(
 def test_the_gpu_of_the_target_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trt, "find_gpus", lambda: GpuReport((Gpu("NVIDIA A100", "8.0", 1), CARD)))
     monkeypatch.setattr(
-        trt, "installed_version", lambda name: "11.4.0.106" if name == "tensorrt-cu13" else None
+        capability, "installed_version", lambda name: "11.4.0.106" if name == "tensorrt-cu13" else None
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
