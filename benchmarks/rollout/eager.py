@@ -74,7 +74,7 @@ def fastest_sdpa(plan: StepPlan, device: str, dtype: torch.dtype) -> SdpaChoice:
     found: dict[str, float | str] = {}
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         try:
-            with sdpa_kernel(SDPBackend[name]):
+            with sdpa_kernel(getattr(SDPBackend, name)):
                 found[name] = microseconds([lambda: F.scaled_dot_product_attention(q, k, v)], repeats=5)
         except Exception as error:  # a backend that does not run here is a note, not a failure
             found[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
