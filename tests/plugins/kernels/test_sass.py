@@ -1,0 +1,109 @@
+"""What the assembler made of *attend*: the properties that each default was chosen for, read from its machine code.
+
+Timings decide which specialisation ships; these tests say when one has silently lost what made it fast.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from plugins.compile import kernels as builder
+from runtime.bundle import images
+
+triton = pytest.importorskip("triton")
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+
+REGISTERS = 65_536
+SHARED_MEMORY = {90: 227 << 10, 120: 99 << 10}
+RESERVED_SHARED_MEMORY = 1 << 10  # of each thread block
+NAMES = {
+    90: ("attend-bf16-d128-q128-ws", "attend-bf16-d128-q128", "attend-bf16-d128-q64"),
+    120: ("attend-bf16-d128-q128", "attend-bf16-d128-q64"),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sass")
+    for arch, names in NAMES.items():
+        builder.build((arch,), out, cache=out / "cache", jobs=2, only=lambda v, names=names: v.name in names)
+    return out
+
+
+def image(built: Path, arch: int, name: str) -> tuple[images.Image, list[str]]:
+    """The image and the instructions of the smallest loop that holds products."""
+    index, _ = images.read_images(built / f"sm_{arch}")
+    (found,) = (image for image in index.images if image.name == name)
+    path = built / f"sm_{arch}" / found.file
+    text = subprocess.run([DISASSEMBLER, "-c", path], capture_output=True, text=True, check=True).stdout
+    return found, product_loop(text)
+
+
+def product_loop(text: str) -> list[str]:
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"^BRA.*`\(\.(L_x_\d+)\)", instruction)
+        if target and labels.get(target[1], end + 1) <= end:
+            loop = instructions[labels[target[1]] : end + 1]
+            if any(re.match(r"H[GM]MMA|HMMA", one) for one in loop):
+                loops.append(loop)
+    return min(loops, key=len)
+
+
+def count(loop: list[str]) -> Counter[str]:
+    """Instructions by the first part of their name."""
+    return Counter(re.split(r"[.\s]", instruction)[0] for instruction in loop)
+
+
+def blocks_per_processor(image: images.Image, arch: int) -> int:
+    registers = -(-image.registers // 8) * 8 * image.threads
+    shared = image.shared_memory + RESERVED_SHARED_MEMORY
+    return min(REGISTERS // registers, (SHARED_MEMORY[arch] + RESERVED_SHARED_MEMORY) // shared)
+
+
+def test_exponentials_run_during_products_on_hopper(built: Path) -> None:
+    found, loop = image(built, 90, "attend-bf16-d128-q128-ws")
+    assert blocks_per_processor(found, 90) == 1
+    counts = count(loop)
+    # 64 rows, 128 keys, head size 128, 16 at a time: eight products for the logits, eight for the output.
+    assert counts["HGMMA"] == 16
+    assert counts["LDSM"] == counts["LDL"] == counts["STL"] == 0
+    # One turn: waited for and passed on.
+    assert counts["BAR"] == 2
+    waits = [i for i, one in enumerate(loop) if one.startswith("WARPGROUP.DEPBAR")]
+    products = [i for i, one in enumerate(loop) if one.startswith("HGMMA")]
+    exponentials = [i for i, one in enumerate(loop) if one.startswith("MUFU.EX2")]
+    assert len(waits) == 2, "the compiler waits for products one by one"
+    # A weight for each of 64 logits of a thread, and how far two rows decay: while the output is computed.
+    assert len(exponentials) == 66
+    assert max(products) < waits[0] < min(exponentials)
+    assert max(exponentials) < waits[1]
+
+
+@pytest.mark.parametrize("arch", [90, 120])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_two_blocks_share_a_processor(built: Path, arch: int, block_q: int) -> None:
+    """So that one's softmax runs during the other's products; with 128 rows on sm_120, eight warps do among them."""
+    found, loop = image(built, arch, f"attend-bf16-d128-q{block_q}")
+    assert blocks_per_processor(found, arch) >= (1 if (arch, block_q) == (120, 128) else 2)
+    counts = count(loop)
+    assert counts["LDL"] == counts["STL"] == 0
+    if arch == 90:
+        k_tile = {64: 64, 128: 32}[block_q]
+        assert counts["HGMMA"] == 128 // 16 + k_tile // 16
+        assert counts["LDSM"] == 0, "queries are read from shared memory at every step"
+        assert sum(one.startswith("WARPGROUP.DEPBAR") for one in loop) <= 2
+    else:
+        assert counts["HMMA"] > 0
