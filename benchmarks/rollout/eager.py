@@ -53,7 +53,7 @@ class SdpaChoice:
             return nullcontext()
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        best = SDPBackend[self.name]
+        best = getattr(SDPBackend, self.name)
         others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         return sdpa_kernel([best, *(other for other in others if other != best)], set_priority=True)
 
