@@ -1,10 +1,11 @@
 """The arithmetic floor of a rollout: operations and bytes of every chunk, and the time they take at peak rates.
 
 Counted: the matrix products of the linears (weights, inputs and outputs moved once), self-attention over the key blocks
-that a query block sees (every resident key and value moved once), cross-attention, and the decoder's convolutions.
-Not counted: norms, modulations and other element-wise work, the selection of key blocks, launch gaps, the text encoder
-and the conditioner (once per prompt). Each operation takes the longer of its arithmetic and its traffic; nothing
-overlaps. No figure here was measured. Nothing here needs PyTorch.
+that a query block sees (every resident key and value moved once), cross-attention, the decoder's convolutions, and the
+element-wise passes between all of these, which move bytes and compute nothing worth counting (`export.estimate
+.elementwise`). Not counted: the selection of key blocks, launch gaps, the text encoder and the conditioner (once per
+prompt). Each operation takes the longer of its arithmetic and its traffic; nothing overlaps, and no cache keeps what
+the next operation reads. No figure here was measured. Nothing here needs PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from export.errors import InputError
 from export.request.sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
@@ -20,13 +21,17 @@ from export.request.targets import Peak, Precision
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 
+from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
 from .memory import Planned
 
 __all__ = [
+    "ELEMENT_WISE",
+    "KINDS",
     "PUBLISHED",
     "ChunkPrediction",
     "ClipPrediction",
     "Kind",
+    "Part",
     "Published",
     "Work",
     "Workload",
@@ -34,8 +39,12 @@ __all__ = [
     "rate_of",
 ]
 
-Kind = Literal["linears", "self-attention", "cross-attention", "decoder"]
-KINDS: tuple[Kind, ...] = ("linears", "self-attention", "cross-attention", "decoder")
+Kind = Literal[
+    "linears", "self-attention", "cross-attention", "element-wise", "decoder", "decoder, element-wise"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ELEMENT_WISE: tuple[Kind, ...] = ("element-wise", "decoder, element-wise")
+"""Kinds that only move data."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class Workload:
         frame_tokens = request.preset.frame_tokens(request.height, request.width)
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
         self.tokens = CHUNK_FRAMES * frame_tokens
+        self.passes = StepPasses(self.dit, self.geometry, self.tokens, request.precision)
 
     @property
     def planned_chunks(self) -> int:
@@ -149,21 +159,23 @@ class Workload:
     def linear(self, kind: str) -> Work:
         """One block linear."""
         (linear,) = (linear for linear in layer_linears(self.dit) if linear.kind == kind)
-        moved = linear.bytes(self.request.precision)
-        moved += self.tokens * (linear.rows + linear.columns) * self.item
+        moved = linear.bytes(self.request.precision) + self.tokens * linear.rows * self.item
+        moved += activation_bytes(kind, self.request.precision, self.tokens, linear.columns)
         format = format_of(kind, self.request.precision)
         return Work("linears", format, 2 * self.tokens * linear.elements, moved)
+
+    @property
+    def cross_attention(self) -> Work:
+        """Cross-attention of one layer in one forward."""
+        dit = self.dit
+        flops = 4 * self.tokens * dit.text_len * dit.dim
+        moved = 2 * (self.tokens + dit.text_len) * dit.dim * self.item
+        return Work("cross-attention", self.wide, flops, moved)
 
     def forward(self, chunk: int, *, clean: bool = False) -> Iterator[Work]:
         """One forward of one chunk, operation by operation. The clean one ends with the last layer's keys."""
         dit, tokens = self.dit, self.tokens
         kinds = [linear.kind for linear in layer_linears(dit)][:-2]  # the conditioner has the last two
-        cross = Work(
-            "cross-attention",
-            self.wide,
-            4 * tokens * dit.text_len * dit.dim,
-            2 * (tokens + dit.text_len) * dit.dim * self.item,
-        )
         patch = dit.patch[0] * dit.patch[1] * dit.patch[2] * dit.channels
         outer = Work(
             "linears",
@@ -172,27 +184,39 @@ class Workload:
             (tokens * (patch + dit.dim) + patch * dit.dim) * self.item,
         )
         yield outer
+        yield from self.moved(self.passes.first())
         for layer in range(dit.layers):
+            is_last = layer == dit.layers - 1
             yield self.linear(kinds[0])
-            if clean and layer == dit.layers - 1:
+            yield from self.moved((self.passes.prepare(),))
+            if clean and is_last:
                 return
             yield self.attention(chunk)
             for kind in kinds[1:]:
                 yield self.linear(kind)
-            yield cross
+            yield self.cross_attention
+            yield from self.moved(self.passes.layer(is_last=is_last))
         yield outer
+        yield from self.moved(self.passes.last())
+
+    def moved(self, passes: Iterable[Pass], kind: Kind = "element-wise") -> Iterator[Work]:
+        """Passes as work."""
+        return (Work(kind, self.wide, 0, one.bytes) for one in passes)
 
     def decode(self, *, first: bool) -> Iterator[Work]:
         """The decoder's work on one latent frame, in 16-bit numbers; every tensor moves once."""
+        vae = self.request.preset.vae
         height, width = self.request.preset.latent_size(self.request.height, self.request.width)
-        for conv in decoder_convs(self.request.preset.vae):
+        for conv in decoder_convs(vae):
             flops = conv.flops(height, width, first=first)
             if flops:
                 pixels = height * width * conv.scale**2 * (1 if first else conv.frames)
                 moved = pixels * (conv.inputs + conv.outputs) + conv.parameters
                 yield Work("decoder", self.wide, flops, moved * self.item)
-        middle, pixels = self.request.preset.vae.widths[0], height * width
+        middle, pixels = vae.widths[0], height * width
         yield Work("decoder", self.wide, 4 * pixels**2 * middle, 4 * pixels * middle * self.item)
+        passes = decoder_passes(vae, height, width, self.item, first=first)
+        yield from self.moved(passes, "decoder, element-wise")
 
     def chunk(self, chunk: int) -> Iterator[Work]:
         """Everything between asking for a chunk and having its frames: the clean forward of the chunk before, the

@@ -122,8 +122,10 @@ def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
 
     _bound.pop(device, None)  # dropping the library withdraws its kernels
     library = Library(contract.DOMAIN, "IMPL")
-    library.impl(HIERARCHICAL_SPARSE_ATTENTION, run_hsa, device.upper())
-    library.impl(QK_PREPARE, run_qk_prepare, device.upper())
+    for name, run in ((HIERARCHICAL_SPARSE_ATTENTION, run_hsa), (QK_PREPARE, run_qk_prepare)):
+        library.impl(
+            name, run, device.upper(), allow_override=True
+        )  # another copy of this module may have bound one
     _bound[device] = library
 
 
