@@ -1,14 +1,15 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and where files are kept between runs."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_output"]
+__all__ = ["atomic_output", "cache_folder", "write_file"]
 
 
 @contextmanager
@@ -21,3 +22,27 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> Path:
+    """Write ``path`` in one step: a reader sees all of it, or what was there before. Text is UTF-8.
+
+    ``sync`` waits until the content is on the disk, for files that say that others are complete.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_output(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    return path
+
+
+def cache_folder(*parts: str) -> Path:
+    """Where this project keeps what it can make again, or a folder in there; not created here."""
+    variable, home = {
+        "win32": ("LOCALAPPDATA", "AppData/Local"),
+        "darwin": ("XDG_CACHE_HOME", "Library/Caches"),
+    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / home) / Path("lightforcing", *parts)

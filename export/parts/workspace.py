@@ -7,7 +7,6 @@ resumes: finished components are recorded with the hashes of their files and tak
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -17,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from export.errors import BuildError
 from export.units import readable_size
 from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_file, write_manifest
+from runtime.files import write_file
 
 __all__ = ["Workspace", "open_workspace", "partial_folder"]
 
@@ -101,9 +103,7 @@ class Workspace:
 
     def _remember(self, name: str, key: str, entries: Sequence[FileEntry]) -> None:
         components = self._state() | {name: {"key": key, "files": [entry.model_dump() for entry in entries]}}
-        temporary = self.folder / f"{_STATE}.tmp"
-        temporary.write_text(json.dumps({"components": components}))
-        os.replace(temporary, self.folder / _STATE)
+        write_file(self.folder / _STATE, json.dumps({"components": components}))
 
     def publish(self, files: Sequence[FileEntry], manifest: Manifest | None = None) -> Path:
         """Drop everything that is not among `files`, write the manifest, and move the folder to its destination.
@@ -187,17 +187,19 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise BuildError(f"{out} is not a folder; choose another --out") from error
-    lock_path = out / f".{name}.lock"
-    with lock_path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(
-                f"another process is building {destination}; wait for it, or choose another --name"
-            ) from error
+    lock = FileLock(out / f".{name}.lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BuildError(
+            f"another process is building {destination}; wait for it, or choose another --name"
+        ) from error
+    try:
         if _replaced(destination).exists() and not destination.exists():  # killed between two renamings
             os.replace(_replaced(destination), destination)
         folder = partial_folder(out, name)
         folder.mkdir(exist_ok=True)
         _separate(folder)
         yield Workspace(folder, destination, key)
+    finally:
+        lock.release()

@@ -9,6 +9,7 @@ from typing import Final
 from plugins.errors import PluginError
 from plugins.kernels.specs import DTYPES, KERNELS, Problem
 from runtime.bundle import images
+from runtime.files import write_file
 
 __all__ = ["ASSEMBLY_NAME", "EMBEDDED_KERNELS", "TABLE_NAME", "EmbeddingError", "write_embedded"]
 
@@ -115,7 +116,7 @@ def write_embedded(archs: Sequence[int], kernels: Path, out: Path) -> list[str]:
 def _write_if_changed(path: Path, text: str) -> None:
     """An unchanged source keeps its date, so that nothing is compiled again for it."""
     if not path.exists() or path.read_text() != text:
-        images.replace_file(path, text.encode())
+        write_file(path, text)
 
 
 def _remove_stale(out: Path, symbols: Mapping[str, str]) -> None:

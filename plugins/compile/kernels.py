@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypedDict
 
+from filelock import FileLock
+
 from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime.bundle import images
+from runtime.files import cache_folder, write_file
 
 __all__ = ["BuildError", "build", "default_cache", "parse_archs", "spilling"]
 
@@ -63,7 +64,7 @@ class _Entry(TypedDict):
 
 def default_cache() -> Path:
     """Where compiled kernels are kept between builds."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightforcing" / "kernels"
+    return cache_folder("kernels")
 
 
 def parse_archs(text: str) -> tuple[int, ...]:
@@ -238,14 +239,6 @@ def _image(variant: specs.Variant, entry: _Entry, cubin: bytes, source: str) -> 
     )
 
 
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; it stays behind, empty."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def build(
     archs: Sequence[int],
     out: Path,
@@ -305,7 +298,7 @@ def build(
             images=tuple(_image(variant, entry, cubins[variant.name], source) for variant, entry in entries),
         )
         folder = out / f"sm_{arch}"
-        with _turn(cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"):
+        with FileLock(cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.lock"):
             images.write_images(folder, built[arch], cubins)
     return built
 
@@ -334,7 +327,7 @@ def _fill(
                     entry = future.result()
                 except Exception as error:
                     raise BuildError(f"{variant.name} does not compile for sm_{arch}: {error}") from error
-                images.replace_file(paths[variant.name, arch], json.dumps(entry).encode())
+                write_file(paths[variant.name, arch], json.dumps(entry).encode())
                 progress(done, len(missing))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

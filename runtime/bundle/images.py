@@ -8,8 +8,6 @@ fields and lists the vocabulary of buffers, options and sizes.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -17,6 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.errors import BundleIntegrityError, BundleSchemaError
+from runtime.files import write_file
 
 from .manifest import NonNegative, Positive, Sha256
 
@@ -30,7 +29,6 @@ __all__ = [
     "read_cubin",
     "read_images",
     "read_index",
-    "replace_file",
     "write_images",
 ]
 
@@ -205,22 +203,9 @@ def write_images(folder: Path, images: ImageSet, cubins: Mapping[str, bytes]) ->
     folder.mkdir(parents=True, exist_ok=True)
     for image in images.images:
         if not (folder / image.file).exists():
-            replace_file(folder / image.file, cubins[image.name])
-    replace_file(folder / INDEX_NAME, (images.model_dump_json(indent=1) + "\n").encode())
+            write_file(folder / image.file, cubins[image.name])
+    write_file(folder / INDEX_NAME, images.model_dump_json(indent=1) + "\n")
     named = {image.file for image in images.images}
     for stale in folder.glob("*.cubin"):
         if stale.name not in named:
             stale.unlink()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `path` in one step: a reader sees all of it or what was there before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError
+from runtime.files import write_file
 
 from .manifest import SCHEMA_VERSION, Component, FileEntry, Manifest
 
@@ -87,15 +87,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     """
     root = Path(folder)
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=False) + "\n"
-    temporary = root / f".manifest-{secrets.token_hex(6)}.json"
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return temporary.replace(root / MANIFEST_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return write_file(root / MANIFEST_NAME, text, sync=True)
 
 
 def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundle:

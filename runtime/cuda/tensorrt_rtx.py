@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import Bundle
 from runtime.errors import EngineError
+from runtime.files import cache_folder, write_file
 
 from .driver import Driver
 from .tensorrt import TENSORRT_RTX, EngineComponent, engine_path, require_same_tensors, require_version
@@ -33,8 +33,7 @@ def cache_file(bundle: Bundle, device: str) -> Path:
     name = f"{bundle.root.name}.{_slug(device)}-{_slug(version)}-{build[:12]}.rtxcache"
     if os.access(bundle.root.parent, os.W_OK):
         return bundle.root.parent / name
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "lightforcing" / name
+    return cache_folder() / name
 
 
 class TensorRtRtxLibrary:
@@ -107,15 +106,10 @@ class TensorRtRtxLibrary:
         blob = b"" if serialized is None else bytes(serialized)
         if blob == self._stored or not blob:
             return
-        temporary = self._file.with_name(f".{self._file.name}-{secrets.token_hex(6)}")
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(blob)
-                temporary.replace(self._file)
-                self._stored = blob
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_file(self._file, blob)
+            self._stored = blob
 
     def close(self) -> None:
         """Save the cache and let go of contexts, engines and cache, in this order."""

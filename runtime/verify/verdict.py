@@ -7,8 +7,6 @@ holds for the manifest, device, driver and libraries it was found with, and says
 from __future__ import annotations
 
 import ctypes
-import os
-import secrets
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ from runtime.bundle import MANIFEST_NAME, Bundle, hash_file
 from runtime.bundle.golden import ComponentRunner, GoldenVectors, Platform
 from runtime.bundle.manifest import NonNegative, Sha256
 from runtime.errors import BundleError, EngineError
+from runtime.files import cache_folder, write_file
 
 __all__ = [
     "VERDICT_NAME",
@@ -181,25 +180,15 @@ def record(bundle: Bundle, verdict: Verdict) -> Path:
     """
     text = verdict.model_dump_json(indent=1) + "\n"
     try:
-        return _write(bundle.root / VERDICT_NAME, text)
+        return write_file(bundle.root / VERDICT_NAME, text)
     except OSError:
         path = _cached(verdict.manifest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _write(path, text)
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        return temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return write_file(path, text)
 
 
 def _cached(manifest: str) -> Path:
-    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lightforcing" / "verdicts" / f"{manifest}.json"
+    return cache_folder("verdicts") / f"{manifest}.json"
 
 
 def find_verdict(bundle: Bundle, platform: Platform) -> Verdict | None:

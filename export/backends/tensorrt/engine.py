@@ -22,6 +22,7 @@ from export.parts.worker import run_worker
 from export.progress import StepCallback
 from export.request.capability import BACKENDS
 from runtime import bundle
+from runtime.files import cache_folder
 
 from .engine_text import Inspection, check_plugins, check_precision, read_inspection
 from .graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
@@ -128,9 +129,7 @@ def find_machine(target_name: str, compute_capability: str | None, precision: st
         )
         raise BuildError(f"TensorRT {state}; pip install '{library.requirement}' (the extra tensorrt)")
     ordinal, gpu = found[0]
-    base = os.environ.get("XDG_CACHE_HOME")
-    cache = (Path(base) if base else Path.home() / ".cache") / "lightforcing" / "tensorrt"
-    return TrtMachine(gpu, ordinal, version, cache)
+    return TrtMachine(gpu, ordinal, version, cache_folder("tensorrt"))
 
 
 def build_engine(
