@@ -20,6 +20,7 @@ constexpr int kGroup = 128;       // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
 constexpr int kRowBytes = 128;    // of a row in shared memory: half a head, so that a row is one swizzle span
 constexpr int kQBytes = kRows * kHeadDim * 2;
+constexpr int kQStages = 2;       // the next queries are there before these are done
 constexpr int kTileBytes = K_TILE * kHeadDim * 2;
 constexpr int kHalfTile = K_TILE * kRowBytes;
 constexpr int kHalfQ = kRows * kRowBytes;
@@ -60,8 +61,8 @@ struct Ring {
 struct Shared {
     uint32_t q, k, v, full_q, empty_q, full_k, empty_k, full_v, empty_v;
     __device__ explicit Shared(uint32_t base)
-        : q(base), k(q + kQBytes), v(k + STAGES * kTileBytes), full_q(v + STAGES * kTileBytes), empty_q(full_q + 8),
-          full_k(empty_q + 8), empty_k(full_k + 8 * STAGES), full_v(empty_k + 8 * STAGES), empty_v(full_v + 8 * STAGES) {
+        : q(base), k(q + kQStages * kQBytes), v(k + STAGES * kTileBytes), full_q(v + STAGES * kTileBytes),
+          empty_q(full_q + 8 * kQStages), full_k(empty_q + 8 * kQStages), empty_k(full_k + 8 * STAGES), full_v(empty_k + 8 * STAGES), empty_v(full_v + 8 * STAGES) {
     }
 };
 
@@ -104,8 +105,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
     const int lane = thread % 32;
 
     if (threadIdx.x == 0) {
-        barrier_init(shared.full_q, kGroup);
-        barrier_init(shared.empty_q, 8);
+        for (int i = 0; i < kQStages; ++i) {
+            barrier_init(shared.full_q + 8 * i, kGroup);
+            barrier_init(shared.empty_q + 8 * i, 8);
+        }
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared.full_k + 8 * i, kGroup);
             barrier_init(shared.full_v + 8 * i, kGroup);
@@ -133,21 +136,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         const uint32_t to = place(first_row, piece, kHalfTile);
         const uint64_t row_step = static_cast<uint64_t>(8) * stride;
         Ring<STAGES> ring;
-        uint32_t q_parity = 1;
+        Ring<kQStages> q_ring;
         for (int turn = 0;; ++turn) {
             const Item item(block, blocks, turn, items);
             if (!item.valid) break;
             const int head = item.row / query_blocks;
             const uint64_t column = static_cast<uint64_t>(head) * kHeadDim + piece * 8;
 
-            barrier_wait(shared.empty_q, q_parity);
-            q_parity ^= 1;
+            barrier_wait(shared.empty_q + 8 * q_ring.index, q_ring.parity ^ 1);
             const int token = query_token(item.row % query_blocks, q_blocks, frame_tokens) + first_row;
             const uint16_t* from = q + static_cast<uint64_t>(token) * stride + column;
-            const uint32_t q_to = shared.q + place(first_row, piece, kHalfQ);
+            const uint32_t q_to = shared.q + q_ring.index * kQBytes + place(first_row, piece, kHalfQ);
 #pragma unroll 4
             for (int i = 0; i < kRows / 8; ++i) copy16(q_to + i * 8 * kRowBytes, from + i * row_step);
-            barrier_arrive_after_copies(shared.full_q);
+            barrier_arrive_after_copies(shared.full_q + 8 * q_ring.index);
+            q_ring.advance();
 
             const int* entries = lists + static_cast<uint64_t>(item.row) * key_blocks;
             const int units = counts[item.row] << shift;
@@ -202,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         if (TURNS && consumer == 1) named_arrive(kMine, kTurnThreads);
 
         Ring<STAGES> k_ring, v_ring;
-        uint32_t q_parity = 0;
+        Ring<kQStages> q_ring;
         float logits[kLogits];
         float output[64];
         uint32_t weights[kLogits / 2];
@@ -236,16 +239,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             for (int i = 0; i < kLogits / 2; ++i) weights[i] = pack(logits[2 * i], logits[2 * i + 1]);
         };
 
-        for (int turn = 0;; ++turn) {
-            const Item item(block, blocks, turn, items);
-            if (!item.valid) break;
-            const int units = counts[item.row] << shift;
+        Item item(block, blocks, 0, items);
+        int count = item.valid ? counts[item.row] : 0;
+        for (int turn = 0; item.valid; ++turn) {
+            const int units = count << shift;
+            const Item next(block, blocks, turn + 1, items);
+            count = next.valid ? counts[next.row] : 0;
             const int steps = (units + kUnits - 1) / kUnits;
             const bool odd = units % kUnits;
             const bool shares = item.half >= 0;
             const int first = shares ? consumer : 0, every = shares ? 2 : 1;
             const int rows = (shares ? item.half : consumer) * 64;
-            q_descriptor = descriptor(shared.q + rows * kRowBytes, 16);
+            const uint32_t queries = shared.q + q_ring.index * kQBytes;
+            q_descriptor = descriptor(queries + rows * kRowBytes, 16);
             // Steps that the other consumer takes are given back at once.
             int k_step = 0, v_step = 0;
             auto k_to = [&](int step) {
@@ -305,8 +311,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
 
 #pragma unroll
             for (int i = 0; i < 64; ++i) output[i] = 0.0f;
-            barrier_wait(shared.full_q, q_parity);
-            q_parity ^= 1;
+            barrier_wait(shared.full_q + 8 * q_ring.index, q_ring.parity);
             if (first < steps) {
                 k_to(first);
                 barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
@@ -376,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             if (shares) {
                 // The second consumer's part goes through shared memory, of which nobody needs anything any more: this
                 // is the block's last item.
-                const uint32_t part = shared.q + thread * 4, sums = shared.k + thread * 4;
+                const uint32_t part = queries + thread * 4, sums = shared.k + thread * 4;
                 constexpr int kColumn = kGroup * 4;
                 named_sync(5, 2 * kGroup);
                 if (consumer == 1) {
@@ -411,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             for (int r = 0; r < 2; ++r) inverse[r] = norm[r] > 0.0f ? 1.0f / norm[r] : 0.0f;
             // Through the place of these queries, so that whole rows are written. All warps must be done with them.
             named_sync(3 + consumer, kGroup);
-            const uint32_t stage = shared.q + rows * kRowBytes;
+            const uint32_t stage = queries + rows * kRowBytes;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -433,7 +438,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 const uint32_t from = stage + place(thread / 16 + 8 * i, thread % 16, kHalfQ);
                 store_global(target + static_cast<uint64_t>(i) * 8 * stride, load_shared(from));
             }
-            release(shared.empty_q);
+            release(shared.empty_q + 8 * q_ring.index);
+            q_ring.advance();
+            item = next;
         }
     }
 }

@@ -394,7 +394,7 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
     arguments = {argument.name: argument for argument in _arguments("attend", dtype)}
     buffers = [argument for argument in arguments.values() if argument.source == "buffer"]
     sizes = ("heads", "frame_tokens", "past_frames", "query_blocks", "q_blocks", "key_blocks", "block_k")
-    tile_bytes, barriers = tuning.k_tile * 128 * 2, 16 + 32 * tuning.stages
+    q_bytes, tile_bytes, barriers = 128 * 128 * 2, tuning.k_tile * 128 * 2, 32 + 32 * tuning.stages
     return Variant(
         "attend",
         name,
@@ -416,7 +416,7 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
         },
         {"past_frames": MAX_FRAMES},
         # The tiles start at a multiple of 1024.
-        cuda=CudaSource("attend_sm90.cu", 1024 + 128 * 128 * 2 + 2 * tuning.stages * tile_bytes + barriers),
+        cuda=CudaSource("attend_sm90.cu", 1024 + 2 * q_bytes + 2 * tuning.stages * tile_bytes + barriers),
     )
 
 
