@@ -192,3 +192,12 @@ def test_kernels_and_gaps_are_added_up_by_name() -> None:
     assert (found["launches"], found["wall_us"], found["summed_us"]) == (4, 31, 26)
     assert found["kernels"][0] == {"name": "a", "count": 2, "us": 20}
     assert found["gaps"] == [{"name": "a", "count": 1, "us": 5}, {"name": "b", "count": 1, "us": 5}]
+
+
+def test_the_page_names_every_stage_with_its_limit() -> None:
+    page = (ROOT / "docs/gpu.md").read_text()
+    for call in CALLS.values():
+        assert f"at most {call.seconds:.0f} s" in page
+        for stage in call.cuda:
+            row = next((line for line in page.splitlines() if line.startswith(f"| `{stage.name}`")), "")
+            assert f"| {stage.limit:.0f} s |" in row, stage.name
