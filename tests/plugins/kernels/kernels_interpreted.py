@@ -28,7 +28,8 @@ from plugins.eager.policies import (
     lists_from_mask,
     mask_from_lists,
 )
-from plugins.kernels.specs import KernelError, Problem, Rows, prepare_variant
+from plugins.kernels.specs import KernelError, Problem
+from plugins.kernels.tuning import Rows, prepare_variant
 from tests import brute_force
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__

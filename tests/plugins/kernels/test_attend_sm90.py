@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightforcing_ref import attention as oracle
 from plugins.eager.policies import lists_from_mask
-from plugins.kernels import specs
+from plugins.kernels import specs, tuning
 
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -75,7 +75,9 @@ def test_kernel_computes_the_listed_blocks(
     k_tile: int, stages: int, block_k: int, blocks: int | None, tmp_path: Path
 ) -> None:
     """`blocks`: thread blocks that stay; three of them share the last of four query blocks by halves."""
-    variant = specs.warpgroup_variant("bfloat16", specs.Warpgroups(k_tile, stages, turns=True, blocks=blocks))
+    variant = tuning.warpgroup_variant(
+        "bfloat16", tuning.Warpgroups(k_tile, stages, turns=True, blocks=blocks)
+    )
     problem = specs.Problem("bfloat16", HEADS, HEAD_DIM, FRAME, CHUNK, MAX_PAST, 128, block_k)
     assert variant.fits(problem)
     sizes = problem.sizes()

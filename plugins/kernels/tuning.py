@@ -1,0 +1,246 @@
+"""How *attend* and *prepare* are tuned: what ships, and the candidates that are timed against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .variant import (
+    DTYPES,
+    MAX_FRAMES,
+    MAX_HEADS,
+    Argument,
+    CudaSource,
+    GridAxis,
+    Variant,
+    kernel_arguments,
+)
+
+__all__ = [
+    "Rows",
+    "Tiles",
+    "Warpgroups",
+    "attend_variant",
+    "attend_variants",
+    "candidates",
+    "prepare_variant",
+    "warpgroup_variant",
+]
+
+
+class Tiles(NamedTuple):
+    """Tuning of attend."""
+
+    k_tile: int
+    v_tile: int
+    warps: int
+    stages: int
+    hold_q: bool = False
+    max_registers: int | None = None
+
+    @property
+    def short(self) -> str:
+        """A name of its own among the candidates of one query block."""
+        parts = [f"k{self.k_tile}", f"s{self.stages}", f"w{self.warps}"]
+        return (
+            "".join(parts) + "-held" * self.hold_q + (f"-r{self.max_registers}" if self.max_registers else "")
+        )
+
+
+def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
+    """Timed on sm_90; elsewhere chosen from registers, shared memory and the generated code."""
+    wgmma = arch in (90, 100)
+    if block_q == 32:
+        return Tiles(32, head_dim, 4, 3) if wgmma else Tiles(32, head_dim // 2, 2, 2)
+    warps = block_q // 16
+    if arch == 90 and block_q == 128 and head_dim == 128 and even:
+        # Two thread blocks share a multiprocessor: one's softmax runs during the other's products.
+        return Tiles(32, head_dim, warps, 3, max_registers=128)
+    if wgmma:
+        return Tiles(64, head_dim, warps, 3)
+    # 100 KiB of shared memory per multiprocessor on sm_86, 89 and 120, 164 on sm_80.
+    stages = 3 if arch == 80 else 2
+    if block_q == 64:
+        return Tiles(64, 64, warps, stages)
+    if not even and head_dim == 128:
+        return Tiles(32, head_dim, warps, 3)  # 64 keys and their masks would spill
+    return Tiles(64, head_dim, warps, stages)
+
+
+def attend_variant(
+    dtype: str, head_dim: int, block_q: int, even: bool, tiles: Tiles, suffix: str = ""
+) -> Variant:
+    """*attend* with `tiles`; `even`: blocks divide the frame."""
+    name = f"attend-{DTYPES[dtype]}-d{head_dim}-q{block_q}" + ("" if even else "-ragged") + suffix
+    blocks = (32, 64, 128) if block_q == 32 else (64, 128)
+    return Variant(
+        "attend",
+        name,
+        {
+            "HEAD_DIM": head_dim,
+            "Q_TILE": block_q,
+            "K_TILE": tiles.k_tile,
+            "V_TILE": tiles.v_tile,
+            "FRAMES": MAX_FRAMES,
+            "EVEN": even,
+            "STAGES": tiles.stages,
+            "INTERPRET": False,
+        },
+        tiles.warps,
+        (GridAxis("query_blocks"), GridAxis("heads")),
+        kernel_arguments("attend", dtype),
+        {
+            "dtype": (dtype,),
+            "head_dim": (head_dim,),
+            "block_q": (block_q,),
+            "block_k": tuple(block for block in blocks if block >= tiles.k_tile),
+            "even": (1,) if even else (0, 1),
+        },
+        {"past_frames": MAX_FRAMES},
+        max_registers=tiles.max_registers,
+    )
+
+
+_ATTEND_CANDIDATES: dict[int, tuple[Tiles, ...]] = {
+    128: (
+        Tiles(64, 128, 8, 3),
+        Tiles(128, 128, 8, 2),
+        Tiles(64, 128, 8, 2, max_registers=128),
+    ),
+    64: (
+        Tiles(64, 128, 4, 2),
+        Tiles(128, 128, 4, 2),
+        Tiles(32, 128, 4, 3, max_registers=128),
+    ),
+}
+"""Tiles of attend that are timed on sm_90 besides the shipped ones, by query block."""
+
+
+class Warpgroups(NamedTuple):
+    """Tuning of attend_sm90.cu, where one warpgroup loads and two compute."""
+
+    k_tile: int
+    stages: int
+    turns: bool = True
+    blocks: int | None = None
+    """Thread blocks that stay and take several query blocks each; None: one for each query block."""
+
+    @property
+    def short(self) -> str:
+        """A name of its own among the candidates of one query block."""
+        parts = f"ws-k{self.k_tile}s{self.stages}" + "-turns" * self.turns
+        return parts + (f"-p{self.blocks}" if self.blocks else "")
+
+
+_H200_PROCESSORS = 132
+_WARPGROUPS = Warpgroups(128, 2, blocks=_H200_PROCESSORS)
+_WARPGROUP_CANDIDATES = (
+    Warpgroups(128, 2),
+    Warpgroups(64, 4, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, turns=False, blocks=_H200_PROCESSORS),
+)
+"""Ways to run attend_sm90.cu that are timed besides the shipped one."""
+
+
+def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Variant:
+    """*attend* on sm_90 with specialised warps: head size 128, query blocks of 128, even blocks."""
+    name = f"attend-{DTYPES[dtype]}-d128-q128{suffix}"
+    arguments = {argument.name: argument for argument in kernel_arguments("attend", dtype)}
+    buffers = [argument for argument in arguments.values() if argument.source == "buffer"]
+    sizes = ("heads", "frame_tokens", "past_frames", "query_blocks", "q_blocks", "key_blocks", "block_k")
+    q_bytes, tile_bytes, barriers = 128 * 128 * 2, tuning.k_tile * 128 * 2, 32 + 32 * tuning.stages
+    return Variant(
+        "attend",
+        name,
+        {
+            "K_TILE": tuning.k_tile,
+            "STAGES": tuning.stages,
+            "TURNS": tuning.turns,
+            "HALF": dtype == "float16",
+        },
+        12,
+        (tuning.blocks, 1) if tuning.blocks else (GridAxis("query_blocks"), GridAxis("heads")),
+        (*buffers, *(Argument(size, "int32", None, "size") for size in sizes), arguments["scale"]),
+        {
+            "dtype": (dtype,),
+            "head_dim": (128,),
+            "block_q": (128,),
+            "block_k": (64, 128),
+            "even": (1,),
+        },
+        {"past_frames": MAX_FRAMES},
+        # The tiles start at a multiple of 1024.
+        cuda=CudaSource("attend_sm90.cu", 1024 + 2 * q_bytes + 2 * tuning.stages * tile_bytes + barriers),
+    )
+
+
+def attend_variants(arch: int) -> Iterator[Variant]:
+    """Every specialisation of *attend* that is built for `arch`, preferred ones first."""
+    if arch == 90:
+        for dtype in DTYPES:
+            yield warpgroup_variant(dtype, _WARPGROUPS, "-ws")
+    for head_dim in (128, 64):
+        for dtype in DTYPES:
+            for block_q in (128, 64, 32):
+                for even in (True, False):
+                    tiles = _attend_tiles(arch, head_dim, block_q, even)
+                    yield attend_variant(dtype, head_dim, block_q, even, tiles)
+
+
+class Rows(NamedTuple):
+    """Tuning of prepare."""
+
+    heads: int
+    """Heads of a program."""
+    rows: int
+    """Rows that it takes at once."""
+    warps: int
+    stages: int
+
+
+_PREPARE_CANDIDATES = (
+    Rows(4, 4, 8, 3),
+    Rows(4, 8, 8, 2),
+    Rows(4, 4, 4, 3),
+    Rows(2, 4, 4, 3),
+    Rows(MAX_HEADS, 8, 16, 3),
+)
+"""Ways to run prepare that are to be timed."""
+
+
+def prepare_variant(dtype: str, head_dim: int, rows: Rows, suffix: str = "") -> Variant:
+    """*prepare* with `rows`."""
+    return Variant(
+        "prepare",
+        f"prepare-{DTYPES[dtype]}-d{head_dim}{suffix}",
+        {
+            "HEAD_DIM": head_dim,
+            "WIDTH": head_dim * MAX_HEADS,
+            "PART": head_dim * rows.heads,
+            "ROWS": rows.rows,
+            "STAGES": rows.stages,
+        },
+        rows.warps,
+        (GridAxis("row_blocks"), 3, GridAxis("heads", rows.heads)),
+        kernel_arguments("prepare", dtype),
+        {"dtype": (dtype,), "head_dim": (head_dim,)},
+        {"heads": MAX_HEADS},
+    )
+
+
+def candidates(arch: int) -> tuple[Variant, ...]:
+    """What is to be timed besides the shipped specialisations, named after its tuning."""
+    if arch != 90:
+        return ()
+    return (
+        *(
+            prepare_variant("bfloat16", 128, rows, "-h{}r{}w{}s{}".format(*rows))
+            for rows in _PREPARE_CANDIDATES
+        ),
+        *(
+            attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
+            for block_q, offered in _ATTEND_CANDIDATES.items()
+            for tiles in offered
+        ),
+        *(warpgroup_variant("bfloat16", tuning, f"-{tuning.short}") for tuning in _WARPGROUP_CANDIDATES),
+    )

@@ -1,0 +1,254 @@
+"""Problems, specialisations of kernels, and their arguments.
+
+A *problem* holds the sizes of a call. A *variant* is one specialisation of a kernel: its compile-time constants, the
+problems it serves, its grid, and the order and types of its arguments. Argument and size names are the vocabulary
+of the image format (docs/kernels.md); a kernel that replaces one of these keeps to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from plugins.errors import PluginError
+
+__all__ = [
+    "ARCHS",
+    "DTYPES",
+    "KERNELS",
+    "MAX_FRAMES",
+    "MAX_HEADS",
+    "Argument",
+    "CudaSource",
+    "GridAxis",
+    "KernelError",
+    "Problem",
+    "Variant",
+    "kernel_arguments",
+]
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities (times ten) that images are built for."""
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+"""Compute types and their short names."""
+
+MAX_FRAMES = 32
+MAX_HEADS = 16
+
+
+class KernelError(PluginError, ValueError):
+    """No kernel serves what was asked for."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call. `past_frames` is the length of `frame_slots`, the largest number of past frames."""
+
+    dtype: str
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    chunk_frames: int
+    past_frames: int
+    block_q: int
+    block_k: int
+    sinks: int = 0
+
+    def sizes(self) -> dict[str, int]:
+        """The integers that grids and integer arguments are made of, and that choose a variant."""
+        q_blocks = -(-self.frame_tokens // self.block_q)
+        k_blocks = -(-self.frame_tokens // self.block_k)
+        frames = self.past_frames + self.chunk_frames
+        return {
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "frame_tokens": self.frame_tokens,
+            "chunk_frames": self.chunk_frames,
+            "past_frames": self.past_frames,
+            "frames": frames,
+            "block_q": self.block_q,
+            "block_k": self.block_k,
+            "q_blocks": q_blocks,
+            "k_blocks": k_blocks,
+            "query_blocks": self.chunk_frames * q_blocks,
+            "key_blocks": frames * k_blocks,
+            "row_blocks": self.chunk_frames * max(q_blocks, k_blocks),
+            "frame_elements": self.frame_tokens * self.heads * self.head_dim,
+            "even": int(self.frame_tokens % self.block_q == 0 and self.frame_tokens % self.block_k == 0),
+            "sinks": self.sinks,
+        }
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One kernel argument.
+
+    `type` is `"pointer"`, `"int32"` or `"float32"`; `element` what a pointer points to. `source` says who supplies the
+    value: a `"buffer"` (device address) or `"option"` (scalar) of the caller, or a `"size"` of the problem.
+    """
+
+    name: str
+    type: Literal["pointer", "int32", "float32"]
+    element: str | None
+    source: Literal["buffer", "option", "size"]
+
+
+@dataclass(frozen=True)
+class GridAxis:
+    """`ceil(size / tile)` programs along one axis of the grid."""
+
+    size: str
+    tile: int = 1
+
+
+class CudaSource(NamedTuple):
+    """A kernel in CUDA C++: its file beside this one, and the shared memory that a thread block asks for."""
+
+    file: str
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel: of the Triton function of that name, or of the source in `cuda`.
+
+    It serves a problem whose sizes (and `dtype`) are among `serves` and do not exceed `limits`.
+    """
+
+    kernel: str
+    name: str
+    constants: Mapping[str, int]
+    num_warps: int
+    grid: tuple[GridAxis | int, ...]
+    arguments: tuple[Argument, ...]
+    serves: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
+    num_stages: int = 2
+    max_registers: int | None = None
+    cuda: CudaSource | None = None
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether this variant serves `problem`."""
+        facts: dict[str, int | str] = {**problem.sizes(), "dtype": problem.dtype}
+        sizes = problem.sizes()
+        return all(facts[key] in values for key, values in self.serves.items()) and all(
+            sizes[key] <= limit for key, limit in self.limits.items()
+        )
+
+    def grid_for(self, problem: Problem) -> tuple[int, ...]:
+        """Programs along each axis."""
+        sizes = problem.sizes()
+        return tuple(
+            axis if isinstance(axis, int) else -(-sizes[axis.size] // axis.tile) for axis in self.grid
+        )
+
+
+_F32, _I32 = "float32", "int32"
+_OPTIONS = {
+    "eps": _F32,
+    "scale": _F32,
+    "table_entries": _I32,
+    "keep_frames": _I32,
+    "sink_frames": _I32,
+    "near_frames": _I32,
+    "turned_pairs": _I32,
+}
+
+# Kernel -> (module, buffers with their element types in order, scalars in order). "compute" is the variant's type.
+KERNELS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
+    "prepare": (
+        "prepare",
+        {
+            "q": "compute",
+            "k": "compute",
+            "v": "compute",
+            "q_mean": _F32,
+            "k_mean": _F32,
+            "qkv": "compute",
+            "bias": "compute",
+            "norm_q": "compute",
+            "norm_k": "compute",
+            "cos": _F32,
+            "sin": _F32,
+        },
+        ("heads", "frame_tokens", "block_q", "block_k", "q_blocks", "k_blocks", "chunk_frames", "eps"),
+    ),
+    "score": (
+        "select",
+        {"scores": _F32, "q_mean": _F32, "k_mean": _F32, "past_kmean": _F32, "frame_slots": _I32},
+        ("heads", "chunk_frames", "past_frames", "q_blocks", "k_blocks", "key_blocks"),
+    ),
+    "select": (
+        "select",
+        {"lists": _I32, "counts": _I32, "scores": _F32, "frame_slots": _I32, "chunk": _I32, "keep_q20": _I32},
+        (
+            "chunk_frames",
+            "past_frames",
+            "k_blocks",
+            "key_blocks",
+            "table_entries",
+            "keep_frames",
+            "sink_frames",
+            "near_frames",
+        ),
+    ),
+    "attend": (
+        "attend",
+        {
+            "out": "compute",
+            "q": "compute",
+            "k": "compute",
+            "v": "compute",
+            "past_k": "compute",
+            "past_v": "compute",
+            "frame_slots": _I32,
+            "lists": _I32,
+            "counts": _I32,
+        },
+        ("heads", "frame_tokens", "past_frames", "q_blocks", "key_blocks", "block_k", "scale"),
+    ),
+    "commit": (
+        "cache",
+        {
+            "past_k": "int16",
+            "past_v": "int16",
+            "past_kmean": _F32,
+            "k": "int16",
+            "v": "int16",
+            "k_mean": _F32,
+            "commit_slots": _I32,
+        },
+        ("heads", "frame_tokens", "k_blocks"),
+    ),
+    "rope_sink": (
+        "cache",
+        {
+            "past_k": "compute",
+            "past_kmean": _F32,
+            "sink_k": "compute",
+            "sink_kmean": _F32,
+            "sink_slots": _I32,
+            "cos": _F32,
+            "sin": _F32,
+        },
+        ("heads", "frame_tokens", "k_blocks", "turned_pairs"),
+    ),
+}
+
+
+def kernel_arguments(kernel: str, dtype: str) -> tuple[Argument, ...]:
+    """The arguments of a kernel in order; `dtype` is its compute type."""
+    _, buffers, scalars = KERNELS[kernel]
+    pointers = (
+        Argument(name, "pointer", dtype if element == "compute" else element, "buffer")
+        for name, element in buffers.items()
+    )
+    values = (
+        Argument(name, "float32" if _OPTIONS[name] == _F32 else "int32", None, "option")
+        if name in _OPTIONS
+        else Argument(name, "int32", None, "size")
+        for name in scalars
+    )
+    return (*pointers, *values)
