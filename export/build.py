@@ -17,10 +17,11 @@ from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from runtime import bundle
 
+from .errors import InputError
 from .preflight import check_disk, check_memory, check_target_memory
 from .progress import ProgressCallback
 
-__all__ = ["BuildRequest", "build_bundle", "check_build", "export_onnx"]
+__all__ = ["BuildRequest", "build_bundle", "check_build", "compile_bundle", "export_onnx"]
 
 _GOLDEN, _GOLDEN_SECTION = "golden vectors", "golden.json"
 """The part, and the manifest's section, kept beside a build in progress."""
@@ -107,6 +108,29 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
             built = _with_golden(run, built)
         run.finish("manifest")
         return workspace.publish(built.files, _manifest(run, built, digests))
+
+
+def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progress) -> Path:
+    """Make the parts of a bundle that hold no weights, and leave them in the folder from which `build_bundle` resumes.
+
+    They are small and the same for all weights, and can be taken to another machine, where the same request is built.
+
+    Returns:
+        that folder.
+
+    Raises:
+        As `build_bundle`; InputError also where the backend has no such parts.
+    """
+    plan, builder = request.plan, _BUILDERS[request.backend]()
+    if builder.compile is None:
+        raise InputError(
+            f"the {request.backend} backend has no parts that do without weights; build the bundle"
+        )
+    builder.check(request, plan)
+    keys = BuildKeys.of(request, plan, request.weights.digests())
+    with open_workspace(request.out, request.name, keys.build) as workspace:
+        builder.compile(Run(workspace, request, plan, keys, builder.parts(request, plan), progress))
+        return workspace.folder
 
 
 def _with_golden(run: Run, built: Built) -> Built:

@@ -201,6 +201,7 @@ def _bindings(name: str, segments: bundle.Segments | None) -> list[_Bindings]:
         "layer": [*segments.layers],
         "last": [segments.last],
         "qk_prepare": [*segments.prepare],
+        **{component: [row] for component, row in segments.outside.items()},
     }
     file = segments.weights
     return [

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from runtime import bundle
 
-__all__ = ["BuildKeys", "tool_versions"]
+__all__ = ["BuildKeys", "digest", "files_digest", "source_files", "tool_versions"]
 
 _TOOLS = (
     "torch",
@@ -38,7 +38,7 @@ _TOOLS = (
 )
 
 
-_SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
+_SOURCES = {".py", ".c", ".cu", ".cuh", ".cpp", ".h"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class BuildKeys:
     @classmethod
     def of(cls, request: BuildRequest, plan: StepPlan, digests: Mapping[str, str]) -> BuildKeys:
         """The keys of a request, given the digests of its weights' files."""
-        model = _digest(
+        model = digest(
             plan.preset,
             plan.height,
             plan.width,
@@ -71,11 +71,11 @@ class BuildKeys:
             sorted(_deciding_versions().items()),
             _source_digest(),
         )
-        graphs = _digest(model, plan.fingerprint(), request.per_chunk)
-        engines = _digest(model, request.backend, request.target.model_dump(), _compilers(request.backend))
+        graphs = digest(model, plan.fingerprint(), request.per_chunk)
+        engines = digest(model, request.backend, request.target.model_dump(), _compilers(request.backend))
         quantization = request.quantization
         calibration = quantization.calibration
-        build = _digest(
+        build = digest(
             graphs,
             engines,
             request.precision,
@@ -88,20 +88,31 @@ class BuildKeys:
         return cls(model, graphs, engines, build)
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """A key of values whose representations tell them apart."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @cache
 def _source_digest() -> str:
     """Digest of the code and data that decide what a bundle holds, so that a resumed build never mixes two versions."""
-    digest = hashlib.sha256()
     # Of the runtime only `runtime.bundle`: manifests, weights files and golden vectors are what it defines.
     folders = [Path(package.__path__[0]) for package in (lightforcing_ref, plugins)]
     folders.append(Path(inspect.getfile(bundle)).parent)
     folders.append(Path(__file__).parents[1])
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in _SOURCES]
+    files = [path for folder in folders for path in source_files(folder)]
     files += Path(engine_data.__path__[0], "expectations").glob("*.toml")
+    return files_digest(files)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """The code in a folder and below it."""
+    return [path for path in folder.rglob("*") if path.suffix in _SOURCES]
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """Digest of the contents of files, whose paths give the order and nothing else."""
+    digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -157,9 +157,11 @@ class Builder:
         build: makes the parts.
         check: refuses, before any long work, what cannot be built; raises InputError or BuildError.
         golden: whether the bundle gets golden vectors, from `Built.graphs`.
+        compile: makes the parts that hold no weights, for a backend that has such; `build` takes them over.
     """
 
     parts: Callable[[BuildRequest, StepPlan], Mapping[str, float]]
     build: Callable[[Run], Built]
     check: Callable[[BuildRequest, StepPlan], None] = field(default=_nothing_to_check)
     golden: bool = True
+    compile: Callable[[Run], Sequence[bundle.FileEntry]] | None = None

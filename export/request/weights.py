@@ -23,6 +23,7 @@ from lightforcing_ref.checkpoint import (
 )
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
 from lightforcing_ref.text import byte_tokenizer, load_tokenizer
@@ -118,6 +119,10 @@ class Weights:
                 model = VAEDecoder(config)
             model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
         return model.eval().requires_grad_(False)
+
+    def vae_config(self) -> VAEConfig:
+        """The video decoder's widths: the checkpoint's, or the preset's where weights are drawn."""
+        return self.preset.vae if self.vae is None else vae_config_of(self.vae)
 
     def text_tensors(self) -> dict[str, Callable[[], Tensor]]:
         """The text encoder's weights under the names of the bundle's weights file, each made when it is called for.

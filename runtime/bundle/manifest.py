@@ -283,7 +283,8 @@ class Segments(_Part):
     ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
     ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
     ``qk_prepare`` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
-    every layer: ``layer.0``, ``layer.1``, ...
+    every layer: ``layer.0``, ``layer.1``, ... ``outside`` has the mappings of components outside of the step whose
+    weights are inputs too, by component.
     """
 
     weights: BundlePath
@@ -291,6 +292,7 @@ class Segments(_Part):
     layers: tuple[dict[str, str], ...]
     last: dict[str, str]
     prepare: tuple[dict[str, str], ...]
+    outside: dict[str, dict[str, str]] = {}
 
     @property
     def embedded(self) -> bool:

@@ -102,7 +102,7 @@ class _Builder:
         forwards = [
             self._load(),
             Forward("reset", "decode", (), tuple(Fill(view) for side in sides.values() for view in side)),
-            self._forward("condition", ("text",), [self._whole("conditioner")]),
+            self._forward("condition", ("text",), [self._whole("conditioner", self._outside("conditioner"))]),
             self._forward("begin", (*_PLACEMENT, "noise"), []),
             *(self._forward(f"denoise.{step}", (), self._step(step)) for step in range(self.steps)),
             self._forward("begin_clean", _PLACEMENT, []),
@@ -255,7 +255,15 @@ class _Builder:
                 operations.append(self._segment(name, tensors, segments.layers[layer], layer))
         return operations
 
+    def _outside(self, name: str) -> Views:
+        """The weights of a component outside of the step."""
+        segments = self.manifest.segments
+        return self._bound(name, {} if segments is None else segments.outside.get(name, {}))
+
     def _segment(self, name: str, tensors: Views, weights: Mapping[str, str], layer: int | None) -> EngineRun:
+        return self._run(name, {**tensors, **self._bound(name, weights)}.get, layer=layer)
+
+    def _bound(self, name: str, weights: Mapping[str, str]) -> Views:
         bound = {key: self._weight(name, tensor) for key, tensor in weights.items()}
         component = self.manifest.components.get(name)
         unknown = sorted(bound.keys() - {spec.name for spec in component.inputs}) if component else []
@@ -264,7 +272,7 @@ class _Builder:
                 f"the manifest binds a weight to the input {unknown[0]!r} of component {name!r}, which has none of "
                 f"that name; rebuild the bundle"
             )
-        return self._run(name, {**tensors, **bound}.get, layer=layer)
+        return bound
 
     def _prepare(self, layer: int, weights: Mapping[str, str]) -> Operation:
         tensors = {
@@ -363,6 +371,7 @@ class _Builder:
             "frames": self.view(frames),
             **{f"cache.{index}": view for index, view in enumerate(reads)},
             **{f"cache_out.{index}": view for index, view in enumerate(writes)},
+            **self._outside(name),
         }
         return self._forward(forward, (), [self._run(name, tensors.get, lane="decode")], "decode")
 

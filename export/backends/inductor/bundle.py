@@ -7,59 +7,64 @@ bodies, as in every segmented bundle.
 
 from __future__ import annotations
 
-import gc
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+import lightforcing_ref
+import plugins
+from export import graph
 from export.errors import BuildError, InputError
 from export.graph.components import TEXT_WEIGHTS, attention_form, component_of
 from export.graph.modules import StepModule, merge_qkv
 from export.graph.tensor_files import StoredTensor, store, write_tensors
 from export.graph.tracing import attend, prepare, save_model, trace
-from export.machine import find_gpus, importable
+from export.machine import importable
 from export.parts.golden import write_vectors
 from export.parts.graphs import tokenizer_part
 from export.parts.kernels import FOLDER as KERNELS_FOLDER
 from export.parts.kernels import kernel_arch, kernel_variants, write_kernels
+from export.parts.keys import digest, files_digest, source_files
 from export.parts.run import Builder, Built, Run
+from export.quantize import numerics
 from export.quantize.decision import refuse_without_quantization
-from export.quantize.formats import choose_formats
 from export.quantize.graph import KINDS
 from export.quantize.numerics import fold_weight
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.vae import VAEDecoder
 from runtime import bundle
 
 from .components import OPERATORS, describe, operator_components
 from .golden import golden_graphs
-from .link import linkable_driver
 from .modules import (
     Compiled,
-    StepSegments,
     conditioner,
     dtype_name,
     step_segments,
     tensor_name,
-    text_layer,
     vae_first,
     vae_next,
 )
+from .null_gpu import GPUS
+from .packages import EFFORT, compile_packages, device_of, fp8_linears, is_cross
 
-__all__ = ["BUILDER", "compile_package", "fp8_linears"]
+__all__ = ["BUILDER"]
 
-WEIGHTS = "transformer.safetensors"
+WEIGHTS = "weights.safetensors"
 
 ValueT = TypeVar("ValueT")
 
@@ -67,42 +72,7 @@ _GOLDEN = "golden vectors"
 _GOLDEN_SECTION = "golden.json"
 """The manifest's section on golden vectors, kept beside a build in progress."""
 
-_CONDITIONER_KINDS = ("cross_attn.k", "cross_attn.v")
-"""Linears that run once per prompt and stay in the graph's type."""
-
-
 # ---- what can be built ----
-
-
-def _device(request: BuildRequest) -> str:
-    return "cpu" if request.target.compute_capability is None else "cuda"
-
-
-def fp8_linears(request: BuildRequest, plan: StepPlan) -> frozenset[str]:
-    """Kinds of the block linears that are in FP8.
-
-    Raises:
-        InputError: what is skipped differs between layers, which share one package; or it needs measured errors.
-    """
-    if request.precision != "fp8":
-        return frozenset()
-    skip = request.quantization.skip
-    if "auto" in skip:
-        raise InputError(
-            "the inductor backend does not measure errors, so there is no --skip auto; name the linears, such as "
-            "--skip '*.ffn.2'"
-        )
-    layers = range(plan.preset.dit.layers)
-    kinds = [kind for kind in KINDS if kind not in _CONDITIONER_KINDS]
-    chosen = choose_formats([f"blocks.{i}.{kind}" for i in layers for kind in kinds], "fp8", skip=skip)
-    by_kind = {kind: {i for i in layers if f"blocks.{i}.{kind}" in chosen} for kind in kinds}
-    uneven = [kind for kind, found in by_kind.items() if 0 < len(found) < len(layers)]
-    if uneven:
-        raise InputError(
-            f"--skip leaves {uneven[0]} in FP8 in {len(by_kind[uneven[0]])} of {len(layers)} layers, but one package "
-            f"serves them all; skip it in all (--skip '*.{uneven[0]}') or in none"
-        )
-    return frozenset(kind for kind, found in by_kind.items() if found)
 
 
 def _check(request: BuildRequest, plan: StepPlan) -> None:
@@ -121,7 +91,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     fp8_linears(request, plan)
     if plan.preset.dit.layers < 2:
         raise InputError("the model has one layer; the inductor backend needs two or more")
-    if _device(request) == "cpu":
+    if device_of(request) == "cpu":
         compiler = torch._inductor.config.cpp.cxx
         names = [name for name in (compiler if isinstance(compiler, tuple) else (compiler,)) if name]
         if not any(shutil.which(name) for name in names):
@@ -136,74 +106,31 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     kernel_variants(request.target, plan)
     if not importable("triton"):
         raise BuildError("PyTorch compiles for a GPU with Triton, which is not installed; pip install triton")
-    wanted = request.target.compute_capability
-    found = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in find_gpus().gpus) or "none"
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None:
         raise BuildError(
-            f"packages for {request.target.name} are compiled on such a GPU, but PyTorch {torch.__version__} sees none "
-            f"(the driver shows: {found}); build on a machine with one, with a CUDA build of PyTorch"
+            f"packages for {request.target.name} are compiled by a CUDA build of PyTorch, and this is "
+            f"{torch.__version__}; install one (pip install 'lightforcing-deploy[inductor-cuda]')"
         )
-    major, minor = torch.cuda.get_device_capability()
-    if f"{major}.{minor}" != wanted:
-        raise BuildError(
-            f"packages for {request.target.name} ({wanted}) are compiled on such a GPU, and this machine has "
-            f"{torch.cuda.get_device_name()} ({major}.{minor}); build there, or choose --gpu for this one"
+    if is_cross(request) and request.target.name not in GPUS:
+        raise InputError(
+            f"packages for {request.target.name} are compiled on such a GPU; without one they can be for "
+            f"{', '.join(GPUS)}"
         )
-
-
-# ---- compiling ----
-
-
-def compile_package(module: Compiled, path: Path, device: str) -> None:
-    """Compile `module`, whose compiled-in weights lie on `device`, to the package `path`.
-
-    Raises:
-        BuildError: PyTorch does not compile it.
-    """
-    # The wrapper only launches kernels: optimising it costs more than all kernels together and gains nothing.
-    options: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
-    if device == "cpu":
-        options["cpp.dynamic_threads"] = True
-    try:
-        linking = linkable_driver() if device == "cuda" else nullcontext()
-        with warnings.catch_warnings(), torch.no_grad(), linking:
-            warnings.simplefilter("ignore")
-            program = torch.export.export(module.eval(), module.examples(device), strict=False)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=options
-            )
-    except Exception as error:
-        raise BuildError(
-            f"PyTorch {torch.__version__} does not compile {path.stem!r} for {device}: {error}"
-        ) from error
-    finally:
-        gc.collect()
-
-
-def _write_packages(run: Run, modules: Mapping[str, Callable[[], Compiled]]) -> list[str]:
-    folder, device = run.folder, _device(run.request)
-    for done, (name, make) in enumerate(modules.items()):
-        run.within(f"compiling {name}", done, len(modules))
-        compile_package(make(), folder / f"{name}.pt2", device)
-    return [f"{name}.pt2" for name in modules]
 
 
 # ---- weights ----
 
 
-def _weight_tensors(model: CausalWanModel, plan: StepPlan, linears: frozenset[str]) -> Iterable[StoredTensor]:
-    """Everything that segments and operators read, under the names of `tensor_name`; the model is used up."""
+def _weight_tensors(
+    model: CausalWanModel, decoder: VAEDecoder, plan: StepPlan, linears: frozenset[str]
+) -> Iterable[StoredTensor]:
+    """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
-    segments = step_segments(plan, model.dtype, linears)
-    layers = plan.preset.dit.layers
-    runs = [
-        (segments.first, -1),
-        (segments.last, layers - 1),
-        *((segments.layer, i) for i in range(layers - 1)),
-    ]
-    names = {tensor_name(weight, layer, linears) for part, layer in runs for weight in part.weights.values()}
-    names |= {tensor for binding in _operator_weights(layers) for tensor in binding.values()}
+    state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    section = _section(plan, decoder.config, linears)
+    rows = (section.first, *section.layers, section.last, *section.prepare, *section.outside.values())
+    names = {tensor for row in rows for tensor in row.values()}
 
     @lru_cache(maxsize=1)  # the two tensors of a quantized weight are written one after the other
     def folded(name: str) -> tuple[Tensor, Tensor]:
@@ -213,8 +140,8 @@ def _weight_tensors(model: CausalWanModel, plan: StepPlan, linears: frozenset[st
     for name in sorted(names):
         stem, _, kind = name.rpartition(".")
         if kind in ("fp8", "post"):
-            rows, columns = state[stem].shape
-            shape = (rows, columns) if kind == "fp8" else (rows,)
+            size, columns = state[stem].shape
+            shape = (size, columns) if kind == "fp8" else (size,)
             dtype = torch.float8_e4m3fn if kind == "fp8" else torch.float32
             yield store(name, shape, dtype, partial(_part, folded, stem, 0 if kind == "fp8" else 1))
         else:
@@ -238,7 +165,14 @@ def _operator_weights(layers: int) -> list[dict[str, str]]:
     ]
 
 
-def _section(segments: StepSegments, layers: int, linears: frozenset[str]) -> bundle.Segments:
+def _section(plan: StepPlan, vae: VAEConfig, linears: frozenset[str]) -> bundle.Segments:
+    layers, segments = plan.preset.dit.layers, step_segments(plan, torch.float32, linears)
+    outside = {
+        "conditioner": conditioner(plan.preset.dit, torch.float32),
+        "vae_first": vae_first(vae, torch.float32, plan),
+        "vae_next": vae_next(vae, torch.float32, plan),
+    }
+
     def binding(part: Compiled, layer: int) -> dict[str, str]:
         return {weight: tensor_name(weight, layer, linears) for weight in part.weights.values()}
 
@@ -248,6 +182,9 @@ def _section(segments: StepSegments, layers: int, linears: frozenset[str]) -> bu
         layers=tuple(binding(segments.layer, layer) for layer in range(layers - 1)),
         last=binding(segments.last, layers - 1),
         prepare=tuple(_operator_weights(layers)),
+        outside={
+            name: {weight: weight for weight in part.weights.values()} for name, part in outside.items()
+        },
     )
 
 
@@ -301,77 +238,81 @@ def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
-    parts = {"tokenizer": 1.0, "text encoder": 60.0, "video decoder": 60.0, "conditioner": 20.0}
-    parts |= {"transformer": 60.0, "weights": 60.0}
-    parts |= {"operators": 10.0} if _device(request) == "cpu" else {"kernels": 30.0}
+    parts = {"packages": sum(EFFORT.values()), "tokenizer": 1.0, "text encoder": 60.0, "weights": 60.0}
+    parts |= {"operators": 10.0} if device_of(request) == "cpu" else {"kernels": 30.0}
     return parts | {_GOLDEN: 60.0}
+
+
+def _compile(run: Run) -> list[bundle.FileEntry]:
+    """The parts that hold no weights: packages, and on a GPU the attention kernels."""
+    request, plan = run.request, run.plan
+    key = _packages_key(request, plan)
+    entries = run.part("packages", lambda folder: compile_packages(request, folder, key, run.within), key=key)
+    if device_of(request) == "cuda":
+        images = digest(_triton(), files_digest(_code(plugins)), request.target.sm, plan.fingerprint())
+        entries += run.part(
+            "kernels", lambda folder: write_kernels(folder, request.target, plan, run.within)[0], key=images
+        )
+    return entries
+
+
+def _packages_key(request: BuildRequest, plan: StepPlan) -> str:
+    """What decides packages: no weights, of the libraries PyTorch and Triton alone, and the code that is compiled."""
+    own = [Path(__file__).with_name(name) for name in ("modules.py", "packages.py")]
+    code = [*_code(lightforcing_ref), *_code(graph), *own, Path(numerics.__file__)]
+    preset = replace(plan.preset, vae=request.weights.vae_config())
+    model = (preset, plan.height, plan.width, plan.fingerprint(), graph_types(request))
+    linears = sorted(fp8_linears(request, plan))
+    versions = (torch.__version__, _triton())
+    return digest(versions, files_digest(code), model, linears, request.target.compute_capability)
+
+
+def _code(package: ModuleType) -> list[Path]:
+    return source_files(Path(package.__path__[0]))
+
+
+def _triton() -> str | None:
+    return version("triton") if importable("triton") else None
 
 
 def _build(run: Run) -> Built:
     request, plan, models = run.request, run.plan, run.models
-    device, types, linears = _device(request), graph_types(request), fp8_linears(request, plan)
-    segments = step_segments(plan, types.transformer, linears)
-    text = text_layer(plan, types.text)
+    device, types, linears = device_of(request), graph_types(request), fp8_linears(request, plan)
 
     def write_text(folder: Path) -> list[str]:
         makers, shapes = models.weights.text_tensors(), umt5_shapes(plan.preset.text)
         tensors = [store(n, shapes[n], types.text, make) for n, make in makers.items()]
         write_tensors(folder / TEXT_WEIGHTS, tensors, run.within)
-        return [*_write_packages(run, {"text_encoder": lambda: text.to(device)}), TEXT_WEIGHTS]
-
-    def write_decoder(folder: Path) -> list[str]:
-        decoder = models.decoder(types.decoder).to(device)
-        try:
-            return _write_packages(
-                run,
-                {"vae_first": lambda: vae_first(decoder, plan), "vae_next": lambda: vae_next(decoder, plan)},
-            )
-        finally:
-            decoder.cpu()
-
-    def write_conditioner(folder: Path) -> list[str]:
-        model = models.dit(types.transformer).to(device)
-        try:
-            return _write_packages(run, {"conditioner": lambda: conditioner(model)})
-        finally:
-            model.cpu()
+        return [TEXT_WEIGHTS]
 
     def write_weights(folder: Path) -> list[str]:
-        tensors = _weight_tensors(models.take_dit(types.transformer), plan, linears)
+        decoder = models.decoder(types.decoder)
+        tensors = _weight_tensors(models.take_dit(types.transformer), decoder, plan, linears)
         write_tensors(folder / WEIGHTS, tensors, run.within)
         return [WEIGHTS]
 
     entries = [
+        *_compile(run),
         *tokenizer_part(run),
         *run.part("text encoder", write_text),
-        *run.part("video decoder", write_decoder),
-        *run.part("conditioner", write_conditioner),
-        *run.part(
-            "transformer",
-            lambda folder: _write_packages(
-                run, {name: partial(_same, part) for name, part in segments.by_name.items()}
-            ),
-        ),
         *run.part("weights", write_weights),
     ]
     kernels = None
     if device == "cpu":
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
     else:
-        entries += run.part(
-            "kernels", lambda folder: write_kernels(folder, request.target, plan, run.within)[0]
-        )
         kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=f"sm_{kernel_arch(request.target)}")
-    components = describe(request, models.decoder(types.decoder), linears)
+    components = describe(request, linears)
     if device == "cpu":
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}
-    section = _section(segments, plan.preset.dit.layers, linears)
+    section = _section(plan, request.weights.vae_config(), linears)
     golden, written = _golden(run, components, section, linears)
     return Built(
         components=components,
         files=[*entries, *written],
         graphs={},
         vae_dtype=dtype_name(types.decoder),
+        status="built, not executed" if is_cross(request) else "built",
         segments=section,
         library=bundle.Library(name="torch", version=torch.__version__),
         kernels=kernels,
@@ -387,7 +328,7 @@ def _golden(
     linears: frozenset[str],
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
     def write(folder: Path) -> list[str]:
-        graphs = golden_graphs(run.plan, run.request, run.models, components, linears)
+        graphs = golden_graphs(run.plan, run.request, components, linears)
         files, golden = write_vectors(folder, graphs.items(), section, progress=run.within, total=len(graphs))
         (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
         return [*files, _GOLDEN_SECTION]
@@ -407,4 +348,4 @@ def _quantization(plan: StepPlan, linears: frozenset[str]) -> bundle.Quantizatio
     )
 
 
-BUILDER = Builder(parts=_parts, build=_build, check=_check, golden=False)
+BUILDER = Builder(parts=_parts, build=_build, check=_check, golden=False, compile=_compile)

@@ -11,37 +11,25 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.config import CHUNK_FRAMES
-from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.vae import VAEDecoder
 from plugins import contract
 from runtime import bundle
 
-from .modules import StepSegments, conditioner, dtype_name, step_segments, text_layer, vae_first, vae_next
+from .modules import StepSegments, dtype_name, step_segments
+from .packages import package_modules
 
 __all__ = ["OPERATORS", "describe", "operator_components", "step_components"]
 
 OPERATORS = ("qk_prepare", "attention")
 
 
-def describe(
-    request: BuildRequest, decoder: VAEDecoder, linears: frozenset[str]
-) -> dict[str, bundle.Component]:
+def describe(request: BuildRequest, linears: frozenset[str]) -> dict[str, bundle.Component]:
     """The manifest's components of a compiled bundle; operators without a file, as where kernels execute them."""
     plan, types = request.plan, graph_types(request)
     segments = step_segments(plan, types.transformer, linears)
-    with torch.device("meta"):
-        model = CausalWanModel(plan.preset.dit).to(types.transformer)
-    modules = {
-        **segments.by_name,
-        "text_encoder": text_layer(plan, types.text),
-        "conditioner": conditioner(model),
-        "vae_first": vae_first(decoder, plan),
-        "vae_next": vae_next(decoder, plan),
-    }
     return {
         **step_components(plan, segments, types.transformer),
         **operator_components(plan, types.transformer),
-        **{name: module.component(f"{name}.pt2") for name, module in modules.items()},
+        **{name: make().component(f"{name}.pt2") for name, make in package_modules(request).items()},
     }
 
 

@@ -6,7 +6,6 @@ was compiled, not what rounding the weights costs.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from export.parts.golden_reference import GoldenGraph
-from export.parts.run import Models
 from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
@@ -78,7 +76,6 @@ def _of(compiled: Compiled) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]
 def golden_graphs(
     plan: StepPlan,
     request: BuildRequest,
-    models: Models,
     components: Mapping[str, bundle.Component],
     linears: frozenset[str],
 ) -> dict[str, GoldenGraph]:
@@ -89,19 +86,13 @@ def golden_graphs(
     """
     types, wide = graph_types(request), GraphTypes()
 
-    def widened(module: nn.Module, dtype: torch.dtype) -> Any:
-        return module if dtype == torch.float32 else copy.deepcopy(module).float()
-
-    decoder = widened(models.decoder(types.decoder), types.decoder)
+    vae = request.weights.vae_config()
     compiled: dict[str, tuple[Compiled, torch.dtype]] = {
         **{name: (part, types.transformer) for name, part in _segments(plan, linears).items()},
-        "conditioner": (
-            conditioner(widened(models.dit(types.transformer), types.transformer)),
-            types.transformer,
-        ),
+        "conditioner": (conditioner(plan.preset.dit, wide.transformer), types.transformer),
         "text_encoder": (text_layer(plan, wide.text), types.text),
-        "vae_first": (vae_first(decoder, plan), types.decoder),
-        "vae_next": (vae_next(decoder, plan), types.decoder),
+        "vae_first": (vae_first(vae, wide.decoder, plan), types.decoder),
+        "vae_next": (vae_next(vae, wide.decoder, plan), types.decoder),
     }
     graphs: dict[str, GoldenGraph] = {}
     for name, (module, dtype) in compiled.items():

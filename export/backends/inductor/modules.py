@@ -8,6 +8,7 @@ is traced.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -22,8 +23,9 @@ from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
-from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
+from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
 from lightforcing_ref.vae import CacheSpec, VAEDecoder
 from runtime.bundle import Component, Dtype, TensorSpec
 
@@ -362,15 +364,31 @@ def tensor_name(weight: str, layer: int, linears: frozenset[str] = frozenset()) 
 
 
 class _TextLayer(nn.Module):
-    """A layer of the text encoder that keeps the hidden states in float32 between layers."""
+    """A layer of the text encoder that keeps the hidden states in float32 between layers.
 
-    def __init__(self, layer: UMT5Layer) -> None:
+    The buckets of relative positions are computed where they are used: a table would be a constant of the package.
+    """
+
+    def __init__(self, config: UMT5Config, length: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer = UMT5Layer(config, length)
+        first = self.layer.buckets[
+            :, 0
+        ].tolist()  # of the first key, as seen from queries further and further away
+        self._steps = [place for place in range(1, length) if first[place] > first[place - 1]]
+        self._half = config.buckets // 2
+        del self.layer.buckets
+        self.layer.register_buffer("buckets", None)
 
     def forward(self, hidden: Tensor, mask: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        out: Tensor = self.layer(hidden.to(weights[0].dtype), mask, *weights)
-        return (out,)
+        position = torch.arange(hidden.shape[0], dtype=torch.int32, device=hidden.device)
+        offset = position[None, :] - position[:, None]
+        distance = offset.abs()
+        buckets = self._half * (offset > 0).to(torch.int32)
+        for step in self._steps:
+            buckets = buckets + (distance >= step).to(torch.int32)
+        inputs = (hidden.to(weights[0].dtype), mask, *weights)
+        return (functional_call(self.layer, {"buckets": buckets}, inputs),)
 
 
 def text_layer(plan: StepPlan, dtype: torch.dtype) -> Compiled:
@@ -381,7 +399,7 @@ def text_layer(plan: StepPlan, dtype: torch.dtype) -> Compiled:
     inputs = [hidden, _spec("mask", (length,), torch.float32)]
     inputs += [_spec(name, shapes[f"layers.0.{name}"], dtype) for name in LAYER_WEIGHTS]
     outputs = [hidden.model_copy(update={"name": "hidden_out"})]
-    return Compiled(_TextLayer(UMT5Layer(config, length)), inputs, outputs)
+    return Compiled(_TextLayer(config, length), inputs, outputs)
 
 
 class _Condition(nn.Module):
@@ -394,14 +412,25 @@ class _Condition(nn.Module):
         return (*keys, *values)
 
 
-def conditioner(model: CausalWanModel) -> Compiled:
-    """Cross-attention keys and values of every layer from a prompt embedding; weights are compiled in."""
-    config, module = model.config, ConditionerModule(model)
+def conditioner(config: DiTConfig, dtype: torch.dtype) -> Compiled:
+    """Cross-attention keys and values of every layer from a prompt embedding."""
+    with torch.device("meta"):
+        model = CausalWanModel(config).to(dtype).requires_grad_(False)
+    body = _Condition(ConditionerModule(model))
     inputs = [_spec("text", (config.text_len, config.text_dim), torch.float32)]
     shape = (config.text_len, config.heads, config.head_dim)
-    return Compiled(
-        _Condition(module), inputs, [_spec(name, shape, model.dtype) for name in module.output_names]
-    )
+    outputs = [_spec(name, shape, dtype) for name in body.module.output_names]
+    return Compiled(body, inputs, outputs, _without(body, "module.", _CONDITIONED))
+
+
+_CONDITIONED = re.compile(r"model\.(text_embedding\..*|blocks\.\d+\.cross_attn\.(k|v|norm_k)\..*)")
+"""The transformer's weights that the conditioner reads."""
+
+
+def _without(body: nn.Module, prefix: str, wanted: re.Pattern[str]) -> dict[str, str]:
+    """Parameters of `body` -> their names without `prefix`, of those that are wanted."""
+    names = {key: key.removeprefix(prefix) for key, _ in body.named_parameters()}
+    return {key: name for key, name in names.items() if wanted.fullmatch(name)}
 
 
 class _Decode(nn.Module):
@@ -422,12 +451,13 @@ def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(cast(Tensor, module.weight).dtype), *args[1:])
 
 
-def _decoder(decoder: VAEDecoder, plan: StepPlan, *, first: bool) -> Compiled:
+def _decoder(config: VAEConfig, dtype: torch.dtype, plan: StepPlan, *, first: bool) -> Compiled:
+    with torch.device("meta"):
+        decoder = VAEDecoder(config).to(dtype).requires_grad_(False)
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
-    dtype = next(decoder.parameters()).dtype
-    latent = _spec("latent", (plan.preset.vae.z_dim, 1, height, width), torch.float32)
-    count = 1 if first else decoder.config.temporal_factor
+    latent = _spec("latent", (config.z_dim, 1, height, width), torch.float32)
+    count = 1 if first else config.temporal_factor
     frames = _spec("frames", (count, plan.height, plan.width, 3), torch.uint8)
     outputs = [
         _spec(cache.name.replace("cache.", "cache_out."), cache.shape, dtype)
@@ -435,14 +465,17 @@ def _decoder(decoder: VAEDecoder, plan: StepPlan, *, first: bool) -> Compiled:
         if cache.written_by_first or not first
     ]
     inputs = [] if first else [_spec(cache.name, cache.shape, dtype) for cache in caches]
-    return Compiled(_Decode(decoder, caches if first else None), [latent, *inputs], [frames, *outputs])
+    body = _Decode(decoder, caches if first else None)
+    # Time is not upsampled in the first frame.
+    wanted = re.compile(r"(?!.*\.time_conv\.).*" if first else ".*")
+    return Compiled(body, [latent, *inputs], [frames, *outputs], _without(body, "decode.", wanted))
 
 
-def vae_first(decoder: VAEDecoder, plan: StepPlan) -> Compiled:
-    """Decoding of the first latent frame; weights are compiled in."""
-    return _decoder(decoder, plan, first=True)
+def vae_first(config: VAEConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
+    """Decoding of the first latent frame."""
+    return _decoder(config, dtype, plan, first=True)
 
 
-def vae_next(decoder: VAEDecoder, plan: StepPlan) -> Compiled:
-    """Decoding of a later latent frame; weights are compiled in."""
-    return _decoder(decoder, plan, first=False)
+def vae_next(config: VAEConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
+    """Decoding of a later latent frame."""
+    return _decoder(config, dtype, plan, first=False)

@@ -16,15 +16,16 @@ import torch
 from torch import nn
 
 from export.backends.inductor import bundle as inductor
-from export.backends.inductor.bundle import BUILDER, compile_package, fp8_linears
+from export.backends.inductor.bundle import BUILDER
 from export.backends.inductor.components import describe, step_components
 from export.backends.inductor.golden import golden_graphs
 from export.backends.inductor.modules import Compiled, dtype_name, step_segments
+from export.backends.inductor.packages import compile_package, fp8_linears
 from export.build import _manifest
 from export.compare.reference import Reference, step_feeds
 from export.errors import BuildError, InputError
 from export.graph.components import TEXT_WEIGHTS
-from export.graph.tensor_files import store, write_tensors
+from export.graph.tensor_files import StoredTensor, store, write_tensors
 from export.parts.golden import write_vectors
 from export.parts.run import Built, Models
 from export.quantize.numerics import relative_error
@@ -96,7 +97,7 @@ def mixed_bundle(tiny_bundle: Path, plan: StepPlan, tmp_path_factory: pytest.Tem
     files += inductor._write_operators(folder, plan)
     write_tensors(
         folder / inductor.WEIGHTS,
-        inductor._weight_tensors(Weights(TINY, 0).dit(torch.float32), plan, frozenset()),
+        weight_tensors(plan, frozenset()),
     )
     components = {name: c for name, c in manifest.components.items() if not name.startswith("step_chunk")}
     components |= step_components(plan, segments, torch.float32)
@@ -108,11 +109,18 @@ def mixed_bundle(tiny_bundle: Path, plan: StepPlan, tmp_path_factory: pytest.Tem
         "backend": "inductor",
         "library": Library(name="torch", version=torch.__version__),
         "components": components,
-        "segments": inductor._section(segments, TINY.dit.layers, frozenset()),
+        "segments": inductor._section(plan, TINY.vae, frozenset()).model_copy(update={"outside": {}}),
         "files": tuple(file_entry(folder, name) for name in [*files, inductor.WEIGHTS]),
     }
     write_manifest(folder, manifest.model_copy(update=changes))
     return folder
+
+
+def weight_tensors(plan: StepPlan, linears: frozenset[str]) -> list[StoredTensor]:
+    """What the weights file of the tiny model holds, in float32."""
+    weights = Weights(TINY, 0)
+    model, decoder = weights.dit(torch.float32), weights.vae_decoder()
+    return list(inductor._weight_tensors(model, decoder, plan, linears))
 
 
 def frames(bundle: Path, chunks: int = 2) -> np.ndarray:
@@ -167,14 +175,11 @@ def test_the_rollout_equals_onnx_runtimes(mixed_bundle: Path, tiny_bundle: Path)
 
 def test_one_package_serves_all_layers_and_holds_no_weights(plan: StepPlan) -> None:
     segments = step_segments(plan, torch.float32)
-    stored = {
-        t.name: t.shape
-        for t in inductor._weight_tensors(Weights(TINY, 0).dit(torch.float32), plan, frozenset())
-    }
-    section = inductor._section(segments, TINY.dit.layers, frozenset())
+    stored = {t.name: t.shape for t in weight_tensors(plan, frozenset())}
+    section = inductor._section(plan, TINY.vae, frozenset())
     for part in segments.by_name.values():
         assert len(part.weights) == sum(1 for _ in part.body.parameters())
-    bound = [section.first, *section.layers, section.last, *section.prepare]
+    bound = [section.first, *section.layers, section.last, *section.prepare, *section.outside.values()]
     assert {tensor for row in bound for tensor in row.values()} == set(stored)
     shapes = {spec.name: spec.shape for spec in segments.layer.inputs}
     for row in section.layers:
@@ -202,12 +207,12 @@ def test_what_is_skipped_is_skipped_in_all_layers() -> None:
 # ---- what is refused ----
 
 
-def test_a_gpu_bundle_is_built_on_such_a_gpu() -> None:
+def test_packages_for_a_gpu_need_a_cuda_build_of_pytorch() -> None:
     request = request_for("h200")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    if torch.version.cuda is not None:
         BUILDER.check(request, request.plan)
         return
-    with pytest.raises(BuildError, match="compiled on such a GPU"):
+    with pytest.raises(BuildError, match="compiled by a CUDA build of PyTorch"):
         BUILDER.check(request, request.plan)
 
 
@@ -298,7 +303,7 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
     chosen = load_variant(variant).model_copy(update={"block": TINY.block})
     request = request_for("rtx5090", precision=precision, variant=chosen)
     plan, linears, models = request.plan, fp8_linears(request, request.plan), Models(request.weights)
-    components = describe(request, models.decoder(torch.float16), linears)
+    components = describe(request, linears)
     assert components["qk_prepare"].file is None
     shapes = umt5_shapes(TINY.text)
     write_tensors(
@@ -312,11 +317,14 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
             (tmp_path / component.file).write_bytes(component.file.encode())
             files.append(component.file)
     write_tensors(
-        tmp_path / inductor.WEIGHTS, inductor._weight_tensors(models.take_dit(torch.bfloat16), plan, linears)
+        tmp_path / inductor.WEIGHTS,
+        inductor._weight_tensors(
+            models.take_dit(torch.bfloat16), models.decoder(torch.float16), plan, linears
+        ),
     )
     files += write_kernels(tmp_path / "kernels")
-    section = inductor._section(step_segments(plan, torch.bfloat16, linears), TINY.dit.layers, linears)
-    graphs = golden_graphs(plan, request, models, components, linears)
+    section = inductor._section(plan, TINY.vae, linears)
+    graphs = golden_graphs(plan, request, components, linears)
     assert graphs["layer"].precision == precision
     quick = [(name, graph) for name, graph in graphs.items() if not name.startswith("vae")]
     written, golden = write_vectors(tmp_path, quick, section)

@@ -67,9 +67,10 @@ def test_fp8_segments_differ_from_plain_ones_by_the_formats_error(plan: StepPlan
 
 
 def run_segments(plan: StepPlan, linears: frozenset[str], *, emulated: bool) -> dict[str, torch.Tensor]:
+    weights = Weights(TINY, 0)
     tensors = {
         t.name: torch.frombuffer(bytearray(t.read()), dtype=torch.uint8)
-        for t in inductor._weight_tensors(Weights(TINY, 0).dit(torch.float32), plan, linears)
+        for t in inductor._weight_tensors(weights.dit(torch.float32), weights.vae_decoder(), plan, linears)
     }
     results = {}
     for (name, part), layer in zip(

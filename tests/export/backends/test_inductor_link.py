@@ -24,10 +24,10 @@ def test_a_program_links_with_the_driver_that_is_loaded(tmp_path: Path) -> None:
     library = tmp_path / "driver/libcuda.so.1"
     subprocess.run([COMPILER, "-shared", "-fPIC", tmp_path / "driver.c", "-o", library], check=True)
     script = (
-        "import os, subprocess, sys\nfrom export.backends.inductor.link import linkable_driver\n"
+        "import os, subprocess, sys\nfrom export.backends.inductor.link import cuda_toolchain\n"
         "command = [sys.argv[1], sys.argv[2] + '/user.c', '-o', sys.argv[2] + '/user', '-lcuda']\n"
         "if not subprocess.run(command, capture_output=True).returncode: raise SystemExit(77)\n"
-        "with linkable_driver():\n    subprocess.run(command, check=True)\n"
+        "with cuda_toolchain():\n    subprocess.run(command, check=True)\n"
         "assert os.environ.get('LIBRARY_PATH') is None\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "LIBRARY_PATH"}

@@ -1,0 +1,208 @@
+"""The packages of a bundle: which there are, and compiling them side by side in processes of their own.
+
+Packages hold no weights, so they are the same for every checkpoint of a model's shape, and travel well. Where the GPU
+that they are for is not here, those processes take the library of `null_gpu` for one.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+
+from export.errors import BuildError, InputError
+from export.parts.worker import run_worker
+from export.progress import StepCallback
+from export.quantize.formats import choose_formats
+from export.quantize.graph import KINDS
+from export.request.geometry import StepPlan
+from export.request.graph_types import graph_types
+from export.request.request import BuildRequest
+from runtime.host_memory import memory
+
+from .link import cuda_toolchain
+from .modules import Compiled, conditioner, step_segments, text_layer, vae_first, vae_next
+from .null_gpu import compile_library, environment
+
+__all__ = [
+    "EFFORT",
+    "compile_package",
+    "compile_packages",
+    "device_of",
+    "fp8_linears",
+    "is_cross",
+    "package_modules",
+]
+
+EFFORT: Mapping[str, float] = {
+    "text_encoder": 15.0,
+    "conditioner": 15.0,
+    "first": 12.0,
+    "layer": 15.0,
+    "last": 15.0,
+    "vae_next": 50.0,
+    "vae_first": 110.0,
+}
+"""The packages, with the seconds that compiling takes at full size."""
+
+_MEMORY = 3 << 30
+"""Of a process that compiles."""
+
+_CONDITIONER_KINDS = ("cross_attn.k", "cross_attn.v")
+"""Linears that run once per prompt and stay in the graph's type."""
+
+
+def device_of(request: BuildRequest) -> Literal["cpu", "cuda"]:
+    """Where a request's packages run."""
+    return "cpu" if request.target.compute_capability is None else "cuda"
+
+
+def is_cross(request: BuildRequest) -> bool:
+    """Whether the GPU that the packages are for is not in this machine."""
+    if device_of(request) == "cpu":
+        return False
+    if not torch.cuda.is_available():
+        return True
+    return "{}.{}".format(*torch.cuda.get_device_capability()) != request.target.compute_capability
+
+
+def fp8_linears(request: BuildRequest, plan: StepPlan) -> frozenset[str]:
+    """Kinds of the block linears that are in FP8.
+
+    Raises:
+        InputError: what is skipped differs between layers, which share one package; or it needs measured errors.
+    """
+    if request.precision != "fp8":
+        return frozenset()
+    skip = request.quantization.skip
+    if "auto" in skip:
+        raise InputError(
+            "the inductor backend does not measure errors, so there is no --skip auto; name the linears, such as "
+            "--skip '*.ffn.2'"
+        )
+    layers = range(plan.preset.dit.layers)
+    kinds = [kind for kind in KINDS if kind not in _CONDITIONER_KINDS]
+    chosen = choose_formats([f"blocks.{i}.{kind}" for i in layers for kind in kinds], "fp8", skip=skip)
+    by_kind = {kind: {i for i in layers if f"blocks.{i}.{kind}" in chosen} for kind in kinds}
+    uneven = [kind for kind, found in by_kind.items() if 0 < len(found) < len(layers)]
+    if uneven:
+        raise InputError(
+            f"--skip leaves {uneven[0]} in FP8 in {len(by_kind[uneven[0]])} of {len(layers)} layers, but one package "
+            f"serves them all; skip it in all (--skip '*.{uneven[0]}') or in none"
+        )
+    return frozenset(kind for kind, found in by_kind.items() if found)
+
+
+def package_modules(request: BuildRequest) -> dict[str, Callable[[], Compiled]]:
+    """What each package is compiled from, by name; no weights are read."""
+    plan, types = request.plan, graph_types(request)
+    vae = request.weights.vae_config()
+    segments = step_segments(plan, types.transformer, fp8_linears(request, plan)).by_name
+    return {
+        "text_encoder": partial(text_layer, plan, types.text),
+        "conditioner": partial(conditioner, plan.preset.dit, types.transformer),
+        **{name: partial(_same, segment) for name, segment in segments.items()},
+        "vae_first": partial(vae_first, vae, types.decoder, plan),
+        "vae_next": partial(vae_next, vae, types.decoder, plan),
+    }
+
+
+def _same(module: Compiled) -> Compiled:
+    return module
+
+
+def compile_package(module: Compiled, path: Path, device: str) -> None:
+    """Compile `module` for `device` to the package `path`.
+
+    Raises:
+        BuildError: PyTorch does not compile it.
+    """
+    # The wrapper only launches kernels: optimising it costs more than all kernels together and gains nothing.
+    options: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    if device == "cpu":
+        options["cpp.dynamic_threads"] = True
+    try:
+        toolchain = cuda_toolchain() if device == "cuda" else nullcontext()
+        with warnings.catch_warnings(), torch.no_grad(), toolchain:
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module.eval(), module.examples(device), strict=False)
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        raise BuildError(
+            f"PyTorch {torch.__version__} does not compile {path.stem!r} for {device}: {error}"
+        ) from error
+    finally:
+        gc.collect()
+
+
+def compile_packages(request: BuildRequest, folder: Path, key: str, progress: StepCallback) -> list[str]:
+    """Compile all packages of a request into `folder`, side by side as cores and memory allow.
+
+    Those that an interrupted call finished under the same `key` are taken over.
+
+    Returns:
+        the files, relative to `folder`.
+
+    Raises:
+        BuildError: a package does not compile; the message is PyTorch's.
+    """
+    kept = folder / f".packages-{key[:16]}"
+    kept.mkdir(exist_ok=True)
+    missing = [name for name in EFFORT if not (kept / f"{name}.pt2").is_file()]
+    available = memory().available or _MEMORY
+    jobs = max(1, min(len(missing), os.cpu_count() or 1, available // _MEMORY))
+    done, lock = len(EFFORT) - len(missing), Lock()
+
+    def finished(name: str, _: int, __: int) -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            progress(f"{name} compiled", done, len(EFFORT))
+
+    progress(f"compiling {', '.join(missing)}", done, len(EFFORT))
+    with tempfile.TemporaryDirectory(prefix="packages-") as scratch:
+        Path(scratch, "request").write_bytes(pickle.dumps(request))
+        job = {"device": device_of(request), "null_gpu": is_cross(request), "request": f"{scratch}/request"}
+        variables = dict(os.environ)
+        if job["null_gpu"]:
+            variables |= environment(compile_library(Path(scratch)), request.target.name)
+
+        def compile_group(names: Sequence[str]) -> str | None:
+            packages = {name: str(kept / f"{name}.pt2") for name in names}
+            found = run_worker(f"{__package__}.worker", {**job, "packages": packages}, variables, finished)
+            if not found.code:
+                return None
+            return (
+                found.result.get("failed")
+                or f"the compiler's process ended with {found.code}: {found.log[-2000:]}"
+            )
+
+        with ThreadPoolExecutor(jobs) as pool:
+            problems = [problem for problem in pool.map(compile_group, _groups(missing, jobs)) if problem]
+    if problems:
+        raise BuildError("; ".join(problems))
+    for name in EFFORT:
+        os.replace(kept / f"{name}.pt2", folder / f"{name}.pt2")
+    kept.rmdir()
+    return [f"{name}.pt2" for name in EFFORT]
+
+
+def _groups(names: Sequence[str], jobs: int) -> list[list[str]]:
+    """The packages in as many groups, of about the same effort."""
+    groups: list[list[str]] = [[] for _ in range(jobs)]
+    for name in sorted(names, key=lambda name: -EFFORT[name]):
+        min(groups, key=lambda group: sum(EFFORT[other] for other in group)).append(name)
+    return [group for group in groups if group]
