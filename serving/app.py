@@ -26,10 +26,13 @@ from .websocket import serve_stream
 __all__ = ["create_app"]
 
 
-def create_app(settings: Settings, on_loaded: Callable[[Exception | None], None] = lambda _: None) -> FastAPI:
+def create_app(
+    settings: Settings, on_loaded: Callable[[Exception | None], None] = lambda _: None, *, wait: bool = False
+) -> FastAPI:
     """The application for a bundle. It loads when the server starts, and answers 503 until it has.
 
-    ``on_loaded`` is called when it has, or with the error if it cannot. ``app.state.service`` is the :class:`Service`.
+    ``on_loaded`` is called when it has, or with the error if it cannot. With ``wait`` the application starts only then,
+    and raises the error. ``app.state.service`` is the :class:`Service`.
     """
     service = Service(settings)
 
@@ -41,6 +44,10 @@ def create_app(settings: Settings, on_loaded: Callable[[Exception | None], None]
                 on_loaded(service.error)
 
         starting = asyncio.create_task(start())
+        if wait:
+            await starting
+            if service.error is not None:
+                raise service.error
         try:
             yield
         finally:

@@ -21,35 +21,55 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving", description="Serve a bundle.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a page, a live stream and an API for clips, on one device")
-    run.add_argument("bundle", type=Path, help="folder of the bundle")
-    run.add_argument(
+    _add_server_arguments(run)
+    cluster = commands.add_parser(
+        "ray", help="a server on each of many devices, behind one address (Ray Serve)"
+    )
+    _add_server_arguments(cluster)
+    cluster.add_argument("--replicas", type=int, default=1, help="servers, each with its own device (1)")
+    cluster.add_argument("--cpus", type=float, default=1.0, help="CPUs that each replica reserves (1)")
+    cluster.add_argument("--gpus", type=float, default=0.0, help="GPUs that each replica reserves (0)")
+    cluster.add_argument(
+        "--address",
+        help="a Ray cluster that runs already ('auto' finds this machine's): deploy there, or replace what is "
+        "deployed, and return; otherwise one is started here and ends with this command",
+    )
+    return parser
+
+
+def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="folder of the bundle")
+    parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)"
     )
-    run.add_argument("--port", type=int, default=8000, help="port; 0 for any that is free (8000)")
-    run.add_argument("--sessions", type=int, default=2, help="sessions at a time; others wait (2)")
-    run.add_argument("--threads", type=int, help="CPU threads per forward (OMP_NUM_THREADS, else all cores)")
-    run.add_argument(
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 for any that is free (8000)")
+    parser.add_argument("--sessions", type=int, default=2, help="sessions at a time; others wait (2)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads per forward (OMP_NUM_THREADS, else all cores)"
+    )
+    parser.add_argument(
         "--token-file", metavar="FILE", help="bearer token that clients need; needed beyond loopback"
     )
-    run.add_argument("--insecure", action="store_true", help="listen beyond loopback without a token")
-    run.add_argument("--origin", action="append", default=[], help="further origin whose pages may connect")
-    run.add_argument("--allow-host", action="append", default=[], help="further name of this server")
-    run.add_argument(
+    parser.add_argument("--insecure", action="store_true", help="listen beyond loopback without a token")
+    parser.add_argument(
+        "--origin", action="append", default=[], help="further origin whose pages may connect"
+    )
+    parser.add_argument("--allow-host", action="append", default=[], help="further name of this server")
+    parser.add_argument(
         "--videos", type=Path, metavar="FOLDER", help="where clips are kept (the user's state folder)"
     )
-    run.add_argument(
+    parser.add_argument(
         "--drain", type=float, default=30.0, metavar="SECONDS", help="time to end, when stopped (30)"
     )
-    run.add_argument("--queue", type=int, default=16, help="clients that may wait for a place (16)")
-    run.add_argument("--rate", type=float, default=20.0, help="requests a second from one client (20)")
-    run.add_argument(
+    parser.add_argument("--queue", type=int, default=16, help="clients that may wait for a place (16)")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests a second from one client (20)")
+    parser.add_argument(
         "--example", action="append", default=[], metavar="PROMPT", help="prompt that the page offers"
     )
-    run.add_argument("--resident-text-encoder", action="store_true", help="keep its weights in memory")
-    run.add_argument("--no-verify", action="store_true", help="leave hashes and golden vectors out")
-    run.add_argument("--log-prompts", action="store_true", help="write prompts to the log in full")
-    run.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    return parser
+    parser.add_argument("--resident-text-encoder", action="store_true", help="keep its weights in memory")
+    parser.add_argument("--no-verify", action="store_true", help="leave hashes and golden vectors out")
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log in full")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return _BAD_INPUT
     configure(options.log_level)
+    if options.command == "ray":
+        return _serve_cluster(options, settings)
     from runtime import BundleError, InputError
 
     from .server import serve
@@ -76,11 +98,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _BAD_INPUT if isinstance(failure, (BundleError, InputError)) else _FAILED
 
 
+def _serve_cluster(options: argparse.Namespace, settings: Settings) -> int:
+    import signal
+    import threading
+
+    from .errors import ServingError
+    from .ray_app import Cluster, deploy, start_cluster, stop_cluster
+
+    stop = threading.Event()
+    try:
+        cluster = Cluster(options.replicas, options.cpus, options.gpus, options.address)
+        start_cluster(settings, cluster)
+        deploy(settings, cluster)
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except RuntimeError as error:  # Ray's word for a deployment that does not come up
+        print(f"error: {error}", file=sys.stderr)
+        stop_cluster()
+        return _FAILED
+    print(f"open http://{settings.host}:{settings.port}/", flush=True)
+    if cluster.address is None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        stop.wait()
+        stop_cluster()
+    return 0
+
+
 def _settings(options: argparse.Namespace) -> Settings:
     from .settings import Limits, Settings, default_videos_folder, read_token
 
     return Settings(
-        bundle=options.bundle,
+        bundle=options.bundle.absolute(),
         host=options.host,
         port=options.port,
         sessions=options.sessions,

@@ -14,6 +14,7 @@ from .encoder import VideoShape, h264_codec
 from .errors import RequestError, ServingError
 from .live import LiveSession
 from .metrics import Metrics
+from .neighbours import Neighbours, keep_reporting
 from .places import Places
 from .security import Guard, RateLimit
 from .settings import Settings
@@ -43,7 +44,9 @@ class Service:
         self.stage = "files"
         self.error: Exception | None = None
         self._pipeline: Pipeline | None = None
-        self._workers: asyncio.Task[None] | None = None
+        self.neighbours: Neighbours | None = None
+        """Servers that share this one's address, if there are any."""
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def pipeline(self) -> Pipeline:
@@ -94,7 +97,9 @@ class Service:
         self.metrics.device_memory.set(pipeline.memory.total_bytes)
         self.metrics.ready.set(1)
         self.state = "ready"
-        self._workers = asyncio.create_task(self.clips.work(pipeline, self.places))
+        self._tasks.append(asyncio.create_task(self.clips.work(pipeline, self.places)))
+        if self.neighbours is not None:
+            self._tasks.append(asyncio.create_task(keep_reporting(self.neighbours, self._free)))
         _log.info("ready", extra={"fields": {"bundle": pipeline.manifest.name, "encoder": encoder}})
 
     async def drain(self, seconds: float) -> None:
@@ -116,12 +121,19 @@ class Service:
     async def close(self) -> None:
         """End everything and free the pipeline."""
         await self.drain(0.0)
-        if self._workers is not None:
-            self._workers.cancel()
-            await asyncio.gather(self._workers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._pipeline is not None:
             await asyncio.to_thread(self._pipeline.close)
             self._pipeline = None
+
+    async def has_better_neighbour(self) -> bool:
+        """Whether a client should go elsewhere: there is no place here, and another server has one."""
+        return self.neighbours is not None and self._free() == 0 and await self.neighbours.have_room()
+
+    def _free(self) -> int:
+        return self.places.total - self.places.taken if self.state == "ready" else 0
 
     def exposition(self) -> bytes:
         """The metrics, with what is counted at the moment of asking."""

@@ -188,6 +188,8 @@ class Connection:
             if isinstance(error, BusyError):
                 answer["error"]["retry_after"] = error.retry_after
             await self.event(answer)
+            if error.code == "elsewhere":
+                await self._close(_TRY_LATER, str(error))
             return
         except asyncio.CancelledError:  # only while it waits
             reason, message = "cancelled", "cancelled while waiting for a place"
@@ -206,6 +208,8 @@ class Connection:
                 "too_long", f"seconds is {start.seconds:g}; at most {limits.seconds:g}, or null for no end"
             )
         pipeline = service.pipeline
+        if await service.has_better_neighbour():
+            raise RequestError("elsewhere", "another server behind this address has room; connect again")
         async with service.places.place(self._tell_position, seconds=start.seconds):
             outlet = EncodingOutlet(self, start.format, service.shape, log.session)
             live = LiveSession(pipeline, start, outlet, limits=limits, metrics=service.metrics, log=log)

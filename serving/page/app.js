@@ -197,7 +197,7 @@ on("receipt", (receipt) => {
   if (!receipt.accepted) {
     if (entry) mark(entry, "refused", "refused");
     announce(`Refused: ${receipt.error.message}`);
-    if (receipt.action === "start") {
+    if (receipt.action === "start" && receipt.error.code !== "elsewhere") {
       wanted = false;
       const again = receipt.error.retry_after ? ` Try again in ${receipt.error.retry_after} s.` : "";
       state("ready", receipt.error.message + again);
