@@ -1,0 +1,1 @@
+"""What clients of a server see: `python -m benchmarks.serving`."""

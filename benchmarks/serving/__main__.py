@@ -1,0 +1,7 @@
+"""``python -m benchmarks.serving``."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())
