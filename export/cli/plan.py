@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import chosen_variant
@@ -42,6 +43,12 @@ class Plan(Command):
             metavar="E",
             help="share of the peak rates that the second column assumes (default: 0.6)",
         )
+        parser.add_argument(
+            "--bundle",
+            type=Path,
+            metavar="BUNDLE",
+            help="count element-wise work as the engines of this built bundle do it, not pass by pass",
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -49,13 +56,17 @@ class Plan(Command):
         from export.report.plan import plan_document, plan_tables
 
         request = _planned(args)
-        memory = plan_memory(request, args.sessions)
+        memory, built = plan_memory(request, args.sessions), None
+        if args.bundle:
+            from export.estimate.built import built_traffic, matching_bundle
+
+            built = built_traffic(matching_bundle(args.bundle, request))
         if args.json:
-            print(json.dumps(plan_document(request, args.sessions, args.efficiency), indent=1))
+            print(json.dumps(plan_document(request, args.sessions, args.efficiency, built), indent=1))
         else:
             from rich.console import Console
 
-            Console().print(*plan_tables(request, args.sessions, args.efficiency), sep="\n")
+            Console().print(*plan_tables(request, args.sessions, args.efficiency, built), sep="\n")
             if memory.fits is False:  # the last word, too: the tables are longer than a screen
                 Console().print(memory.verdict, style="red", markup=False)
         return 1 if memory.fits is False else 0

@@ -106,10 +106,15 @@ def _rates(peak: Peak) -> dict[Precision, float]:
 
 
 class Workload:
-    """What one variant of one model has to compute."""
+    """What one variant of one model has to compute.
 
-    def __init__(self, request: Planned) -> None:
+    `built` holds bytes of element-wise work per run by component, as built engines have it (`export.estimate.built`);
+    what it does not name is as `export.estimate.elementwise` counts it.
+    """
+
+    def __init__(self, request: Planned, built: Mapping[str, int] | None = None) -> None:
         self.request = request
+        self._built = built or {}
         self.dit = request.preset.dit
         self.item = item_bytes(request.precision)
         self.wide: Precision = "fp32" if request.precision == "fp32" else "bf16"
@@ -184,7 +189,7 @@ class Workload:
             (tokens * (patch + dit.dim) + patch * dit.dim) * self.item,
         )
         yield outer
-        yield from self.moved(self.passes.first())
+        yield from self._part("first", self.passes.first())
         for layer in range(dit.layers):
             is_last = layer == dit.layers - 1
             yield self.linear(kinds[0])
@@ -195,9 +200,16 @@ class Workload:
             for kind in kinds[1:]:
                 yield self.linear(kind)
             yield self.cross_attention
-            yield from self.moved(self.passes.layer(is_last=is_last))
+            if not is_last:
+                yield from self._part("layer", self.passes.layer())
         yield outer
-        yield from self.moved(self.passes.last())
+        yield from self._part("last", (*self.passes.layer(is_last=True), *self.passes.last()))
+
+    def _part(self, name: str, passes: Iterable[Pass], kind: Kind = "element-wise") -> Iterator[Work]:
+        """A component's element-wise work: as built, or pass by pass."""
+        if name in self._built:
+            return iter((Work(kind, self.wide, 0, self._built[name]),))
+        return self.moved(passes, kind)
 
     def moved(self, passes: Iterable[Pass], kind: Kind = "element-wise") -> Iterator[Work]:
         """Passes as work."""
@@ -216,7 +228,7 @@ class Workload:
         middle, pixels = vae.widths[0], height * width
         yield Work("decoder", self.wide, 4 * pixels**2 * middle, 4 * pixels * middle * self.item)
         passes = decoder_passes(vae, height, width, self.item, first=first)
-        yield from self.moved(passes, "decoder, element-wise")
+        yield from self._part("vae_first" if first else "vae_next", passes, "decoder, element-wise")
 
     def chunk(self, chunk: int) -> Iterator[Work]:
         """Everything between asking for a chunk and having its frames: the clean forward of the chunk before, the
@@ -319,10 +331,10 @@ class ClipPrediction:
         }
 
 
-def predict(request: Planned) -> ClipPrediction | None:
+def predict(request: Planned, built: Mapping[str, int] | None = None) -> ClipPrediction | None:
     """The floor of the clip that the variant's table was planned for; None where a peak rate that it needs is not
-    known."""
-    peak, workload = request.target.peak, Workload(request)
+    known. `built` is what :class:`Workload` takes."""
+    peak, workload = request.target.peak, Workload(request, built)
     if peak is None or not all(format in _rates(peak) for format in workload.formats):
         return None
     chunks = []

@@ -61,11 +61,13 @@ def memory_table(plan: MemoryPlan) -> Table:
 # ---- prediction ----
 
 
-def plan_tables(request: Planned, sessions: int, efficiency: float) -> Iterator[RenderableType]:
-    """Everything `plan` prints."""
+def plan_tables(
+    request: Planned, sessions: int, efficiency: float, built: Mapping[str, int] | None = None
+) -> Iterator[RenderableType]:
+    """Everything `plan` prints; `built` is what :class:`~export.estimate.roofline.Workload` takes."""
     yield _heading(request)
     yield memory_table(plan_memory(request, sessions))
-    clip = predict(request)
+    clip = predict(request, built)
     if clip is None:
         why = (
             "no peak rates are known for it"
@@ -76,6 +78,8 @@ def plan_tables(request: Planned, sessions: int, efficiency: float) -> Iterator[
         return
     yield _chunks(request, clip, efficiency)
     yield _shares(clip)
+    if built:
+        yield _built(request, built)
     yield _roofline(request, len(clip.chunks) - 1)
     yield _precisions(request, efficiency)
     yield "\n".join(_conclusions(request, clip))
@@ -158,6 +162,26 @@ def _shares(clip: ClipPrediction) -> Table:
 def _totals(clip: ClipPrediction) -> list[ClipPrediction]:
     """The whole clip, and before it the 81 frames of a short one if it is longer."""
     return [clip.first(PUBLISHED_CHUNKS), clip] if len(clip.chunks) > PUBLISHED_CHUNKS else [clip]
+
+
+def _built(request: Planned, built: Mapping[str, int]) -> Table:
+    """Element-wise work of one run of each component: pass by pass, and as its engine does it."""
+    workload = Workload(request)
+    passes = workload.passes
+    planned = {
+        "first": passes.first(),
+        "layer": passes.layer(),
+        "last": (*passes.layer(is_last=True), *passes.last()),
+    }
+    sizes = {name: sum(one.bytes for one in found) for name, found in planned.items()}
+    for name, first in (("vae_first", True), ("vae_next", False)):
+        decoder = workload.decode(first=first)
+        sizes[name] = sum(work.bytes for work in decoder if work.kind == "decoder, element-wise")
+    table = _table("Element-wise work of one run, as built", "component", "passes, MB", "built, MB", "times")
+    for name, moved in built.items():
+        table.add_row(name, f"{sizes[name] / 1e6:.4g}", f"{moved / 1e6:.4g}", f"{moved / sizes[name]:.2f}")
+    table.caption = "the figures above count what is built"
+    return table
 
 
 def _samples(request: Planned, chunk: int) -> Iterator[tuple[str, Work]]:
@@ -250,13 +274,16 @@ TOP = 0.9
 """Share of the peak rates that real programs stay below."""
 
 
-def plan_document(request: Planned, sessions: int, efficiency: float) -> dict[str, Any]:
+def plan_document(
+    request: Planned, sessions: int, efficiency: float, built: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The same as plain data."""
-    clip = predict(request)
+    clip = predict(request, built)
     prediction = None
     if clip is not None:
         prediction = {
             **clip.as_dict(),
+            "built_bytes": dict(built or {}),
             "at_efficiency": {
                 "efficiency": efficiency,
                 "seconds": clip.seconds / efficiency,

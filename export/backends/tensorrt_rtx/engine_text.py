@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,19 @@ _TYPES = {
     "bool": "bool",
 }
 
+_BITS = {
+    "fp32": 32,
+    "fp16": 16,
+    "bf16": 16,
+    "fp8": 8,
+    "fp4": 4,
+    "int8": 8,
+    "uint8": 8,
+    "int32": 32,
+    "int64": 64,
+    "bool": 8,
+}
+
 Kind = Literal["gemm", "convolution", "attention", "kernel"]
 
 _BACKBONES: dict[str, Kind] = {"fully_connected": "gemm", "corrltn": "convolution"}
@@ -67,6 +81,11 @@ class Operand:
     name: str
     dtype: str
     dims: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.dims) * _BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,12 @@ class PlanReport:
     def gemms(self) -> dict[str, int]:
         """Matrix products by operand type; attention is counted apart."""
         return self.count("gemm")
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the launches that are no product, convolution or attention, every operand read or written once."""
+        kernels = (launch for launch in self.launches if launch.kind == "kernel")
+        return sum(operand.nbytes for launch in kernels for operand in (*launch.inputs, *launch.outputs))
 
     @cached_property
     def weight_transposes(self) -> tuple[str, ...]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from onnx import helper
 
 from export.backends.tensorrt_rtx.engine import build_engine
-from export.backends.tensorrt_rtx.engine_text import PlanFormatError, PlanReport, parse_plan, read_plan
+from export.backends.tensorrt_rtx.engine_text import (
+    Launch,
+    PlanFormatError,
+    PlanReport,
+    parse_plan,
+    read_plan,
+)
 from export.backends.tensorrt_rtx.expectations import (
     ActivationBound,
     Expectations,
@@ -51,6 +58,22 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> PlanReport:
         [weight("w", (128, 256)), weight("b", (256,))],
     )
     return parse_plan(build(graph))
+
+
+def test_bytes_of_what_is_no_product(fused: PlanReport, fp8_plan: bytes) -> None:
+    """The weight of the product is transposed, read and written once; in FP8, the input is quantized besides."""
+    others = [launch for launch in fused.launches if launch.kind == "kernel"]
+    assert fused.moved_bytes == sum(launch_bytes(launch) for launch in others)
+    quantized = parse_plan(fp8_plan)
+    (quantize,) = (launch for launch in quantized.launches if launch.kind == "kernel")
+    assert quantized.moved_bytes == launch_bytes(quantize) > 0
+
+
+def launch_bytes(launch: Launch) -> int:
+    """By the types' widths."""
+    widths = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+    operands = (*launch.inputs, *launch.outputs)
+    return sum(widths[operand.dtype] * math.prod(operand.dims) for operand in operands)
 
 
 def test_an_fp8_product_is_read_with_its_operands(fp8_plan):

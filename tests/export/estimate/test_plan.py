@@ -252,6 +252,21 @@ def test_every_element_wise_pass_of_a_forward():
     assert sum(one.bytes for one in passes.last()) == latent * (2 + 4 + 4 + 4 + 4)
 
 
+def test_built_engines_stand_in_for_passes():
+    asked = planned("h200", "hopper", precision="fp8")
+    built = {"layer": 500_000_000, "vae_next": 8_000_000_000}
+    clip, passes = predict(asked, built), predict(asked)
+    assert clip is not None and passes is not None
+    layer = sum(one.bytes for one in Workload(asked).passes.layer())
+    more = clip.part("element-wise").bytes - passes.part("element-wise").bytes
+    assert more == 34 * 29 * (500_000_000 - layer)
+    first, later = (
+        sum(one.bytes for one in decoder_passes(LIGHT_VAE, 64, 96, 2, first=on)) for on in (True, False)
+    )
+    assert passes.part("decoder, element-wise").bytes == first + 20 * later
+    assert clip.part("decoder, element-wise").bytes == first + 20 * 8_000_000_000
+
+
 def test_passes_of_the_decoder_by_hand():
     """LightVAE, 512x768: the last ones, and one in front of everything that convolves."""
     passes = list(decoder_passes(LIGHT_VAE, 64, 96, 2, first=False))

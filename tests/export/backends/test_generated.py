@@ -1,0 +1,129 @@
+"""What packages for a GPU say of themselves, read from the code that Inductor wrote."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.backends.inductor.bundle import fp8_linears
+from export.backends.inductor.generated import GeneratedCodeError, Launch, parse_wrapper, read_package
+from export.backends.inductor.modules import step_segments
+from export.cli.main import main
+from export.errors import InputError
+from export.estimate.built import built_traffic
+from export.request.request import BuildRequest
+from export.request.targets import load_target, load_variant
+from export.request.weights import Weights
+from lightforcing_ref.config import PRESETS
+from runtime.bundle import Bundle, Component, Target, load_bundle
+
+torch = pytest.importorskip("torch")
+
+CODE = Path(__file__).with_name("layer_wrapper.txt").read_text()
+"""Of the segment `layer` of wan-1.3b at 512x768 in fp8, compiled for sm_90 by PyTorch 2.11 and Triton 3.6; what the
+reader does not look at is cut out."""
+
+STREAM = 3 * 1536 * 1536
+FFN = 3 * 1536 * 8960
+SCALES = 4 * 3 * 1536
+SMALL = 300_000
+"""Bytes of a kernel's parameters: rows of modulation tables, biases, norms."""
+
+
+@pytest.fixture(scope="module")
+def component() -> Component:
+    preset = PRESETS["wan-1.3b"]
+    request = BuildRequest(
+        load_target("h200"), load_variant("hopper"), Weights(preset, seed=0), 512, 768, "inductor", "fp8",
+        Path("nowhere"), "x",
+    )  # fmt: skip
+    return step_segments(request.plan, torch.bfloat16, fp8_linears(request, request.plan)).layer.component(
+        "layer.pt2"
+    )
+
+
+def moved(launches: tuple[Launch, ...]) -> int:
+    return sum(launch.nbytes for launch in launches if launch.is_generated)
+
+
+def test_every_launch_of_a_layer_is_read_with_its_bytes(component: Component) -> None:
+    """By hand, from the shapes: bf16 two bytes, fp8 one and a scale for each token; three float32 intermediates."""
+    launches = parse_wrapper(CODE, component)
+    assert [launch.name for launch in launches if not launch.is_generated] == [
+        "_scaled_mm_out", "_scaled_mm_out", "_scaled_dot_product_cudnn_attention", *["_scaled_mm_out"] * 4,
+    ]  # fmt: skip
+    expected = [
+        ("quantize attention", 2 * STREAM + STREAM + SCALES),
+        ("residual, norm", 4 * STREAM + 2 * STREAM + 4 * STREAM + STREAM + SCALES),
+        ("norm of cross q", 4 * STREAM),
+        ("quantize cross-attention", 3 * STREAM + SCALES),
+        ("residual, norm, modulation", 4 * STREAM + 4 * STREAM + STREAM + SCALES),
+        ("GELU", 2 * FFN + FFN + SCALES),
+        # Reads a second time what the pass before could have kept, and writes the stream twice.
+        ("residual, norm, modulation", 6 * STREAM + 4 * STREAM + 4 * STREAM + STREAM + SCALES),
+        ("copy of q, k, v", 12 * STREAM),
+    ]
+    generated = [launch for launch in launches if launch.is_generated]
+    for launch, (name, nbytes) in zip(generated, expected, strict=True):
+        assert 0 <= launch.nbytes - nbytes < SMALL, name
+    wide = [operand.dtype for launch in generated for operand in launch.outputs if operand.elements == STREAM]
+    assert wide.count("float32") == 3
+
+
+def test_what_is_not_known_is_refused(component: Component) -> None:
+    with pytest.raises(GeneratedCodeError, match="no function run_impl"):
+        parse_wrapper("int main() {}", component)
+    with pytest.raises(GeneratedCodeError, match="'buf1' of type 'fp8e4nv', which is not known"):
+        parse_wrapper(
+            CODE.replace("&buf1_handle", "&other_handle").replace("RAIIAtenTensorHandle buf1(", "("),
+            component,
+        )
+    with pytest.raises(GeneratedCodeError, match="unlike its definition"):
+        parse_wrapper(
+            CODE.replace("static inline void call_triton_red", "static inline void call_other"), component
+        )
+    with pytest.raises(GeneratedCodeError, match="used as a shape and not declared"):
+        parse_wrapper(CODE.replace("int_array_0[] =", "int_array_900[] ="), component)
+
+
+def package(path: Path, code: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{path.stem}/data/aotinductor/model/x.wrapper.cpp", code)
+    return path
+
+
+def test_a_package_without_its_code_is_refused(tmp_path: Path, component: Component) -> None:
+    assert moved(read_package(package(tmp_path / "a.pt2", CODE), component)) == moved(
+        parse_wrapper(CODE, component)
+    )
+    with zipfile.ZipFile(tmp_path / "b.pt2", "w") as archive:
+        archive.writestr("b/nothing", "")
+    with pytest.raises(GeneratedCodeError, match=r"b\.pt2 holds 0 wrappers"):
+        read_package(tmp_path / "b.pt2", component)
+
+
+def test_a_bundles_traffic_is_its_packages(tmp_path: Path, tiny_bundle: Path, component: Component) -> None:
+    bundle = load_bundle(tiny_bundle, verify=False)
+    changes = {
+        "backend": "inductor",
+        "target": Target(name="h200", compute_capability="9.0"),
+        "components": {"layer": component, "qk_prepare": component.model_copy(update={"file": None})},
+    }
+    package(tmp_path / "layer.pt2", CODE)
+    built = replace(bundle, root=tmp_path, manifest=bundle.manifest.model_copy(update=changes))
+    assert isinstance(built, Bundle)
+    assert built_traffic(built) == {"layer": moved(parse_wrapper(CODE, component))}
+    with pytest.raises(InputError, match="backend onnxruntime on cpu, whose engines do not tell"):
+        built_traffic(bundle)
+
+
+def test_plan_takes_bundles_of_what_is_planned_alone(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--gpu", "h200", "--preset", "wan-1.3b", "--bundle", str(tiny_bundle)]) == 2
+    assert "is of tiny 128x128 in fp32, and wan-1.3b 512x768 in fp8 is planned" in capsys.readouterr().err
+    assert main(["plan", "--preset", "tiny", "--bundle", str(tiny_bundle)]) == 2
+    assert "leave --bundle out" in capsys.readouterr().err
