@@ -11,7 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
@@ -320,7 +320,11 @@ def inspect_trace(events: Sequence[Mapping[str, Any]], chunk: int) -> Inspection
         100 * sum(gap for gap in gaps if gap >= least) / (end - start) for least in (0.0, HOST_GAP_US)
     )
     shares, largest = _shares(times)
-    return Inspection(chunk, shares, part_shares(on_gpu), len(on_gpu), dict(syncs), idle, host, largest)
+    # A forward that the stretch cuts is told apart by what lies outside, which takes no time here.
+    parts = part_shares(
+        run if start <= run.start < end else replace(run, duration=0.0) for run in gpu_events(events)
+    )
+    return Inspection(chunk, shares, parts, len(on_gpu), dict(syncs), idle, host, largest)
 
 
 def _gaps(spans: Iterable[tuple[float, float]], start: float, end: float) -> list[float]:

@@ -18,7 +18,7 @@ import torch
 from benchmarks.rollout import ladder
 from benchmarks.rollout import main as rollout
 from benchmarks.rollout.ladder import LADDER, BundleSpec, Case, Platform, bundle_spec, chunks_for
-from benchmarks.rollout.measure import ChunkRecord, Clip, inspect_trace, summarise
+from benchmarks.rollout.measure import MARK, ChunkRecord, Clip, inspect_trace, summarise
 from benchmarks.rollout.report import goals, table
 from export.request.targets import load_target
 
@@ -100,6 +100,28 @@ def test_a_trace_gives_shares_waits_and_gaps() -> None:
     assert (found.kernels, found.parts) == (4, None)
     assert found.idle_percent == pytest.approx(100 * (10 + 1 + 40) / 200)
     assert found.host_gap_percent == pytest.approx(100 * 40 / 200)
+
+
+def test_parts_of_a_stretch_that_cuts_a_forward() -> None:
+    """The copies that feed the forward, by which its first package is known, come before the mark."""
+    names = (
+        "Memcpy HtoD",
+        "patches",
+        "prepare",
+        "attend",
+        "layer_a",
+        "prepare",
+        "attend",
+        "last",
+        "patches",
+        "prepare",
+    )
+    kernels = [event("kernel", name, 100.0 + 10 * index, 10.0) for index, name in enumerate(names)]
+    found = inspect_trace([event("user_annotation", MARK, 125.0, 75.0), *kernels], 5)
+    assert found.parts is not None
+    assert {part: round(7 * share) for part, share in found.parts.items()} == {
+        "first": 1, "layer": 1, "last": 1, "operators": 4, "decoder": 0, "copies": 0,
+    }  # fmt: skip
 
 
 def test_medians_over_clips() -> None:
