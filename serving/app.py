@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -67,6 +68,10 @@ def create_app(
     _add_state_routes(app, service)
     app.include_router(page.router())
     app.include_router(videos.router(service))
+    if find_spec("aiortc") is not None:
+        from . import webrtc
+
+        app.include_router(webrtc.router(service))
 
     @app.websocket("/v1/stream")
     async def stream(socket: WebSocket) -> None:

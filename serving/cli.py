@@ -62,6 +62,7 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain", type=float, default=30.0, metavar="SECONDS", help="time to end, when stopped (30)"
     )
     parser.add_argument("--queue", type=int, default=16, help="clients that may wait for a place (16)")
+    parser.add_argument("--ice-server", action="append", default=[], help="STUN or TURN server for WebRTC")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second from one client (20)")
     parser.add_argument(
         "--example", action="append", default=[], metavar="PROMPT", help="prompt that the page offers"
@@ -142,6 +143,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         videos=options.videos or default_videos_folder(),
         drain_seconds=options.drain,
         log_prompts=options.log_prompts,
+        ice_servers=tuple(options.ice_server),
         examples=tuple(options.example),
         resident_text_encoder=options.resident_text_encoder,
         verify=not options.no_verify,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from runtime import LightForcingError, Manifest, Pipeline
@@ -46,7 +47,7 @@ class Service:
         self._pipeline: Pipeline | None = None
         self.neighbours: Neighbours | None = None
         """Servers that share this one's address, if there are any."""
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def pipeline(self) -> Pipeline:
@@ -97,9 +98,9 @@ class Service:
         self.metrics.device_memory.set(pipeline.memory.total_bytes)
         self.metrics.ready.set(1)
         self.state = "ready"
-        self._tasks.append(asyncio.create_task(self.clips.work(pipeline, self.places)))
+        self.keep(asyncio.create_task(self.clips.work(pipeline, self.places)))
         if self.neighbours is not None:
-            self._tasks.append(asyncio.create_task(keep_reporting(self.neighbours, self._free)))
+            self.keep(asyncio.create_task(keep_reporting(self.neighbours, self._free)))
         _log.info("ready", extra={"fields": {"bundle": pipeline.manifest.name, "encoder": encoder}})
 
     async def drain(self, seconds: float) -> None:
@@ -118,12 +119,18 @@ class Service:
         while self.live:
             await asyncio.sleep(0.01)
 
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Let a task run until it ends, or the server does."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def close(self) -> None:
         """End everything and free the pipeline."""
         await self.drain(0.0)
-        for task in self._tasks:
+        tasks = tuple(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._pipeline is not None:
             await asyncio.to_thread(self._pipeline.close)
             self._pipeline = None
@@ -162,6 +169,8 @@ class Service:
             "examples": list(self.settings.examples),
             "places": self.places.total,
             "formats": ["h264", "jpeg"],
+            "webrtc": find_spec("aiortc") is not None,
+            "ice_servers": list(self.settings.ice_servers),
             "h264_codec": h264_codec(shape)[1],
         }
 

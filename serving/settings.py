@@ -69,6 +69,8 @@ class Settings:
     videos: Path = field(default_factory=default_videos_folder)
     drain_seconds: float = 30.0
     log_prompts: bool = False
+    ice_servers: tuple[str, ...] = ()
+    """STUN and TURN servers for WebRTC, such as ``stun:stun.example.com:3478``."""
     examples: tuple[str, ...] = ()
     """Prompts that the page offers."""
     resident_text_encoder: bool = False

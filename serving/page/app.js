@@ -18,6 +18,8 @@ let counts = { stalls: 0, dropped: 0 };
 let hiddenPause = false;
 let ending = "";
 let recalled = -1;
+let byTrack = false;
+let latest = -1;
 
 function state(name, text) {
   document.documentElement.dataset.state = name;
@@ -74,6 +76,7 @@ function start() {
   $("seed").value = seed;
   wanted = true;
   ending = "";
+  latest = -1;
   startedAt = performance.now();
   counts = { stalls: 0, dropped: 0 };
   readouts();
@@ -223,7 +226,25 @@ on("receipt", (receipt) => {
   }
 });
 
-on("chunk", (chunk) => strip.add(chunk));
+// A track tells nothing of chunks: one is taken to be shown when the next one comes.
+on("track", (stream) => {
+  byTrack = true;
+  player.watch(stream);
+});
+player.addEventListener("drawn", () => {
+  if (current() !== "starting" || latest < 0) return;
+  $("r-first").textContent = milliseconds((performance.now() - startedAt) / 1000);
+  state("playing");
+});
+on("chunk", (chunk) => {
+  strip.add(chunk);
+  latest = chunk.chunk;
+  if (!byTrack) return;
+  const shown = Math.max(0, chunk.chunk - 1);
+  strip.show(shown);
+  $("screen").dataset.chunk = shown;
+  $("clock").textContent = `${chunk.time.toFixed(1)} s`;
+});
 on("picture", (picture) => player.push(picture));
 on("applied", ({ id, chunk, after }) => {
   strip.apply(chunk, String(id));

@@ -33,6 +33,7 @@ export class Connection extends EventTarget {
     const body = await answer.json().catch(() => ({}));
     if (!answer.ok) return this.#retry(body.error?.message ?? `The server answers ${answer.status}.`);
     this.#emit("bundle", body);
+    if (new URLSearchParams(location.search).get("transport") === "webrtc") return this.#call(headers, body.ice_servers);
 
     const protocols = this.token ? [PROTOCOL, `bearer.${this.token}`] : [PROTOCOL];
     const socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/stream`, protocols);
@@ -54,6 +55,46 @@ export class Connection extends EventTarget {
 
   acknowledge(chunk) {
     if (this.open) this.#socket.send(JSON.stringify({ type: "ack", chunk }));
+  }
+
+  /** The same over WebRTC: messages by a data channel, pictures as a track. */
+  async #call(headers, servers) {
+    const peer = new RTCPeerConnection({ iceServers: servers.map((urls) => ({ urls })) });
+    const channel = peer.createDataChannel("control");
+    const socket = { get readyState() { return channel.readyState === "open" ? WebSocket.OPEN : WebSocket.CLOSED; }, send: (text) => channel.send(text) };
+    peer.addTransceiver("video", { direction: "recvonly" });
+    peer.ontrack = ({ track, receiver }) => {
+      receiver.jitterBufferTarget = 0;
+      this.#emit("track", new MediaStream([track]));
+    };
+    channel.onmessage = ({ data }) => this.#receive(data);
+    const gone = () => {
+      if (this.#socket !== socket) return;
+      peer.close();
+      this.#retry("The connection was lost.");
+    };
+    channel.onclose = gone;
+    peer.onconnectionstatechange = () => { if (peer.connectionState === "failed") gone(); };
+    this.#socket = socket;
+    try {
+      await peer.setLocalDescription();
+      await new Promise((done) => {
+        if (peer.iceGatheringState === "complete") return done();
+        peer.onicegatheringstatechange = () => peer.iceGatheringState === "complete" && done();
+        setTimeout(done, 2000);
+      });
+      const { type, sdp } = peer.localDescription;
+      const answer = await fetch("/v1/webrtc", {
+        method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify({ type, sdp }),
+      });
+      const body = await answer.json();
+      if (!answer.ok) throw new Error(body.error?.message ?? `The server answers ${answer.status}.`);
+      await peer.setRemoteDescription(body);
+    } catch (error) {
+      this.#socket = null;
+      peer.close();
+      this.#retry(error.message);
+    }
   }
 
   #receive(data) {

@@ -45,6 +45,22 @@ export class Player extends EventTarget {
     this.resume();
   }
 
+  /** Show a track instead: it has a clock, and frames, of its own. */
+  watch(stream) {
+    const video = Object.assign(document.createElement("video"), { muted: true, playsInline: true, srcObject: stream });
+    const draw = () => {
+      if (this.#running) {
+        const { width, height } = this.#screen;
+        this.#screen.getContext("2d").drawImage(video, 0, 0, width, height);
+        this.#glow.drawImage(video, 0, 0, 16, 16);
+        this.dispatchEvent(new CustomEvent("drawn"));
+      }
+      video.requestVideoFrameCallback(draw);
+    };
+    video.requestVideoFrameCallback(draw);
+    video.play();
+  }
+
   push(picture) {
     this.#encoded.push(picture);
     this.#feed();

@@ -31,6 +31,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--allow-loopback-in-peer-connection",
     *(["--no-sandbox"] if os.geteuid() == 0 else []),
 ]
 SQUARE = "a yellow square on black moves right from the top left"
@@ -90,7 +91,7 @@ def picture(page: playwright.Page) -> tuple[int, int, np.ndarray]:
         return [canvas.dataset.chunk, canvas.dataset.frame, canvas.toDataURL("image/png")]; }"""
     )
     data = base64.b64decode(url.partition(",")[2])
-    return int(chunk), int(frame), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return int(chunk), int(frame or -1), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def test_the_picture_is_what_the_prompt_says_and_changes_where_the_receipt_says(
@@ -279,3 +280,22 @@ def test_phone_width_and_keyboard(server: RunningServer, open_page: Callable[...
     until_state(page, "playing")
     begun = time.monotonic()
     assert shows(page, 1, 20) and time.monotonic() - begun < 20
+
+
+def test_the_page_over_webrtc(
+    server: RunningServer, open_page: Callable[..., playwright.Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aioice = pytest.importorskip("aioice.ice", reason="aiortc is not installed (extra webrtc)")
+    monkeypatch.setattr(aioice, "get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
+    page = open_page(f"{server.url}/?transport=webrtc")
+    begin(page, "a red fox")
+    until_state(page, "playing")
+    assert shows(page, 2)
+    first = picture(page)[2]
+    assert first.std() > 5  # something is drawn
+    page.fill("#prompt", "snow in sea")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".flag.applied")
+    page.click("#stop")
+    until_state(page, "ready")
+    assert not np.array_equal(first, picture(page)[2])
