@@ -6,6 +6,8 @@
 //   K_TILE     keys of a step: 64, or 128, which may be two key blocks of 64
 //   STAGES     steps that the ring holds
 //   TURNS      1: the consumers take turns in issuing products
+//   HOLD       1: queries stay in registers
+//   LAZY       1: the output is scaled down only where the largest logit has risen a lot
 //   HALF       1: float16, 0: bfloat16
 // Serves head size 128, query blocks of 128, and blocks that divide the frame. Layouts of wgmma operands and
 // descriptors: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
@@ -30,14 +32,14 @@ constexpr int kLogits = K_TILE / 2;    // of a thread, in a step
 constexpr int kEntryBits = 16;
 constexpr int kPast = 1 << 30;    // marks a token of the past
 #define kInfinity __int_as_float(0x7f800000)
+constexpr float kSlack = 8.0f;     // weights grow up to 2 to this before they are scaled down
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Descriptor of a tile whose rows are 128 bytes, swizzled over 8 rows; `leading` is the distance of its two halves where
-// rows run along the summed dimension, and unused where columns do.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
-    constexpr uint64_t kSwizzle128 = 1ull << 62;
-    constexpr uint64_t kEightRows = static_cast<uint64_t>(8 * kRowBytes >> 4) << 32;
-    return kSwizzle128 | kEightRows | static_cast<uint64_t>(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+// The low half of the descriptor of a tile whose rows are 128 bytes, swizzled over 8 rows. `leading` is the distance of
+// the tile's two halves where rows run along the summed dimension; where columns do, it does not matter. A warp's
+// threads are known to agree on it, so that it is kept in uniform registers.
+__device__ __forceinline__ uint32_t descriptor(uint32_t address, uint32_t leading) {
+    return __shfl_sync(~0u, leading >> 4 << 16 | (address & 0x3FFFF) >> 4, 0);
 }
 
 // Place of a 16-byte piece in a tile of two halves: rows of 128 bytes, pieces exchanged by the row's last three bits.
@@ -50,9 +52,10 @@ template <int Stages>
 struct Ring {
     int index = 0;
     uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == Stages) {
-            index = 0;
+    __device__ __forceinline__ void advance(int by = 1) {
+        index += by;
+        if (index >= Stages) {
+            index -= Stages;
             parity ^= 1;
         }
     }
@@ -158,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             int token_here = 0;
             for (int step = 0; step * kUnits < units; ++step) {
                 if (step % kStepsAtOnce == 0) {
-                    // Each lane resolves one of the next 32 units. A step that lacks one takes the last one again.
-                    const int mine = min(step * kUnits + lane, units - 1);
+                    // Each lane resolves one of the next 32 units. If they are odd, the first step takes the first twice.
+                    const int mine = max(0, min(step * kUnits + lane - units % kUnits, units - 1));
                     const int entry = __ldg(entries + (mine >> shift));
                     const int frame = entry >> kEntryBits;
                     const int start =
@@ -210,25 +213,32 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         float output[64];
         uint32_t weights[kLogits / 2];
 
-        auto release = [&](uint32_t barrier) {
+        auto release = [&](uint32_t barrier, int arrivals) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(barrier);
+            if (lane < arrivals) barrier_arrive(barrier);
         };
-        uint64_t q_descriptor;
+#if HOLD
+        uint32_t held[kHeadDim / 4];
+#else
+        uint32_t q_descriptor;
+#endif
         auto issue_qk = [&] {
-            // The descriptor's halves do not matter where columns run along the summed dimension.
-            const uint64_t k_descriptor = descriptor(shared.k + k_ring.index * kTileBytes, 16);
+            const uint32_t k_descriptor = descriptor(shared.k + k_ring.index * kTileBytes, 0);
 #pragma unroll
             for (int i = 0; i < kHeadDim / 16; ++i) {
                 // 16 columns are 32 bytes; after 64 columns comes the other half.
                 const uint32_t half = i / 4, bytes = i % 4 * 32;
-                product_qk(logits, q_descriptor + ((half * kHalfQ + bytes) >> 4),
-                           k_descriptor + ((half * kHalfTile + bytes) >> 4), i > 0);
+                const uint32_t keys = k_descriptor + ((half * kHalfTile + bytes) >> 4);
+#if HOLD
+                product_qk(logits, held + 4 * i, keys, i > 0);
+#else
+                product_qk(logits, q_descriptor + ((half * kHalfQ + bytes) >> 4), keys, i > 0);
+#endif
             }
             products_commit();
         };
         auto issue_pv = [&] {
-            const uint64_t v_descriptor = descriptor(shared.v + v_ring.index * kTileBytes, kHalfTile);
+            const uint32_t v_descriptor = descriptor(shared.v + v_ring.index * kTileBytes, kHalfTile);
 #pragma unroll
             for (int i = 0; i < K_TILE / 16; ++i)
                 product_pv(output, weights + 4 * i, v_descriptor + (i * 16 * kRowBytes >> 4));
@@ -246,53 +256,42 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             const Item next(block, blocks, turn + 1, items);
             count = next.valid ? counts[next.row] : 0;
             const int steps = (units + kUnits - 1) / kUnits;
-            const bool odd = units % kUnits;
             const bool shares = item.half >= 0;
             const int first = shares ? consumer : 0, every = shares ? 2 : 1;
             const int rows = (shares ? item.half : consumer) * 64;
             const uint32_t queries = shared.q + q_ring.index * kQBytes;
-            q_descriptor = descriptor(queries + rows * kRowBytes, 16);
-            // Steps that the other consumer takes are given back at once.
-            int k_step = 0, v_step = 0;
-            auto k_to = [&](int step) {
-#pragma unroll 1
-                for (; k_step < step; ++k_step) {
-                    barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
-                    release(shared.empty_k + 8 * k_ring.index);
-                    k_ring.advance();
-                }
-            };
-            auto v_to = [&](int step) {
-#pragma unroll 1
-                for (; v_step < step; ++v_step) {
-                    barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
-                    release(shared.empty_v + 8 * v_ring.index);
-                    v_ring.advance();
-                }
-            };
+#if !HOLD
+            q_descriptor = descriptor(queries + rows * kRowBytes, 0);
+#endif
+            // Where they share the steps, one consumer gives a step back for both.
+            const int arrivals = shares ? 2 : 1;
+            k_ring.advance(first);
+            v_ring.advance(first);
 
             // Rows of a thread: lane / 4 and that plus 8 of its warp's 16; of 8 columns two, from 2 * (lane % 4) on.
             float best[2] = {-kInfinity, -kInfinity};
             float norm[2] = {0.0f, 0.0f};
             float decay[2];
-            // The second unit of the last step may be missing.
-            auto hide = [&](int step) {
-                if (kUnits == 2 && odd && step == steps - 1) {
-#pragma unroll
-                    for (int i = kLogits / 2; i < kLogits; ++i) logits[i] = -kInfinity;
-                }
-            };
             // Logits to weights; the sums over the four threads of a row wait for the end.
             auto softmax = [&] {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    float top = logits[2 * r];
+                    float tops[4];
 #pragma unroll
-                    for (int i = 0; i < kLogits / 4; ++i)
-                        top = fmaxf(top, fmaxf(logits[4 * i + 2 * r], logits[4 * i + 2 * r + 1]));
+                    for (int i = 0; i < 4; ++i) tops[i] = fmaxf(logits[4 * i + 2 * r], logits[4 * i + 2 * r + 1]);
+#pragma unroll
+                    for (int i = 4; i < kLogits / 4; ++i) {
+                        tops[i % 4] = fmaxf(tops[i % 4], logits[4 * i + 2 * r]);
+                        tops[i % 4] = fmaxf(tops[i % 4], logits[4 * i + 2 * r + 1]);
+                    }
+                    float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-                    const float now = fmaxf(best[r], top * to_log2);
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * to_log2;
+#if LAZY
+                    const float now = top > best[r] + kSlack ? top : best[r];
+#else
+                    const float now = fmaxf(best[r], top);
+#endif
                     decay[r] = exp2_fast(best[r] - now);
                     best[r] = now;
                     float sum = 0.0f;
@@ -312,8 +311,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
 #pragma unroll
             for (int i = 0; i < 64; ++i) output[i] = 0.0f;
             barrier_wait(shared.full_q + 8 * q_ring.index, q_ring.parity);
+#if HOLD
+#pragma unroll
+            for (int i = 0; i < kHeadDim / 16; ++i) {
+                const int row = rows + warp * 16 + lane % 16;
+                load_matrices(held + 4 * i, queries + place(row, 2 * i + lane / 16, kHalfQ));
+            }
+#endif
             if (first < steps) {
-                k_to(first);
                 barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                 fence_for_products();
                 pin(logits);
@@ -321,15 +326,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 issue_qk();
                 products_wait<0>();
                 pin(logits);
-                release(shared.empty_k + 8 * k_ring.index);
-                k_ring.advance();
-                ++k_step;
-                hide(first);
+                release(shared.empty_k + 8 * k_ring.index, arrivals);
+                k_ring.advance(every);
+                if (first == 0 && units % kUnits) {
+                    // The first unit is there twice.
+#pragma unroll
+                    for (int i = 0; i < kLogits / 2; ++i) logits[i] = -kInfinity;
+                }
                 softmax();
                 pack_weights();
                 for (int step = first + every; step < steps; step += every) {
-                    k_to(step);
-                    v_to(step - every);
                     barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                     barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                     fence_for_products();
@@ -342,23 +348,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                     if (TURNS && !shares) named_arrive(kMine + 1 - consumer, kTurnThreads);
                     products_wait<1>();
                     pin(logits);
-                    release(shared.empty_k + 8 * k_ring.index);
-                    k_ring.advance();
-                    ++k_step;
-                    hide(step);
+                    release(shared.empty_k + 8 * k_ring.index, arrivals);
+                    k_ring.advance(every);
                     softmax();
                     pin(logits);
                     finish_before_waiting(norm[0] + norm[1], shared.q);
                     products_wait<0>();
                     pin(output);
-                    release(shared.empty_v + 8 * v_ring.index);
-                    v_ring.advance();
-                    ++v_step;
+                    release(shared.empty_v + 8 * v_ring.index, arrivals);
+                    v_ring.advance(every);
                     pack_weights();
+                    if (!LAZY || __any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
-                    for (int i = 0; i < 64; ++i) output[i] *= decay[i / 2 % 2];
+                        for (int i = 0; i < 64; ++i) output[i] *= decay[i / 2 % 2];
+                    }
                 }
-                v_to(first + (steps - 1 - first) / every * every);
                 barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                 fence_for_products();
                 pin(output);
@@ -366,12 +370,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 issue_pv();
                 products_wait<0>();
                 pin(output);
-                release(shared.empty_v + 8 * v_ring.index);
-                v_ring.advance();
-                ++v_step;
+                release(shared.empty_v + 8 * v_ring.index, arrivals);
+                v_ring.advance(every);
             }
-            k_to(steps);
-            v_to(steps);
 
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -438,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 const uint32_t from = stage + place(thread / 16 + 8 * i, thread % 16, kHalfQ);
                 store_global(target + static_cast<uint64_t>(i) * 8 * stride, load_shared(from));
             }
-            release(shared.empty_q + 8 * q_ring.index);
+            release(shared.empty_q + 8 * q_ring.index, 1);
             q_ring.advance();
             item = next;
         }

@@ -122,22 +122,32 @@ class Warpgroups(NamedTuple):
     k_tile: int
     stages: int
     turns: bool = True
+    hold: bool = False
+    lazy: bool = True
     blocks: int | None = None
     """Thread blocks that stay and take several query blocks each; None: one for each query block."""
 
     @property
     def short(self) -> str:
         """A name of its own among the candidates of one query block."""
-        parts = f"ws-k{self.k_tile}s{self.stages}" + "-turns" * self.turns
+        parts = (
+            f"ws-k{self.k_tile}s{self.stages}"
+            + "-turns" * self.turns
+            + "-held" * self.hold
+            + "-lazy" * self.lazy
+        )
         return parts + (f"-p{self.blocks}" if self.blocks else "")
 
 
 _H200_PROCESSORS = 132
 _WARPGROUPS = Warpgroups(128, 2, blocks=_H200_PROCESSORS)
 _WARPGROUP_CANDIDATES = (
-    Warpgroups(128, 2),
-    Warpgroups(64, 4, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, hold=True, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, lazy=False, blocks=_H200_PROCESSORS),
     Warpgroups(128, 2, turns=False, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, turns=False, hold=True, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2, hold=True),
+    Warpgroups(64, 4, hold=True, blocks=_H200_PROCESSORS),
 )
 """Ways to run attend_sm90.cu that are timed besides the shipped one."""
 
@@ -156,6 +166,8 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
             "K_TILE": tuning.k_tile,
             "STAGES": tuning.stages,
             "TURNS": tuning.turns,
+            "HOLD": tuning.hold,
+            "LAZY": tuning.lazy,
             "HALF": dtype == "float16",
         },
         12,

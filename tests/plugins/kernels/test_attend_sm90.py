@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightforcing_ref import attention as oracle
 from plugins.eager.policies import lists_from_mask
-from plugins.kernels import specs, tuning
+from plugins.kernels import specs
+from plugins.kernels.tuning import Warpgroups, warpgroup_variant
 
 EMULATED = Path(__file__).parent / "emulated"
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -67,21 +68,24 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("k_tile", "stages", "block_k", "blocks"),
-    [(128, 2, 128, None), (128, 2, 128, 3), (128, 2, 64, 3), (64, 4, 64, None), (64, 4, 128, 1)],
+    ("tuning", "block_k"),
+    [
+        (Warpgroups(128, 2, lazy=False), 128),
+        (Warpgroups(128, 2, hold=True, blocks=3), 128),
+        (Warpgroups(128, 2, hold=True, blocks=3), 64),
+        (Warpgroups(64, 4, turns=False), 64),
+        (Warpgroups(64, 4, blocks=1), 128),
+    ],
+    ids=str,
 )
 @pytest.mark.timeout(120)
-def test_kernel_computes_the_listed_blocks(
-    k_tile: int, stages: int, block_k: int, blocks: int | None, tmp_path: Path
-) -> None:
-    """`blocks`: thread blocks that stay; three of them share the last of four query blocks by halves."""
-    variant = tuning.warpgroup_variant(
-        "bfloat16", tuning.Warpgroups(k_tile, stages, turns=True, blocks=blocks)
-    )
+def test_kernel_computes_the_listed_blocks(tuning: Warpgroups, block_k: int, tmp_path: Path) -> None:
+    """Three thread blocks that stay share the last of the four query blocks by halves."""
+    variant = warpgroup_variant("bfloat16", tuning)
     problem = specs.Problem("bfloat16", HEADS, HEAD_DIM, FRAME, CHUNK, MAX_PAST, 128, block_k)
     assert variant.fits(problem)
     sizes = problem.sizes()
-    generator = torch.Generator().manual_seed(k_tile + block_k)
+    generator = torch.Generator().manual_seed(tuning.k_tile + block_k)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, HEADS, HEAD_DIM, generator=generator).bfloat16()
@@ -92,6 +96,7 @@ def test_kernel_computes_the_listed_blocks(
         for slot in slots[:PAST]:
             cache[slot] = normal(FRAME)
     buffers = {name: normal(CHUNK * FRAME) for name in ("q", "k", "v")}
+    buffers["q"] *= 4  # so that the largest logit rises a lot, again and again
     buffers |= {"past_k": past_k, "past_v": past_v, "frame_slots": slots}
     resident = (PAST + CHUNK) * sizes["k_blocks"]
     # Rows of different lengths, one of them empty and one of a single block.
@@ -102,7 +107,7 @@ def test_kernel_computes_the_listed_blocks(
     out = torch.full((CHUNK * FRAME + 2, HEADS, HEAD_DIM), float("nan")).bfloat16()
     buffers |= {"lists": lists.entries, "counts": lists.counts, "out": out[1:-1]}
 
-    run(library(tmp_path, variant), variant, problem, buffers, blocks)
+    run(library(tmp_path, variant), variant, problem, buffers, tuning.blocks)
 
     keys, values = (
         torch.cat((buffers[f"past_{x}"][slots[:PAST].long()].flatten(0, 1), buffers[x])).float()
