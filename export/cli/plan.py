@@ -11,7 +11,7 @@ from .arguments import chosen_variant
 from .command import Command, add_model_arguments, fraction, positive
 
 if TYPE_CHECKING:
-    from export.request.request import PlanRequest
+    from export.request.plan import PlanRequest
 
 
 __all__ = ["Plan"]
@@ -81,7 +81,7 @@ def efficiency(text: str) -> float:
 
 def _planned(args: argparse.Namespace) -> PlanRequest:
     """Check the arguments of `plan`."""
-    from export.request.request import PlanRequest, planned_precision
+    from export.request.plan import PlanRequest, planned_precision
 
     target, variant = chosen_variant(args)
     precision = planned_precision(target, args.precision)

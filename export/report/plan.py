@@ -26,7 +26,7 @@ from export.estimate.roofline import (
     predict,
     rate_of,
 )
-from export.request.request import PlanRequest
+from export.request.plan import PlanRequest
 from export.request.targets import Precision
 from export.units import readable_size
 

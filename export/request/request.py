@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from export.errors import InputError
 from lightforcing_ref.config import Preset
 
 from .geometry import StepPlan
-from .targets import BackendName, Precision, Target, Variant, unknown_name
+from .targets import BackendName, Precision, Target, Variant
 from .weights import Weights
 
-__all__ = ["BuildRequest", "Execution", "PlanRequest", "QuantizationRequest", "planned_precision"]
+__all__ = ["BuildRequest", "Execution", "QuantizationRequest"]
 
 Execution = Literal["whole", "segmented"]
 
@@ -73,36 +72,3 @@ class BuildRequest:
         return StepPlan.of(
             self.preset, self.variant, self.height, self.width, block_q=blocks.query, block_k=blocks.key
         )
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What is planned: a model and a variant of it on a target. Sizes in pixels."""
-
-    target: Target
-    variant: Variant
-    preset: Preset
-    height: int
-    width: int
-    precision: Precision
-
-
-def planned_precision(target: Target, name: str | None) -> Precision:
-    """The precision called `name`; None = fp8, as the authors' release, or the best the target has below it.
-
-    Raises:
-        InputError: there is no such precision, or the target does not compute in it.
-    """
-    order: tuple[Precision, ...] = ("fp8", "bf16", "fp32")
-    if name is None:
-        return next((p for p in order if p in target.precisions), target.precisions[0])
-    known: tuple[Precision, ...] = (*order, "nvfp4")
-    for precision in known:
-        if precision == name:
-            if precision not in target.precisions:
-                raise InputError(
-                    f"{target.name} ({target.sm or 'a CPU'}) does not compute in {name}; use --precision "
-                    f"{' or '.join(target.precisions)}, or another --gpu"
-                )
-            return precision
-    raise unknown_name("precision", name, known)

@@ -12,7 +12,7 @@ import pytest
 
 from export.cli.main import main
 from export.estimate.memory import plan_memory
-from export.request.request import PlanRequest
+from export.request.plan import PlanRequest
 from export.request.targets import load_target, load_variant
 from lightforcing_ref.config import preset
 from runtime.bundle import (

@@ -17,7 +17,7 @@ from export.errors import InputError
 from export.estimate.elementwise import decoder_passes
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import ELEMENT_WISE, KINDS, Workload, predict
-from export.request.request import PlanRequest, planned_precision
+from export.request.plan import PlanRequest, planned_precision
 from export.request.sizes import (
     decoder_convs,
     decoder_parameters,
