@@ -5,7 +5,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,text,video,export,quantize,kernels,plugin,tensorrt-rtx,gpu,train,serve,webrtc,ray,test,dev
+EXTRAS := cpu,text,video,export,quantize,kernels,plugin,tensorrt-rtx,gpu,train,serve,webrtc,ray,test,docs,dev
 
 # The first interpreter that is new enough; override with PYTHON=...
 CANDIDATES := python3 python3.13 python3.12 python3.11
@@ -22,10 +22,10 @@ RESULTS := $(if $(OUT),$(OUT),build/gpu)
 
 SITE := build/site
 
-.PHONY: help setup demo serve test lint slow wheels clean
+.PHONY: help setup demo serve test lint quick docs slow wheels clean
 
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint slow wheels gpu test-gpu-versions clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "also: setup lint quick docs slow wheels gpu test-gpu-versions clean"
 
 setup:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; none of $(CANDIDATES) is. Install one," \
@@ -52,6 +52,14 @@ lint: setup
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# What needs no model to be built: under a minute, for the time between two edits.
+quick: setup
+	@$(BIN)/ruff check -q . && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m quick $(PYTEST_ARGS)
+
+# The site, into build/docs; needs no network.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Full-size checks: minutes, and up to 12 GiB of memory.
 slow: setup

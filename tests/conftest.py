@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 def build(out: Path, variant: str, **changes: object) -> Path:
@@ -29,13 +32,63 @@ def build(out: Path, variant: str, **changes: object) -> Path:
     return build_bundle(BuildRequest(**settings | changes))
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a folder, made by the first worker of a run that asks, and read by all of them."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (factory.getbasetemp().parent if workers else factory.getbasetemp()) / "shared" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "made"
+    with FileLock(folder / "lock"):
+        if not made.exists():
+            made.write_text(str(make(folder)))
+    return Path(made.read_text())
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` with random weights, variant `short`, with a specialised graph per chunk. Do not write into it."""
-    return build(tmp_path_factory.mktemp("bundles"), "short", per_chunk=True)
+    return shared(tmp_path_factory, "tiny", lambda out: build(out, "short", per_chunk=True))
 
 
 @pytest.fixture(scope="session")
 def tiny_long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` with random weights, variant `long`: a sliding window and window-relative sinks."""
-    return build(tmp_path_factory.mktemp("bundles"), "long")
+    return shared(tmp_path_factory, "tiny-long", lambda out: build(out, "long"))
+
+
+QUICK = (
+    "tests/test_",
+    "tests/export/cli/test_doctor.py",
+    "tests/export/graph/test_partition.py",
+    "tests/export/graph/test_tensor_files.py",
+    "tests/export/parts/test_worker.py",
+    "tests/export/request/",
+    "tests/export/test_progress.py",
+    "tests/lightforcing_ref/",
+    "tests/plugins/eager/",
+    "tests/plugins/nodes/",
+    "tests/plugins/test_contract.py",
+    "tests/runtime/",
+    "tests/serving/test_places.py",
+    "tests/serving/test_playout.py",
+)
+NOT_QUICK = (
+    "tests/export/request/test_weights.py",
+    "tests/lightforcing_ref/test_vae.py",
+    "tests/runtime/cuda/test_cuda_driver.py",
+    "tests/runtime/host/test_inductor_packages.py",
+    "tests/runtime/test_rollout_tiny.py",
+    "tests/test_docs.py",
+    "tests/test_packaging.py",
+)
+BUILT = {"tiny_bundle", "tiny_long_bundle"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `quick` what `make quick` runs: what takes no second and needs no model to be built."""
+    for item in items:
+        name = item.nodeid.split("::")[0]
+        slow = any(item.iter_markers("slow")) or any(item.iter_markers("gpu"))
+        builds = BUILT & set(getattr(item, "fixturenames", ()))
+        if name.startswith(QUICK) and not name.startswith(NOT_QUICK) and not slow and not builds:
+            item.add_marker("quick")

@@ -77,18 +77,65 @@ def test_pinned_torch_is_within_the_bounds() -> None:
     assert torch.specifier.contains(exact.version)
 
 
-def test_wheel_holds_the_rooms_and_their_data(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    for path in [*ROOT.glob("engines/*/*.toml"), *ROOT.glob("runtime/*.py"), *ROOT.glob("export/*.py")]:
+    rooms = ("lightforcing_ref", "plugins", "export", "runtime", "engines", "serving")
+    for path in [
+        *ROOT.glob("engines/*/*.toml"),
+        *(path for room in rooms for path in (ROOT / room).rglob("*.py")),
+    ]:
         if path.parent.name != "built":
             assert path.relative_to(ROOT).as_posix() in held
+    assert {f"{room}/py.typed" for room in rooms} <= held
     assert not [
         name for name in held if name.startswith(("tests/", "tools/", "benchmarks/", "engines/built/"))
     ]
     assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """From its files alone, in another folder; the libraries are this environment's."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    found = run("-c", "import export, runtime; print(export.__file__, runtime.__file__)").split()
+    assert all(Path(path).is_relative_to(tmp_path / "site") for path in found)
+    assert "generate" in run("-m", "runtime", "--help")
+    assert '"rtx5090"' in run("-m", "export", "targets", "--json")
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Needs a package index. Nothing but the base dependencies: help and targets work, a build says what it lacks."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True, cwd=tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [python, "-m", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert run("runtime", "--help").returncode == 0
+    assert '"rtx5090"' in run("export", "targets", "--json").stdout
+    build = run("export", "build")
+    assert build.returncode == 2
+    assert "not installed" in build.stderr or "install the export tools" in build.stderr
 
 
 def write_wheel(folder: Path, name: str, version: str, requires: str = "") -> None:

@@ -209,7 +209,7 @@ def test_parts_of_another_version_are_not_taken_over(tmp_path, monkeypatch, pack
     shutil.copytree(package.__path__[0], copy, ignore=shutil.ignore_patterns("assets", "__pycache__"))
     monkeypatch.setattr(package, "__path__", [str(copy)])
     if package is runtime:  # found by a module of it, since the export side imports no more
-        monkeypatch.setattr(build_keys.bundle, "__file__", str(copy / "bundle" / "__init__.py"))
+        monkeypatch.setattr(build_keys.bundle, "__file__", str(copy / "bundle" / "__init__.py"))  # type: ignore[attr-defined]
     before = digest()
     assert digest() == before
     changed = copy / "bundle" if package is runtime else copy
@@ -219,7 +219,7 @@ def test_parts_of_another_version_are_not_taken_over(tmp_path, monkeypatch, pack
 
 def test_parts_of_another_patch_level_of_python_are_taken_over(monkeypatch):
     def versions(*python: str) -> dict[str, str]:
-        monkeypatch.setattr(build_keys.platform, "python_version_tuple", lambda: python)
+        monkeypatch.setattr(build_keys.platform, "python_version_tuple", lambda: python)  # type: ignore[attr-defined]
         return build_keys._deciding_versions()
 
     assert versions("3", "12", "1") == versions("3", "12", "3")

@@ -306,7 +306,7 @@ def test_commit_and_rope_sink(kernels: TorchKernels) -> None:
     for name, source, tolerance in (("past_k", sinks, 4e-3), ("past_kmean", means, 1e-6)):
         turn = torch.zeros(2, 1, 1, size.head_dim // 2, dtype=torch.float64, device="cuda")
         turn[..., :22] = angle[:, None, None].double()
-        complexes = torch.view_as_complex(source.double().unflatten(-1, (-1, 2)))
+        complexes = torch.view_as_complex(source.double().unflatten(-1, (-1, 2)))  # type: ignore[attr-defined]
         want = torch.view_as_real(complexes * torch.polar(torch.ones_like(turn), turn)).flatten(-2)
         assert relative(tensors[name][[3, 1]], want) < tolerance
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightforcing_ref.attention import apply_rope, hsa_attention, rms_norm
+from lightforcing_ref.attention import apply_rope, hsa_attention, rms_norm  # type: ignore[attr-defined]
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.config import PRESETS, DiTConfig
 from lightforcing_ref.model import CausalWanModel

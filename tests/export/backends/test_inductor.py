@@ -24,7 +24,7 @@ from export.backends.inductor.packages import compile_package, fp8_linears
 from export.build import _manifest
 from export.compare.reference import Reference, step_feeds
 from export.errors import BuildError, InputError
-from export.graph.components import TEXT_WEIGHTS
+from export.graph.components import TEXT_WEIGHTS, component_of
 from export.graph.tensor_files import StoredTensor, store, write_tensors
 from export.parts.golden import write_vectors
 from export.parts.run import Built, Models
@@ -102,9 +102,7 @@ def mixed_bundle(tiny_bundle: Path, plan: StepPlan, tmp_path_factory: pytest.Tem
     components = {name: c for name, c in manifest.components.items() if not name.startswith("step_chunk")}
     components |= step_components(plan, segments, torch.float32)
     components |= {name: part.component(f"{name}.pt2") for name, part in segments.by_name.items()}
-    components |= {
-        name: inductor.component_of(folder, f"{name}.onnx") for name in ("qk_prepare", "attention")
-    }
+    components |= {name: component_of(folder, f"{name}.onnx") for name in ("qk_prepare", "attention")}
     changes = {
         "backend": "inductor",
         "library": Library(name="torch", version=torch.__version__),

@@ -372,7 +372,7 @@ def test_weights_are_computed_only_when_written(small: Small, monkeypatch: pytes
     from export.quantize import graph as module
 
     computed = []
-    fold = module.fold_weight
+    fold = module.fold_weight  # type: ignore[attr-defined]
     monkeypatch.setattr(
         module, "fold_weight", lambda w, *args, **kw: computed.append(w.shape) or fold(w, *args, **kw)
     )

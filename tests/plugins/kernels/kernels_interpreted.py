@@ -364,7 +364,7 @@ def test_every_policy_runs_through_the_same_attention(name: str) -> None:
             torch.cat((chunk.past_kmean[chunk.frame_slots[:5].long()], chunk.k_mean)),
             past_frames=5,
             chunk=2,
-            hsa=oracle.HSAConfig(3, 1, 1),
+            hsa=oracle.HSAConfig(3, 1, 1),  # type: ignore[attr-defined]
             keep_q20=KEEP,
         )
         assert torch.equal(mask, want)

@@ -198,7 +198,7 @@ def test_frames_on_the_device_are_handed_over_without_a_copy(
                 capsule = chunk.frames.__dlpack__()  # that nobody takes anything out of
                 found = np.from_dlpack(chunk.frames)
                 assert np.array_equal(found, wanted)
-                assert found.ctypes.data == chunk.frames.address
+                assert found.ctypes.data == chunk.frames.address  # type: ignore[attr-defined]
                 del capsule, found, chunk
             assert np.array_equal(held, expected[0]), "memory was used again while it was held"
             # Besides the one that is held: the present chunk, the one waiting, and the one being decoded.
@@ -313,7 +313,7 @@ def test_closing_frees_what_it_can(bundle: Path) -> None:
     engine = CudaEngine(loaded, build_program(loaded, 1), driver, executor)
     engine.warmup()
     for graph in executor._graphs.values():
-        graph._close = fail_as_torch_does
+        graph._close = fail_as_torch_does  # type: ignore[attr-defined]
     engine.close()
     assert (driver._memory, driver._streams, driver._events) == ({}, {}, {})
 

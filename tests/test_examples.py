@@ -1,0 +1,49 @@
+"""The scripts of `examples/`, run as a reader runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=None, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_every_example_is_run_here() -> None:
+    tested = set(re.findall(r'run\("(\w+)"', Path(__file__).read_text()))
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
+
+
+def test_embedding(tiny_bundle: Path) -> None:
+    done = run("embed", tiny_bundle, "--chunks", 2)
+    assert done.returncode == 0, done.stderr
+    assert "loading: ready" in done.stdout
+    assert re.search(r"chunk 0: \(9, \d+, \d+, 3\)", done.stdout)
+    assert re.search(r"chunk 1: \(12, \d+, \d+, 3\)", done.stdout)
+
+
+def test_streaming_to_a_file_with_a_switch(tiny_bundle: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    out = tmp_path / "clip.mp4"
+    done = run("stream_to_file", tiny_bundle, out, "--seconds", 1.2, "--switch-at", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}: 21 frames, the second prompt from chunk 1 on\n"
+    with av.open(str(out)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 21
+
+
+def test_comparing_with_polygraphy(tiny_bundle: Path, tiny_long_bundle: Path) -> None:
+    same = run("compare_polygraphy", tiny_bundle, tiny_long_bundle)  # one model, two variants of attention
+    assert same.returncode == 0, same.stderr + same.stdout
+    strict = run("compare_polygraphy", tiny_bundle, tiny_bundle, "--component", "no_such_component")
+    assert strict.returncode != 0
