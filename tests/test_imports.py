@@ -50,7 +50,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "errors files frame_table frames host_memory",
     ),
     "plugins": ("__main__ eager", "compile nodes", "contract kernels", "__init__ errors"),
-    "benchmarks": ("lease", "attention quality rollout", "__init__ kernel_classes timing"),
+    "benchmarks": ("lease", "attention quality rollout serving", "__init__ kernel_classes timing"),
 }
 """What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""
 MODULES_PER_FOLDER = 15

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from export.backends.inductor.bundle import fp8_linears
 from export.backends.inductor.generated import GeneratedCodeError, Launch, parse_wrapper, read_package
 from export.backends.inductor.modules import step_segments
+from export.backends.inductor.packages import fp8_linears
 from export.cli.main import main
 from export.errors import InputError
 from export.estimate.built import built_traffic
