@@ -9,7 +9,7 @@ using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
 
-struct Bytes16 {
+struct alignas(16) Bytes16 {
     uint32_t x, y, z, w;
 };
 
@@ -163,6 +163,24 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #endif
     return pair;
+}
+
+__device__ __forceinline__ void unpack(uint32_t pair, float* to) {
+#if HALF
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
+        : "=f"(to[0]), "=f"(to[1])
+        : "r"(pair));
+#else
+    to[0] = __uint_as_float(pair << 16);
+    to[1] = __uint_as_float(pair & 0xFFFF0000);
+#endif
+}
+
+__device__ __forceinline__ void unpack(Bytes16 bytes, float* to) {
+    unpack(bytes.x, to);
+    unpack(bytes.y, to + 2);
+    unpack(bytes.z, to + 4);
+    unpack(bytes.w, to + 6);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

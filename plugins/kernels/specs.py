@@ -7,13 +7,12 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from .tuning import Rows, attend_variants, candidates, prepare_variant
+from .tuning import attend_variants, candidates, prepare_variants
 from .variant import (
     ARCHS,
     DTYPES,
     KERNELS,
     MAX_FRAMES,
-    MAX_HEADS,
     Argument,
     CudaSource,
     GridAxis,
@@ -54,7 +53,6 @@ def kernel_function(kernel: str) -> Any:
 def _other_variants() -> Iterator[Variant]:
     for head_dim in (128, 64):
         for dtype, short in DTYPES.items():
-            yield prepare_variant(dtype, head_dim, Rows(MAX_HEADS, 4, 8, 3))
             yield Variant(
                 "rope_sink",
                 f"rope_sink-{short}-d{head_dim}",
@@ -108,7 +106,7 @@ def variants(arch: int) -> tuple[Variant, ...]:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")
-    return (*_other_variants(), *attend_variants(arch))
+    return (*prepare_variants(arch), *_other_variants(), *attend_variants(arch))
 
 
 def image_arch(capability: int) -> int:

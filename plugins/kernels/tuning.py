@@ -24,6 +24,8 @@ __all__ = [
     "attend_variants",
     "candidates",
     "prepare_variant",
+    "prepare_variants",
+    "warp_prepare_variant",
     "warpgroup_variant",
 ]
 
@@ -210,14 +212,9 @@ class Rows(NamedTuple):
     stages: int
 
 
-_PREPARE_CANDIDATES = (
-    Rows(4, 4, 8, 3),
-    Rows(4, 8, 8, 2),
-    Rows(4, 4, 4, 3),
-    Rows(2, 4, 4, 3),
-    Rows(MAX_HEADS, 8, 16, 3),
-)
-"""Ways to run prepare that are to be timed."""
+_WARPS = 12
+_WARP_CANDIDATES = (4, 6, 8)
+"""Warps of prepare_sm90.cu that are timed besides the shipped number."""
 
 
 def prepare_variant(dtype: str, head_dim: int, rows: Rows, suffix: str = "") -> Variant:
@@ -240,15 +237,40 @@ def prepare_variant(dtype: str, head_dim: int, rows: Rows, suffix: str = "") -> 
     )
 
 
+def warp_prepare_variant(dtype: str, warps: int, suffix: str) -> Variant:
+    """*prepare* on sm_90, a row for each of `warps`: twelve heads of 128."""
+    heads, head_dim = 12, 128
+    width = heads * head_dim
+    arguments = tuple(a for a in kernel_arguments("prepare", dtype) if a.name != "heads")
+    return Variant(
+        "prepare",
+        f"prepare-{DTYPES[dtype]}-d{head_dim}{suffix}",
+        {"HEADS": heads, "WARPS": warps, "HALF": dtype == "float16"},
+        warps,
+        (GridAxis("row_blocks"), 3),
+        arguments,
+        {"dtype": (dtype,), "head_dim": (head_dim,), "heads": (heads,)},
+        # Bias and weights of the norm, and a sum for each warp.
+        cuda=CudaSource("prepare_sm90.cu", 2 * width * 2 + warps * width * 4),
+    )
+
+
+def prepare_variants(arch: int) -> Iterator[Variant]:
+    """Every specialisation of *prepare* that is built for `arch`, preferred ones first."""
+    if arch == 90:
+        for dtype in DTYPES:
+            yield warp_prepare_variant(dtype, _WARPS, "-warps")
+    for head_dim in (128, 64):
+        for dtype in DTYPES:
+            yield prepare_variant(dtype, head_dim, Rows(MAX_HEADS, 4, 8, 3))
+
+
 def candidates(arch: int) -> tuple[Variant, ...]:
     """What is to be timed besides the shipped specialisations, named after its tuning."""
     if arch != 90:
         return ()
     return (
-        *(
-            prepare_variant("bfloat16", 128, rows, "-h{}r{}w{}s{}".format(*rows))
-            for rows in _PREPARE_CANDIDATES
-        ),
+        *(warp_prepare_variant("bfloat16", warps, f"-w{warps}") for warps in _WARP_CANDIDATES),
         *(
             attend_variant("bfloat16", 128, block_q, True, tiles, f"-{tiles.short}")
             for block_q, offered in _ATTEND_CANDIDATES.items()

@@ -30,7 +30,7 @@
 #define __launch_bounds__(...)
 #define __shared__
 
-struct Bytes16 {
+struct alignas(16) Bytes16 {
     uint32_t x, y, z, w;
 };
 struct Index {
@@ -62,8 +62,9 @@ struct Warp {
 struct Block {
     std::map<uint32_t, Barrier> barriers;  // filled by one thread before the others look
     Named named[16];
-    std::barrier<> everyone{384};
-    Warp warps[12];
+    std::barrier<> everyone;
+    Warp warps[16];
+    explicit Block(unsigned threads) : everyone(threads) {}
 };
 inline std::unique_ptr<Block> block;
 inline thread_local std::vector<std::function<void()>> copies, issued;
@@ -76,6 +77,7 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 inline void __syncthreads() { block->everyone.arrive_and_wait(); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void __syncwarp() { warp_here().all.arrive_and_wait(); }
 
 template <class T>
@@ -197,6 +199,16 @@ inline uint32_t to_bits(float x) {
     const uint32_t bits = std::bit_cast<uint32_t>(x);
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
+inline void unpack(uint32_t pair, float* to) {
+    to[0] = to_float(pair & 0xFFFF);
+    to[1] = to_float(pair >> 16);
+}
+inline void unpack(Bytes16 bytes, float* to) {
+    unpack(bytes.x, to);
+    unpack(bytes.y, to + 2);
+    unpack(bytes.z, to + 4);
+    unpack(bytes.w, to + 6);
+}
 inline uint32_t pack(float low, float high) { return to_bits(high) << 16 | to_bits(low); }
 
 inline void products_commit() {
@@ -280,13 +292,13 @@ inline void load_matrices(uint32_t* to, uint32_t from) {
 }
 
 template <class Kernel>
-void launch(unsigned grid_x, unsigned grid_y, uint32_t shared_bytes, Kernel kernel) {
+void launch(unsigned grid_x, unsigned grid_y, unsigned block_threads, uint32_t shared_bytes, Kernel kernel) {
     for (unsigned y = 0; y < grid_y; ++y) {
         for (unsigned x = 0; x < grid_x; ++x) {
-            block = std::make_unique<Block>();
+            block = std::make_unique<Block>(block_threads);
             std::memset(dynamic, 0xFF, shared_bytes);  // not numbers
             std::vector<std::thread> threads;
-            for (unsigned i = 0; i < 384; ++i) {
+            for (unsigned i = 0; i < block_threads; ++i) {
                 threads.emplace_back([=] {
                     threadIdx = {i, 0};
                     blockIdx = {x, y};
