@@ -33,16 +33,13 @@ def prepare(
     eps,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Some heads of one block of one frame for q, k or v: grid (chunk_frames * max(q_blocks, k_blocks), 3, parts).
+    """One block of one frame for q, k or v: grid (chunk_frames * max(q_blocks, k_blocks), 3).
 
-    A program sees whole rows, so the norm over the full width needs no second kernel, and a whole block, so its
-    mean is summed in a fixed order without atomics. `WIDTH` is `heads * HEAD_DIM` rounded up to a power of two,
-    `PART` the columns that a program writes. With less than all of them, every program of a row computes its norm,
-    from rows that the cache holds.
+    A program owns whole rows, so the norm over the full width needs no second kernel, and a whole block, so its
+    mean is summed in a fixed order without atomics. `WIDTH` is `heads * HEAD_DIM` rounded up to a power of two.
     """
     role = tl.program_id(1)
     block = tl.where(role == 0, block_q, block_k)
@@ -55,7 +52,7 @@ def prepare(
     rows_here = tl.minimum(block, frame_tokens - start)
 
     width = heads * HEAD_DIM
-    column = tl.program_id(2) * PART + tl.arange(0, PART)
+    column = tl.arange(0, WIDTH)
     inside = column < width
     angle = tl.arange(0, HEAD_DIM // 2)
     token0 = (frame * frame_tokens + start).to(tl.int64)
@@ -74,11 +71,9 @@ def prepare(
     else:
         target = tl.where(role == 0, q, k) + token0 * width
         weight = tl.load(tl.where(role == 0, norm_q, norm_k) + column, mask=inside, other=0.0).to(tl.float32)
-        whole = tl.arange(0, WIDTH)
-        whole_shift = tl.load(bias + role * width + whole, mask=whole < width, other=0.0).to(tl.float32)
         cos_base = cos + token0 * (HEAD_DIM // 2)
         sin_base = sin + token0 * (HEAD_DIM // 2)
-        total = tl.zeros([PART], tl.float32)
+        total = tl.zeros([WIDTH], tl.float32)
         for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
             here = first + row
             alive = here < rows_here
@@ -86,20 +81,13 @@ def prepare(
             x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
             # Rows and columns past the end must stay zero, for the norm and for the mean.
             x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
-            if PART < WIDTH:
-                all_mask = alive[:, None] & (whole < width)[None, :]
-                y = tl.load(source + here[:, None] * (3 * width) + whole[None, :], mask=all_mask, other=0.0)
-                y = tl.where(all_mask, y.to(tl.float32) + whole_shift[None, :], 0.0)
-                squares = tl.sum(y * y, 1)
-            else:
-                squares = tl.sum(x * x, 1)
-            rms = tl.rsqrt(squares / width + eps)
+            rms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
             scaled = x * rms[:, None] * weight[None, :]
-            even, odd = tl.split(tl.reshape(scaled, [ROWS, PART // HEAD_DIM, HEAD_DIM // 2, 2]))
+            even, odd = tl.split(tl.reshape(scaled, [ROWS, WIDTH // HEAD_DIM, HEAD_DIM // 2, 2]))
             turn = here[:, None] * (HEAD_DIM // 2) + angle[None, :]
             c = tl.load(cos_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
             s = tl.load(sin_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
-            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, PART])
+            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, WIDTH])
             rounded = turned.to(q.dtype.element_ty)
             tl.store(target + here[:, None] * width + column[None, :], rounded, mask=mask)
             total += tl.sum(rounded.to(tl.float32), 0)

@@ -17,7 +17,6 @@ from .variant import (
 )
 
 __all__ = [
-    "Rows",
     "Tiles",
     "Warpgroups",
     "attend_variant",
@@ -201,36 +200,19 @@ def attend_variants(arch: int) -> Iterator[Variant]:
                     yield attend_variant(dtype, head_dim, block_q, even, tiles)
 
 
-class Rows(NamedTuple):
-    """Tuning of prepare."""
-
-    heads: int
-    """Heads of a program."""
-    rows: int
-    """Rows that it takes at once."""
-    warps: int
-    stages: int
-
-
 _WARPS = 12
 _WARP_CANDIDATES = (4, 6, 8)
 """Warps of prepare_sm90.cu that are timed besides the shipped number."""
 
 
-def prepare_variant(dtype: str, head_dim: int, rows: Rows, suffix: str = "") -> Variant:
-    """*prepare* with `rows`."""
+def prepare_variant(dtype: str, head_dim: int) -> Variant:
+    """*prepare* in Triton."""
     return Variant(
         "prepare",
-        f"prepare-{DTYPES[dtype]}-d{head_dim}{suffix}",
-        {
-            "HEAD_DIM": head_dim,
-            "WIDTH": head_dim * MAX_HEADS,
-            "PART": head_dim * rows.heads,
-            "ROWS": rows.rows,
-            "STAGES": rows.stages,
-        },
-        rows.warps,
-        (GridAxis("row_blocks"), 3, GridAxis("heads", rows.heads)),
+        f"prepare-{DTYPES[dtype]}-d{head_dim}",
+        {"HEAD_DIM": head_dim, "WIDTH": head_dim * MAX_HEADS, "ROWS": 4, "STAGES": 3},
+        8,
+        (GridAxis("row_blocks"), 3),
         kernel_arguments("prepare", dtype),
         {"dtype": (dtype,), "head_dim": (head_dim,)},
         {"heads": MAX_HEADS},
@@ -262,7 +244,7 @@ def prepare_variants(arch: int) -> Iterator[Variant]:
             yield warp_prepare_variant(dtype, _WARPS, "-warps")
     for head_dim in (128, 64):
         for dtype in DTYPES:
-            yield prepare_variant(dtype, head_dim, Rows(MAX_HEADS, 4, 8, 3))
+            yield prepare_variant(dtype, head_dim)
 
 
 def candidates(arch: int) -> tuple[Variant, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.attention.inputs import Shape
 from benchmarks.attention.quality import method_table
 from lightforcing_ref import attention as oracle
-from plugins.eager.launch import BlockLists, TorchKernels, TritonLauncher, empty_lists
+from plugins.eager.launch import BlockLists, TorchKernels, empty_lists
 from plugins.eager.policies import (
     ChunkInputs,
     DensePolicy,
@@ -29,7 +29,6 @@ from plugins.eager.policies import (
     mask_from_lists,
 )
 from plugins.kernels.specs import KernelError, Problem
-from plugins.kernels.tuning import Rows, prepare_variant
 from tests import brute_force
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
@@ -74,18 +73,15 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize(
-    ("geometry", "head_dim", "dtype", "heads_of_program"),
+    ("geometry", "head_dim", "dtype"),
     [
-        ((32, 32, 32), 64, torch.float32, 16),
-        ((44, 32, 32), 64, torch.float16, 16),
-        ((20, 32, 64), 128, torch.float32, 16),
-        ((36, 64, 32), 64, torch.bfloat16, 16),
-        ((20, 32, 64), 128, torch.float32, 2),
+        ((32, 32, 32), 64, torch.float32),
+        ((44, 32, 32), 64, torch.float16),
+        ((20, 32, 64), 128, torch.float32),
+        ((36, 64, 32), 64, torch.bfloat16),
     ],
 )
-def test_prepare(
-    geometry: tuple[int, int, int], head_dim: int, dtype: torch.dtype, heads_of_program: int
-) -> None:
+def test_prepare(geometry: tuple[int, int, int], head_dim: int, dtype: torch.dtype) -> None:
     frame_tokens, block_q, block_k = geometry
     frames, heads = 2, 3
     tokens, width = frames * frame_tokens, heads * head_dim
@@ -104,9 +100,7 @@ def test_prepare(
         Guarded((frames, -(-frame_tokens // block), heads, head_dim), torch.float32)
         for block in (block_q, block_k)
     ]
-    variant = prepare_variant("bfloat16", head_dim, Rows(heads_of_program, 4, 8, 3))
-    kernels = TorchKernels(TritonLauncher(lambda _: variant))
-    kernels.qk_prepare(*inputs, **attributes, out=[guarded.tensor for guarded in out])
+    KERNELS.qk_prepare(*inputs, **attributes, out=[guarded.tensor for guarded in out])
 
     expected = oracle.qk_prepare(*inputs, **attributes)
     for guarded, want in zip(out, expected, strict=True):
