@@ -86,6 +86,17 @@ class Engine(Protocol):
     ) -> NDArray[np.float32]:
         """One layer of the text encoder. ``hidden`` ``[text_len, dim]``, ``mask`` 1 where there is a token."""
 
+    def save(self, session: int, slots: Sequence[int]) -> tuple[dict[str, NDArray[np.uint8]], int]:
+        """What ``session`` keeps between chunks, as bytes by buffer, and which side its decoder's caches are on.
+
+        ``slots`` are its own. Nothing else may use the session meanwhile, here and in :meth:`restore`.
+        """
+
+    def restore(
+        self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
+    ) -> None:
+        """Take over what :meth:`save` gave. Raises :class:`InputError` if it does not fit."""
+
     def close(self) -> None:
         """Free everything. No other method may be running."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ABSENT", "FrameTable", "LatentRing", "Move"]
+__all__ = ["ABSENT", "FrameTable", "LatentRing", "Move", "TableState"]
 
 ABSENT = -1
 """Entry of ``frame_slots`` that stands for no frame."""
@@ -25,6 +25,16 @@ class Move:
     offset: int
     slot: int
     frame: int
+
+
+@dataclass(frozen=True)
+class TableState:
+    """What a :class:`FrameTable` holds: frames with their slots, oldest first, and free slots in the order of use."""
+
+    next_chunk: int
+    in_flight: int | None
+    slots: tuple[tuple[int, int], ...]
+    free: tuple[int, ...]
 
 
 class FrameTable:
@@ -67,6 +77,23 @@ class FrameTable:
         self._in_flight = self._next
         self._next += 1
         return self._in_flight
+
+    def state(self, first_slot: int) -> TableState:
+        """What the table holds, its slots counted from ``first_slot``."""
+        return TableState(
+            self._next,
+            self._in_flight,
+            tuple((frame, slot - first_slot) for frame, slot in self._slots.items()),
+            tuple(slot - first_slot for slot in self._free),
+        )
+
+    def restore(self, first_slot: int, state: TableState) -> None:
+        """Be as the table was that gave ``state``. Raises :class:`ValueError` if that is of another size."""
+        if sorted([*(slot for _, slot in state.slots), *state.free]) != list(range(self._capacity)):
+            raise ValueError(f"its slots are not those of a table of {self._capacity}")
+        self._slots = {frame: slot + first_slot for frame, slot in state.slots}
+        self._free = [slot + first_slot for slot in state.free]
+        self._next, self._in_flight = state.next_chunk, state.in_flight
 
     def commit(self) -> tuple[Move, ...]:
         """Make the in-flight chunk's frames resident, evicting the oldest; say which frame goes where.

@@ -23,7 +23,9 @@ from .engine import DeviceFrameEngine, Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
 from .noise import check_seed
+from .resuming import revive
 from .rollout import PromptSwitch, Rollout
+from .saved import SavedSession
 from .scheduler import ChunkStarted, Lane, Scheduler
 from .session import Session
 from .text import TextEncoder, check_embedding
@@ -184,6 +186,12 @@ class Pipeline:
                 f"{self.manifest.backend} on {self.manifest.target.name})"
             )
         first = PromptSwitch(self.embed(prompt, embedding), "none", label)
+        return self._admit(seed, device, lambda rollout: Lane(rollout, on_start, switches=[(0, first)]))
+
+    def _admit(
+        self, seed: int, device: DeviceFrameEngine | None, new_lane: Callable[[Rollout], Lane]
+    ) -> Session:
+        """A session in a place that is free; ``new_lane`` may refuse its rollout."""
         with self._lock:
             self._require_open()
             if not self._free:
@@ -195,8 +203,7 @@ class Pipeline:
                     free=0,
                 )
             number = self._free[0]
-            rollout = Rollout(self._engine, number, self.manifest, seed=seed, device=device)
-            lane = Lane(rollout, on_start, switches=[(0, first)])
+            lane = new_lane(Rollout(self._engine, number, self.manifest, seed=seed, device=device))
             self._free.pop(0)  # only now: the device may have refused
             self._scheduler.add(lane)
         return Session(
@@ -206,6 +213,28 @@ class Pipeline:
             embed=self.embed,
             release=lambda: self._release(number),
         )
+
+    def resume(
+        self, path: str | os.PathLike[str], *, on_start: Callable[[ChunkStarted], None] | None = None
+    ) -> Session:
+        """Go on with a session that :meth:`Session.save` wrote, with the same bits as without the break.
+
+        That takes the same bundle, backend and number of threads; the process may be another one.
+
+        Raises:
+            CapacityError: all sessions that the pipeline was loaded for are open.
+            InputError: the file is no saved session, or one of another bundle.
+        """
+        saved = SavedSession.read(path, self.manifest)
+        model, text = self.manifest.model, self.manifest.text
+        frame = (model.video_height, model.video_width, 3)
+
+        def revived(rollout: Rollout) -> Lane:
+            lane = Lane(rollout, on_start)
+            revive(lane, saved, (text.text_len, text.dim), frame)
+            return lane
+
+        return self._admit(saved.meta.seed, None, revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
         """The embedding ``[text_len, dim]`` of a prompt, or a checked copy of the one given."""

@@ -7,7 +7,7 @@ leaves one forward earlier.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from .bundle import Manifest
 from .engine import DeviceFrameEngine, Engine, Placement
-from .errors import SessionCancelledError
-from .frame_table import FrameTable, LatentRing
+from .errors import InputError, SessionCancelledError
+from .frame_table import FrameTable, LatentRing, TableState
 from .noise import fill_noise
 
 __all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_first_frame", "chunk_pixel_frames"]
@@ -69,6 +69,7 @@ class Rollout:
         past = cache.max_past_frames
         slots = range(session * past, (session + 1) * past)
         self._engine = engine
+        self._slots = slots
         self._device = device
         self._session = session
         self._manifest = manifest
@@ -81,6 +82,28 @@ class Rollout:
         self._noise = np.empty((manifest.schedule.denoise_steps, *shape), dtype=np.float32)
         self._warned = False
         engine.reset(session)
+
+    @property
+    def keeps_frames_on_device(self) -> bool:
+        """Whether frames stay on the device."""
+        return self._device is not None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise."""
+        return self._seed
+
+    def save(self) -> tuple[TableState, dict[str, NDArray[np.uint8]], int]:
+        """Frame table, buffers, side of the decoder's caches. Nothing else may use the rollout meanwhile."""
+        return self._table.state(self._slots.start), *self._engine.save(self._session, self._slots)
+
+    def restore(self, table: TableState, buffers: Mapping[str, NDArray[np.uint8]], side: int) -> None:
+        """Go on where :meth:`save` was called. Raises :class:`InputError` if that does not fit."""
+        try:
+            self._table.restore(self._slots.start, table)
+        except ValueError as error:
+            raise InputError(f"the saved session does not fit this pipeline: {error}") from None
+        self._engine.restore(self._session, self._slots, buffers, side)
 
     def advance(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
         """Denoise the next chunk, with a new prompt if there is one; the seconds spent in the backend.

@@ -134,6 +134,8 @@ class Lane:
     """Prompt switches not yet applied, with the first chunk each may apply to, in the order they came."""
     active: int = 0
     """Workers that use the rollout at this moment."""
+    held: int = 0
+    """How many want the lane to stand still."""
     cancelled: bool = False
     closed: bool = False
     error: Exception | None = None
@@ -145,7 +147,7 @@ class Lane:
     @property
     def ready(self) -> bool:
         """Whether the next chunk may start: asked for, or ahead of what was by as much as is allowed."""
-        if self.is_over() or self.error is not None:
+        if self.is_over() or self.error is not None or self.held:
             return False
         wanted = self.asked + self.ahead
         return self.started < wanted and (self.end is None or self.started < self.end)
@@ -248,6 +250,31 @@ class Scheduler:
             self._notify(lane)
             return dropped, lane.delivered
 
+    @contextlib.contextmanager
+    def standing_still(self, lane: Lane) -> Iterator[None]:
+        """Let no worker touch ``lane`` while the block runs; chunks under way are finished first."""
+        with self._changed:
+            lane.held += 1
+            try:
+                self._changed.wait_for(
+                    lambda: (
+                        not lane.active
+                        and (lane.is_over() or all(job.lane is not lane for job in self._decodings))
+                    )
+                )
+                self._raise_if_over(lane)
+                if lane.error is not None:
+                    raise self._failure(lane) from lane.error
+            except BaseException:
+                lane.held -= 1
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                lane.held -= 1
+                self._changed.notify_all()
+
     def ask(self, lane: Lane, end: int | None, ahead: int) -> None:
         """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends).
 
@@ -337,9 +364,12 @@ class Scheduler:
         if lane.cancelled:
             raise SessionCancelledError("the session was cancelled; open another with Pipeline.session()")
         if lane.error is not None and lane.delivered >= lane.failed_at:
-            raise SessionFailedError(
-                f"chunk {lane.failed_at} failed: {lane.error}; this session is over, the pipeline can open others"
-            ) from lane.error
+            raise self._failure(lane) from lane.error
+
+    def _failure(self, lane: Lane) -> SessionFailedError:
+        return SessionFailedError(
+            f"chunk {lane.failed_at} failed: {lane.error}; this session is over, the pipeline can open others"
+        )
 
     def _notify(self, lane: Lane) -> None:
         listeners, lane.listeners = lane.listeners, []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
@@ -14,7 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Manifest
 from .errors import InputError
+from .resuming import capture
 from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_first_frame, chunk_pixel_frames
+from .saved import bundle_digest
 from .scheduler import Chunk, Lane, Scheduler, SessionStatistics, StreamEndedError
 
 __all__ = ["ChunkStream", "Session", "SessionState", "chunks_for_seconds"]
@@ -191,6 +195,25 @@ class Session:
         They count towards a stream's length.
         """
         return self._scheduler.flush(self._lane)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the session's state to a file, from which :meth:`Pipeline.resume` goes on with the same bits.
+
+        Chunks under way are finished first. The session itself goes on too. The file is as large as what the pipeline
+        keeps for a session (``pipe.memory.session_bytes``), and holds finished chunks that were not delivered.
+
+        Raises :class:`InputError` if the session's frames stay on the device, or the file cannot be written.
+        """
+        lane = self._lane
+        if lane.rollout.keeps_frames_on_device:
+            raise InputError(
+                "the session's frames stay on the device; only sessions with frames='host' are saved"
+            )
+        if not Path(path).parent.is_dir():
+            raise InputError(f"folder {str(Path(path).parent)!r} does not exist; create it first")
+        with self._scheduler.standing_still(lane):
+            saved = capture(lane, bundle_digest(self._manifest))
+        saved.write(path)
 
     def first_frame(self, chunk: int) -> int:
         """Number of the first pixel frame of a chunk, from the start of the rollout."""

@@ -242,6 +242,24 @@ class CudaExecutor:
         self.driver.enter()
         return self._frames.lease()
 
+    def read(self, session: int, view: View) -> NDArray[np.uint8]:
+        """See :meth:`Executor.read <runtime.program.engine.Executor.read>`."""
+        self.driver.enter()
+        self.sync()
+        value = np.empty(view.nbytes, dtype=np.uint8)
+        stream = self._streams["forward"]
+        self.driver.copy(value.ctypes.data, self.address(view, session), view.nbytes, stream)
+        self.driver.sync(stream)
+        return value
+
+    def write(self, session: int, view: View, value: NDArray[np.uint8]) -> None:
+        """See :meth:`Executor.write <runtime.program.engine.Executor.write>`."""
+        self.driver.enter()
+        self.sync()
+        stream = self._streams["forward"]
+        self.driver.copy(self.address(view, session), value.ctypes.data, view.nbytes, stream)
+        self.driver.sync(stream)
+
     def prepare(self, session: int) -> None:
         """Record every forward of ``session`` that has a graph; without graphs, run what has not run yet."""
         self.driver.enter()

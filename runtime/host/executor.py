@@ -115,6 +115,14 @@ class HostExecutor:
             return _Fetched(self._text[buffer])
         return _Fetched(self.array(self._program.buffers[buffer].view, session).copy())
 
+    def read(self, session: int, view: View) -> NDArray[np.uint8]:
+        """See :meth:`Executor.read <runtime.program.engine.Executor.read>`."""
+        return self.array(view, session).reshape(-1).view(np.uint8).copy()
+
+    def write(self, session: int, view: View, value: NDArray[np.uint8]) -> None:
+        """See :meth:`Executor.write <runtime.program.engine.Executor.write>`."""
+        self.array(view, session).reshape(-1).view(np.uint8)[...] = value
+
     def prepare(self, session: int) -> None:
         """Everything is bound already."""
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Manifest
 from runtime.engine import Placement
+from runtime.errors import InputError
 from runtime.frame_table import ABSENT, Move
 
-from .program import Copy, Lane, Program
+from .program import Copy, Lane, Program, View
 from .rope import RopeTables
 
 __all__ = ["Executor", "Fetch", "ProgramEngine"]
@@ -54,6 +55,12 @@ class Executor(Protocol):
 
     def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> Fetch:
         """Enqueue a copy to the host; ``index`` below the frames of a chunk tells fetches apart that are under way."""
+
+    def read(self, session: int, view: View) -> NDArray[np.uint8]:
+        """The bytes of a view, once all that is enqueued has run."""
+
+    def write(self, session: int, view: View, value: NDArray[np.uint8]) -> None:
+        """Replace the bytes of a view, likewise."""
 
     def prepare(self, session: int) -> None:
         """Do what the first run of each forward would do, now; all have run once for some session."""
@@ -202,6 +209,36 @@ class ProgramEngine:
             out = np.empty(hidden.shape, dtype=np.float32)
             self._executor.fetch(0, "encoder.hidden_out", "text").into(out)
             return out
+
+    def save(self, session: int, slots: Sequence[int]) -> tuple[dict[str, NDArray[np.uint8]], int]:
+        """See :meth:`Engine.save <runtime.engine.Engine.save>`."""
+        state = {name: self._executor.read(session, view) for name, view in self._kept(slots).items()}
+        return state, self._side[session]
+
+    def restore(
+        self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
+    ) -> None:
+        """See :meth:`Engine.restore <runtime.engine.Engine.restore>`."""
+        views = self._kept(slots)
+        sizes = {name: view.nbytes for name, view in views.items()}
+        if sizes != {name: array.nbytes for name, array in buffers.items()}:
+            raise InputError(
+                f"the saved session holds {len(buffers)} buffers of {sum(a.nbytes for a in buffers.values()):,} bytes; "
+                f"this pipeline keeps {len(sizes)} of {sum(sizes.values()):,}"
+            )
+        for name, view in views.items():
+            self._executor.write(session, view, buffers[name])
+        self._side[session] = side
+
+    def _kept(self, slots: Sequence[int]) -> dict[str, View]:
+        """What a session keeps between chunks: buffers of its own, and its slots of the pool."""
+        views: dict[str, View] = {}
+        for name, placed in self._program.buffers.items():
+            if placed.per_session:
+                views[name] = placed.view
+            elif name.startswith("past_") and slots:
+                views[name] = placed.view.index(slots[0], len(slots))
+        return views
 
     def close(self) -> None:
         """Free everything."""

@@ -166,6 +166,31 @@ def test_nothing_is_allocated_or_recorded_after_loading(
     assert not load.driver._memory, "memory was not given back"
 
 
+@pytest.mark.parametrize("saved_on_gpu", [True, False], ids=["saved-on-gpu", "saved-on-host"])
+def test_a_saved_session_goes_on_wherever_its_bundle_runs(
+    bundle: Path, tmp_path: Path, saved_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device and in another place, in the middle of everything that is under way."""
+    loads: list[Load] = [OnGpu(4, 0.1), load_engine]
+    monkeypatch.setattr(pipeline_module, "load_engine", loads[0 if saved_on_gpu else 1])
+    with Pipeline.load(bundle, sessions=2, threads=1) as pipe:
+        with pipe.session("a red fox", seed=1) as session:
+            expected = [chunk.frames for chunk in session.stream(chunks=9)]
+        with pipe.session("a red fox", seed=1) as session, pipe.session("snow", seed=2) as other:
+            streams = session.stream(), other.stream()
+            for wanted in expected[:5]:
+                next(streams[1])
+                assert np.array_equal(next(streams[0]).frames, wanted)
+            session.save(tmp_path / "state")
+            for wanted in expected[5:]:
+                assert np.array_equal(next(streams[0]).frames, wanted)
+    monkeypatch.setattr(pipeline_module, "load_engine", loads[1 if saved_on_gpu else 0])
+    with Pipeline.load(bundle, sessions=2, threads=1) as pipe, pipe.session("sea"):
+        session = pipe.resume(tmp_path / "state")
+        for wanted, chunk in zip(expected[5:], session.stream(chunks=4), strict=True):
+            assert np.array_equal(chunk.frames, wanted)
+
+
 def test_a_chunk_waits_for_the_device_only_for_its_frames(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
