@@ -23,9 +23,9 @@ from .engine import DeviceFrameEngine, Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
 from .noise import check_seed
-from .resuming import revive
 from .rollout import PromptSwitch, Rollout
-from .saved import SavedSession
+from .saved.file import SavedSession
+from .saved.lanes import revive
 from .scheduler import ChunkStarted, Lane, Scheduler
 from .session import Session
 from .text import TextEncoder, check_embedding

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Manifest
 from .errors import InputError
-from .resuming import capture
 from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_first_frame, chunk_pixel_frames
-from .saved import bundle_digest
+from .saved.file import bundle_digest
+from .saved.lanes import capture
 from .scheduler import Chunk, Lane, Scheduler, SessionStatistics, StreamEndedError
 
 __all__ = ["ChunkStream", "Session", "SessionState", "chunks_for_seconds"]

@@ -14,15 +14,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocket
 
-from . import page, videos
+from . import page
 from .errors import BusyError, RequestError
-from .gate import Gate, error_response
+from .live.protocol import SUBPROTOCOL
 from .metrics import CONTENT_TYPE_LATEST
-from .protocol import SUBPROTOCOL
+from .routes import videos
+from .routes.gate import Gate, error_response
 from .security import bearer_of
 from .service import Service
 from .settings import Settings
-from .websocket import serve_stream
+from .transport.websocket import serve_stream
 
 __all__ = ["create_app"]
 
@@ -69,7 +70,7 @@ def create_app(
     app.include_router(page.router())
     app.include_router(videos.router(service))
     if find_spec("aiortc") is not None:
-        from . import webrtc
+        from .transport import webrtc
 
         app.include_router(webrtc.router(service))
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from .errors import RequestError
-from .protocol import SUBPROTOCOL
 from .settings import Settings
 
 __all__ = ["Guard", "RateLimit", "bearer_of"]
@@ -93,7 +92,7 @@ def bearer_of(headers: Mapping[str, str]) -> str | None:
         return value.strip()
     for protocol in headers.get("sec-websocket-protocol", "").split(","):
         name = protocol.strip()
-        if name.startswith(_BEARER_PROTOCOL) and name != SUBPROTOCOL:
+        if name.startswith(_BEARER_PROTOCOL):
             return name.removeprefix(_BEARER_PROTOCOL)
     return None
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from runtime import LightForcingError, Manifest, Pipeline
 
-from .clips import Clips
-from .encoder import VideoShape, h264_codec
+from .clips.maker import Clips
 from .errors import RequestError, ServingError
-from .live import LiveSession
+from .live.encoder import VideoShape, h264_codec
+from .live.session import LiveSession
 from .metrics import Metrics
 from .neighbours import Neighbours, keep_reporting
 from .places import Places

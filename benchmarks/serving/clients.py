@@ -12,7 +12,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from serving.protocol import SUBPROTOCOL, MediaFrame
+from serving.live.protocol import SUBPROTOCOL, MediaFrame
 
 __all__ = ["Seen", "watch"]
 

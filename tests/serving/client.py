@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from websockets.sync.client import ClientConnection, connect
 
-from serving.protocol import SUBPROTOCOL, MediaFrame
+from serving.live.protocol import SUBPROTOCOL, MediaFrame
 
 Message = dict[str, Any]
 

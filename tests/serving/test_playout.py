@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.playout import Playout
+from serving.live.playout import Playout
 
 CHUNK = 0.75
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from serving.errors import RequestError, SettingsError
-from serving.protocol import MediaFrame, parse_client_message
+from serving.live.protocol import MediaFrame, parse_client_message
 from serving.security import RateLimit, bearer_of
 from serving.settings import Limits, Settings, read_token
 from tests.serving.client import StreamClient, http

@@ -13,7 +13,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
 from runtime import Pipeline
-from serving.protocol import MediaFrame
+from serving.live.protocol import MediaFrame
 from tests.serving.client import StreamClient, wait_until
 from tests.serving.conftest import FPS, RunningServer, StartServer
 

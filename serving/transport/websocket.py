@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from starlette.websockets import WebSocket
 
+from serving.errors import RequestError
+from serving.service import Service
+
 from .connection import Connection, connected
-from .errors import RequestError
-from .service import Service
 
 __all__ = ["serve_stream"]
 

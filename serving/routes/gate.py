@@ -8,10 +8,10 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import BusyError, RequestError
-from .page import PUBLIC_PATHS
-from .security import bearer_of
-from .service import Service
+from serving.errors import BusyError, RequestError
+from serving.page import PUBLIC_PATHS
+from serving.security import bearer_of
+from serving.service import Service
 
 __all__ = ["Gate", "error_response"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .bundle import Manifest
-from .errors import InputError
-from .files import atomic_output
-from .rollout import Recache
+from runtime.bundle import Manifest
+from runtime.errors import InputError
+from runtime.files import atomic_output
+from runtime.rollout import Recache
 
 __all__ = ["SavedChunk", "SavedMeta", "SavedPrompt", "SavedSession", "SavedTable", "bundle_digest"]
 

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime import atomic_output
-
-from .errors import RequestError
+from serving.errors import RequestError
 
 __all__ = ["CreateVideo", "Job", "JobStore", "Status"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime import InputError, LightForcingError, Pipeline, Session, SessionCancelledError, open_video
+from serving.errors import BusyError, RequestError
+from serving.live.session import check_prompts
+from serving.metrics import Metrics
+from serving.places import Places
+from serving.settings import Limits
 
-from .errors import BusyError, RequestError
 from .jobs import CreateVideo, Job, JobStore
-from .live import check_prompts
-from .metrics import Metrics
-from .places import Places
-from .settings import Limits
 
 __all__ = ["Clips"]
 

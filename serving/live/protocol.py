@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .errors import RequestError
+from serving.errors import RequestError
 
 __all__ = [
     "PROTOCOL",

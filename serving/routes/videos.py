@@ -10,9 +10,9 @@ from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.formparsers import MultiPartException
 
-from .errors import RequestError
-from .jobs import CreateVideo
-from .service import Service
+from serving.clips.jobs import CreateVideo
+from serving.errors import RequestError
+from serving.service import Service
 
 __all__ = ["router"]
 

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from .encoder import h264_codec
-from .errors import BusyError, RequestError
-from .live import EndReason, LiveSession, Outlet
-from .logs import SessionLog
+from serving.errors import BusyError, RequestError
+from serving.live.encoder import h264_codec
+from serving.live.protocol import PROTOCOL, Ack, Control, MediaFrame, Start, parse_client_message, refusal
+from serving.live.session import EndReason, LiveSession, Outlet
+from serving.logs import SessionLog
+from serving.places import Waiting
+from serving.security import RateLimit
+from serving.service import Service
+
 from .outlet import EncodingOutlet
-from .places import Waiting
-from .protocol import PROTOCOL, Ack, Control, MediaFrame, Start, parse_client_message, refusal
-from .security import RateLimit
-from .service import Service
 
 __all__ = ["ClosableOutlet", "Connection", "NewOutlet", "Socket", "connected"]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ServingError
+from serving.errors import ServingError
 
 __all__ = ["Encoded", "Encoder", "H264Encoder", "JpegEncoder", "VideoShape", "h264_codec", "new_encoder"]
 

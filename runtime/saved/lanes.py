@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 import numpy as np
 
-from .errors import InputError
-from .frame_table import TableState
-from .rollout import PromptSwitch
-from .saved import SavedChunk, SavedMeta, SavedPrompt, SavedSession, SavedTable
-from .scheduler import Chunk, Lane, SessionStatistics
+from runtime.errors import InputError
+from runtime.frame_table import TableState
+from runtime.rollout import PromptSwitch
+from runtime.scheduler import Chunk, Lane, SessionStatistics
+
+from .file import SavedChunk, SavedMeta, SavedPrompt, SavedSession, SavedTable
 
 __all__ = ["capture", "revive"]
 

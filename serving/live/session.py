@@ -22,14 +22,14 @@ from runtime import (
     Session,
     SessionCancelledError,
 )
+from serving.errors import RequestError
+from serving.logs import SessionLog
+from serving.metrics import Metrics
+from serving.settings import Limits
+from serving.tracing import span, trace_chunk
 
-from .errors import RequestError
-from .logs import SessionLog
-from .metrics import Metrics
 from .playout import Playout
 from .protocol import Control, SetPrompt, Start, receipt
-from .settings import Limits
-from .tracing import span, trace_chunk
 
 __all__ = ["EndReason", "LiveSession", "Outlet", "Picture"]
 

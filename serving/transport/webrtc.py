@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from starlette.websockets import WebSocketState
 
+from serving.errors import RequestError
+from serving.live.session import Picture
+from serving.service import Service
+
 from .connection import Connection, connected
-from .errors import RequestError
-from .live import Picture
-from .service import Service
 
 __all__ = ["router"]
 
@@ -156,18 +157,18 @@ class ChunkTrack(MediaStreamTrack):  # type: ignore[misc]
 
 
 class TrackOutlet:
-    """Implements :class:`~serving.live.Outlet`: events over the channel, pictures into the track, which encodes."""
+    """Implements :class:`~serving.live.session.Outlet`: events by the channel, pictures by the track, which encodes."""
 
     def __init__(self, wire: Connection, track: ChunkTrack) -> None:
         self._wire = wire
         self._track = track
 
     async def event(self, message: dict[str, Any]) -> None:
-        """See :meth:`Outlet.event <serving.live.Outlet.event>`."""
+        """See :meth:`Outlet.event <serving.live.session.Outlet.event>`."""
         await self._wire.event(message)
 
     async def picture(self, picture: Picture, describe: Callable[[float], dict[str, Any]]) -> float:
-        """See :meth:`Outlet.picture <serving.live.Outlet.picture>`. The track's encoder reports no times."""
+        """See :meth:`Outlet.picture <serving.live.session.Outlet.picture>`. The track's encoder reports no times."""
         await self._wire.event(describe(0.0))
         self._track.play(picture)
         return 0.0
@@ -178,7 +179,7 @@ class TrackOutlet:
 
 
 class ChannelSocket:
-    """Implements :class:`~serving.connection.Socket` over the client's data channel."""
+    """Implements :class:`~serving.transport.connection.Socket` over the client's data channel."""
 
     def __init__(self, peer: RTCPeerConnection, track: ChunkTrack) -> None:
         self.application_state = WebSocketState.CONNECTED
@@ -191,11 +192,11 @@ class ChannelSocket:
         peer.on("connectionstatechange", self._changed)
 
     async def receive(self) -> dict[str, Any]:
-        """See :meth:`Socket.receive <serving.connection.Socket.receive>`."""
+        """See :meth:`Socket.receive <serving.transport.connection.Socket.receive>`."""
         return await self._received.get()
 
     async def send_json(self, data: Any) -> None:
-        """See :meth:`Socket.send_json <serving.connection.Socket.send_json>`."""
+        """See :meth:`Socket.send_json <serving.transport.connection.Socket.send_json>`."""
         if data.get("type") == "receipt" and data["accepted"]:
             self._track.steer(data["action"])
         if self._channel is not None and self._channel.readyState == "open":

@@ -1,0 +1,1 @@
+"""Clips that are made beside the live sessions, and their records."""

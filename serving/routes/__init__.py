@@ -1,0 +1,1 @@
+"""What HTTP requests pass and reach."""

@@ -1,0 +1,1 @@
+"""What carries a live session: a WebSocket, or WebRTC."""
