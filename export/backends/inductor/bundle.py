@@ -51,6 +51,7 @@ from runtime import bundle
 from .components import OPERATORS, describe, operator_components
 from .golden import golden_graphs
 from .modules import (
+    LATENT_STATISTICS,
     Compiled,
     conditioner,
     dtype_name,
@@ -128,6 +129,7 @@ def _weight_tensors(
     merge_qkv(model)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
     state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    state |= {f"decoder.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
     section = _section(plan, decoder.config, linears)
     rows = (section.first, *section.layers, section.last, *section.prepare, *section.outside.values())
     names = {tensor for row in rows for tensor in row.values()}

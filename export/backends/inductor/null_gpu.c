@@ -3,7 +3,7 @@
  *
  * "Device memory" is host memory, copies are copies, launches do nothing, streams and events are always done. Which GPU
  * it is, NULL_GPU says in the environment: "major,minor,multiprocessors,shared memory per block,shared memory per
- * multiprocessor,L2 cache,memory,name", sizes in bytes. Results are meaningless; only what compilers ask for is true.
+ * multiprocessor,L2 cache,memory,name", sizes in bytes. There are no results, so copies from the device to the host fail; only what compilers ask for is true.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -74,7 +74,9 @@ cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { (void)fl
 cudaError_t cudaFreeHost(void *memory) { return cudaFree(memory); }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream)
 {
-    (void)kind; (void)stream;
+    (void)stream;
+    if (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDefault)
+        return cudaErrorNotSupported; /* nothing was computed: what looks at a result must fail */
     memcpy(to, from, size);
     return cudaSuccess;
 }

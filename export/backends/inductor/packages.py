@@ -20,6 +20,9 @@ from threading import Lock
 from typing import Any, Literal
 
 import torch
+from torch._inductor.choices import InductorChoices
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
 
 from export.errors import BuildError, InputError
 from export.parts.worker import run_worker
@@ -122,6 +125,25 @@ def _same(module: Compiled) -> Compiled:
     return module
 
 
+class _Choices(InductorChoices):
+    """Inductor's choices, but for rows that are reduced without a loop.
+
+    A row of the residual stream fits into registers, so that norm, modulation and quantization are one kernel that
+    reads it once; Inductor by itself loops over rows above 1024 elements, and over channels that are no power of two.
+    """
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        limit = _ROW if features.get_reduction_hint() == ReductionHint.INNER else _CHANNELS
+        numel = features.reduction_numel
+        if numel.is_number and int(numel) <= limit and not cooperative_reduction:
+            return True
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+
+_ROW, _CHANNELS = 2048, 128
+
+
 def compile_package(module: Compiled, path: Path, device: str) -> None:
     """Compile `module` for `device` to the package `path`.
 
@@ -132,9 +154,12 @@ def compile_package(module: Compiled, path: Path, device: str) -> None:
     options: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0"}
     if device == "cpu":
         options["cpp.dynamic_threads"] = True
+    else:
+        # It would execute kernels, whose results mean nothing where the GPU is none.
+        options["joint_graph_constant_folding"] = False
     try:
         toolchain = cuda_toolchain() if device == "cuda" else nullcontext()
-        with warnings.catch_warnings(), torch.no_grad(), toolchain:
+        with warnings.catch_warnings(), torch.no_grad(), toolchain, V.set_choices_handler(_Choices()):
             warnings.simplefilter("ignore")
             program = torch.export.export(module.eval(), module.examples(device), strict=False)
             torch._inductor.aoti_compile_and_package(

@@ -1,16 +1,18 @@
 """What PyTorch and Triton must be told in a process that has the library of `null_gpu.c` for a GPU.
 
 PyTorch sees a GPU by itself. Triton would compile C code against the driver, load each kernel and time its choices:
-here it loads nothing, and the first of several configurations, which is Inductor's own first choice, is taken untimed.
+here it loads nothing, and the choice is made by rule.
 Code for the host, which only launches, is compiled for any processor of the last fifteen years, not for this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["pretend"]
+__all__ = ["best_config", "pretend"]
 
 
 class _Utils:
@@ -41,6 +43,48 @@ def _launches_nothing(*_: Any, **__: Any) -> Callable[..., None]:
     return lambda *_, **__: None
 
 
+_ACCESS = re.compile(r"tl\.(?:load|store)\(\w+ \+ \((.*?)\), ")
+_STEP = re.compile(r"(?:(\d+)\*)?r0_\d+")
+_LENGTH = re.compile(r"r0_numel = (\d+)")
+_ELEMENTS = 1024
+
+
+def best_config(
+    kind: str, source: str, sizes: Mapping[str, int], configs: Sequence[Mapping[str, int]]
+) -> int:
+    """Which of a kernel's configurations to take where none can be timed.
+
+    Neighbouring threads should read neighbouring elements: if the reduced index is not the one that runs fastest in
+    memory, the other one must be, in blocks as large as are offered. Else a block should have enough elements for its
+    threads.
+
+    Args:
+        kind: Inductor's `HeuristicType`, by name.
+        source: the kernel's code.
+        sizes: elements by axis, rounded up to powers of two.
+        configs: block sizes and warps.
+    """
+    order = range(len(configs))
+    if kind == "POINTWISE" and len(sizes) == 1:
+        return max(order, key=lambda i: configs[i]["XBLOCK"])
+    if kind not in ("REDUCTION", "PERSISTENT_REDUCTION"):
+        return 0
+    both = [found for found in _ACCESS.findall(source) if "x" in found and "r0_" in found]
+    steps = [int(found.group(1) or 1) for access in both if (found := _STEP.search(access))]
+    if any(step > 1 for step in steps):
+        return max(order, key=lambda i: configs[i].get("XBLOCK", 1))
+    rows = max(1, math.prod(size for axis, size in sizes.items() if axis.startswith("r")))
+    if kind == "PERSISTENT_REDUCTION":
+        enough = [i for i in order if configs[i].get("XBLOCK", 1) * rows >= _ELEMENTS]
+        return min(enough, key=lambda i: configs[i].get("XBLOCK", 1), default=len(configs) - 1)
+    length = _LENGTH.search(source)
+    reduced = int(length.group(1)) if length else rows
+    # A block that is longer than what is left of a row works for nothing.
+    return min(
+        order, key=lambda i: -(-reduced // configs[i].get("R0_BLOCK", 1)) * configs[i].get("R0_BLOCK", 1)
+    )
+
+
 def pretend() -> None:
     """Make Triton and Inductor of this process content with a GPU that does nothing."""
     import torch
@@ -58,10 +102,14 @@ def pretend() -> None:
 
     object.__setattr__(backends["nvidia"], "driver", Driver)
 
-    def take_first(self: Any, *_: Any, **__: Any) -> None:
-        self.launchers = self.launchers[:1]
+    def choose(self: Any, *_: Any, **__: Any) -> None:
+        configs = [
+            {**launcher.config.kwargs, "warps": launcher.config.num_warps} for launcher in self.launchers
+        ]
+        chosen = best_config(self.heuristic_type.name, self.fn.src, self.size_hints, configs)
+        self.launchers = [self.launchers[chosen]]
 
-    CachingAutotuner.autotune_to_one_config = take_first  # type: ignore[method-assign]
+    CachingAutotuner.autotune_to_one_config = choose  # type: ignore[method-assign]
     flags_of = cpp_builder._get_optimization_cflags
 
     def portable(*args: Any, **options: Any) -> tuple[list[str], list[str]]:
