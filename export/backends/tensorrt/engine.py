@@ -1,6 +1,6 @@
 """Building TensorRT engines on the GPU that they are for, and measuring them there.
 
-Each engine is built, and later run, in a process of its own (`trt_worker`): memory returns to the system and the GPU,
+Each engine is built, and later run, in a process of its own (`worker`): memory returns to the system and the GPU,
 and a crash of the library ends one engine and not the build.
 """
 

@@ -164,7 +164,7 @@ def polygraphy_calls(path: Path) -> list[tuple[str, set[str]]]:
 
 
 def test_polygraphy_has_the_loaders_and_their_arguments() -> None:
-    calls = polygraphy_calls(ROOT / "export" / "trt_worker.py")
+    calls = polygraphy_calls(ROOT / "export" / "backends" / "tensorrt" / "worker.py")
     assert {"flags", "strongly_typed"} in [keywords for _, keywords in calls]
     for name, keywords in calls:
         module, _, attribute = name.rpartition(".")
