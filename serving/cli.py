@@ -62,6 +62,7 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain", type=float, default=30.0, metavar="SECONDS", help="time to end, when stopped (30)"
     )
     parser.add_argument("--queue", type=int, default=16, help="clients that may wait for a place (16)")
+    parser.add_argument("--connections", type=int, default=8, help="connections from one address (8)")
     parser.add_argument("--ice-server", action="append", default=[], help="STUN or TURN server for WebRTC")
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second from one client (20)")
     parser.add_argument(
@@ -149,6 +150,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         verify=not options.no_verify,
         limits=Limits(
             queue=options.queue,
+            sessions_per_client=options.connections,
             requests_per_second=options.rate,
             request_burst=max(1, round(4 * options.rate)),
         ),

@@ -91,6 +91,8 @@ class Settings:
             )
         if self.limits.queue < 0:
             raise SettingsError(f"--queue is {self.limits.queue}; expected 0 or more")
+        if self.limits.sessions_per_client < 1:
+            raise SettingsError(f"--connections is {self.limits.sessions_per_client}; expected 1 or more")
         if not self.limits.requests_per_second > 0:
             raise SettingsError(f"--rate is {self.limits.requests_per_second:g}; expected more than 0")
         for origin in self.origins:

@@ -42,6 +42,22 @@ def test_streaming_to_a_file_with_a_switch(tiny_bundle: Path, tmp_path: Path) ->
         assert sum(1 for _ in video.decode(video=0)) == 21
 
 
+def test_watching_a_server(tmp_path: Path) -> None:
+    from serving.settings import Settings
+    from tests.runtime import handmade
+    from tests.serving.conftest import running
+
+    handmade.build_bundle(tmp_path / "bundle")
+    with running(
+        Settings(bundle=tmp_path / "bundle", port=0, threads=1, videos=tmp_path / "videos")
+    ) as server:
+        done = run("watch_a_server", server.url, "a red fox", "snow in sea", tmp_path / "frames")
+    assert done.returncode == 0, done.stderr
+    assert "'switched': True" in done.stdout and "'reason': 'completed'" in done.stdout
+    assert "'type': 'dropped'" not in done.stdout
+    assert len(list((tmp_path / "frames").glob("*.jpg"))) == 81
+
+
 def test_comparing_with_polygraphy(tiny_bundle: Path, tiny_long_bundle: Path) -> None:
     same = run("compare_polygraphy", tiny_bundle, tiny_long_bundle)  # one model, two variants of attention
     assert same.returncode == 0, same.stderr + same.stdout

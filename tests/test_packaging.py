@@ -99,6 +99,8 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
     assert not [
         name for name in held if name.startswith(("tests/", "tools/", "benchmarks/", "engines/built/"))
     ]
+    page = [path for path in (ROOT / "serving" / "page").iterdir() if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in page} <= held
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 

@@ -200,6 +200,7 @@ def test_a_bundle_that_cannot_be_loaded(start_server: StartServer, tmp_path: Pat
         ({"sessions": 0}, "--sessions is 0"),
         ({"drain_seconds": -1.0}, "--drain is"),
         ({"limits": Limits(queue=-1)}, "--queue is -1"),
+        ({"limits": Limits(sessions_per_client=0)}, "--connections is 0"),
         ({"limits": Limits(requests_per_second=0.0)}, "--rate is 0"),
         ({"origins": ("demo.example.com",)}, "expected scheme and host"),
     ],
