@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from export.estimate.memory import MemoryPlan
 from export.graph import components
 from export.parts.golden import write_golden
 from export.parts.keys import BuildKeys, tool_versions
 from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
+from export.quantize.decision import QuantizationPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
@@ -21,7 +23,7 @@ from .errors import InputError
 from .preflight import check_disk, check_memory, check_target_memory
 from .progress import ProgressCallback
 
-__all__ = ["BuildRequest", "build_bundle", "check_build", "compile_bundle", "export_onnx"]
+__all__ = ["BuildRequest", "CheckedBuild", "build_bundle", "check_build", "compile_bundle", "export_onnx"]
 
 _GOLDEN, _GOLDEN_SECTION = "golden vectors", "golden.json"
 """The part, and the manifest's section, kept beside a build in progress."""
@@ -69,21 +71,36 @@ def _no_progress(part: str, done: float, total: float) -> None:
     pass
 
 
-def check_build(request: BuildRequest) -> None:
-    """Refuse what cannot be built, before any long work; `build_bundle` does so, too.
+@dataclass(frozen=True)
+class CheckedBuild:
+    """A request that can be built here, with what was worked out to know that.
+
+    Attributes:
+        memory: on the target, for one session.
+        quantization: None where nothing is quantized.
+    """
+
+    request: BuildRequest
+    memory: MemoryPlan
+    quantization: QuantizationPlan | None
+
+
+def check_build(request: BuildRequest) -> CheckedBuild:
+    """Refuse what cannot be built, before any long work. `build_bundle` takes the result, or does so itself.
 
     Raises:
         As `build_bundle`.
     """
     plan = request.plan
-    _BUILDERS[request.backend]().check(request, plan)
-    check_target_memory(request)
+    quantization = _BUILDERS[request.backend]().check(request, plan)
+    memory = check_target_memory(request)
     check_memory(request, plan)
     check_disk(request, plan)
     request.weights.check()
+    return CheckedBuild(request, memory, quantization)
 
 
-def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progress) -> Path:
+def build_bundle(request: BuildRequest | CheckedBuild, progress: ProgressCallback = _no_progress) -> Path:
     """Build the bundle `request.out / request.name` and return its folder.
 
     Finished parts of an interrupted build of the same request are taken over. The bundle appears, or replaces an
@@ -96,13 +113,14 @@ def build_bundle(request: BuildRequest, progress: ProgressCallback = _no_progres
         ConfigError: the variant does not fit the model.
         InputError: the backend cannot build this.
     """
-    check_build(request)
+    checked = request if isinstance(request, CheckedBuild) else check_build(request)
+    request = checked.request
     plan, builder = request.plan, _BUILDERS[request.backend]()
     digests = request.weights.digests()
     keys = BuildKeys.of(request, plan, digests)
     with open_workspace(request.out, request.name, keys.build) as workspace:
         parts = {**builder.parts(request, plan), **({_GOLDEN: 70.0} if builder.golden else {})}
-        run = Run(workspace, request, plan, keys, parts, progress)
+        run = Run(workspace, request, plan, keys, parts, progress, checked.quantization)
         built = builder.build(run)
         if builder.golden:
             built = _with_golden(run, built)
@@ -126,10 +144,11 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
         raise InputError(
             f"the {request.backend} backend has no parts that do without weights; build the bundle"
         )
-    builder.check(request, plan)
+    quantization = builder.check(request, plan)
     keys = BuildKeys.of(request, plan, request.weights.digests())
     with open_workspace(request.out, request.name, keys.build) as workspace:
-        builder.compile(Run(workspace, request, plan, keys, builder.parts(request, plan), progress))
+        parts = builder.parts(request, plan)
+        builder.compile(Run(workspace, request, plan, keys, parts, progress, quantization))
         return workspace.folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from math import prod
 
-from export.estimate.memory import plan_memory
+from export.estimate.memory import MemoryPlan, plan_memory
 from export.parts.workspace import partial_folder
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
@@ -66,11 +66,16 @@ def check_memory(request: BuildRequest, plan: StepPlan) -> None:
         )
 
 
-def check_target_memory(request: BuildRequest) -> None:
+def check_target_memory(request: BuildRequest) -> MemoryPlan:
     """Refuse a bundle of which not even one rollout fits into its target's memory.
+
+    Returns:
+        what it takes.
 
     Raises:
         InputError: says what is needed and what the target has.
     """
-    if request.target.memory_gib is not None and plan_memory(request).fits is False:
-        raise InputError(f"{request.name} {plan_memory(request).verdict}")
+    planned = plan_memory(request)
+    if request.target.memory_gib is not None and planned.fits is False:
+        raise InputError(f"{request.name} {planned.verdict}")
+    return planned

@@ -11,7 +11,7 @@ from export.graph import components
 from export.graph.segments import write_segments
 from export.parts.graphs import export_graphs, graph_parts
 from export.parts.run import Builder, Built, Run
-from export.quantize.decision import plan_quantization
+from export.quantize.decision import QuantizationPlan, plan_quantization
 from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
 from runtime import bundle
@@ -24,8 +24,8 @@ _SECTION = "segments.json"
 _WHOLE = ("step", "clean")
 
 
-def _check(request: BuildRequest, plan: StepPlan) -> None:
-    plan_quantization(request, plan)
+def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
+    return plan_quantization(request, plan)
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:

@@ -68,22 +68,21 @@ class Build(Command):
         from rich.markup import escape
 
         from export.build import build_bundle, check_build
-        from export.estimate.memory import plan_memory
         from export.progress import progress_bars
         from export.report.engines import engine_table
         from export.report.plan import memory_table
         from runtime.bundle import load_bundle
 
         request, choice = build_request(args)
-        check_build(request)
+        checked = check_build(request)
         console = Console()
         console.print(
             f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
         )
         console.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
-        console.print(memory_table(plan_memory(request)))
+        console.print(memory_table(checked.memory))
         with progress_bars(console) as progress:
-            folder = build_bundle(request, progress)
+            folder = build_bundle(checked, progress)
         manifest = load_bundle(folder, verify=False).manifest
         if manifest.library is not None:
             console.print(engine_table(manifest))

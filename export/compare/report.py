@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from html import escape
+from io import BytesIO
 from math import ceil, floor, log10
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .result import Comparison, Film, Plot, Row
 
@@ -205,15 +205,6 @@ def _data_uri(frame: NDArray[np.uint8]) -> str:
 
 def png(image: NDArray[np.uint8]) -> bytes:
     """An RGB image `[H, W, 3]` as a PNG file."""
-    height, width, _ = image.shape
-    rows = np.zeros((height, 1 + 3 * width), dtype=np.uint8)  # each row begins with its filter: none
-    rows[:, 1:] = image.reshape(height, -1)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)), chunk(b"IEND", b""))
-    )
+    file = BytesIO()
+    Image.fromarray(image).save(file, "png", optimize=True)
+    return file.getvalue()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from export.request.sizes import (
     STEPS,
@@ -29,9 +29,6 @@ from export.units import readable_size
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry
 from runtime.host_memory import memory
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Group", "MemoryItem", "MemoryPlan", "Planned", "plan_memory"]
 

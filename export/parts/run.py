@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from export.progress import ProgressCallback
+from export.quantize.decision import QuantizationPlan
 from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
 from export.request.weights import Weights
@@ -61,6 +62,7 @@ class Run:
         workspace: folder of the bundle in the making; what is not among the published files disappears at the end.
         models: of `request.weights`.
         keys: what the parts are made from.
+        quantization: what the builder's check decided.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class Run:
         keys: BuildKeys,
         parts: Mapping[str, float],
         progress: ProgressCallback,
+        quantization: QuantizationPlan | None,
     ) -> None:
+        self.quantization = quantization
         self.workspace, self.request, self.plan, self.keys = workspace, request, plan, keys
         self.models = Models(request.weights)
         self._parts, self._progress = parts, progress
@@ -155,13 +159,13 @@ class Builder:
     Attributes:
         parts: name -> rough effort (seconds at full size, on two cores), in the order in which `build` makes them.
         build: makes the parts.
-        check: refuses, before any long work, what cannot be built; raises InputError or BuildError.
+        check: refuses, before any long work, what cannot be built (InputError, BuildError); returns what is quantized.
         golden: whether the bundle gets golden vectors, from `Built.graphs`.
         compile: makes the parts that hold no weights, for a backend that has such; `build` takes them over.
     """
 
     parts: Callable[[BuildRequest, StepPlan], Mapping[str, float]]
     build: Callable[[Run], Built]
-    check: Callable[[BuildRequest, StepPlan], None] = field(default=_nothing_to_check)
+    check: Callable[[BuildRequest, StepPlan], QuantizationPlan | None] = field(default=_nothing_to_check)
     golden: bool = True
     compile: Callable[[Run], Sequence[bundle.FileEntry]] | None = None

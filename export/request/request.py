@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -65,9 +66,9 @@ class BuildRequest:
         """The model's dimensions."""
         return self.weights.preset
 
-    @property
+    @cached_property
     def plan(self) -> StepPlan:
-        """The request in numbers; see `StepPlan.of` for the errors."""
+        """The request in numbers, worked out once; see `StepPlan.of` for the errors."""
         blocks = self.variant.blocks(self.target, self.preset.block)
         return StepPlan.of(
             self.preset, self.variant, self.height, self.width, block_q=blocks.query, block_k=blocks.key

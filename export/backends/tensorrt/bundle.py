@@ -64,7 +64,7 @@ def _machine(request: BuildRequest) -> TrtMachine:
     return find_machine(request.target.name, request.target.compute_capability, request.precision)
 
 
-def _check(request: BuildRequest, plan: StepPlan) -> None:
+def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
     if request.execution != "whole":
         raise InputError("the tensorrt backend builds the step as one engine; use --execution whole")
     if request.per_chunk:
@@ -72,7 +72,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     _machine(request)
     _find_plugin()
     kernel_variants(request.target, plan)
-    plan_quantization(request, plan)
+    return plan_quantization(request, plan)
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
@@ -93,7 +93,7 @@ def _build(run: Run) -> Built:
     folder, request = run.folder, run.request
     machine = _machine(request)
     exported = export_graphs(run)
-    plan = plan_quantization(request, run.plan)
+    plan = run.quantization
     run.part("quantization", lambda into: _quantize(into, run, plan))
     quantized = json.loads((folder / _QUANTIZATION).read_text())
     plugin_files = run.part("plugin", _copy_plugin)

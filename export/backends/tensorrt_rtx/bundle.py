@@ -62,7 +62,7 @@ _SMALL_EFFORT = 1.0
 # ---- before the work ----
 
 
-def _check(request: BuildRequest, plan: StepPlan) -> None:
+def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
     if request.execution != "segmented":
         raise InputError(
             "tensorrt-rtx engines hold no attention kernels (it takes no plugins), so the step cannot be one engine; "
@@ -78,8 +78,8 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
     needed = {"bf16": ("bf16",), "fp8": ("bf16", "fp8"), "nvfp4": ("bf16", "fp8", "nvfp4")}
     check_request(request.target.compute_capability, *needed[request.precision])
     kernel_variants(request.target, plan)
-    plan_quantization(request, plan)
     load_expectations(request.precision)
+    return plan_quantization(request, plan)
 
 
 def _engines(request: BuildRequest, plan: StepPlan) -> list[str]:
@@ -107,7 +107,7 @@ def _engine(component: str) -> str:
 def _build(run: Run) -> Built:
     request, folder = run.request, run.folder
     exported = export_graphs(run)
-    plan = plan_quantization(request, run.plan)
+    plan = run.quantization
     run.part("quantization", lambda into: _quantize(into, run, plan))
     quantized = _Quantized.read(folder)
     segments = run.part("segments", lambda into: _cut(into, run, plan, quantized))

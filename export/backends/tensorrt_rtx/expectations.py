@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,9 +19,6 @@ from export.request.sizes import Sized
 from lightforcing_ref.config import CHUNK_FRAMES
 
 from .engine_text import Kind, PlanReport
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ComponentExpectation", "Expectations", "Structure", "load_expectations"]
 
