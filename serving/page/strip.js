@@ -2,6 +2,7 @@
 
 const KEPT = 120;
 const EXPECTED = 4;
+const LABEL_CHUNKS = 6; // that a label covers
 const STAGES = ["denoise", "decode", "encode"];
 
 export class Strip {
@@ -57,6 +58,9 @@ export class Strip {
     item.querySelector(".flag")?.remove();
     const flag = element("div", "flag");
     flag.dataset.id = id;
+    // Labels of flags that stand close take turns between two lines.
+    const near = [...this.#list.querySelectorAll(".flag")].filter((other) => Math.abs(other.parentElement.dataset.chunk - index) < LABEL_CHUNKS);
+    flag.classList.toggle("lower", near.length > 0 && !near.at(-1).classList.contains("lower"));
     flag.append(element("span", "", prompt || "(empty prompt)"));
     item.append(flag);
     this.#scroll();
