@@ -84,6 +84,7 @@ class Pipeline:
         graphs: bool = True,
         progress: Callable[[LoadStage], None] | None = None,
         golden_progress: Callable[[str, int, int], None] | None = None,
+        engine: Engine | None = None,
     ) -> Pipeline:
         """Load a bundle for up to ``sessions`` rollouts at a time.
 
@@ -103,6 +104,9 @@ class Pipeline:
                 (verification), ``"warmup"``, ``"ready"``.
             golden_progress: called while a bundle is verified on its first load, with a golden case, the cases done
                 and their number.
+            engine: executes the bundle in place of the one that its backend has; made for as many sessions, and closed
+                with the pipeline, or where loading fails after it was taken. Memory is its maker's affair then, and
+                ``threads``, ``graphs`` and ``memory_limit`` say nothing.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -121,10 +125,10 @@ class Pipeline:
         stage("files")
         bundle = load_bundle(path, verify=verify)
         plan = plan_buffers(bundle.manifest, sessions)
-        check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
-
-        stage("engines")
-        engine = load_engine(bundle, plan, threads=threads, graphs=graphs)
+        if engine is None:
+            check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
+            stage("engines")
+            engine = load_engine(bundle, plan, threads=threads, graphs=graphs)
         try:
             if verify:
                 stage("golden")

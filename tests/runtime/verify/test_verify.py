@@ -213,22 +213,22 @@ def test_verification_shows_how_far_it_is(golden_bundle: Path, tmp_path: Path) -
     ensure_verified(bundle, CardEngine(golden_bundle), lambda *at: pytest.fail("it has been verified"))
 
 
-def test_loading_shows_verification(
-    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_shows_verification(golden_bundle: Path, tmp_path: Path) -> None:
     """The pipeline hands on what it is given to be told."""
     folder = copied(golden_bundle, tmp_path / "card")
     for_card(folder)
     shown: list[str] = []
-    monkeypatch.setattr("runtime.pipeline._free_memory", lambda bundle: None)
-    monkeypatch.setattr("runtime.pipeline.load_engine", lambda *_, **__: CardEngine(golden_bundle))
+    engine = CardEngine(golden_bundle)
     with Pipeline.load(
         folder,
         warmup=False,
         text_encoder="external",
         golden_progress=lambda case, done, total: shown.append(case),
-    ):
+        engine=engine,
+    ) as pipeline:
         assert len(shown) > 1
+        assert pipeline.engine is engine
+    assert engine.closed == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of open files")
