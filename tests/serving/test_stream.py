@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from runtime import Pipeline
 from serving.live.protocol import MediaFrame
+from serving.neighbours import keep_reporting
 from tests.serving.client import StreamClient, wait_until
 from tests.serving.conftest import FPS, RunningServer, StartServer
 
@@ -333,3 +335,52 @@ def test_too_many_bad_messages_and_too_large_ones_close_the_socket(server: Runni
         with pytest.raises(ConnectionClosed) as closed:
             client.receive()
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+
+
+class Neighbour:
+    """Another server that has room, or has not."""
+
+    def __init__(self, room: bool) -> None:
+        self.room = room
+
+    async def report(self, free: int) -> None:
+        pass
+
+    async def have_room(self) -> bool:
+        return self.room
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_client_goes_elsewhere_only_if_there_is_room(start_server: StartServer, room: bool) -> None:
+    server = start_server(sessions=1)
+    server.service.neighbours = Neighbour(room)
+    with StreamClient(server.url) as one, StreamClient(server.url) as two:
+        assert one.start("a")["accepted"]  # there is a place here
+        two.send("start", id=1, prompt="a")
+        if not room:
+            assert two.until("queued")["position"] == 1
+            return
+        assert two.until("receipt")["error"]["code"] == "elsewhere"
+        with pytest.raises(ConnectionClosed) as closed:
+            two.receive()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+
+
+def test_free_places_are_reported_when_they_change() -> None:
+    class Board(Neighbour):
+        told: list[int]
+
+        async def report(self, free: int) -> None:
+            self.told.append(free)
+
+    async def run() -> list[int]:
+        board, free = Board(room=True), [2]
+        board.told = []
+        task = asyncio.create_task(keep_reporting(board, lambda: free[0]))
+        for value in (2, 1, 0):
+            free[0] = value
+            await asyncio.sleep(0.3)
+        task.cancel()
+        return board.told
+
+    assert asyncio.run(run()) == [2, 1, 0]
