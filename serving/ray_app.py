@@ -123,6 +123,7 @@ def deploy(settings: Settings, cluster: Cluster) -> None:
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
     )
     replica = deployment(serve.ingress()(_Replica))
+    settings = replace(settings, clips=cluster.replicas == 1)
     serve.run(replica.bind(settings), name=APP, route_prefix="/")
 
 

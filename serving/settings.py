@@ -67,6 +67,8 @@ class Settings:
     hosts: tuple[str, ...] = ()
     """Further names by which the server may be addressed."""
     videos: Path = field(default_factory=default_videos_folder)
+    clips: bool = True
+    """Whether clips are made; not where requests for one clip may reach different servers."""
     drain_seconds: float = 30.0
     log_prompts: bool = False
     ice_servers: tuple[str, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
 from starlette.formparsers import MultiPartException
@@ -22,7 +22,17 @@ _LARGEST_PAGE = 100
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter()
+
+    async def offered() -> None:
+        if not service.settings.clips:
+            raise RequestError(
+                "no_clips",
+                "several servers share this address, and a clip belongs to one of them: use live sessions here, or a "
+                "server of its own for clips",
+                status=501,
+            )
+
+    routes = APIRouter(dependencies=[Depends(offered)])
 
     @routes.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:

@@ -113,6 +113,16 @@ def test_refused_clips(server: RunningServer, body: dict[str, Any], status: int,
     assert (answer.status, answer.json["error"]["code"]) == (status, code)
 
 
+def test_a_server_that_makes_no_clips_says_so(start_server: StartServer) -> None:
+    server = start_server(clips=False)
+    for answer in (
+        create(server, prompt="a"),
+        http(f"{server.url}/v1/videos"),
+        http(f"{server.url}/v1/videos/video_x"),
+    ):
+        assert (answer.status, answer.json["error"]["code"]) == (501, "no_clips")
+
+
 def test_other_content_types_are_refused(server: RunningServer) -> None:
     for kind, body, status in (
         ("text/plain", b"a", 415),
