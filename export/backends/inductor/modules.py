@@ -2,8 +2,7 @@
 
 The cuts are those of every segmented bundle (see `export.graph.segments`). A block is cut through the attention core
 that the model takes: what a core is called with is one segment's result, and what it returns is the next one's input.
-The other half of the block is left in place without weights, does nothing that anyone reads, and is dropped when it
-is traced.
+The other half is left in place without weights, does nothing that anyone reads, and is dropped by tracing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ __all__ = [
     "vae_first",
     "vae_next",
 ]
-
 
 LATENT_STATISTICS = {"latent_mean": LATENT_MEAN, "latent_std": LATENT_STD}
 """Weights of the compiled decoder that are no weights of the model's."""
