@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint_files import checkpoint_sha256, read_checkpoint
+from .checkpoint_lora import lora_scale
 from .checkpoint_spec import (
     CheckpointKind,
     Expectation,
@@ -26,6 +27,7 @@ from .checkpoint_spec import (
     umt5_shapes,
     vae_decoder_shapes,
 )
+from .checkpoint_values import check_values
 from .config import DiTConfig
 from .errors import CheckpointError
 from .text import UMT5Config, umt5_keys
@@ -43,11 +45,18 @@ __all__ = [
     "vae_config_of",
 ]
 
-_SECTIONS = ("generator_ema", "generator", "generator_lora")
+_SECTIONS = ("generator_ema", "generator", "generator_lora", "model")
 """Groups of a training checkpoint that hold a model for inference, best first."""
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+"""Sharding, compiling and activation checkpointing put their names anywhere into a key."""
+
+_OUTER = ("base_model.model.", "module.", "model.", "diffusion_model.")
+"""PEFT, data parallelism, training scripts and ComfyUI put theirs in front."""
 
 _VAE_ENCODER = ("encoder.", "conv1.")
 _UMT5_DECODER = ("decoder.", "lm_head.")
+_UMT5_TOKENIZER = "spiece_model"  # ComfyUI keeps the tokenizer in the file
 """Known parts of the public files that are not needed here."""
 
 LoRA = dict[str, tuple[Tensor, Tensor]]
@@ -69,6 +78,7 @@ def load_dit_state(
     *,
     lora: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    any_values: bool = False,
 ) -> dict[str, Tensor]:
     """The transformer out of a Self-Forcing, LongLive, Light Forcing or Wan-AI checkpoint.
 
@@ -77,6 +87,7 @@ def load_dit_state(
         config: the model that the state is for.
         lora: a LoRA to merge into the weights.
         dtype: type to convert to; None leaves each tensor as stored.
+        any_values: take values that no trained model holds, too; see `checkpoint_values`.
 
     Raises:
         CheckpointError: a file cannot be read, or does not hold this model.
@@ -85,19 +96,29 @@ def load_dit_state(
     model = f"a causal Wan transformer of dim {config.dim} with {config.layers} layers"
     expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config))
     check_state(state, expected, str(path))
+    if not any_values:
+        check_values(state, str(path))
     if lora is not None:
-        state = merge_lora(state, load_lora(lora, config), dtype=dtype)
+        state = merge_lora(state, load_lora(lora, config, any_values=any_values), dtype=dtype)
     return _arrange(state, expected, dtype)
 
 
-def load_lora(path: str | Path, config: DiTConfig) -> LoRA:
+def load_lora(path: str | Path, config: DiTConfig, *, any_values: bool = False) -> LoRA:
     """The LoRA of a transformer of size `config`, of any rank, complete for every matrix it is expected to change.
 
+    B is multiplied by the scale that alpha and rank give where they are stated; see `checkpoint_lora`.
+
     Raises:
-        CheckpointError: the file cannot be read, or is no such LoRA.
+        CheckpointError: the file cannot be read, is no such LoRA, or its alpha or settings are not usable.
     """
-    state = {key.removeprefix("base_model.model."): value for key, value in _read_state(path).items()}
+    content = read_checkpoint(path)
+    state = _state_of(content, path)
     keys = {target: _lora_keys(target) for target in lora_targets(config)}
+    alphas = {
+        target: state.pop(key)
+        for target in keys
+        if (key := f"{target.removesuffix('.weight')}.alpha") in state
+    }
     shapes: Shapes = {}
     for target, (out_dim, in_dim) in lora_targets(config).items():
         key_a, key_b = keys[target]
@@ -106,7 +127,15 @@ def load_lora(path: str | Path, config: DiTConfig) -> LoRA:
         shapes |= {key_a: (rank, in_dim), key_b: (out_dim, rank)}
     model = f"a LoRA for a causal Wan transformer of dim {config.dim} with {config.layers} layers"
     check_state(state, Expectation(CheckpointKind.LORA, model, shapes), str(path))
-    return {target: (state[key_a], state[key_b]) for target, (key_a, key_b) in keys.items()}
+    if not any_values:
+        check_values(state | alphas, str(path), zeros=True)
+    stated = lora_scale(path, content)
+    lora: LoRA = {}
+    for target, (key_a, key_b) in keys.items():
+        a, b = state[key_a], state[key_b]
+        scale = float(alphas[target]) / len(a) if target in alphas else stated.of(len(a))
+        lora[target] = (a, b if scale == 1 else b.to(torch.promote_types(b.dtype, torch.float32)) * scale)
+    return lora
 
 
 def _lora_keys(target: str) -> tuple[str, str]:
@@ -119,8 +148,7 @@ def merge_lora(
 ) -> dict[str, Tensor]:
     """A copy of a state dict with `W + B A` in place of each matrix of the LoRA; every other tensor is shared.
 
-    The sum is computed in float32 at least and rounded once, to `dtype` or to the type of W. The scale alpha / rank
-    is 1, as LongLive trains it.
+    The sum is computed in float32 at least and rounded once, to `dtype` or to the type of W.
     """
     merged = dict(state)
     for key, (a, b) in lora.items():
@@ -131,7 +159,7 @@ def merge_lora(
 
 
 def load_vae_state(
-    path: str | Path, config: VAEConfig, *, dtype: torch.dtype | None = None
+    path: str | Path, config: VAEConfig, *, dtype: torch.dtype | None = None, any_values: bool = False
 ) -> dict[str, Tensor]:
     """The decoder out of `Wan2.1_VAE.pth` or `lightvaew2_1.pth`; the encoder is left out.
 
@@ -139,6 +167,8 @@ def load_vae_state(
         CheckpointError: the file cannot be read, or does not hold this decoder.
     """
     state, expected = _vae_decoder(_read_state(path), config, path)
+    if not any_values:
+        check_values(state, str(path))
     return _arrange(state, expected, dtype)
 
 
@@ -156,7 +186,7 @@ def vae_config_of(path: str | Path) -> VAEConfig:
 
 
 def load_umt5_state(
-    path: str | Path, config: UMT5Config, *, dtype: torch.dtype | None = None
+    path: str | Path, config: UMT5Config, *, dtype: torch.dtype | None = None, any_values: bool = False
 ) -> dict[str, Tensor]:
     """The text encoder out of Wan's `models_t5_umt5-xxl-enc-bf16.pth` or a Hugging Face UMT5, under our names.
 
@@ -166,6 +196,7 @@ def load_umt5_state(
         CheckpointError: the file cannot be read, or does not hold this encoder.
     """
     state = _read_state(path)
+    state.pop(_UMT5_TOKENIZER, None)
     is_wan = "token_embedding.weight" in state
     if not is_wan:
         state = _without(state, _UMT5_DECODER, CheckpointKind.UMT5)
@@ -180,15 +211,19 @@ def load_umt5_state(
         CheckpointKind.UMT5, model, {public: shapes[name] for public, name in names.items()}
     )
     check_state(state, expected, str(path))
+    if not any_values:
+        check_values(state, str(path))
     return {names[public]: value for public, value in _arrange(state, expected, dtype).items()}
 
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:
     """The flat state dict of a checkpoint, freed of the section it lies in and of wrappers' prefixes."""
-    content: Mapping[str, Any] = read_checkpoint(path)
-    section = next((content[name] for name in _SECTIONS if content.get(name)), content)
-    if not isinstance(section, Mapping):
-        section = content
+    return _state_of(read_checkpoint(path), path)
+
+
+def _state_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    sections = (content[name] for name in _SECTIONS if isinstance(content.get(name), Mapping))
+    section = next((section for section in sections if section), content)
     state: dict[str, Tensor] = {}
     for raw_key, value in section.items():
         if not isinstance(value, Tensor):
@@ -196,11 +231,20 @@ def _read_state(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path} holds {found}; expected tensors by name, or such tensors under one of {', '.join(_SECTIONS)}"
             )
-        key = str(raw_key).replace("_fsdp_wrapped_module.", "").removeprefix("model.")
+        key = _bare(str(raw_key))
         if key in state:
             raise CheckpointError(f"{path} holds {key!r} twice, with and without a prefix; expected it once")
-        state[key] = value
+        state[key] = value.detach()
     return state
+
+
+def _bare(key: str) -> str:
+    """A key without what wrappers added to it."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    while prefix := next((prefix for prefix in _OUTER if key.startswith(prefix)), ""):
+        key = key.removeprefix(prefix)
+    return key
 
 
 def _vae_decoder(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .errors import CheckpointError
 __all__ = ["checkpoint_files", "checkpoint_sha256", "read_checkpoint"]
 
 _INDEX_SUFFIX = ".index.json"
+_INDEX_BYTES = 64 << 20
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"  # of torch files written before the zip format
 _FOREIGN = {
@@ -118,9 +121,13 @@ def _file_in_folder(folder: Path) -> Path:
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
+    if path.stat().st_size > _INDEX_BYTES:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes; expected an index of at most {_INDEX_BYTES}"
+        )
     try:
         return _ShardIndex.model_validate(json.loads(path.read_bytes())).weight_map
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no index of a sharded checkpoint ({error}); expected JSON with a `weight_map`"
         ) from error
@@ -152,11 +159,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _damaged(path, error) from error
 
 
 def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
+    if mapped:
+        status = path.stat()
+        _check_archive(path, status.st_size, status.st_mtime_ns, status.st_ino)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail anywhere inside torch's reader
@@ -170,6 +180,24 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
     return content
+
+
+@lru_cache(maxsize=64)
+def _check_archive(path: Path, *_identity: int) -> None:
+    """Hold the records of a torch file against the checksums stored with them, once per file and process.
+
+    PyTorch does not; it can also be told to write none, and such a file holds 0 in their place.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if not record.CRC:
+                    continue
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from .config import DiTConfig
@@ -221,6 +222,10 @@ def check_state(state: Mapping[str, Tensor], expected: Expectation, source: str)
             "of a type that is not supported (expected plain floating point)",
             [f"{key} is {_type_name(state[key])}" for key in shared if not _is_plain_float(state[key])],
         ),
+        _listing(
+            "without plain values in memory order (expected dense tensors)",
+            [f"{key} is {_layout(state[key])}" for key in shared if _layout(state[key])],
+        ),
     ]
     if not any(differences):
         return
@@ -243,6 +248,13 @@ def _listing(what: str, items: list[str], limit: int = 4) -> str:
 
 def _type_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _layout(tensor: Tensor) -> str:
+    """What keeps a tensor from being read like any other; empty where nothing does."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    return "" if tensor.layout is torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def _is_plain_float(tensor: Tensor) -> bool:

@@ -37,6 +37,7 @@ __all__ = [
     "UMT5Layer",
     "build_encoder",
     "byte_tokenizer",
+    "check_tokenizer",
     "clean_prompt",
     "encode",
     "encode_prompts",
@@ -102,6 +103,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_tokenizer(path: str | Path, config: UMT5Config) -> None:
+    """Hold a tokenizer against the encoder that reads its ids.
+
+    Raises:
+        CheckpointError: it gives ids that the encoder has no row for, or its `<pad>` and `</s>` are others.
+    """
+    tokenizer = load_tokenizer(path)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    special = {"<pad>": config.pad_id, "</s>": config.eos_id}
+    found = {token: tokenizer.token_to_id(token) for token in special}
+    if largest >= config.vocab or found != special:
+        raise CheckpointError(
+            f"the tokenizer {path} is not the text encoder's: its largest id is {largest}, its special tokens are "
+            f"{found}; expected ids below {config.vocab}, and {special}: use the tokenizer.json that comes with the "
+            "text encoder"
+        )
 
 
 def tokenize(tokenizer: Tokenizer, prompt: str, text_len: int, config: UMT5Config) -> tuple[Tensor, Tensor]:

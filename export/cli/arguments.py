@@ -80,6 +80,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             vae=getattr(args, "vae", None),
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
+            any_values=args.allow_values,
         )
     if not args.init and args.seed is None:
         shipped = shipped_weights(model, dense=not variant.sparsity.target)

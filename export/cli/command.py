@@ -60,6 +60,9 @@ class Command(ABC):
 def add_transformer_files(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--checkpoint", type=existing, metavar="FILE", help="weights of the transformer")
     parser.add_argument("--lora", type=existing, metavar="FILE", help="LoRA to merge into the checkpoint")
+    parser.add_argument(
+        "--allow-values", action="store_true", help="take weights that no trained model has: NaN, zeros, 1e38"
+    )
 
 
 def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:

@@ -131,5 +131,6 @@ def _reference(args: argparse.Namespace) -> Reference:
         vae=args.vae,
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,
+        any_values=args.allow_values,
     )
     return Reference.from_files(manifest, weights)

@@ -21,12 +21,13 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
+from lightforcing_ref.checkpoint_lora import lora_sha256
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
-from lightforcing_ref.text import byte_tokenizer, load_tokenizer
+from lightforcing_ref.text import byte_tokenizer, check_tokenizer, load_tokenizer
 from lightforcing_ref.vae import VAEDecoder
 
 __all__ = ["Weights", "shipped_weights"]
@@ -41,6 +42,7 @@ class Weights:
     Args:
         seed: draws all weights; None = from the files.
         checkpoint, lora: transformer, and a LoRA to merge into it.
+        any_values: take values that no trained model holds, too.
     """
 
     preset: Preset
@@ -50,6 +52,7 @@ class Weights:
     vae: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
+    any_values: bool = False
 
     @property
     def _shipped(self) -> bool:
@@ -77,21 +80,21 @@ class Weights:
         return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
 
     def check(self) -> None:
-        """Hold every file's tensors against the models they are for, without reading their values.
+        """Hold every file's tensors, and their values, against the models they are for.
 
         Raises:
             CheckpointError: a file cannot be read, or holds something else.
         """
         if self.checkpoint is not None:
-            load_dit_state(self.checkpoint, self.preset.dit)
+            load_dit_state(self.checkpoint, self.preset.dit, any_values=self.any_values)
         if self.lora is not None:
-            load_lora(self.lora, self.preset.dit)
+            load_lora(self.lora, self.preset.dit, any_values=self.any_values)
         if self.vae is not None:
-            load_vae_state(self.vae, vae_config_of(self.vae))
+            load_vae_state(self.vae, vae_config_of(self.vae), any_values=self.any_values)
         if self.text_encoder is not None:
-            load_umt5_state(self.text_encoder, self.preset.text)
+            load_umt5_state(self.text_encoder, self.preset.text, any_values=self.any_values)
         if self.tokenizer is not None:
-            load_tokenizer(self.tokenizer)
+            check_tokenizer(self.tokenizer, self.preset.text)
 
     def dit(self, dtype: torch.dtype) -> CausalWanModel:
         """The transformer, in evaluation mode and without gradients.
@@ -104,7 +107,9 @@ class Weights:
         else:
             with torch.device("meta"):
                 model = CausalWanModel(self.preset.dit)
-            state = load_dit_state(self.checkpoint, self.preset.dit, lora=self.lora, dtype=dtype)
+            state = load_dit_state(
+                self.checkpoint, self.preset.dit, lora=self.lora, dtype=dtype, any_values=self.any_values
+            )
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -117,7 +122,8 @@ class Weights:
             config = vae_config_of(self.vae)
             with torch.device("meta"):
                 model = VAEDecoder(config)
-            model.load_state_dict(load_vae_state(self.vae, config, dtype=dtype), strict=True, assign=True)
+            state = load_vae_state(self.vae, config, dtype=dtype, any_values=self.any_values)
+            model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
     def vae_config(self) -> VAEConfig:
@@ -133,7 +139,7 @@ class Weights:
             self._require_seed("text-encoder")
             shapes = umt5_shapes(self.preset.text)
             return {name: partial(self._draw, name, shape) for name, shape in shapes.items()}
-        state = load_umt5_state(self.text_encoder, self.preset.text)
+        state = load_umt5_state(self.text_encoder, self.preset.text, any_values=self.any_values)
         return {name: partial(state.__getitem__, name) for name in state}
 
     def text_weights(self) -> dict[str, Tensor]:
@@ -149,10 +155,12 @@ class Weights:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file in use, by role."""
-        roles = ("checkpoint", "lora", "vae", "text_encoder")
+        roles = ("checkpoint", "vae", "text_encoder")
         digests = {
             role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
         }
+        if self.lora is not None:
+            digests["lora"] = lora_sha256(self.lora)
         if self.tokenizer is not None:
             text = load_tokenizer(self.tokenizer).to_str()
             digests["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
