@@ -96,7 +96,7 @@ def write_kernels(
         raise BuildError(
             f"attention kernels run out of registers ({', '.join(spilled)}); use the Triton of the lock file"
         )
-    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}")
+    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}", driver=built[arch].driver)
     stem = f"{FOLDER}/{section.arch}"
     names: Sequence[str] = ["kernels.json", *(image.file for image in built[arch].images)]
     return [f"{stem}/{name}" for name in names], section

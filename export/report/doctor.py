@@ -14,14 +14,15 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from export.machine import GpuReport, find_gpus, installed_version
+from export.machine import Gpu, GpuReport, find_gpus, installed_version
 from export.request.capability import BACKENDS, Backend, missing_modules
 from export.units import readable_size
+from plugins.kernels import specs
 from runtime.host_memory import Memory, memory
 
 from .tables import titled_table
 
-__all__ = ["BackendStatus", "Library", "Report", "doctor_tables", "examine"]
+__all__ = ["BackendStatus", "Library", "Report", "doctor_tables", "examine", "old_drivers"]
 
 _LIBRARIES = {
     "numpy": "numpy",
@@ -119,6 +120,7 @@ def examine(out: Path) -> Report:
         problems.append(
             "no backend can be built here; install the extras: pip install '.[cpu,text,video,export]'"
         )
+    problems += old_drivers(gpus)
     folder = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     return Report(
         python=f"{platform.python_implementation()} {platform.python_version()}",
@@ -185,6 +187,25 @@ def _load(modules: list[str]) -> dict[str, tuple[str | None, str | None]]:
     return found
 
 
+def _kernel_driver(gpu: Gpu) -> int | None:
+    """The branch of the oldest driver that loads the attention kernels for `gpu`; None where there are none."""
+    try:
+        return specs.least_driver(specs.image_arch(int(gpu.compute_capability.replace(".", ""))))
+    except specs.KernelError:
+        return None
+
+
+def old_drivers(gpus: GpuReport) -> list[str]:
+    """What is to be done about GPUs whose driver does not load their attention kernels."""
+    found = tuple(int(part) for part in (gpus.cuda_version or "").split(".") if part)
+    return [
+        f"{gpu.name}: the driver supports CUDA {gpus.cuda_version}, and its attention kernels need a driver of branch "
+        f"{branch} or newer; update the driver"
+        for gpu in gpus.gpus
+        if (branch := _kernel_driver(gpu)) and found < specs.DRIVERS[branch]
+    ]
+
+
 def _status(backend: Backend, gpus: GpuReport) -> BackendStatus:
     device = [gpus.problem] if gpus.problem and backend.capabilities is not None else []
     build = (device if backend.on_target else []) + _missing(backend.build_modules)
@@ -212,6 +233,8 @@ def doctor_tables(report: Report) -> tuple[Table | str, ...]:
         machine.add_row(
             "GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {_known(gpu.memory_bytes)}"
         )
+        if branch := _kernel_driver(gpu):
+            machine.add_row("", f"its attention kernels need a driver of branch {branch} or newer")
     machine.add_row("CUDA", report.gpus.problem or f"driver supports up to {report.gpus.cuda_version}")
 
     libraries = titled_table("Libraries", "library", "installed", "loaded", "")

@@ -24,7 +24,7 @@ from plugins.kernels import specs
 from runtime.bundle import images
 from runtime.files import cache_folder, write_file
 
-__all__ = ["BuildError", "build", "default_cache", "parse_archs", "spilling"]
+__all__ = ["BuildError", "build", "default_cache", "needed_driver", "parse_archs", "spilling"]
 
 _POINTER_TYPES = {
     "bfloat16": "*bf16",
@@ -41,6 +41,8 @@ _PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")
 _PTXAS_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _PTX_HEADER = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
 _TARGET = re.compile(r"\.target (sm_\d+[af]?)")
+# Of the assemblers that Triton brings, the one of CUDA 12: the images of CUDA 13's ask for a driver of CUDA 13.
+_ASSEMBLER = "ptxas"
 _COMPILER_OVERRIDES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "PTXAS_OPTIONS")
 
 
@@ -100,6 +102,7 @@ def _cache_key(variant: specs.Variant, arch: int, source: str) -> str:
         "source": source,
         "triton": version("triton"),
         "ptx": _PTX_VERSION,
+        "assembler": _ASSEMBLER,
         "overrides": {name: os.environ.get(name) for name in _COMPILER_OVERRIDES},
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
@@ -193,6 +196,8 @@ def _compile_triton(variant: specs.Variant, arch: int) -> _Entry:
         "ptx_version": _PTX_VERSION,
         "enable_fp_fusion": True,
     }
+    # Triton's own choice for the newer architectures is the other assembler.
+    os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", knobs.nvidia.ptxas.path)
     knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with redirect_stdout(log):
@@ -211,6 +216,28 @@ def _compile_triton(variant: specs.Variant, arch: int) -> _Entry:
         "shared_memory": metadata.shared,
         **_resources(variant, log.getvalue()),  # type: ignore[typeddict-item]
     }
+
+
+# e_ident[EI_OSABI] and e_ident[EI_ABIVERSION] of what CUDA 12's assembler makes for Hopper and older, and of what CUDA
+# 13's makes for them and both make for Blackwell.
+_ABI_CUDA_12, _ABI_CUDA_13 = (51, 7), (65, 8)
+
+
+def needed_driver(cubin: bytes, arch: int) -> int:
+    """The branch of the oldest driver that loads `cubin` on compute capability `arch` (times ten).
+
+    Blackwell's images are taken to come from CUDA 12's assembler, which their header does not tell.
+
+    Raises:
+        BuildError: `cubin` is no image of a CUDA 12 or 13 compiler.
+    """
+    if cubin[:4] != b"\x7fELF" or tuple(cubin[7:9]) not in (_ABI_CUDA_12, _ABI_CUDA_13):
+        raise BuildError(
+            f"an image for sm_{arch} begins with {cubin[:9].hex()}; expected an ELF header with ABI {_ABI_CUDA_12} or "
+            f"{_ABI_CUDA_13} of a CUDA 12 or 13 compiler"
+        )
+    newer = arch < 100 and tuple(cubin[7:9]) == _ABI_CUDA_13
+    return 580 if newer else specs.least_driver(arch)
 
 
 def _image(variant: specs.Variant, entry: _Entry, cubin: bytes, source: str) -> images.Image:
@@ -294,6 +321,7 @@ def build(
         built[arch] = images.ImageSet(
             arch=f"sm_{arch}",
             target=entries[0][1]["target"],
+            driver=max(needed_driver(cubin, arch) for cubin in cubins.values()),
             compiler={"triton": version("triton")},
             images=tuple(_image(variant, entry, cubins[variant.name], source) for variant, entry in entries),
         )

@@ -10,6 +10,7 @@ from typing import Any
 from .tuning import attend_variants, candidates, prepare_variants
 from .variant import (
     ARCHS,
+    DRIVERS,
     DTYPES,
     KERNELS,
     MAX_FRAMES,
@@ -20,10 +21,12 @@ from .variant import (
     Problem,
     Variant,
     kernel_arguments,
+    least_driver,
 )
 
 __all__ = [
     "ARCHS",
+    "DRIVERS",
     "DTYPES",
     "KERNELS",
     "MAX_FRAMES",
@@ -37,6 +40,7 @@ __all__ = [
     "find_variant",
     "image_arch",
     "kernel_function",
+    "least_driver",
     "variants",
 ]
 

@@ -15,6 +15,7 @@ from plugins.errors import PluginError
 
 __all__ = [
     "ARCHS",
+    "DRIVERS",
     "DTYPES",
     "KERNELS",
     "MAX_FRAMES",
@@ -26,6 +27,7 @@ __all__ = [
     "Problem",
     "Variant",
     "kernel_arguments",
+    "least_driver",
 ]
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -36,6 +38,16 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 
 MAX_FRAMES = 32
 MAX_HEADS = 16
+
+
+DRIVERS = {525: (12, 0), 570: (12, 8), 580: (13, 0)}
+"""Driver branches, and the version of CUDA that each came with. Within a major version, images of a newer compiler load
+on an older driver, if that knows the architecture."""
+
+
+def least_driver(arch: int) -> int:
+    """The branch of the oldest driver that loads shipped images for `arch`: CUDA 12's first, or Blackwell's first."""
+    return 570 if arch >= 100 else 525
 
 
 class KernelError(PluginError, ValueError):

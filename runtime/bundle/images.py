@@ -32,7 +32,7 @@ __all__ = [
     "write_images",
 ]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 INDEX_NAME: Final = "kernels.json"
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -110,12 +110,14 @@ class ImageSet(_Part):
     """The index of one folder.
 
     `arch` is the compute capability the images run on (`sm_90`), `target` what they were compiled for (`sm_90a`). A
-    target with a letter runs on exactly that capability, one without also on later minor revisions.
+    target with a letter runs on exactly that capability, one without also on later minor revisions. `driver` is the
+    branch of the oldest driver that loads them (`525`).
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
     target: Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
+    driver: Positive
     compiler: dict[str, str]
     images: tuple[Image, ...]
 

@@ -318,10 +318,14 @@ class Library(_Part):
 
 
 class Kernels(_Part):
-    """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``."""
+    """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``.
+
+    ``driver`` is the branch of the oldest driver that loads them (525).
+    """
 
     folder: BundlePath
     arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
+    driver: Positive
 
 
 class Calibration(_Part):

@@ -62,7 +62,8 @@ class KernelLauncher:
             except Exception as error:  # as above
                 raise EngineError(
                     f"kernel image {image.name} for {self._library.index.target} does not load on CUDA device "
-                    f"{self._device.device_id}: {error}; rebuild the kernels for this GPU"
+                    f"{self._device.device_id}: {error}. It needs a driver of branch "
+                    f"{self._library.index.driver} or newer: update the driver, or rebuild the kernels for this GPU"
                 ) from error
             if image.shared_memory > _DEFAULT_SHARED_MEMORY:
                 _allow_shared_memory(kernel, image.shared_memory, self._device.device_id)

@@ -196,7 +196,7 @@ def write_kernels(folder: Path, arch: int = 120) -> list[str]:
         (target / image.file).write_bytes(cubin)
         listed.append(image)
     index = images.ImageSet(
-        arch=f"sm_{arch}", target=f"sm_{arch}a", compiler={"triton": "3"}, images=tuple(listed)
+        arch=f"sm_{arch}", target=f"sm_{arch}a", driver=570, compiler={"triton": "3"}, images=tuple(listed)
     )
     (target / "kernels.json").write_text(index.model_dump_json())
     return [f"{folder.name}/sm_{arch}/{path.name}" for path in sorted(target.iterdir())]
@@ -300,7 +300,7 @@ def build_device_bundle(
         },
         "components": parts,
         "segments": None if whole else segments,
-        "kernels": {"folder": "kernels", "arch": "sm_120"},
+        "kernels": {"folder": "kernels", "arch": "sm_120", "driver": 570},
         "files": [file_entry(folder, name).model_dump() for name in files],
         "provenance": {"checkpoint": {"random": 0}, "tools": {}, "command": "test"},
     }  # fmt: skip

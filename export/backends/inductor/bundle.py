@@ -47,6 +47,7 @@ from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.vae import VAEDecoder
 from runtime import bundle
+from runtime.bundle import images
 
 from .components import OPERATORS, describe, operator_components
 from .golden import golden_graphs
@@ -303,7 +304,9 @@ def _build(run: Run) -> Built:
     if device == "cpu":
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
     else:
-        kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=f"sm_{kernel_arch(request.target)}")
+        arch = f"sm_{kernel_arch(request.target)}"
+        index = images.read_index(run.folder / KERNELS_FOLDER / arch)
+        kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=arch, driver=index.driver)
     components = describe(request, linears)
     if device == "cpu":
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}

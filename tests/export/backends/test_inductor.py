@@ -334,7 +334,7 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
         vae_dtype="float16",
         segments=section,
         library=Library(name="torch", version=torch.__version__),
-        kernels=Kernels(folder="kernels", arch="sm_120"),
+        kernels=Kernels(folder="kernels", arch="sm_120", driver=570),
         golden=golden,
     )
     run = SimpleNamespace(request=request, plan=plan, models=models)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from export.machine import Gpu, GpuReport, find_gpus, importable, installed_version
-from export.report.doctor import BackendStatus, Library, Report, _library, _load, doctor_tables
+from export.report.doctor import BackendStatus, Library, Report, _library, _load, doctor_tables, old_drivers
 from export.request.capability import BACKENDS
 from runtime.host_memory import Memory, memory
 
@@ -26,7 +26,7 @@ DRIVER = """
 #include <stddef.h>
 #include <string.h>
 int cuInit(unsigned flags) { return INIT; }
-int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
+int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
 int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Test GPU", length); return 0; }
@@ -48,14 +48,15 @@ def report() -> dict[str, Any]:
     return found
 
 
-def driver(folder: Path, *, init: int = 0, count: int = 2) -> str:
+def driver(folder: Path, *, init: int = 0, count: int = 2, version: int = 13020) -> str:
     """A library with the driver's interface, compiled for this test."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
     source, library = folder / "driver.c", folder / "libdriver.so"
     source.write_text(DRIVER)
-    command = [compiler, "-shared", "-fPIC", f"-DINIT={init}", f"-DCOUNT={count}", "-o", library, source]
+    command = [compiler, "-shared", "-fPIC", f"-DINIT={init}", f"-DCOUNT={count}"]
+    command += [f"-DVERSION={version}", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
     return str(library)
 
@@ -145,6 +146,15 @@ def test_modules_that_fail_or_crash_do_not_hide_the_others(
     }
 
 
+@pytest.mark.parametrize(("version", "told"), [(12040, 2), (12080, 0), (13000, 0)])
+def test_a_driver_older_than_the_kernels_is_a_problem(tmp_path: Path, version: int, told: int) -> None:
+    problems = old_drivers(find_gpus(driver(tmp_path, version=version)))
+    assert len(problems) == told
+    assert all(
+        "supports CUDA 12.4, and its attention kernels need a driver of branch 570" in p for p in problems
+    )
+
+
 def test_tables_show_every_finding() -> None:
     report = Report(
         python="CPython 3.11.7",
@@ -162,5 +172,6 @@ def test_tables_show_every_finding() -> None:
     text = console.export_text()
     for finding in ("0.9 loads", "NVIDIA H200", "9.0", "80.00 GiB", "up to 13.0", "[red]: two runtimes"):
         assert finding in text
+    assert "attention kernels need a driver of branch 525" in text
     for finding in ("unknown available of 24.00 GiB", "1.50 GiB free at /data", "onnxruntime not installed"):
         assert finding in text

@@ -147,7 +147,7 @@ def device_bundle(tiny_bundle, tmp_path_factory) -> Path:
     kernels = copy / "kernels" / "sm_120"
     kernels.mkdir(parents=True)
     images = (image(kernels, "attend-q64", "attend"), image(kernels, "select-b16", "select", spills=8))
-    index = ImageSet(arch="sm_120", target="sm_120a", compiler={"triton": "3.9.0"}, images=images)
+    index = ImageSet(arch="sm_120", target="sm_120a", driver=570, compiler={"triton": "3.9.0"}, images=images)
     (kernels / "kernels.json").write_text(index.model_dump_json())
     (copy / "expected.safetensors").write_bytes(b"vectors")
     manifest = load_bundle(tiny_bundle, verify=False).manifest
@@ -174,7 +174,7 @@ def device_bundle(tiny_bundle, tmp_path_factory) -> Path:
                 "status": "built, not executed",
                 "library": Library(name="tensorrt-rtx", version="1.7.1.116"),
                 "components": components,
-                "kernels": Kernels(folder="kernels", arch="sm_120"),
+                "kernels": Kernels(folder="kernels", arch="sm_120", driver=570),
                 "quantization": Quantization(
                     activations="static",
                     calibration=Calibration(sha256="a" * 64, prompts=2, chunks=3),

@@ -80,6 +80,7 @@ def check(image_set: images.ImageSet, cubins: dict[str, bytes], arch: int) -> No
 def test_images_hold_what_a_launch_needs(built: Path, arch: int) -> None:
     image_set, cubins = images.read_images(built / f"sm_{arch}")
     assert (image_set.arch, image_set.target) == (f"sm_{arch}", f"sm_{arch}a")
+    assert image_set.driver == {90: 525, 120: 570}[arch]
     assert {image.name for image in image_set.images} == set(SAMPLE)
     check(image_set, cubins, arch)
     attend = next(image for image in image_set.images if image.kernel == "attend")
@@ -155,6 +156,16 @@ def test_a_kernel_that_does_not_compile_names_itself_and_writes_nothing(
     with pytest.raises(builder.BuildError, match=f"{broken.name} does not compile for sm_90"):
         builder.build((90,), tmp_path / "out", cache=tmp_path / "cache", jobs=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_load_on_the_drivers_of_cuda_12(built: Path) -> None:
+    """Triton would assemble with CUDA 13's ptxas, whose images for Hopper need a driver of CUDA 13."""
+    for arch in (90, 120):
+        for cubin in images.read_images(built / f"sm_{arch}")[1].values():
+            assert tuple(cubin[7:9]) == ((51, 7) if arch == 90 else (65, 8))
+    assert builder.needed_driver(b"\x7fELF\2\1\1\x41\x08", 90) == 580
+    with pytest.raises(builder.BuildError, match="expected an ELF header"):
+        builder.needed_driver(b"\x7fELF\2\1\1\x03\x00", 90)
 
 
 def test_architectures_are_checked() -> None:
@@ -246,7 +257,7 @@ def test_index_that_was_damaged_is_refused(altered: Path) -> None:
         with pytest.raises(BundleSchemaError, match="not an index"):
             reader.KernelLibrary.load(library, (9, 0))
 
-    refused({"format_version": 2})
+    refused({"format_version": 1})
     refused({"surprise": 1})
     refused({"images": [{**index["images"][0], "file": "../../outside.cubin"}]})
     (altered / images.INDEX_NAME).unlink()
@@ -309,7 +320,7 @@ def test_plan_says_what_is_missing(built: Path) -> None:
 
 def test_target_with_a_letter_runs_on_its_own_capability_only() -> None:
     def index(arch: str, target: str) -> images.ImageSet:
-        return images.ImageSet(arch=arch, target=target, compiler={}, images=())
+        return images.ImageSet(arch=arch, target=target, driver=525, compiler={}, images=())
 
     assert index("sm_90", "sm_90a").runs_on((9, 0))
     assert not index("sm_120", "sm_120a").runs_on((12, 1))

@@ -288,7 +288,11 @@ def write_stand_ins(out: Path, archs: Sequence[int] = specs.ARCHS) -> None:
         made = [stand_in(variant, arch) for variant in specs.variants(arch)]
         target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
         image_set = images.ImageSet(
-            arch=f"sm_{arch}", target=target, compiler={}, images=tuple(image for image, _ in made)
+            arch=f"sm_{arch}",
+            target=target,
+            driver=570,
+            compiler={},
+            images=tuple(image for image, _ in made),
         )
         images.write_images(out / f"sm_{arch}", image_set, {image.name: code for image, code in made})
 

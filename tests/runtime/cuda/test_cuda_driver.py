@@ -176,7 +176,7 @@ image = Image(
     ),
     serves={{}}, limits={{}}, registers=1, stack=0, spill_stores=0, spill_loads=0, source_sha256="0" * 64,
 )
-index = ImageSet(arch="sm_90", target="sm_90a", compiler={{}}, images=(image,))
+index = ImageSet(arch="sm_90", target="sm_90a", driver=525, compiler={{}}, images=(image,))
 kernels = KernelLibrary(index, {{"scale": b"code of a kernel"}})
 launcher = KernelLauncher(kernels, driver.device)
 problem = KernelProblem("float32", 10, 64, 64, 3, 3, 32, 32, sinks=2)
