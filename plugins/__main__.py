@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from runtime.bundle.images import Image
+
 ALL_ARCHS = "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120"
 NO_SPILL = ("sm_90", "sm_120")
+
+
+def _resources(image: Image) -> str:
+    return f"{image.registers}" + (f" ({image.spill_stores})" if image.spill_stores else "")
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -53,10 +59,8 @@ def _build(args: argparse.Namespace) -> int:
         table.add_column(image_set.arch, justify="right")
     by_arch = [{image.name: image for image in image_set.images} for image_set in built.values()]
     for name in dict.fromkeys(name for of_arch in by_arch for name in of_arch):
-        cells = (of_arch[name] for of_arch in by_arch)
-        table.add_row(
-            name, *(f"{i.registers}" + (f" ({i.spill_stores})" if i.spill_stores else "") for i in cells)
-        )
+        cells = (of_arch.get(name) for of_arch in by_arch)
+        table.add_row(name, *("-" if image is None else _resources(image) for image in cells))
     console.print(table)
     count = sum(len(image_set.images) for image_set in built.values())
     console.print(

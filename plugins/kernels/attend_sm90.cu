@@ -2,12 +2,11 @@
 //
 // The producer copies keys and values of the listed blocks into a ring in shared memory. Each consumer owns 64 of the
 // 128 query rows; it issues the product of the next keys before it turns the last logits into weights, and the two take
-// turns, so that the exponentials of one run during the products of the other. Compiled with
-//   K_TILE     keys of a step: 64, or 128, which may be two key blocks of 64
+// turns, so that the exponentials of one run during the products of the other. A step is a chain, products wait for
+// weights and weights for products: 72 instructions more in it (of 574) cost 10 % on an H200. Compiled with
+//   K_TILE     keys of a step: 64 or 128
 //   STAGES     steps that the ring holds
 //   TURNS      1: the consumers take turns in issuing products
-//   HOLD       1: queries stay in registers
-//   LAZY       1: the output is scaled down only where the largest logit has risen a lot
 //   HALF       1: float16, 0: bfloat16
 // Serves head size 128, query blocks of 128, and blocks that divide the frame. Layouts of wgmma operands and
 // descriptors: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
@@ -22,24 +21,20 @@ constexpr int kGroup = 128;       // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
 constexpr int kRowBytes = 128;    // of a row in shared memory: half a head, so that a row is one swizzle span
 constexpr int kQBytes = kRows * kHeadDim * 2;
-constexpr int kQStages = 2;       // the next queries are there before these are done
 constexpr int kTileBytes = K_TILE * kHeadDim * 2;
 constexpr int kHalfTile = K_TILE * kRowBytes;
 constexpr int kHalfQ = kRows * kRowBytes;
-constexpr int kUnit = 64;         // keys that lie together, whatever the key block
-constexpr int kUnits = K_TILE / kUnit;
 constexpr int kLogits = K_TILE / 2;    // of a thread, in a step
 constexpr int kEntryBits = 16;
-constexpr int kPast = 1 << 30;    // marks a token of the past
 #define kInfinity __int_as_float(0x7f800000)
-constexpr float kSlack = 8.0f;     // weights grow up to 2 to this before they are scaled down
 constexpr float kLog2E = 1.4426950408889634f;
 
-// The low half of the descriptor of a tile whose rows are 128 bytes, swizzled over 8 rows. `leading` is the distance of
-// the tile's two halves where rows run along the summed dimension; where columns do, it does not matter. A warp's
-// threads are known to agree on it, so that it is kept in uniform registers.
-__device__ __forceinline__ uint32_t descriptor(uint32_t address, uint32_t leading) {
-    return __shfl_sync(~0u, leading >> 4 << 16 | (address & 0x3FFFF) >> 4, 0);
+// Descriptor of a tile whose rows are 128 bytes, swizzled over 8 rows; `leading` is the distance of its two halves where
+// rows run along the summed dimension, and unused where columns do.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
+    constexpr uint64_t kSwizzle128 = 1ull << 62;
+    constexpr uint64_t kEightRows = static_cast<uint64_t>(8 * kRowBytes >> 4) << 32;
+    return kSwizzle128 | kEightRows | static_cast<uint64_t>(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
 
 // Place of a 16-byte piece in a tile of two halves: rows of 128 bytes, pieces exchanged by the row's last three bits.
@@ -52,10 +47,9 @@ template <int Stages>
 struct Ring {
     int index = 0;
     uint32_t parity = 0;
-    __device__ __forceinline__ void advance(int by = 1) {
-        index += by;
-        if (index >= Stages) {
-            index -= Stages;
+    __device__ __forceinline__ void advance() {
+        if (++index == Stages) {
+            index = 0;
             parity ^= 1;
         }
     }
@@ -64,13 +58,13 @@ struct Ring {
 struct Shared {
     uint32_t q, k, v, full_q, empty_q, full_k, empty_k, full_v, empty_v;
     __device__ explicit Shared(uint32_t base)
-        : q(base), k(q + kQStages * kQBytes), v(k + STAGES * kTileBytes), full_q(v + STAGES * kTileBytes),
-          empty_q(full_q + 8 * kQStages), full_k(empty_q + 8 * kQStages), empty_k(full_k + 8 * STAGES), full_v(empty_k + 8 * STAGES), empty_v(full_v + 8 * STAGES) {
+        : q(base), k(q + kQBytes), v(k + STAGES * kTileBytes), full_q(v + STAGES * kTileBytes), empty_q(full_q + 8),
+          full_k(empty_q + 8), empty_k(full_k + 8 * STAGES), full_v(empty_k + 8 * STAGES), empty_v(full_v + 8 * STAGES) {
     }
 };
 
 // The part of the work that this block does in turn `turn`: whole query blocks while there is one for every block, then,
-// where that gives more blocks something to do, halves of them. The consumers then share the keys instead of the rows.
+// where that gives more blocks something to do, halves of them.
 struct Item {
     int row;       // head * query_blocks + query block
     int half;      // -1: both
@@ -108,10 +102,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
     const int lane = thread % 32;
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < kQStages; ++i) {
-            barrier_init(shared.full_q + 8 * i, kGroup);
-            barrier_init(shared.empty_q + 8 * i, 8);
-        }
+        barrier_init(shared.full_q, kGroup);
+        barrier_init(shared.empty_q, 8);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared.full_k + 8 * i, kGroup);
             barrier_init(shared.full_v + 8 * i, kGroup);
@@ -126,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
     const int blocks = gridDim.x * gridDim.y;
     const int items = query_blocks * heads;
     const int stride = heads * kHeadDim;
-    // Units of a key block: 1 or 2.
-    const int shift = block_k / kUnit >> 1;
+    // Steps of a key block: 1 or 2.
+    const int shift = block_k / K_TILE >> 1;
 
     if (group == 0) {
         registers_give<40>();
@@ -139,61 +131,53 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         const uint32_t to = place(first_row, piece, kHalfTile);
         const uint64_t row_step = static_cast<uint64_t>(8) * stride;
         Ring<STAGES> ring;
-        Ring<kQStages> q_ring;
+        uint32_t q_parity = 1;
         for (int turn = 0;; ++turn) {
             const Item item(block, blocks, turn, items);
             if (!item.valid) break;
             const int head = item.row / query_blocks;
             const uint64_t column = static_cast<uint64_t>(head) * kHeadDim + piece * 8;
 
-            barrier_wait(shared.empty_q + 8 * q_ring.index, q_ring.parity ^ 1);
+            barrier_wait(shared.empty_q, q_parity);
+            q_parity ^= 1;
             const int token = query_token(item.row % query_blocks, q_blocks, frame_tokens) + first_row;
             const uint16_t* from = q + static_cast<uint64_t>(token) * stride + column;
-            const uint32_t q_to = shared.q + q_ring.index * kQBytes + place(first_row, piece, kHalfQ);
+            const uint32_t q_to = shared.q + place(first_row, piece, kHalfQ);
 #pragma unroll 4
             for (int i = 0; i < kRows / 8; ++i) copy16(q_to + i * 8 * kRowBytes, from + i * row_step);
-            barrier_arrive_after_copies(shared.full_q + 8 * q_ring.index);
-            q_ring.advance();
+            barrier_arrive_after_copies(shared.full_q);
 
             const int* entries = lists + static_cast<uint64_t>(item.row) * key_blocks;
-            const int units = counts[item.row] << shift;
-            constexpr int kStepsAtOnce = 32 / kUnits;
-            int token_here = 0;
-            for (int step = 0; step * kUnits < units; ++step) {
-                if (step % kStepsAtOnce == 0) {
-                    // Each lane resolves one of the next 32 units. If they are odd, the first step takes the first twice.
-                    const int mine = max(0, min(step * kUnits + lane - units % kUnits, units - 1));
-                    const int entry = __ldg(entries + (mine >> shift));
+            const int steps = counts[item.row] << shift;
+            int token_here = 0, past_here = 0;
+            for (int step = 0; step < steps; ++step) {
+                if (step % 32 == 0) {
+                    // Each lane resolves one of the next 32 steps.
+                    const int mine = step + lane;
+                    const int entry = mine < steps ? __ldg(entries + (mine >> shift)) : 0;
                     const int frame = entry >> kEntryBits;
                     const int start =
-                        (entry & ((1 << kEntryBits) - 1)) * block_k + (mine & ((1 << shift) - 1)) * kUnit;
+                        (entry & ((1 << kEntryBits) - 1)) * block_k + (mine & ((1 << shift) - 1)) * K_TILE;
                     const int slot = __shfl_sync(~0u, slot_here, frame);
-                    const bool past = frame < present;
-                    token_here = (past ? slot : frame - present) * frame_tokens + start;
-                    if (past) token_here |= kPast;
+                    past_here = frame < present;
+                    token_here = (past_here ? slot : frame - present) * frame_tokens + start;
                 }
-                bool past[kUnits];
-                uint64_t offset[kUnits];
-#pragma unroll
-                for (int u = 0; u < kUnits; ++u) {
-                    const int token = __shfl_sync(~0u, token_here, step % kStepsAtOnce * kUnits + u);
-                    past[u] = token & kPast;
-                    offset[u] = static_cast<uint64_t>((token & ~kPast) + first_row) * stride + column;
-                }
-                auto copy_tile = [&](uint32_t tile, const uint16_t* before, const uint16_t* now) {
-#pragma unroll
-                    for (int u = 0; u < kUnits; ++u) {
-                        const uint16_t* rows = (past[u] ? before : now) + offset[u];
-#pragma unroll
-                        for (int i = 0; i < kUnit / 8; ++i)
-                            copy16(tile + to + (u * kUnit + i * 8) * kRowBytes, rows + i * row_step);
-                    }
-                };
+                const int key_token = __shfl_sync(~0u, token_here, step % 32) + first_row;
+                const bool past = __shfl_sync(~0u, past_here, step % 32);
+                const uint64_t offset = static_cast<uint64_t>(key_token) * stride + column;
+
                 barrier_wait(shared.empty_k + 8 * ring.index, ring.parity ^ 1);
-                copy_tile(shared.k + ring.index * kTileBytes, past_k, k);
+                const uint16_t* keys = (past ? past_k : k) + offset;
+                const uint32_t k_to = shared.k + ring.index * kTileBytes + to;
+#pragma unroll
+                for (int i = 0; i < K_TILE / 8; ++i) copy16(k_to + i * 8 * kRowBytes, keys + i * row_step);
                 barrier_arrive_after_copies(shared.full_k + 8 * ring.index);
+
                 barrier_wait(shared.empty_v + 8 * ring.index, ring.parity ^ 1);
-                copy_tile(shared.v + ring.index * kTileBytes, past_v, v);
+                const uint16_t* values = (past ? past_v : v) + offset;
+                const uint32_t v_to = shared.v + ring.index * kTileBytes + to;
+#pragma unroll
+                for (int i = 0; i < K_TILE / 8; ++i) copy16(v_to + i * 8 * kRowBytes, values + i * row_step);
                 barrier_arrive_after_copies(shared.full_v + 8 * ring.index);
                 ring.advance();
             }
@@ -204,41 +188,34 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
         const int consumer = group - 1;
         const int warp = thread / 32;
         const float to_log2 = scale * kLog2E;
+        // The descriptor's halves do not matter where columns run along the summed dimension.
+        const uint64_t q_descriptor = descriptor(shared.q + consumer * 64 * kRowBytes, 16);
         constexpr int kMine = 1, kTurnThreads = 2 * kGroup;
         if (TURNS && consumer == 1) named_arrive(kMine, kTurnThreads);
 
         Ring<STAGES> k_ring, v_ring;
-        Ring<kQStages> q_ring;
+        uint32_t q_parity = 0;
         float logits[kLogits];
         float output[64];
         uint32_t weights[kLogits / 2];
 
-        auto release = [&](uint32_t barrier, int arrivals) {
+        auto release = [&](uint32_t barrier) {
             __syncwarp();
-            if (lane < arrivals) barrier_arrive(barrier);
+            if (lane == 0) barrier_arrive(barrier);
         };
-#if HOLD
-        uint32_t held[kHeadDim / 4];
-#else
-        uint32_t q_descriptor;
-#endif
         auto issue_qk = [&] {
-            const uint32_t k_descriptor = descriptor(shared.k + k_ring.index * kTileBytes, 0);
+            const uint64_t k_descriptor = descriptor(shared.k + k_ring.index * kTileBytes, 16);
 #pragma unroll
             for (int i = 0; i < kHeadDim / 16; ++i) {
                 // 16 columns are 32 bytes; after 64 columns comes the other half.
                 const uint32_t half = i / 4, bytes = i % 4 * 32;
-                const uint32_t keys = k_descriptor + ((half * kHalfTile + bytes) >> 4);
-#if HOLD
-                product_qk(logits, held + 4 * i, keys, i > 0);
-#else
-                product_qk(logits, q_descriptor + ((half * kHalfQ + bytes) >> 4), keys, i > 0);
-#endif
+                product_qk(logits, q_descriptor + ((half * kHalfQ + bytes) >> 4),
+                           k_descriptor + ((half * kHalfTile + bytes) >> 4), i > 0);
             }
             products_commit();
         };
         auto issue_pv = [&] {
-            const uint32_t v_descriptor = descriptor(shared.v + v_ring.index * kTileBytes, kHalfTile);
+            const uint64_t v_descriptor = descriptor(shared.v + v_ring.index * kTileBytes, kHalfTile);
 #pragma unroll
             for (int i = 0; i < K_TILE / 16; ++i)
                 product_pv(output, weights + 4 * i, v_descriptor + (i * 16 * kRowBytes >> 4));
@@ -249,24 +226,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             for (int i = 0; i < kLogits / 2; ++i) weights[i] = pack(logits[2 * i], logits[2 * i + 1]);
         };
 
-        Item item(block, blocks, 0, items);
-        int count = item.valid ? counts[item.row] : 0;
-        for (int turn = 0; item.valid; ++turn) {
-            const int units = count << shift;
-            const Item next(block, blocks, turn + 1, items);
-            count = next.valid ? counts[next.row] : 0;
-            const int steps = (units + kUnits - 1) / kUnits;
-            const bool shares = item.half >= 0;
-            const int first = shares ? consumer : 0, every = shares ? 2 : 1;
-            const int rows = (shares ? item.half : consumer) * 64;
-            const uint32_t queries = shared.q + q_ring.index * kQBytes;
-#if !HOLD
-            q_descriptor = descriptor(queries + rows * kRowBytes, 0);
-#endif
-            // Where they share the steps, one consumer gives a step back for both.
-            const int arrivals = shares ? 2 : 1;
-            k_ring.advance(first);
-            v_ring.advance(first);
+        for (int turn = 0;; ++turn) {
+            const Item item(block, blocks, turn, items);
+            if (!item.valid) break;
+            const int steps = counts[item.row] << shift;
+            if (item.half >= 0 && item.half != consumer) {
+                // The other half is another block's: take the steps without the work.
+                barrier_wait(shared.full_q, q_parity);
+                q_parity ^= 1;
+                for (int step = 0; step < steps; ++step) {
+                    barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
+                    if (TURNS && step > 0) {
+                        named_sync(kMine + consumer, kTurnThreads);
+                        named_arrive(kMine + 1 - consumer, kTurnThreads);
+                    }
+                    release(shared.empty_k + 8 * k_ring.index);
+                    k_ring.advance();
+                    barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
+                    release(shared.empty_v + 8 * v_ring.index);
+                    v_ring.advance();
+                }
+                release(shared.empty_q);
+                continue;
+            }
 
             // Rows of a thread: lane / 4 and that plus 8 of its warp's 16; of 8 columns two, from 2 * (lane % 4) on.
             float best[2] = {-kInfinity, -kInfinity};
@@ -276,22 +258,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             auto softmax = [&] {
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    float tops[4];
+                    float top = logits[2 * r];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) tops[i] = fmaxf(logits[4 * i + 2 * r], logits[4 * i + 2 * r + 1]);
-#pragma unroll
-                    for (int i = 4; i < kLogits / 4; ++i) {
-                        tops[i % 4] = fmaxf(tops[i % 4], logits[4 * i + 2 * r]);
-                        tops[i % 4] = fmaxf(tops[i % 4], logits[4 * i + 2 * r + 1]);
-                    }
-                    float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+                    for (int i = 0; i < kLogits / 4; ++i)
+                        top = fmaxf(top, fmaxf(logits[4 * i + 2 * r], logits[4 * i + 2 * r + 1]));
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * to_log2;
-#if LAZY
-                    const float now = top > best[r] + kSlack ? top : best[r];
-#else
-                    const float now = fmaxf(best[r], top);
-#endif
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+                    const float now = fmaxf(best[r], top * to_log2);
                     decay[r] = exp2_fast(best[r] - now);
                     best[r] = now;
                     float sum = 0.0f;
@@ -310,15 +283,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
 
 #pragma unroll
             for (int i = 0; i < 64; ++i) output[i] = 0.0f;
-            barrier_wait(shared.full_q + 8 * q_ring.index, q_ring.parity);
-#if HOLD
-#pragma unroll
-            for (int i = 0; i < kHeadDim / 16; ++i) {
-                const int row = rows + warp * 16 + lane % 16;
-                load_matrices(held + 4 * i, queries + place(row, 2 * i + lane / 16, kHalfQ));
-            }
-#endif
-            if (first < steps) {
+            barrier_wait(shared.full_q, q_parity);
+            q_parity ^= 1;
+            if (steps > 0) {
                 barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                 fence_for_products();
                 pin(logits);
@@ -326,42 +293,35 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 issue_qk();
                 products_wait<0>();
                 pin(logits);
-                release(shared.empty_k + 8 * k_ring.index, arrivals);
-                k_ring.advance(every);
-                if (first == 0 && units % kUnits) {
-                    // The first unit is there twice.
-#pragma unroll
-                    for (int i = 0; i < kLogits / 2; ++i) logits[i] = -kInfinity;
-                }
+                release(shared.empty_k + 8 * k_ring.index);
+                k_ring.advance();
                 softmax();
                 pack_weights();
-                for (int step = first + every; step < steps; step += every) {
+                for (int step = 1; step < steps; ++step) {
                     barrier_wait(shared.full_k + 8 * k_ring.index, k_ring.parity);
                     barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                     fence_for_products();
-                    if (TURNS && !shares) named_sync(kMine + consumer, kTurnThreads);
+                    if (TURNS) named_sync(kMine + consumer, kTurnThreads);
                     pin(logits);
                     pin(output);
                     products_begin();
                     issue_qk();
                     issue_pv();
-                    if (TURNS && !shares) named_arrive(kMine + 1 - consumer, kTurnThreads);
+                    if (TURNS) named_arrive(kMine + 1 - consumer, kTurnThreads);
                     products_wait<1>();
                     pin(logits);
-                    release(shared.empty_k + 8 * k_ring.index, arrivals);
-                    k_ring.advance(every);
+                    release(shared.empty_k + 8 * k_ring.index);
+                    k_ring.advance();
                     softmax();
                     pin(logits);
                     finish_before_waiting(norm[0] + norm[1], shared.q);
                     products_wait<0>();
                     pin(output);
-                    release(shared.empty_v + 8 * v_ring.index, arrivals);
-                    v_ring.advance(every);
+                    release(shared.empty_v + 8 * v_ring.index);
+                    v_ring.advance();
                     pack_weights();
-                    if (!LAZY || __any_sync(~0u, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
-                        for (int i = 0; i < 64; ++i) output[i] *= decay[i / 2 % 2];
-                    }
+                    for (int i = 0; i < 64; ++i) output[i] *= decay[i / 2 % 2];
                 }
                 barrier_wait(shared.full_v + 8 * v_ring.index, v_ring.parity);
                 fence_for_products();
@@ -370,54 +330,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 issue_pv();
                 products_wait<0>();
                 pin(output);
-                release(shared.empty_v + 8 * v_ring.index, arrivals);
-                v_ring.advance(every);
-            }
-
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                norm[r] += __shfl_xor_sync(~0u, norm[r], 1);
-                norm[r] += __shfl_xor_sync(~0u, norm[r], 2);
-            }
-            if (shares) {
-                // The second consumer's part goes through shared memory, of which nobody needs anything any more: this
-                // is the block's last item.
-                const uint32_t part = queries + thread * 4, sums = shared.k + thread * 4;
-                constexpr int kColumn = kGroup * 4;
-                named_sync(5, 2 * kGroup);
-                if (consumer == 1) {
-#pragma unroll
-                    for (int i = 0; i < 64; ++i) store_shared(part + i * kColumn, __float_as_uint(output[i]));
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        store_shared(sums + r * kColumn, __float_as_uint(best[r]));
-                        store_shared(sums + (2 + r) * kColumn, __float_as_uint(norm[r]));
-                    }
-                }
-                named_sync(5, 2 * kGroup);
-                if (consumer == 1) break;
-                float mine[2], theirs[2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    const float their_best = __uint_as_float(load_shared4(sums + r * kColumn));
-                    const float top = fmaxf(best[r], their_best);
-                    mine[r] = norm[r] > 0.0f ? exp2_fast(best[r] - top) : 0.0f;
-                    theirs[r] = their_best > -kInfinity ? exp2_fast(their_best - top) : 0.0f;
-                    norm[r] = norm[r] * mine[r] + __uint_as_float(load_shared4(sums + (2 + r) * kColumn)) * theirs[r];
-                }
-#pragma unroll
-                for (int i = 0; i < 64; ++i) {
-                    const float other = __uint_as_float(load_shared4(part + i * kColumn));
-                    output[i] = output[i] * mine[i / 2 % 2] + other * theirs[i / 2 % 2];
-                }
+                release(shared.empty_v + 8 * v_ring.index);
+                v_ring.advance();
             }
 
             float inverse[2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) inverse[r] = norm[r] > 0.0f ? 1.0f / norm[r] : 0.0f;
+            for (int r = 0; r < 2; ++r) {
+                float sum = norm[r];
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                inverse[r] = sum > 0.0f ? 1.0f / sum : 0.0f;
+            }
             // Through the place of these queries, so that whole rows are written. All warps must be done with them.
             named_sync(3 + consumer, kGroup);
-            const uint32_t stage = queries + rows * kRowBytes;
+            const uint32_t stage = shared.q + consumer * 64 * kRowBytes;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
 #pragma unroll
@@ -431,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
             named_sync(3 + consumer, kGroup);
             const int head = item.row / query_blocks;
             const int token =
-                query_token(item.row % query_blocks, q_blocks, frame_tokens) + rows + thread / 16;
+                query_token(item.row % query_blocks, q_blocks, frame_tokens) + consumer * 64 + thread / 16;
             uint16_t* target =
                 out + static_cast<uint64_t>(token) * stride + static_cast<uint64_t>(head) * kHeadDim + thread % 16 * 8;
 #pragma unroll
@@ -439,9 +366,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) attend(
                 const uint32_t from = stage + place(thread / 16 + 8 * i, thread % 16, kHalfQ);
                 store_global(target + static_cast<uint64_t>(i) * 8 * stride, load_shared(from));
             }
-            release(shared.empty_q + 8 * q_ring.index, 1);
-            q_ring.advance();
-            item = next;
+            release(shared.empty_q);
         }
     }
 }

@@ -98,61 +98,29 @@ __device__ __forceinline__ void finish_before_waiting(float sum, uint32_t addres
 #define D64 D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55," \
     "%56,%57,%58,%59,%60,%61,%62,%63"
 
-// The high half of a descriptor: 128-byte swizzle, 1024 bytes from one group of 8 rows to the next.
-#define HIGH "0x40000040"
-
-// logits (+)= queries (shared memory) x keys (shared memory), 16 columns of the head. Operands in shared memory are given
-// by the low halves of their descriptors.
-__device__ __forceinline__ void product_qk(float (&d)[64], uint32_t a, uint32_t b, int add) {
+// logits (+)= queries (shared memory) x keys (shared memory), 16 columns of the head.
+__device__ __forceinline__ void product_qk(float (&d)[64], uint64_t a, uint64_t b, int add) {
     asm volatile(
-        "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %66, 0;\n"
-        "mov.b64 a, {%64, " HIGH "};\nmov.b64 b, {%65, " HIGH "};\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, a, b, add, 1, 1, 0, 0;\n}\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
         : R64(d)
-        : "r"(a), "r"(b), "r"(add));
+        : "l"(a), "l"(b), "r"(add));
 }
 
-__device__ __forceinline__ void product_qk(float (&d)[32], uint32_t a, uint32_t b, int add) {
+__device__ __forceinline__ void product_qk(float (&d)[32], uint64_t a, uint64_t b, int add) {
     asm volatile(
-        "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %34, 0;\n"
-        "mov.b64 a, {%32, " HIGH "};\nmov.b64 b, {%33, " HIGH "};\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, a, b, add, 1, 1, 0, 0;\n}\n"
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, %32, %33, add, 1, 1, 0, 0;\n}\n"
         : R32(d)
-        : "r"(a), "r"(b), "r"(add));
-}
-
-// The same with queries in registers.
-__device__ __forceinline__ void product_qk(float (&d)[64], const uint32_t* a, uint32_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\nmov.b64 b, {%68, " HIGH "};\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, {%64,%65,%66,%67}, b, add, 1, 1, 0;\n}\n"
-        : R64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));
-}
-
-__device__ __forceinline__ void product_qk(float (&d)[32], const uint32_t* a, uint32_t b, int add) {
-    asm volatile(
-        "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\nmov.b64 b, {%36, " HIGH "};\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16." TYPES " {" D32 "}, {%32,%33,%34,%35}, b, add, 1, 1, 0;\n}\n"
-        : R32(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));
+        : "l"(a), "l"(b), "r"(add));
 }
 
 // output += weights (registers) x values (shared memory), 16 keys.
-__device__ __forceinline__ void product_pv(float (&d)[64], const uint32_t* a, uint32_t b) {
+__device__ __forceinline__ void product_pv(float (&d)[64], const uint32_t* a, uint64_t b) {
     asm volatile(
-        "{\n.reg .b64 b;\nmov.b64 b, {%68, " HIGH "};\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, {%64,%65,%66,%67}, b, 1, 1, 1, 1;\n}\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." TYPES " {" D64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
         : R64(d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
-}
-
-// Four 8 x 8 matrices as operands of a product take them; each lane gives the address of one row.
-__device__ __forceinline__ void load_matrices(uint32_t* to, uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -206,12 +174,6 @@ __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;
 
 __device__ __forceinline__ void store_shared(uint32_t to, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared4(uint32_t from) {
-    uint32_t value;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
-    return value;
 }
 
 __device__ __forceinline__ Bytes16 load_shared(uint32_t from) {

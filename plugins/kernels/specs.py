@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from .tuning import attend_variants, candidates, prepare_variants
+from .tuning import attend_variants, candidates, prepare_variant
 from .variant import (
     ARCHS,
     DRIVERS,
@@ -57,6 +57,7 @@ def kernel_function(kernel: str) -> Any:
 def _other_variants() -> Iterator[Variant]:
     for head_dim in (128, 64):
         for dtype, short in DTYPES.items():
+            yield prepare_variant(dtype, head_dim)
             yield Variant(
                 "rope_sink",
                 f"rope_sink-{short}-d{head_dim}",
@@ -110,7 +111,7 @@ def variants(arch: int) -> tuple[Variant, ...]:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")
-    return (*prepare_variants(arch), *_other_variants(), *attend_variants(arch))
+    return (*_other_variants(), *attend_variants(arch))
 
 
 def image_arch(capability: int) -> int:

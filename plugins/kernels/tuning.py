@@ -23,7 +23,6 @@ __all__ = [
     "attend_variants",
     "candidates",
     "prepare_variant",
-    "prepare_variants",
     "warp_prepare_variant",
     "warpgroup_variant",
 ]
@@ -36,16 +35,13 @@ class Tiles(NamedTuple):
     v_tile: int
     warps: int
     stages: int
-    hold_q: bool = False
     max_registers: int | None = None
 
     @property
     def short(self) -> str:
         """A name of its own among the candidates of one query block."""
-        parts = [f"k{self.k_tile}", f"s{self.stages}", f"w{self.warps}"]
-        return (
-            "".join(parts) + "-held" * self.hold_q + (f"-r{self.max_registers}" if self.max_registers else "")
-        )
+        parts = f"k{self.k_tile}s{self.stages}w{self.warps}"
+        return parts + (f"-r{self.max_registers}" if self.max_registers else "")
 
 
 def _attend_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
@@ -123,34 +119,28 @@ class Warpgroups(NamedTuple):
     k_tile: int
     stages: int
     turns: bool = True
-    hold: bool = False
-    lazy: bool = True
     blocks: int | None = None
     """Thread blocks that stay and take several query blocks each; None: one for each query block."""
 
     @property
     def short(self) -> str:
         """A name of its own among the candidates of one query block."""
-        parts = (
-            f"ws-k{self.k_tile}s{self.stages}"
-            + "-turns" * self.turns
-            + "-held" * self.hold
-            + "-lazy" * self.lazy
-        )
+        parts = f"ws-k{self.k_tile}s{self.stages}" + "-turns" * self.turns
         return parts + (f"-p{self.blocks}" if self.blocks else "")
 
 
 _H200_PROCESSORS = 132
-_WARPGROUPS = Warpgroups(128, 2, blocks=_H200_PROCESSORS)
+# 128 keys at a time where key blocks allow it.
+_WARPGROUPS = {
+    "-ws": Warpgroups(128, 2, blocks=_H200_PROCESSORS),
+    "-ws-k64": Warpgroups(64, 4, blocks=_H200_PROCESSORS),
+}
 _WARPGROUP_CANDIDATES = (
-    Warpgroups(128, 2, hold=True, blocks=_H200_PROCESSORS),
-    Warpgroups(128, 2, lazy=False, blocks=_H200_PROCESSORS),
+    Warpgroups(128, 2),
+    Warpgroups(64, 4),
     Warpgroups(128, 2, turns=False, blocks=_H200_PROCESSORS),
-    Warpgroups(128, 2, turns=False, hold=True, blocks=_H200_PROCESSORS),
-    Warpgroups(128, 2, hold=True),
-    Warpgroups(64, 4, hold=True, blocks=_H200_PROCESSORS),
 )
-"""Ways to run attend_sm90.cu that are timed besides the shipped one."""
+"""Ways to run attend_sm90.cu that are timed besides the shipped ones."""
 
 
 def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Variant:
@@ -159,7 +149,7 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
     arguments = {argument.name: argument for argument in kernel_arguments("attend", dtype)}
     buffers = [argument for argument in arguments.values() if argument.source == "buffer"]
     sizes = ("heads", "frame_tokens", "past_frames", "query_blocks", "q_blocks", "key_blocks", "block_k")
-    q_bytes, tile_bytes, barriers = 128 * 128 * 2, tuning.k_tile * 128 * 2, 32 + 32 * tuning.stages
+    q_bytes, tile_bytes, barriers = 128 * 128 * 2, tuning.k_tile * 128 * 2, 16 + 32 * tuning.stages
     return Variant(
         "attend",
         name,
@@ -167,8 +157,6 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
             "K_TILE": tuning.k_tile,
             "STAGES": tuning.stages,
             "TURNS": tuning.turns,
-            "HOLD": tuning.hold,
-            "LAZY": tuning.lazy,
             "HALF": dtype == "float16",
         },
         12,
@@ -178,12 +166,12 @@ def warpgroup_variant(dtype: str, tuning: Warpgroups, suffix: str = "") -> Varia
             "dtype": (dtype,),
             "head_dim": (128,),
             "block_q": (128,),
-            "block_k": (64, 128),
+            "block_k": tuple(block for block in (64, 128) if block >= tuning.k_tile),
             "even": (1,),
         },
         {"past_frames": MAX_FRAMES},
         # The tiles start at a multiple of 1024.
-        cuda=CudaSource("attend_sm90.cu", 1024 + 2 * q_bytes + 2 * tuning.stages * tile_bytes + barriers),
+        cuda=CudaSource("attend_sm90.cu", 1024 + q_bytes + 2 * tuning.stages * tile_bytes + barriers),
     )
 
 
@@ -191,7 +179,8 @@ def attend_variants(arch: int) -> Iterator[Variant]:
     """Every specialisation of *attend* that is built for `arch`, preferred ones first."""
     if arch == 90:
         for dtype in DTYPES:
-            yield warpgroup_variant(dtype, _WARPGROUPS, "-ws")
+            for suffix, tuning in _WARPGROUPS.items():
+                yield warpgroup_variant(dtype, tuning, suffix)
     for head_dim in (128, 64):
         for dtype in DTYPES:
             for block_q in (128, 64, 32):
@@ -200,9 +189,8 @@ def attend_variants(arch: int) -> Iterator[Variant]:
                     yield attend_variant(dtype, head_dim, block_q, even, tiles)
 
 
-_WARPS = 12
-_WARP_CANDIDATES = (4, 6, 8)
-"""Warps of prepare_sm90.cu that are timed besides the shipped number."""
+_WARP_CANDIDATES = (12, 8, 6, 4)
+"""Warps of prepare_sm90.cu, which no GPU has executed yet."""
 
 
 def prepare_variant(dtype: str, head_dim: int) -> Variant:
@@ -235,16 +223,6 @@ def warp_prepare_variant(dtype: str, warps: int, suffix: str) -> Variant:
         # Bias and weights of the norm, and a sum for each warp.
         cuda=CudaSource("prepare_sm90.cu", 2 * width * 2 + warps * width * 4),
     )
-
-
-def prepare_variants(arch: int) -> Iterator[Variant]:
-    """Every specialisation of *prepare* that is built for `arch`, preferred ones first."""
-    if arch == 90:
-        for dtype in DTYPES:
-            yield warp_prepare_variant(dtype, _WARPS, "-warps")
-    for head_dim in (128, 64):
-        for dtype in DTYPES:
-            yield prepare_variant(dtype, head_dim)
 
 
 def candidates(arch: int) -> tuple[Variant, ...]:

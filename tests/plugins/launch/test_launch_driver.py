@@ -193,10 +193,10 @@ def test_life_of_prepare(library: Path, tmp_path: Path) -> None:
     outcomes, asked = run(library, tmp_path, steps)
     # The shape of the program has past frames; QKPrepare does not look at them.
     assert outcomes == ["ok"] * 4
-    loaded = {f"prepare-{t}-{d}" for t in ("bf16", "fp16") for d in ("d64", "d128", "d128-warps")}
+    loaded = {f"prepare-{t}-{d}" for t in ("bf16", "fp16") for d in ("d64", "d128")}
     assert subjects(asked[1], "cuLibraryLoadData") == loaded
     assert "cuMemAlloc" not in functions(asked[1])
-    assert asked[2][0].startswith("cuLaunchKernel prepare-bf16-d128-warps grid 75 3 1 block 384 1 1")
+    assert asked[2][0].startswith("cuLaunchKernel prepare-bf16-d128 grid 75 3 1 block 256 1 1")
     assert len(asked[2]) == 1
     assert len(subjects(asked[3], "cuLibraryUnload")) == len(loaded)
 

@@ -105,15 +105,11 @@ inline unsigned __ballot_sync(unsigned, bool value) {
     for (int lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(exchange<int>(value, lane)) << lane;
     return all;
 }
-inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value); }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ldg(const int* pointer) { return *pointer; }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
-inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
-inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 using std::fma;
 using std::fmax;
-using std::max;
 using std::min;
 
 inline void barrier_init(uint32_t barrier, int count) {
@@ -168,11 +164,6 @@ inline void copy16(uint32_t to, const void* from) {
     copies.push_back([=] { std::memcpy(at(to), from, 16); });
 }
 inline void store_shared(uint32_t to, uint32_t value) { std::memcpy(at(to), &value, 4); }
-inline uint32_t load_shared4(uint32_t from) {
-    uint32_t value;
-    std::memcpy(&value, at(from), 4);
-    return value;
-}
 inline Bytes16 load_shared(uint32_t from) {
     Bytes16 bytes;
     std::memcpy(&bytes, at(from), 16);
@@ -225,12 +216,13 @@ void products_wait() {
     }
 }
 
-// Element of an operand in shared memory with 128-byte swizzle and 1024 bytes from one group of 8 rows to the next, given
-// the low half of its descriptor. `along`: index along the 64 elements of a row, which go on `leading` bytes further;
-// `across`: row.
-inline float element(uint32_t descriptor, int along, int across) {
+// Element of an operand in shared memory with 128-byte swizzle. `along`: index along the 64 elements of a row, which go on
+// `leading` bytes further; `across`: row.
+inline float element(uint64_t descriptor, int along, int across) {
+    if (descriptor >> 62 != 1) std::abort();
     const uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4;
-    uint32_t address = start + along / 64 * leading + along % 64 * 2 + across * 128;
+    const uint32_t eight_rows = (descriptor >> 32 & 0x3FFF) << 4;
+    uint32_t address = start + along / 64 * leading + along % 64 * 2 + across / 8 * eight_rows + across % 8 * 128;
     address ^= (address >> 7 & 7) << 4;
     uint16_t bits;
     std::memcpy(&bits, at(address), 2);
@@ -242,7 +234,7 @@ inline int result_row(int i) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x 
 inline int result_column(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
 template <int N>
-void product_qk(float (&d)[N], uint32_t a, uint32_t b, int add) {
+void product_qk(float (&d)[N], uint64_t a, uint64_t b, int add) {
     issued.push_back([=, &d] {
         for (int i = 0; i < N; ++i) {
             float sum = add ? d[i] : 0.0f;
@@ -252,43 +244,23 @@ void product_qk(float (&d)[N], uint32_t a, uint32_t b, int add) {
     });
 }
 
-// The left operand in registers: four threads hold a row, two neighbours each, of columns 0-7 in parts 0 and 1, of 8-15
-// in 2 and 3. `right(column, j)`: element of the right operand.
-template <int N, class Right>
-void product_of_registers(float (&d)[N], const uint32_t* a, bool add, Right right) {
+inline void product_pv(float (&d)[64], const uint32_t* a, uint64_t b) {
     issued.push_back([=, &d] {
         Warp& warp = warp_here();
         for (int i = 0; i < 4; ++i) warp.values[threadIdx.x % 32][i] = a[i];
         warp.all.arrive_and_wait();
-        for (int i = 0; i < N; ++i) {
-            float sum = add ? d[i] : 0.0f;
+        for (int i = 0; i < 64; ++i) {
+            float sum = d[i];
             for (int j = 0; j < 16; ++j) {
+                // Four threads hold a row: two neighbours each, of columns 0-7 in parts 0 and 1, of 8-15 in 2 and 3.
                 const int lane = threadIdx.x % 32 / 4 * 4 + j % 8 / 2;
                 const uint64_t pair = warp.values[lane][j / 8 * 2 + i / 2 % 2];
-                sum += to_float(pair >> 16 * (j % 2) & 0xFFFF) * right(result_column(i), j);
+                sum += to_float(pair >> 16 * (j % 2) & 0xFFFF) * element(b, result_column(i), j);
             }
             d[i] = sum;
         }
         warp.all.arrive_and_wait();
     });
-}
-template <int N>
-void product_qk(float (&d)[N], const uint32_t* a, uint32_t b, int add) {
-    product_of_registers(d, a, add, [=](int column, int j) { return element(b, j, column); });
-}
-inline void product_pv(float (&d)[64], const uint32_t* a, uint32_t b) {
-    product_of_registers(d, a, true, [=](int column, int j) { return element(b, column, j); });
-}
-
-inline void load_matrices(uint32_t* to, uint32_t from) {
-    for (int i = 0; i < 4; ++i) {
-        uint32_t address = 0;
-        for (int row = 0; row < 8; ++row) {
-            const uint32_t given = exchange(from, i * 8 + row);
-            if (row == static_cast<int>(threadIdx.x % 32 / 4)) address = given;
-        }
-        std::memcpy(to + i, at(address + threadIdx.x % 4 * 4), 4);
-    }
 }
 
 template <class Kernel>
