@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from export.estimate.memory import MemoryPlan
 from export.graph import components
@@ -17,6 +18,7 @@ from export.quantize.decision import QuantizationPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
+from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 from runtime import bundle
 
 from .errors import InputError
@@ -229,6 +231,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
             caches=tuple(bundle.VaeCache(name=c.name, shape=c.shape, dtype=built.vae_dtype) for c in caches),
             temporal_factor=decoder.config.temporal_factor,
             spatial_factor=decoder.config.spatial_factor,
+            **_decoder_kind(decoder.config),
         ),
         components=dict(built.components),
         segments=built.segments,
@@ -238,3 +241,11 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         files=tuple(built.files),
         provenance=bundle.Provenance(checkpoint=origin, tools=tool_versions(), command=request.command),
     )
+
+
+def _decoder_kind(config: DecoderConfig) -> dict[str, Any]:
+    if isinstance(config, TAEConfig):
+        kind = {"kind": "tae", "denormalise": config.denormalise, "pixel_range": (0.0, 1.0)}
+    else:
+        kind = {"kind": "wan", "denormalise": True, "pixel_range": (-1.0, 1.0)}
+    return {**kind, "widths": config.widths}

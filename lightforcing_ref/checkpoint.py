@@ -24,12 +24,15 @@ from .checkpoint_spec import (
     dit_shapes,
     kind_of,
     lora_targets,
+    tae_decoder_shapes,
     umt5_shapes,
     vae_decoder_shapes,
 )
 from .checkpoint_values import check_values
 from .config import DiTConfig
+from .dimensions import DecoderConfig
 from .errors import CheckpointError
+from .tae import TAEConfig
 from .text import UMT5Config, umt5_keys
 from .vae import WAN_VAE, VAEConfig
 
@@ -55,9 +58,13 @@ _OUTER = ("base_model.model.", "module.", "model.", "diffusion_model.")
 """PEFT, data parallelism, training scripts and ComfyUI put theirs in front."""
 
 _VAE_ENCODER = ("encoder.", "conv1.")
+_TAE_ENCODER = ("encoder.",)
 _UMT5_DECODER = ("decoder.", "lm_head.")
 _UMT5_TOKENIZER = "spiece_model"  # ComfyUI keeps the tokenizer in the file
 """Known parts of the public files that are not needed here."""
+
+_LIGHT_TAE = "lighttae"
+"""How the names of LightTAE's files begin."""
 
 LoRA = dict[str, tuple[Tensor, Tensor]]
 """By the key of the matrix it changes: A `[rank, in]` and B `[out, rank]`."""
@@ -159,9 +166,9 @@ def merge_lora(
 
 
 def load_vae_state(
-    path: str | Path, config: VAEConfig, *, dtype: torch.dtype | None = None, any_values: bool = False
+    path: str | Path, config: DecoderConfig, *, dtype: torch.dtype | None = None, any_values: bool = False
 ) -> dict[str, Tensor]:
-    """The decoder out of `Wan2.1_VAE.pth` or `lightvaew2_1.pth`; the encoder is left out.
+    """The decoder out of `Wan2.1_VAE.pth`, `lightvaew2_1.pth`, `taew2_1.pth` or `lighttaew2_1.pth`, without encoder.
 
     Raises:
         CheckpointError: the file cannot be read, or does not hold this decoder.
@@ -172,17 +179,33 @@ def load_vae_state(
     return _arrange(state, expected, dtype)
 
 
-def vae_config_of(path: str | Path) -> VAEConfig:
-    """The size of the decoder in a checkpoint: full, light, or another width of the same network.
+def vae_config_of(path: str | Path) -> DecoderConfig:
+    """The decoder in a checkpoint: Wan's, full, light or of another width, or a tiny one.
+
+    LightTAE takes denormalised latents, and TAEHV normalised ones; their tensors have the same names and shapes, so
+    the file's name decides: it begins with `lighttae`, as published, or it does not.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no Wan VAE.
+        CheckpointError: the file cannot be read, or holds no known decoder.
     """
     state = _read_state(path)
+    if kind_of(state) == CheckpointKind.TAE:
+        tiny = _tae_config(state, denormalise=Path(path).name.lower().startswith(_LIGHT_TAE))
+        _vae_decoder(state, tiny, path)
+        return tiny
     head = state.get("decoder.head.2.weight")
     config = WAN_VAE if head is None or head.ndim < 2 else VAEConfig(dim=head.shape[1])
     _vae_decoder(state, config, path)
     return config
+
+
+def _tae_config(state: Mapping[str, Tensor], *, denormalise: bool) -> TAEConfig:
+    """The widths of a tiny decoder by its tensors; those of `taew2_1` where they cannot be told."""
+    keys = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
+    found = [state[key].shape for key in keys if key in state]
+    if len(found) < len(keys) or not all(found):
+        return TAEConfig(denormalise=denormalise)
+    return TAEConfig(widths=tuple(shape[0] for shape in found), denormalise=denormalise)
 
 
 def load_umt5_state(
@@ -248,8 +271,14 @@ def _bare(key: str) -> str:
 
 
 def _vae_decoder(
-    state: dict[str, Tensor], config: VAEConfig, path: str | Path
+    state: dict[str, Tensor], config: DecoderConfig, path: str | Path
 ) -> tuple[dict[str, Tensor], Expectation]:
+    if isinstance(config, TAEConfig):
+        state = _without(state, _TAE_ENCODER, CheckpointKind.TAE)
+        model = f"a tiny video decoder of widths {', '.join(map(str, config.widths))}"
+        expected = Expectation(CheckpointKind.TAE, model, tae_decoder_shapes(config))
+        check_state(state, expected, str(path))
+        return state, expected
     state = _without(state, _VAE_ENCODER, CheckpointKind.VAE)
     model = f"a Wan video decoder of width {config.dim}"
     expected = Expectation(CheckpointKind.VAE, model, vae_decoder_shapes(config))

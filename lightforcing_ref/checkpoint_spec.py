@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import DiTConfig
 from .errors import CheckpointError
+from .tae import BLOCKS, TAEConfig
 from .text import UMT5Config, umt5_keys
 from .vae import VAEConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "dit_shapes",
     "kind_of",
     "lora_targets",
+    "tae_decoder_shapes",
     "umt5_shapes",
     "vae_decoder_shapes",
 ]
@@ -57,7 +59,7 @@ _KINDS = {
         "a transformer in the layout of Diffusers",
         "use the release in Wan's own layout",
     ),
-    CheckpointKind.TAE: ("a tiny autoencoder", "use Wan2.1_VAE.pth or lightvaew2_1.pth instead"),
+    CheckpointKind.TAE: ("a tiny autoencoder", "of Wan 2.1's, pass it as --vae: taew2_1 or lighttaew2_1"),
     CheckpointKind.UNKNOWN: ("nothing that is known here", "check that it is the right file"),
 }
 """A noun for each kind, and what to do with a file of that kind in the wrong place."""
@@ -166,6 +168,23 @@ def _residual(key: str, in_dim: int, out_dim: int) -> Shapes:
     if in_dim != out_dim:
         shapes |= _conv(f"{key}.shortcut", out_dim, in_dim, 1, 1, 1)
     return shapes
+
+
+def tae_decoder_shapes(config: TAEConfig) -> Shapes:
+    """The tiny decoder, without the encoder that the files hold too."""
+    shapes = _conv("decoder.1", config.widths[0], config.z_dim, 3, 3)
+    index = 3  # behind the clamp, the first convolution and its activation
+    for width, out_dim, doubled in zip(
+        config.widths, config.widths[1:], config.temporal_upsample, strict=False
+    ):
+        for _ in range(BLOCKS):
+            for part, inputs in ((0, 2 * width), (2, width), (4, width)):
+                shapes |= _conv(f"decoder.{index}.conv.{part}", width, inputs, 3, 3)
+            index += 1
+        shapes[f"decoder.{index + 1}.conv.weight"] = (2 * width if doubled else width, width, 1, 1)
+        shapes[f"decoder.{index + 2}.weight"] = (out_dim, width, 3, 3)
+        index += 3
+    return shapes | _conv(f"decoder.{index + 1}", 3, config.widths[-1], 3, 3)
 
 
 def umt5_shapes(config: UMT5Config) -> Shapes:

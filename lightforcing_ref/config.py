@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .dimensions import LIGHT_VAE, TINY_VAE, UMT5_TINY, UMT5_XXL, UMT5Config, VAEConfig
+from .dimensions import LIGHT_VAE, TINY_VAE, UMT5_TINY, UMT5_XXL, DecoderConfig, UMT5Config
 from .errors import ConfigError
 from .sparsity import BlockGeometry
 
@@ -46,7 +46,7 @@ class Preset:
 
     name: str
     dit: DiTConfig
-    vae: VAEConfig
+    vae: DecoderConfig
     text: UMT5Config
     height: int
     width: int

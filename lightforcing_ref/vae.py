@@ -26,6 +26,7 @@ __all__ = [
     "TINY_VAE",
     "WAN_VAE",
     "CacheSpec",
+    "LatentScale",
     "VAEConfig",
     "VAEDecoder",
     "to_uint8",
@@ -47,13 +48,22 @@ HISTORY = 2
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One streaming cache: the last two input frames of one causal convolution."""
+    """One streaming cache: the past of one layer, such as the last two input frames of a causal convolution."""
 
     name: str
-    shape: tuple[int, int, int, int, int]
-    """`[1, channels, 2, height, width]`"""
+    shape: tuple[int, ...]
+    """`[1, channels, 2, height, width]`; of a tiny decoder `[1, channels, height, width]`."""
     written_by_first: bool
     """False for the temporal upsamplings, which the first frame bypasses: their caches stay zero."""
+
+
+class LatentScale(nn.Module):
+    """From normalised latents `[16, t, h, w]`, as the transformer leaves them, to `z * std + mean`."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # Constants and not buffers, so that a decoder built on the meta device needs its checkpoint and nothing else.
+        mean, std = (latents.new_tensor(values)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
+        return latents * std + mean
 
 
 class _Tape:
@@ -234,8 +244,14 @@ class VAEDecoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.scale: nn.Module = LatentScale()
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+
+    @property
+    def entry(self) -> nn.Module:
+        """The first layer with weights: what comes before it is computed in the latents' type."""
+        return self.conv2
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode a whole clip `[F, 16, h, w]` at once to `[1 + 4 (F - 1), 3, 8h, 8w]`."""
@@ -289,9 +305,8 @@ class VAEDecoder(nn.Module):
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         """Normalised latents `[16, t, h, w]` to the decoder's input `[1, 16, t, h, w]`."""
-        # Constants and not buffers, so that a decoder built on the meta device needs its checkpoint and nothing else.
-        mean, std = (latents.new_tensor(values)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
-        return self.conv2((latents * std + mean)[None])
+        denormalised: Tensor = self.conv2(self.scale(latents)[None])
+        return denormalised
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.model import CausalWanModel
 
 from .config import DataConfig, StageConfig
@@ -59,7 +60,7 @@ class SharpenStage(DecoderStage):
         transformer: dict[str, Tensor],
         rollouts: int = ROLLOUTS,
     ) -> None:
-        super().__init__(config, data, pca, preset.vae)
+        super().__init__(config, data, pca, TINY_VAE)
         model = CausalWanModel(preset.dit)
         model.load_state_dict(transformer)
         rollouts = min(rollouts, len(clips))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lightforcing_ref.config import PRESETS
+from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.sparsity import SparsityTable
 
 from .config import Run, StageConfig, StageName, TrainingConfig
@@ -64,7 +65,7 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
     if name == "text":
         return TextStage(settings, PRESET, config.seed)
     if name == "decoder":
-        stage = DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), PRESET.vae)
+        stage = DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), TINY_VAE)
         if run.start(name).exists():
             stage.module.load_state_dict(load_weights(run.start(name)))
         return stage

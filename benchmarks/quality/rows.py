@@ -28,8 +28,9 @@ from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable, kept_blocks
+from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import build_encoder, encode_prompts, load_tokenizer
-from lightforcing_ref.vae import VAEDecoder, to_uint8
+from lightforcing_ref.vae import to_uint8
 from runtime.noise import fill_noise
 from training.decoder import use_planar_convolutions
 
@@ -67,7 +68,7 @@ class Weights:
 
     preset: Preset
     model: CausalWanModel
-    decoder: VAEDecoder
+    decoder: VideoDecoder
     embed: Callable[[str], Tensor]
 
     @classmethod
@@ -81,7 +82,7 @@ class Weights:
         model = CausalWanModel(preset.dit)
         model.load_state_dict(state)
         merge_qkv(model)
-        decoder = VAEDecoder(preset.vae)
+        decoder = video_decoder(preset.vae)
         decoder.load_state_dict(load_vae_state(folder / "vae.safetensors", preset.vae, dtype=torch.float32))
         use_planar_convolutions(decoder)
         umt5 = load_umt5_state(folder / "text_encoder.safetensors", preset.text, dtype=torch.float32)

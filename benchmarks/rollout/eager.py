@@ -24,7 +24,8 @@ from lightforcing_ref.attention import rms_norm
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.rope import rope_tables
-from lightforcing_ref.vae import VAEDecoder, to_uint8
+from lightforcing_ref.tae import video_decoder
+from lightforcing_ref.vae import to_uint8
 
 from .measure import ChunkRecord
 from .sparse import sparse_attention
@@ -139,7 +140,7 @@ class EagerRollout:
         self._dtype = torch.bfloat16 if device == "cuda" else torch.float32
         with _drawn_on(device, self._dtype, seed):
             self._model = CausalWanModel(plan.preset.dit).eval().requires_grad_(False)
-            self._decoder = VAEDecoder(plan.preset.vae).eval().requires_grad_(False)
+            self._decoder = video_decoder(plan.preset.vae).eval().requires_grad_(False)
         scale_weights(self._model)
         for block in self._model.layers:
             block.self_attn.merge()

@@ -245,10 +245,11 @@ def ladder_preset(name: str, *, light_vae: bool) -> Preset:
     one would add 11 GB to each bundle.
     """
     from lightforcing_ref.config import preset
+    from lightforcing_ref.dimensions import VAEConfig
     from lightforcing_ref.text import UMT5_TINY
 
     model = preset(name)
-    vae = replace(model.vae, dim=DECODER_WIDTHS[name][light_vae])
+    vae = VAEConfig(dim=DECODER_WIDTHS[name][light_vae])
     return replace(model, vae=vae, text=replace(UMT5_TINY, d_model=model.dit.text_dim, layers=1))
 
 

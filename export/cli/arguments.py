@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
@@ -40,9 +41,8 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     check_sources(args)
 
     from export.request.request import BuildRequest, QuantizationRequest
-    from lightforcing_ref.config import preset
 
-    model = preset(args.preset)
+    model = chosen_preset(args)
     height, width = args.resolution or (model.height, model.width)
     suffix = "" if choice.precision == "fp32" else f"-{choice.precision}"
     request = BuildRequest(
@@ -68,21 +68,47 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     return request, choice
 
 
+def chosen_preset(args: argparse.Namespace) -> Preset:
+    """The model's dimensions, with the decoder that is asked for.
+
+    Raises:
+        InputError: no such decoder, or it is chosen twice, or not for random weights.
+    """
+    from lightforcing_ref.config import preset
+    from lightforcing_ref.dimensions import DECODERS
+
+    model, name = preset(args.preset), getattr(args, "decoder", None)
+    if name is None:
+        return model
+    if getattr(args, "checkpoint", None):
+        raise InputError(
+            "--decoder is about random weights; a decoder's file says itself what it holds: pass --vae alone"
+        )
+    if name not in DECODERS:
+        raise InputError(f"unknown decoder {name!r}; expected one of {', '.join(DECODERS)}")
+    return replace(model, vae=DECODERS[name])
+
+
 def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) -> Weights:
     """Where the weights come from: files, what the package ships, or a seed."""
     from export.request.weights import Weights, shipped_weights
 
     if args.checkpoint:
+        vae = getattr(args, "vae", None)
+        if vae is not None:
+            from lightforcing_ref.checkpoint import vae_config_of
+
+            model = replace(model, vae=vae_config_of(vae))
         return Weights(
             model,
             checkpoint=args.checkpoint,
             lora=args.lora,
-            vae=getattr(args, "vae", None),
+            vae=vae,
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
             any_values=args.allow_values,
         )
-    if not args.init and args.seed is None:
+    if not args.init and args.seed is None and getattr(args, "decoder", None) is None:
         shipped = shipped_weights(model, dense=not variant.sparsity.target)
         if shipped is not None:
             return shipped

@@ -66,7 +66,12 @@ def add_transformer_files(parser: argparse._ActionsContainer) -> None:
 
 
 def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--vae", type=existing, metavar="FILE", help="video decoder, e.g. lightvaew2_1.pth")
+    parser.add_argument(
+        "--vae",
+        type=existing,
+        metavar="FILE",
+        help="decoder: Wan2.1_VAE, lightvaew2_1, taew2_1, lighttaew2_1",
+    )
     parser.add_argument(
         "--text-encoder", type=existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
     )
@@ -79,6 +84,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
+    parser.add_argument(
+        "--decoder",
+        metavar="NAME",
+        help="of random weights, and of plans: wan, light, tiny, tae, light-tae or tiny-tae (default: the preset's)",
+    )
     parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
     parser.add_argument("--seed", type=seed, help="of the random weights (default: 0)")
     add_transformer_files(parser)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import chosen_variant
+from .arguments import chosen_preset, chosen_variant
 from .command import Command, add_model_arguments, fraction, positive
 
 if TYPE_CHECKING:
@@ -86,8 +86,6 @@ def _planned(args: argparse.Namespace) -> PlanRequest:
     target, variant = chosen_variant(args)
     precision = planned_precision(target, args.precision)
 
-    from lightforcing_ref.config import preset
-
-    model = preset(args.preset)
+    model = chosen_preset(args)
     height, width = args.resolution or (model.height, model.width)
     return PlanRequest(target, variant, model, height, width, precision)

@@ -19,13 +19,15 @@ from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
+from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
-from lightforcing_ref.vae import CacheSpec, VAEDecoder
-from runtime.bundle import Manifest, RandomInit
+from lightforcing_ref.tae import VideoDecoder
+from lightforcing_ref.vae import CacheSpec
+from runtime.bundle import Manifest, RandomInit, Vae
 from runtime.noise import fill_noise
 
 __all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds"]
@@ -44,6 +46,15 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         keep_q20=manifest.sparsity.keep_q20,
         scale=attention.scale,
     )
+
+
+def _decoder(vae: Vae, usual: DecoderConfig) -> DecoderConfig:
+    """The decoder that a manifest names; the preset's own where it names none."""
+    if vae.widths is None:
+        return usual
+    if vae.kind == "tae":
+        return TAEConfig(widths=vae.widths, denormalise=vae.denormalise)
+    return VAEConfig(dim=vae.widths[-1])
 
 
 def _schedule(manifest: Manifest) -> FlowSchedule:
@@ -65,7 +76,7 @@ class Reference:
         """
         origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
         if isinstance(origin, RandomInit):
-            return cls(Weights(model, seed=origin.random))
+            return cls(Weights(replace(model, vae=_decoder(manifest.vae, model.vae)), seed=origin.random))
         shipped = shipped_weights(model, dense=manifest.sparsity.target == 0)
         if shipped is not None and shipped.source == origin.source and origin.lora is None:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:
@@ -116,7 +127,7 @@ class Reference:
         return self.weights.dit(torch.float32)
 
     @cached_property
-    def decoder(self) -> VAEDecoder:
+    def decoder(self) -> VideoDecoder:
         return self.weights.vae_decoder()
 
     @cached_property

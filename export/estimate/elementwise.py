@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from export.request.sizes import HISTORY, format_of, item_bytes, layer_linears
+from export.request.sizes import HISTORY, TAE_BLOCKS, format_of, item_bytes, layer_linears
+from lightforcing_ref.dimensions import TAEConfig
 
 if TYPE_CHECKING:
     from export.request.targets import Precision
     from lightforcing_ref.config import DiTConfig
+    from lightforcing_ref.dimensions import DecoderConfig, VAEConfig
     from lightforcing_ref.sparsity import BlockGeometry
-    from lightforcing_ref.vae import VAEConfig
 
 __all__ = ["Pass", "StepPasses", "activation_bytes", "decoder_passes"]
 
@@ -114,8 +115,40 @@ class StepPasses:
 # ---- the decoder ----
 
 
-def decoder_passes(vae: VAEConfig, height: int, width: int, item: int, *, first: bool) -> Iterator[Pass]:
-    """The decoder's passes on one latent frame of `height` x `width`, elements of `item` bytes.
+def decoder_passes(
+    decoder: DecoderConfig, height: int, width: int, item: int, *, first: bool
+) -> Iterator[Pass]:
+    """The decoder's passes on one latent frame of `height` x `width`, elements of `item` bytes."""
+    if isinstance(decoder, TAEConfig):
+        return _tae_passes(decoder, height, width, item, first=first)
+    return _wan_passes(decoder, height, width, item, first=first)
+
+
+def _tae_passes(tae: TAEConfig, height: int, width: int, item: int, *, first: bool) -> Iterator[Pass]:
+    """A tiny decoder's passes: activations go with the convolutions, and each block's sum with the next one's input.
+
+    The first convolution of a block reads a frame beside the one before it, so the pass in front writes both.
+    """
+    area, frames = height * width, 1
+    yield Pass("clamp", tae.z_dim * area * _LATENT, tae.z_dim * area * item)
+    for stage, channels in enumerate(tae.widths[:-1]):
+        frame = channels * area * item
+        for block in range(TAE_BLOCKS):
+            summands = 2 if block else 1
+            read = frame * (summands * frames + (0 if first else 1))
+            yield Pass("memory", read, frame * (2 * frames + 1))
+        if first and stage == len(tae.widths) - 2:
+            frames = 1
+        yield Pass("enlarge", 2 * frame * frames, 4 * frame * frames)
+        area *= 4
+        if tae.temporal_upsample[stage]:
+            frames *= 2
+    colours = 3 * area * (1 if first else frames)
+    yield Pass("to bytes", colours * item, colours)
+
+
+def _wan_passes(vae: VAEConfig, height: int, width: int, item: int, *, first: bool) -> Iterator[Pass]:
+    """The passes of Wan's decoder.
 
     A causal convolution reads its input behind two frames of history, so the pass before it writes both, and the new
     history. What a residual block adds up is added by the pass behind it.

@@ -266,7 +266,7 @@ class _Planner:
         """Upper bounds of what the engines use while they run: a block for each of the lanes that run side by side."""
         if not self.on_gpu:
             return
-        from export.backends.tensorrt_rtx.expectations import Structure, load_expectations
+        from export.backends.tensorrt_rtx.expectations import Structure, decoder_kind, load_expectations
 
         precision: Precision = "bf16" if self.request.precision == "fp32" else self.request.precision
         known = load_expectations(precision).components
@@ -276,7 +276,8 @@ class _Planner:
             ("text encoder, at most", ("text_encoder",)),
             ("video decoder, at most", ("vae_first", "vae_next")),
         ):
-            bound = max(known[component].activation_bytes.bytes(structure) for component in components)
+            kinds = [decoder_kind(component, self.vae) for component in components]
+            bound = max(known[kind].activation_bytes.bytes(structure) for kind in kinds)
             yield MemoryItem("activations", name, bound)
 
     def reserved(self) -> Iterator[MemoryItem]:

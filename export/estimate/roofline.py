@@ -19,6 +19,7 @@ from export.errors import InputError
 from export.request.sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
 from export.request.targets import Peak, Precision
 from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 
 from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
@@ -222,11 +223,13 @@ class Workload:
         for conv in decoder_convs(vae):
             flops = conv.flops(height, width, first=first)
             if flops:
-                pixels = height * width * conv.scale**2 * (1 if first else conv.frames)
-                moved = pixels * (conv.inputs + conv.outputs) + conv.parameters
+                moved = (
+                    conv.pixels(height, width, first=first) * (conv.inputs + conv.outputs) + conv.parameters
+                )
                 yield Work("decoder", self.wide, flops, moved * self.item)
-        middle, pixels = vae.widths[0], height * width
-        yield Work("decoder", self.wide, 4 * pixels**2 * middle, 4 * pixels * middle * self.item)
+        if isinstance(vae, VAEConfig):
+            middle, pixels = vae.widths[0], height * width
+            yield Work("decoder", self.wide, 4 * pixels**2 * middle, 4 * pixels * middle * self.item)
         passes = decoder_passes(vae, height, width, self.item, first=first)
         yield from self._part("vae_first" if first else "vae_next", passes, "decoder, element-wise")
 

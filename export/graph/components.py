@@ -14,8 +14,9 @@ from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.tae import VideoDecoder
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
-from lightforcing_ref.vae import CacheSpec, VAEDecoder, to_uint8
+from lightforcing_ref.vae import CacheSpec, to_uint8
 from plugins.nodes.functions import AttentionForm
 from runtime.bundle import Component, Dtype, TensorSpec
 
@@ -28,6 +29,7 @@ from .variants import clean_graph, per_chunk_graph
 __all__ = [
     "TEXT_WEIGHTS",
     "TOKENIZER",
+    "ScaleByWeights",
     "VAEFirst",
     "VAENext",
     "attention_form",
@@ -205,7 +207,7 @@ def write_text_encoder(
 class VAEFirst(nn.Module):
     """Decoding of the first latent frame, to pixels; returns the caches that it writes."""
 
-    def __init__(self, decoder: VAEDecoder, caches: Sequence[CacheSpec]) -> None:
+    def __init__(self, decoder: VideoDecoder, caches: Sequence[CacheSpec]) -> None:
         super().__init__()
         self.decoder = decoder
         self.written = [index for index, cache in enumerate(caches) if cache.written_by_first]
@@ -218,13 +220,26 @@ class VAEFirst(nn.Module):
 class VAENext(nn.Module):
     """Decoding of a later latent frame, to pixels."""
 
-    def __init__(self, decoder: VAEDecoder) -> None:
+    def __init__(self, decoder: VideoDecoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, latent: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         video, caches = self.decoder.decode_next(latent, caches)
         return to_uint8(video.float()), caches
+
+
+class ScaleByWeights(nn.Module):
+    """`LatentScale` with the statistics of the latents among the weights, for graphs without constants."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.empty(channels))
+        self.std = nn.Parameter(torch.empty(channels))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        mean, std = (values[:, None, None, None] for values in (self.mean, self.std))
+        return latents * std + mean
 
 
 def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -235,7 +250,7 @@ def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def write_vae(
-    folder: Path, decoder: VAEDecoder, plan: StepPlan, progress: StepCallback = no_steps
+    folder: Path, decoder: VideoDecoder, plan: StepPlan, progress: StepCallback = no_steps
 ) -> list[str]:
     """Write the two graphs of the streaming decoder: first frame and later ones.
 
@@ -245,9 +260,9 @@ def write_vae(
     progress(TRACING, 0, 1)
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
-    latent = torch.zeros(plan.preset.vae.z_dim, 1, height, width)
-    dtype = decoder.conv2.weight.dtype
-    handle = decoder.conv2.register_forward_pre_hook(_narrow)
+    latent = torch.zeros(decoder.config.z_dim, 1, height, width)
+    dtype = next(decoder.parameters()).dtype
+    handle = decoder.entry.register_forward_pre_hook(_narrow)
     try:
         later = trace(
             VAENext(decoder),

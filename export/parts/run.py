@@ -19,7 +19,7 @@ from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
 from export.request.weights import Weights
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.vae import VAEDecoder
+from lightforcing_ref.tae import VideoDecoder
 from runtime import bundle
 
 from .keys import BuildKeys
@@ -34,7 +34,7 @@ class Models:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self._dit: dict[torch.dtype, CausalWanModel] = {}
-        self._decoder: dict[torch.dtype, VAEDecoder] = {}
+        self._decoder: dict[torch.dtype, VideoDecoder] = {}
 
     def dit(self, dtype: torch.dtype) -> CausalWanModel:
         """The transformer."""
@@ -48,7 +48,7 @@ class Models:
         self._dit.clear()
         return model
 
-    def decoder(self, dtype: torch.dtype) -> VAEDecoder:
+    def decoder(self, dtype: torch.dtype) -> VideoDecoder:
         """The video decoder."""
         if dtype not in self._decoder:
             self._decoder[dtype] = self.weights.vae_decoder(dtype)

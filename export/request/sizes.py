@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
+from lightforcing_ref.dimensions import TAEConfig
+
 from .targets import Precision
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import DiTConfig, Preset
+    from lightforcing_ref.dimensions import DecoderConfig, VAEConfig
     from lightforcing_ref.text import UMT5Config
-    from lightforcing_ref.vae import VAEConfig
 
 __all__ = [
     "CONDITIONER_LINEARS",
@@ -49,6 +51,9 @@ class Sized(Protocol):
 
 STEPS = 5
 """Timesteps of a chunk, the clean one included; modulations are tables with a row for each."""
+
+TAE_BLOCKS = 3
+"""Memory blocks in a stage of a tiny decoder."""
 
 HISTORY = 2
 """Past frames that a causal convolution of the decoder keeps."""
@@ -170,6 +175,8 @@ class Conv:
         frames: output frames per latent frame after the first.
         cache_scale: pixels per latent pixel of the cache of its input; None = it has none.
         only_later: whether the first latent frame bypasses it.
+        first_frames: output frames of the first latent frame.
+        memory: channels of the frame before that it sees, in a tiny decoder; None = the cache is a causal history.
     """
 
     inputs: int
@@ -179,23 +186,30 @@ class Conv:
     frames: int
     cache_scale: int | None = None
     only_later: bool = False
+    first_frames: int = 1
+    memory: int | None = None
+    bias: bool = True
 
     @property
     def parameters(self) -> int:
-        return self.inputs * self.outputs * prod(self.kernel) + self.outputs
+        return self.inputs * self.outputs * prod(self.kernel) + (self.outputs if self.bias else 0)
 
     def cache_shape(self, height: int, width: int) -> tuple[int, ...] | None:
-        """`[1, channels, 2, h, w]` for latents of `height` x `width`; None where there is no cache."""
+        """`[1, channels, 2, h, w]` for latents of `height` x `width`; a memory's `[1, channels, h, w]`."""
         if self.cache_scale is None:
             return None
-        return 1, self.inputs, HISTORY, self.cache_scale * height, self.cache_scale * width
+        size = self.cache_scale * height, self.cache_scale * width
+        return (1, self.inputs, HISTORY, *size) if self.memory is None else (1, self.memory, *size)
+
+    def pixels(self, height: int, width: int, *, first: bool = False) -> int:
+        """Output pixels for one latent frame of `height` x `width`."""
+        return height * width * self.scale**2 * (self.first_frames if first else self.frames)
 
     def flops(self, height: int, width: int, *, first: bool = False) -> int:
         """Multiplications and additions for one latent frame of `height` x `width`."""
         if first and self.only_later:
             return 0
-        pixels = height * width * self.scale**2 * (1 if first else self.frames)
-        return 2 * self.inputs * self.outputs * prod(self.kernel) * pixels
+        return 2 * self.inputs * self.outputs * prod(self.kernel) * self.pixels(height, width, first=first)
 
 
 def _residual(inputs: int, outputs: int, scale: int, frames: int) -> Iterator[Conv]:
@@ -206,8 +220,32 @@ def _residual(inputs: int, outputs: int, scale: int, frames: int) -> Iterator[Co
         yield Conv(inputs, outputs, (1, 1, 1), scale, frames)
 
 
-def decoder_convs(vae: VAEConfig) -> tuple[Conv, ...]:
+def decoder_convs(decoder: DecoderConfig) -> tuple[Conv, ...]:
     """Every convolution of the decoder; those with a cache in the order of the caches."""
+    return _tae_convs(decoder) if isinstance(decoder, TAEConfig) else _wan_convs(decoder)
+
+
+def _tae_convs(tae: TAEConfig) -> tuple[Conv, ...]:
+    square, point = (1, 3, 3), (1, 1, 1)
+    convs = [Conv(tae.z_dim, tae.widths[0], square, 1, 1)]
+    scale = frames = 1
+    for stage, (width, outputs) in enumerate(zip(tae.widths, tae.widths[1:], strict=False)):
+        for _ in range(TAE_BLOCKS):
+            convs.append(Conv(2 * width, width, square, scale, frames, scale, False, frames, width))
+            convs += 2 * [Conv(width, width, square, scale, frames, first_frames=frames)]
+        scale *= 2
+        # Behind the last memory, the first latent frame goes on with its last pixel frame alone.
+        is_last = stage == len(tae.widths) - 2
+        grown = 2 if tae.temporal_upsample[stage] else 1
+        for outs, kernel, repeated in ((grown * width, point, 1), (outputs, square, grown)):
+            frames *= repeated
+            kept = 1 if is_last else frames
+            convs.append(Conv(width, outs, kernel, scale, frames, first_frames=kept, bias=False))
+    convs.append(Conv(tae.widths[-1], 3, square, scale, frames))
+    return tuple(convs)
+
+
+def _wan_convs(vae: VAEConfig) -> tuple[Conv, ...]:
     middle, *stages = vae.widths
     cube, point = (3, 3, 3), (1, 1, 1)
     convs = [Conv(vae.z_dim, vae.z_dim, point, 1, 1), Conv(vae.z_dim, middle, cube, 1, 1, cache_scale=1)]
@@ -232,8 +270,10 @@ def decoder_convs(vae: VAEConfig) -> tuple[Conv, ...]:
     return tuple(convs)
 
 
-def decoder_parameters(vae: VAEConfig) -> int:
-    """Parameters of the decoder: convolutions and the weights of the norms before them."""
+def decoder_parameters(vae: DecoderConfig) -> int:
+    """Parameters of the decoder: convolutions and, of Wan's, the weights of the norms before them."""
+    if isinstance(vae, TAEConfig):
+        return sum(conv.parameters for conv in decoder_convs(vae))
     middle, *stages = vae.widths
     norms, width = 2 * 2 * middle + middle, middle  # two residual blocks and the attention in the middle
     for stage, outputs in enumerate(stages):

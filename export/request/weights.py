@@ -24,11 +24,11 @@ from lightforcing_ref.checkpoint import (
 from lightforcing_ref.checkpoint_lora import lora_sha256
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import Preset
-from lightforcing_ref.dimensions import VAEConfig
+from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
+from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import byte_tokenizer, check_tokenizer, load_tokenizer
-from lightforcing_ref.vae import VAEDecoder
 
 __all__ = ["Weights", "shipped_weights"]
 
@@ -113,21 +113,21 @@ class Weights:
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
-    def vae_decoder(self, dtype: torch.dtype = torch.float32) -> VAEDecoder:
-        """The video decoder, of whatever width the checkpoint has."""
+    def vae_decoder(self, dtype: torch.dtype = torch.float32) -> VideoDecoder:
+        """The video decoder, of whatever kind and width the checkpoint has."""
         if self.vae is None:
             self._require_seed("vae")
-            model = self._drawn(lambda: VAEDecoder(self.preset.vae), dtype)
+            model = self._drawn(lambda: video_decoder(self.preset.vae), dtype)
         else:
             config = vae_config_of(self.vae)
             with torch.device("meta"):
-                model = VAEDecoder(config)
+                model = video_decoder(config)
             state = load_vae_state(self.vae, config, dtype=dtype, any_values=self.any_values)
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
-    def vae_config(self) -> VAEConfig:
-        """The video decoder's widths: the checkpoint's, or the preset's where weights are drawn."""
+    def vae_config(self) -> DecoderConfig:
+        """The video decoder's kind and widths: the checkpoint's, or the preset's where weights are drawn."""
         return self.preset.vae if self.vae is None else vae_config_of(self.vae)
 
     def text_tensors(self) -> dict[str, Callable[[], Tensor]]:

@@ -237,11 +237,23 @@ class VaeCache(_Part):
 
 
 class Vae(_Part):
-    """Streaming video decoder: its caches and how it scales time and space."""
+    """Streaming video decoder: what it is, its caches, and how it scales time and space.
+
+    Its engines take latents as the transformer leaves them and give bytes; ``denormalise`` and ``pixel_range`` say what
+    they do in between.
+    """
 
     caches: tuple[VaeCache, ...]
     temporal_factor: Positive
     spatial_factor: Positive
+    kind: Literal["wan", "tae"] = "wan"
+    """Wan's decoder of any width, or a tiny one (TAEHV, LightTAE)."""
+    denormalise: bool = True
+    """Whether the network takes ``latent * std + mean`` of the latents' statistics."""
+    widths: tuple[Positive, ...] | None = None
+    """Channels from the latent's resolution upwards; None in bundles that do not say."""
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    """What black and white are in the network's output."""
 
 
 class TensorSpec(_Part):

@@ -43,9 +43,9 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.checkpoint_spec import umt5_shapes
-from lightforcing_ref.dimensions import VAEConfig
+from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.vae import VAEDecoder
+from lightforcing_ref.tae import VideoDecoder
 from runtime import bundle
 from runtime.bundle import images
 
@@ -124,7 +124,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
 
 
 def _weight_tensors(
-    model: CausalWanModel, decoder: VAEDecoder, plan: StepPlan, linears: frozenset[str]
+    model: CausalWanModel, decoder: VideoDecoder, plan: StepPlan, linears: frozenset[str]
 ) -> Iterable[StoredTensor]:
     """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
@@ -168,7 +168,7 @@ def _operator_weights(layers: int) -> list[dict[str, str]]:
     ]
 
 
-def _section(plan: StepPlan, vae: VAEConfig, linears: frozenset[str]) -> bundle.Segments:
+def _section(plan: StepPlan, vae: DecoderConfig, linears: frozenset[str]) -> bundle.Segments:
     layers, segments = plan.preset.dit.layers, step_segments(plan, torch.float32, linears)
     outside = {
         "conditioner": conditioner(plan.preset.dit, torch.float32),

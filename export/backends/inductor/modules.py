@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from export.graph.components import VAEFirst, VAENext
+from export.graph.components import ScaleByWeights, VAEFirst, VAENext
 from export.graph.modules import ConditionerModule
 from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint_spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
-from lightforcing_ref.dimensions import VAEConfig
+from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
+from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
-from lightforcing_ref.vae import LATENT_MEAN, LATENT_STD, CacheSpec, VAEDecoder
+from lightforcing_ref.vae import LATENT_MEAN, LATENT_STD, CacheSpec, LatentScale
 from runtime.bundle import Component, Dtype, TensorSpec
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
     "vae_next",
 ]
 
-LATENT_STATISTICS = {"latent_mean": LATENT_MEAN, "latent_std": LATENT_STD}
+LATENT_STATISTICS = {"scale.mean": LATENT_MEAN, "scale.std": LATENT_STD}
 """Weights of the compiled decoder that are no weights of the model's."""
 
 
@@ -456,27 +457,13 @@ def _without(body: nn.Module, prefix: str, wanted: re.Pattern[str]) -> dict[str,
     return {key: name for key, name in names.items() if wanted.fullmatch(name)}
 
 
-class _Decoder(VAEDecoder):
-    """The decoder with the statistics of the latents among its weights: a package holds no constants."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__(config)
-        for name in LATENT_STATISTICS:
-            self.register_parameter(name, nn.Parameter(torch.empty(config.z_dim)))
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        mean, std = (getattr(self, name)[:, None, None, None] for name in LATENT_STATISTICS)
-        out: Tensor = self.conv2((latents * std + mean)[None])
-        return out
-
-
 class _Decode(nn.Module):
     """The decoder in the type of its weights, from float32 latents, which are denormalised in float32."""
 
-    def __init__(self, decoder: VAEDecoder, caches: Sequence[CacheSpec] | None) -> None:
+    def __init__(self, decoder: VideoDecoder, caches: Sequence[CacheSpec] | None) -> None:
         super().__init__()
         self.decode = VAENext(decoder) if caches is None else VAEFirst(decoder, caches)
-        decoder.conv2.register_forward_pre_hook(_narrow)
+        decoder.entry.register_forward_pre_hook(_narrow)
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         history = (list(caches),) if caches else ()
@@ -488,11 +475,12 @@ def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(cast(Tensor, module.weight).dtype), *args[1:])
 
 
-def _decoder(config: VAEConfig, dtype: torch.dtype, plan: StepPlan, *, first: bool) -> Compiled:
+def _decoder(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan, *, first: bool) -> Compiled:
     with torch.device("meta"):
-        decoder = _Decoder(config).to(dtype).requires_grad_(False)
-        for name in LATENT_STATISTICS:
-            getattr(decoder, name).data = getattr(decoder, name).data.float()
+        decoder = video_decoder(config).to(dtype)
+        if isinstance(decoder.scale, LatentScale):
+            decoder.scale = ScaleByWeights(config.z_dim)
+        decoder.requires_grad_(False)
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
     latent = _spec("latent", (config.z_dim, 1, height, width), torch.float32)
@@ -510,11 +498,11 @@ def _decoder(config: VAEConfig, dtype: torch.dtype, plan: StepPlan, *, first: bo
     return Compiled(body, [latent, *inputs], [frames, *outputs], _without(body, "decode.", wanted))
 
 
-def vae_first(config: VAEConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
+def vae_first(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
     """Decoding of the first latent frame."""
     return _decoder(config, dtype, plan, first=True)
 
 
-def vae_next(config: VAEConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
+def vae_next(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
     """Decoding of a later latent frame."""
     return _decoder(config, dtype, plan, first=False)

@@ -29,7 +29,7 @@ from runtime import bundle
 
 from .engine import EngineInfo, EngineTensor, build_engine, check_request
 from .engine_text import PlanReport
-from .expectations import Expectations, Structure, load_expectations
+from .expectations import Expectations, Structure, decoder_kind, load_expectations
 
 __all__ = ["BUILDER", "STATUS"]
 
@@ -121,7 +121,8 @@ def _build(run: Run) -> Built:
     files += _named(segments, section.weights)
     for name, graph in graphs.items():
         moved = _moved(plan, quantized.formats, _linears_of(name, run.plan.preset.dit.layers))
-        check = partial(_check_plan, expectations, name, structure, moved)
+        kind = decoder_kind(name, run.plan.preset.vae)
+        check = partial(_check_plan, expectations, kind, structure, moved)
         written = run.part(
             _engine(name),
             partial(_write_engine, run=run, name=name, graph=graph, check=check),

@@ -17,10 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from export.errors import BuildError, InputError
 from export.request.sizes import Sized
 from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 
 from .engine_text import Kind, PlanReport
 
-__all__ = ["ComponentExpectation", "Expectations", "Structure", "load_expectations"]
+__all__ = ["ComponentExpectation", "Expectations", "Structure", "decoder_kind", "load_expectations"]
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,11 @@ class Expectations(_Data):
                 f"{'; '.join(problems)}. Products in a wider type than expected mean that a weight or its input is not "
                 "quantized: look at the graph with `python -m export inspect`, or build with --precision bf16"
             )
+
+
+def decoder_kind(component: str, decoder: DecoderConfig) -> str:
+    """What a component's expectations are called: a tiny decoder has its own."""
+    return component.replace("vae_", "tae_") if isinstance(decoder, TAEConfig) else component
 
 
 def load_expectations(precision: str) -> Expectations:

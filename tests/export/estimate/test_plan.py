@@ -27,8 +27,9 @@ from export.request.sizes import (
     transformer_parameters,
 )
 from export.request.targets import load_target, load_variant
-from lightforcing_ref.checkpoint_spec import dit_shapes, umt5_shapes, vae_decoder_shapes
+from lightforcing_ref.checkpoint_spec import dit_shapes, tae_decoder_shapes, umt5_shapes, vae_decoder_shapes
 from lightforcing_ref.config import PRESETS, preset
+from lightforcing_ref.tae import TAE, TINY_TAE, TAEDecoder
 from lightforcing_ref.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEDecoder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,6 +70,38 @@ def test_decoder_convolutions_are_those_of_the_decoder(vae):
     caches = [shape for conv in decoder_convs(vae) if (shape := conv.cache_shape(60, 104))]
     assert caches == [cache.shape for cache in real]
     assert len(caches) == 32
+
+
+@pytest.mark.parametrize("tae", [TAE, TINY_TAE], ids=["taehv", "tiny"])
+def test_tiny_decoder_convolutions_are_those_of_the_decoder(tae):
+    assert decoder_parameters(tae) == total(tae_decoder_shapes(tae))
+    with torch.device("meta"):
+        real = TAEDecoder(tae).cache_specs(60, 104)
+    caches = [shape for conv in decoder_convs(tae) if (shape := conv.cache_shape(60, 104))]
+    assert caches == [cache.shape for cache in real]
+
+
+def test_tiny_decoder_work_is_what_pytorch_counts():
+    with torch.device("meta"), torch.no_grad():
+        decoder = TAEDecoder(TAE)
+        latent = torch.empty(16, 1, 8, 12)
+        with FlopCounterMode(display=False) as first:
+            _, caches = decoder.decode_first(latent)
+        with FlopCounterMode(display=False) as later:
+            decoder.decode_next(latent, caches)
+    convs = decoder_convs(TAE)
+    assert sum(conv.flops(8, 12, first=True) for conv in convs) == first.get_total_flops()
+    assert sum(conv.flops(8, 12) for conv in convs) == later.get_total_flops()
+
+
+def test_tiny_decoder_passes():
+    """Its blocks write their input beside the frame before: 256 channels at the latent's size, first."""
+    passes = list(decoder_passes(TAE, 64, 96, 2, first=False))
+    memory = [one for one in passes if one.name == "memory"]
+    frame = 64 * 96 * 2
+    assert [one.written for one in memory[::3]] == [256 * 3 * frame, 128 * 3 * 4 * frame, 64 * 5 * 16 * frame]
+    assert memory[0].read == 256 * 2 * frame
+    assert passes[-1].written == 3 * 4 * 512 * 768
 
 
 def test_published_decoder_figures():
