@@ -16,7 +16,16 @@ from torch import Tensor
 from .rope import apply_rope
 from .sparsity import BlockGeometry, HSAConfig, kept_blocks
 
-__all__ = ["block_means", "dense_attention", "hsa_attention", "hsa_selection", "qk_prepare", "rms_norm"]
+__all__ = [
+    "block_means",
+    "dense_attention",
+    "hsa_attention",
+    "hsa_selection",
+    "lowest_index_top",
+    "qk_prepare",
+    "rms_norm",
+    "token_blocks",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -83,7 +92,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
     return out.transpose(0, 1).to(q.dtype)
 
 
-def _lowest_index_top(scores: Tensor, count: int) -> Tensor:
+def lowest_index_top(scores: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` largest entries of the last axis; ties go to the lowest index."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
@@ -119,13 +128,13 @@ def hsa_selection(
         frame_scores = query @ keys.mean(2).transpose(1, 2)
         index = torch.arange(frames, device=query.device)
         candidate = (index >= hsa.sink_frames) & (index < past_frames - hsa.near_frames)
-        best = _lowest_index_top(
+        best = lowest_index_top(
             frame_scores.masked_fill(~candidate, -torch.inf),
             hsa.keep_frames - hsa.sink_frames - hsa.near_frames,
         )
         eligible = ((best & candidate) | ~candidate).repeat_interleave(blocks, -1)
     kept = kept_blocks(keep_q20, chunk, total)
-    return _lowest_index_top(scores.masked_fill(~eligible, -torch.inf), kept) & eligible
+    return lowest_index_top(scores.masked_fill(~eligible, -torch.inf), kept) & eligible
 
 
 def hsa_attention(
@@ -178,12 +187,12 @@ def hsa_attention(
     )
     if form == "gather":
         return _gathered_attention(q, keys, values, selected, geometry, scale)
-    row = _token_blocks(q.shape[0], frame_tokens, block_q, q.device)
-    column = _token_blocks(keys.shape[0], frame_tokens, block_k, q.device)
+    row = token_blocks(q.shape[0], frame_tokens, block_q, q.device)
+    column = token_blocks(keys.shape[0], frame_tokens, block_k, q.device)
     return dense_attention(q, keys, values, scale, selected[:, row][:, :, column])
 
 
-def _token_blocks(tokens: int, frame_tokens: int, block: int, device: torch.device) -> Tensor:
+def token_blocks(tokens: int, frame_tokens: int, block: int, device: torch.device) -> Tensor:
     """Logical block index of each token, `[tokens]`."""
     token = torch.arange(tokens, device=device)
     return token // frame_tokens * -(-frame_tokens // block) + token % frame_tokens // block
@@ -193,8 +202,8 @@ def _gathered_attention(
     q: Tensor, k: Tensor, v: Tensor, selected: Tensor, geometry: BlockGeometry, scale: float
 ) -> Tensor:
     """Attention that touches only the selected blocks: one small dense problem per head and query block."""
-    row = _token_blocks(q.shape[0], geometry.frame_tokens, geometry.block_q, q.device)
-    column = _token_blocks(k.shape[0], geometry.frame_tokens, geometry.block_k, q.device)
+    row = token_blocks(q.shape[0], geometry.frame_tokens, geometry.block_q, q.device)
+    column = token_blocks(k.shape[0], geometry.frame_tokens, geometry.block_k, q.device)
     out = torch.empty_like(q)
     for head in range(q.shape[1]):
         for block in range(selected.shape[1]):

@@ -62,7 +62,8 @@ class AttentionSpec:
 class CachedAttention:
     """A `SelfAttentionCore` that attends to cached frames and collects the chunk's own keys and values.
 
-    `prepare` and `attend` are the two operators: the oracle by default, exportable ones when tracing.
+    `prepare` and `attend` are the two operators: the oracle by default, exportable ones when tracing. `attend` is one
+    for all layers, or one for each.
 
     Args:
         cos, sin: float32 `[T, D/2]` of the chunk.
@@ -78,7 +79,7 @@ class CachedAttention:
     frame_slots: Tensor
     chunk: Tensor | int
     prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = qk_prepare
-    attend: Callable[..., Tensor] = hsa_attention
+    attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
     new: list[LayerKV] = field(default_factory=list)
     """Per layer, keys and values `[T, H, D]` and key block means `[frames, blocks, H, D]` of the chunk."""
 
@@ -94,7 +95,8 @@ class CachedAttention:
             eps=params.eps,
         )
         self.new.append((k, v, k_mean))
-        out = self.attend(
+        attend = self.attend if callable(self.attend) else self.attend[layer]
+        out = attend(
             q,
             k,
             v,

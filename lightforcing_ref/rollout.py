@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,8 +46,9 @@ class Rollout:
     sink_frames: int = 0
     sink_positions: SinkPositions = "absolute"
     schedule: FlowSchedule = field(default_factory=FlowSchedule.warped)
-    attend: Callable[..., Tensor] = hsa_attention
-    """The attention operator; the oracle unless another execution or policy is under study."""
+    attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
+    """The attention operator, one for all layers or one for each; the oracle unless another execution or policy is
+    under study."""
 
     def __post_init__(self) -> None:
         self.cache = FrameCache(

@@ -26,6 +26,8 @@ from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.policies import Policy as Method
+from lightforcing_ref.policies import PolicyAttention, Radial, SlidingTile, SpargeAttention, VMoBA
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable, kept_blocks
 from lightforcing_ref.tae import VideoDecoder, video_decoder
@@ -111,6 +113,16 @@ class Policy:
     cag: bool = True
     base: float = SPARSITY_BASE
     """With CAG, the sparsity in the limit of a long history."""
+    methods: tuple[Method, ...] = ()
+    """Another method of the field in its place; where there are several, layers take them in turn."""
+
+    def attend(self, preset: Preset) -> list[Callable[..., Tensor]]:
+        """The attention operator of every layer."""
+        if self.methods:
+            turns = [PolicyAttention(method, preset.token_grid()) for method in self.methods]
+            return [turns[layer % len(turns)] for layer in range(preset.dit.layers)]
+        operator = hsa_attention if self.selection is None else _attend_with(self.selection)
+        return [operator] * preset.dit.layers
 
     def keep_q20(self, preset: Preset) -> tuple[int, ...]:
         totals = [
@@ -143,6 +155,8 @@ def _random(
     return seen.expand(q_mean.shape[2], q_mean.shape[0] * q_mean.shape[1], total)
 
 
+_VMOBA = tuple(VMoBA(block) for block in ((1, None, None), (None, 2, 4), (2, 4, 4)))
+"""Blocks in time, in space, and in both, for the 8 x 8 tokens of the tiny model's frames."""
 _HSA = HSAConfig()
 _ONE_STAGE = HSAConfig(keep_frames=EVERY_FRAME, sink_frames=0, near_frames=0)
 POLICIES: dict[str, Policy] = {
@@ -157,9 +171,15 @@ POLICIES: dict[str, Policy] = {
         Policy("nearest", _nearest, _HSA, SPARSITY_TARGET),
         Policy("nearest-uniform", _nearest, _HSA, SPARSITY_TARGET, cag=False),
         Policy("random", _random, _HSA, SPARSITY_TARGET),
+        Policy("sparge", None, _HSA, SPARSITY_TARGET, methods=(SpargeAttention(),)),
+        Policy("sta", None, _HSA, None, methods=(SlidingTile(((3, 3, 3),), tile=(4, 4)),)),
+        Policy("radial", None, _HSA, None, methods=(Radial(),)),
+        Policy("vmoba", None, _HSA, None, methods=_VMOBA),
     )
 }
-"""By name. All sparse ones but `hsa-80` keep the same number of blocks over a clip; `-uniform` is without CAG."""
+"""By name. From `hsa` to `sparge`, all but `hsa-80` keep the same number of blocks over a clip (`sparge` adds those
+that their means do not stand for); `-uniform` is without CAG. The last three have rules of their own instead of a
+budget. SLA without its linear branch is `top-k`."""
 
 
 def _attend_with(selection: Selection) -> Callable[..., Tensor]:
@@ -246,7 +266,7 @@ class ReferenceRow:
             preset.token_grid(),
             window_frames=self.window_frames,
             sink_frames=1 if self.window_frames else 0,
-            attend=hsa_attention if self.policy.selection is None else _attend_with(self.policy.selection),
+            attend=self.policy.attend(preset),
         )
         with self._quantized():
             latents = torch.cat(list(rollout.stream(chunks)), dim=1)

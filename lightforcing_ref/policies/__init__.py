@@ -1,0 +1,15 @@
+"""Other sparse-attention methods of the field, as the oracle of what each of them lets a token see in a causal rollout.
+
+Light Forcing's own selection is part of the operator (`lightforcing_ref.attention`); these stand in its place through
+`PolicyAttention`. docs/policies.md says what each method defines and what is our choice.
+"""
+
+from .attention import PolicyAttention
+from .radial import Radial
+from .sla import SLA
+from .sparge import SpargeAttention
+from .sta import SlidingTile
+from .view import Policy, View
+from .vmoba import VMoBA
+
+__all__ = ["SLA", "Policy", "PolicyAttention", "Radial", "SlidingTile", "SpargeAttention", "VMoBA", "View"]

@@ -1,0 +1,80 @@
+"""Attention under a policy, in the place of the hierarchical sparse attention operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightforcing_ref.attention import dense_attention
+from lightforcing_ref.errors import ConfigError
+from lightforcing_ref.sparsity import BlockGeometry
+
+from .view import Policy, View
+
+__all__ = ["PolicyAttention"]
+
+
+@dataclass(frozen=True)
+class PolicyAttention:
+    """The attention operator with `policy` in front; give it to `Rollout` as `attend`.
+
+    The first chunk, which has no past, is dense under every policy, as the chunk-aware budgets have it.
+
+    Args:
+        grid: rows and columns of a frame's tokens.
+    """
+
+    policy: Policy
+    grid: tuple[int, int]
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_mean: Tensor,
+        k_mean: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        past_kmean: Tensor,
+        frame_slots: Tensor,
+        chunk: Tensor | int,
+        *,
+        frame_tokens: int,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        keep_q20: Sequence[int],
+        **_: object,
+    ) -> Tensor:
+        """As `hsa_attention`; the attributes of its two stages (`keep_frames` and so on) are not looked at.
+
+        Raises:
+            ConfigError: the grid does not hold `frame_tokens` tokens.
+        """
+        if self.grid[0] * self.grid[1] != frame_tokens:
+            raise ConfigError(
+                f"the grid {self.grid[0]}x{self.grid[1]} holds {self.grid[0] * self.grid[1]} tokens; expected the "
+                f"{frame_tokens} of a frame"
+            )
+        slots = frame_slots[frame_slots >= 0].long()
+        keys = torch.cat((past_k[slots].flatten(0, 1), k))
+        values = torch.cat((past_v[slots].flatten(0, 1), v))
+        if slots.numel() == 0:
+            return dense_attention(q, keys, values, scale)
+        view = View(
+            q=q,
+            k=keys,
+            q_mean=q_mean,
+            k_mean=torch.cat((past_kmean[slots], k_mean)),
+            past_frames=slots.numel(),
+            chunk=int(chunk),
+            grid=self.grid,
+            geometry=BlockGeometry(frame_tokens, block_q, block_k),
+            keep_q20=tuple(keep_q20),
+        )
+        mask = self.policy.visible(view).expand(q.shape[1], -1, -1)
+        return dense_attention(q, keys, values, scale, mask)
