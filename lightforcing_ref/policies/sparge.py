@@ -28,7 +28,7 @@ class SpargeAttention:
         mode: "top-k" keeps a number of blocks, "cdf" the smallest set whose weights add up to more than `cumulative`.
         ratio: in mode "top-k", the fraction of the resident key blocks; None = the chunk's budget.
         cumulative: in mode "cdf".
-        similarity: -1 and below calls every block similar.
+        similarity: below 0, as the authors' own for top-k, every block is similar.
         smooth: subtract the mean of all resident keys first, which the softmax does not see, but the cosines do.
     """
 
