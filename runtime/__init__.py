@@ -8,10 +8,14 @@
                 show(chunk.frames)
 
 Imports neither torch nor onnx nor any other package of this project.
+
+ONNX Runtime since 1.29 reports to its maker unless ``ORT_DISABLE_TELEMETRY`` is set; importing this package sets it,
+where it is not set to anything else.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from .session import ChunkStream, Session
     from .verify import VerificationError
     from .video import open_video
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "Bundle",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -69,6 +71,10 @@ class Pipeline:
         self._lock = threading.Lock()
         self._free = list(range(plan.sessions))
         self._closed = False
+        # Runs when the pipeline is dropped, and before the interpreter ends: workers that are still in a library's code
+        # then would abort the process.
+        self._finalizer = weakref.finalize(self, _shut, self._scheduler, text_encoder, engine)
+        _in_children.add(self)
 
     @classmethod
     def load(
@@ -182,6 +188,7 @@ class Pipeline:
             CapacityError: all sessions that the pipeline was loaded for are open.
             InputError: neither or both of prompt and embedding, or an argument that is not usable.
         """
+        self._scheduler.require_own_process()
         seed = check_seed(seed)
         device = self._engine if frames == "device" and isinstance(self._engine, DeviceFrameEngine) else None
         if frames != "host" and device is None:
@@ -281,21 +288,24 @@ class Pipeline:
             return Health(alive, self._plan.sessions, self._plan.sessions - len(self._free), ready, decoding)
 
     def close(self) -> None:
-        """End all sessions and free everything; waits for the forwards that are running. May be called twice."""
+        """End all sessions and free everything; waits for the forwards that are running. May be called twice.
+
+        In a child process of the one that loaded it, there is nothing to end.
+        """
+        if self._scheduler.is_forked:
+            return
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._scheduler.stop()
-        if self._text_encoder is not None:
-            self._text_encoder.close()
-        self._engine.close()
+        self._finalizer()
 
     def _release(self, number: int) -> None:
         with self._lock:
             self._free.append(number)
 
     def _require_open(self) -> None:
+        self._scheduler.require_own_process()
         if self._closed:
             raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
 
@@ -306,6 +316,33 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shut(scheduler: Scheduler, text_encoder: TextEncoder | None, engine: Engine) -> None:
+    """Free what a pipeline owns."""
+    if scheduler.is_forked:
+        return
+    if scheduler.owns(threading.current_thread()):
+        # The garbage collector happened to run in a worker, which cannot wait for itself.
+        threading.Thread(target=_shut, args=(scheduler, text_encoder, engine)).start()
+        return
+    scheduler.stop()
+    if text_encoder is not None:
+        text_encoder.close()
+    engine.close()
+
+
+_in_children: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _keep_engines() -> None:
+    """In a child process: let no engine be destroyed, which would wait for threads that only the parent has."""
+    for pipeline in list(_in_children):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline._engine))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_engines)
 
 
 def _stages(progress: Callable[[LoadStage], None] | None) -> Callable[[LoadStage], None]:

@@ -7,6 +7,7 @@ decoding of chunk i overlaps the denoising of chunk i + 1.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -16,7 +17,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ChunkTimeoutError, ClosedError, InputError, SessionCancelledError, SessionFailedError
+from .errors import (
+    ChunkTimeoutError,
+    ClosedError,
+    EngineError,
+    InputError,
+    SessionCancelledError,
+    SessionFailedError,
+)
 from .rollout import PromptSwitch, Rollout
 
 __all__ = [
@@ -28,6 +36,10 @@ __all__ = [
     "SessionStatistics",
     "StreamEndedError",
 ]
+
+
+MAX_SWITCHES = 1024
+"""Prompt switches that may wait in a session; each holds an embedding."""
 
 
 class StreamEndedError(Exception):
@@ -191,12 +203,26 @@ class Scheduler:
         self._lanes: deque[Lane] = deque()
         self._decodings: deque[_Decoding] = deque()
         self._stopping = False
+        self._process = os.getpid()
         self._threads = [
             threading.Thread(target=self._denoise_forever, name="lightforcing-denoise", daemon=True),
             threading.Thread(target=self._decode_forever, name="lightforcing-decode", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that has the workers; locks may be held for ever here."""
+        return os.getpid() != self._process
+
+    def require_own_process(self) -> None:
+        """Raises :class:`EngineError` in a child process: fork copies no threads, neither ours nor a library's."""
+        if self.is_forked:
+            raise EngineError(
+                f"the pipeline was loaded in process {self._process}, before it forked into {os.getpid()}; load it in "
+                "the process that uses it, or start processes with 'spawn'"
+            )
 
     def add(self, lane: Lane) -> None:
         """Serve ``lane`` from now on."""
@@ -205,6 +231,8 @@ class Scheduler:
 
     def remove(self, lane: Lane) -> bool:
         """Stop serving ``lane``; returns when no worker uses its rollout. False if it was removed before."""
+        if self.is_forked:
+            return False
         with self._changed:
             lane.closed = True
             lane.done.clear()
@@ -217,6 +245,7 @@ class Scheduler:
 
     def cancel(self, lane: Lane) -> None:
         """Stop ``lane`` at its next forward and wake whoever waits for it."""
+        self.require_own_process()
         with self._changed:
             lane.cancelled = True
             lane.done.clear()
@@ -224,6 +253,7 @@ class Scheduler:
 
     def switch(self, lane: Lane, switch: PromptSwitch, at: int | None, over: int = 1) -> int:
         """Queue a prompt switch, or a transition over so many chunks; the index of the chunk where it begins."""
+        self.require_own_process()
         with self._changed:
             self._raise_if_over(lane)
             if at is not None and at < lane.started:
@@ -231,8 +261,15 @@ class Scheduler:
                     f"chunk {at} has already started; the first that can still change is {lane.started}"
                 )
             first = lane.started if at is None else at
-            lane.switches = [(due, old) for due, old in lane.switches if due <= first or not old.step]
             start = lane.prompt_before(first).embedding
+            # Of switches for one chunk the newest counts; nobody will ask for the others.
+            kept = [(due, old) for due, old in lane.switches if due < first or (due > first and not old.step)]
+            if len(kept) + over > MAX_SWITCHES:
+                raise InputError(
+                    f"{len(kept)} prompt switches wait for later chunks and {over} would be added; expected at most "
+                    f"{MAX_SWITCHES} in all: set prompts when their chunks are near"
+                )
+            lane.switches = kept
             for count in range(1, over):
                 mixed = start + (switch.embedding - start) * np.float32(count / over)
                 lane.switches.append((first + count - 1, replace(switch, embedding=mixed, step=count > 1)))
@@ -241,6 +278,7 @@ class Scheduler:
 
     def flush(self, lane: Lane) -> tuple[int, int]:
         """Drop chunks that have started and were not delivered: how many, and the chunk that comes next."""
+        self.require_own_process()
         with self._changed:
             self._raise_if_over(lane)
             dropped = lane.started - lane.delivered
@@ -253,6 +291,7 @@ class Scheduler:
     @contextlib.contextmanager
     def standing_still(self, lane: Lane) -> Iterator[None]:
         """Let no worker touch ``lane`` while the block runs; chunks under way are finished first."""
+        self.require_own_process()
         with self._changed:
             lane.held += 1
             try:
@@ -280,6 +319,7 @@ class Scheduler:
 
         ``ahead`` more (0 or 1) may be computed meanwhile.
         """
+        self.require_own_process()
         with self._changed:
             lane.end = end
             lane.ahead = ahead
@@ -292,6 +332,7 @@ class Scheduler:
         ``listener`` is then called once, from a worker, as soon as it pays to try again. Raises
         :class:`StreamEndedError`, or what ended the lane, if something did; chunks finished before that come first.
         """
+        self.require_own_process()
         with self._changed:
             chunk = self._take(lane, end)
             if chunk is None:
@@ -301,6 +342,7 @@ class Scheduler:
     def wait(self, lane: Lane, end: int | None, timeout: float | None) -> Chunk:
         """Like :meth:`take`, but waits for the chunk, up to ``timeout`` seconds; then :class:`ChunkTimeoutError`."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        self.require_own_process()
         with self._changed:
             while (chunk := self._take(lane, end)) is None:
                 left = None if deadline is None else deadline - time.monotonic()
@@ -317,6 +359,7 @@ class Scheduler:
 
     def statistics(self, lane: Lane) -> SessionStatistics:
         """What the lane has done so far."""
+        self.require_own_process()
         with self._changed:
             return replace(lane.totals, delivered=lane.delivered - lane.flushed, flushed=lane.flushed)
 
@@ -341,6 +384,10 @@ class Scheduler:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def owns(self, thread: threading.Thread) -> bool:
+        """Whether it is one of the workers."""
+        return thread in self._threads
 
     def _take(self, lane: Lane, end: int | None) -> Chunk | None:
         if end is not None and lane.delivered >= end:

@@ -59,8 +59,11 @@ class ChunkStream:
         *,
         timeout: float | None = None,
         ahead: Literal[0, 1] = 1,
+        session: Session | None = None,
     ) -> None:
+        """``session`` is kept alive, and with it the pipeline, while the stream is."""
         self.ahead = ahead
+        self._session = session
         self._timeout = timeout
         self._scheduler = scheduler
         self._lane = lane
@@ -154,7 +157,9 @@ class Session:
             )
         if ahead not in (0, 1):
             raise InputError(f"ahead is {ahead!r}; expected 0 or 1")
-        return ChunkStream(self._scheduler, self._lane, self._manifest, chunks, timeout=timeout, ahead=ahead)
+        return ChunkStream(
+            self._scheduler, self._lane, self._manifest, chunks, timeout=timeout, ahead=ahead, session=self
+        )
 
     def set_prompt(
         self,

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from runtime.bundle.weights_file import numpy_dtype
 
 from .bundle import Bundle, Text
-from .errors import BundleError, ClosedError, InputError
+from .errors import BundleError, ClosedError, EngineError, InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,6 +127,11 @@ class TextEncoder:
         mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True, dtype=np.float32)
         embedding = hidden / np.sqrt(mean_square + np.float32(text.eps)) * scale
         embedding[len(ids) :] = 0
+        if not np.isfinite(embedding).all():
+            raise EngineError(
+                "the text encoder gives values that are not finite for this prompt; its weights or its engine are "
+                "faulty: run 'python -m runtime verify', or rebuild the bundle from weights that are intact"
+            )
         return np.asarray(embedding, dtype=np.float32)
 
     def close(self) -> None:

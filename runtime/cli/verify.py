@@ -49,7 +49,8 @@ def run_verify(options: argparse.Namespace, console: Console) -> None:
         )
     path = record(bundle, verdict)
     _write(verdict.model_dump_json(indent=1), _table(bundle, verdict), options.json, target)
-    console.print(f"verdict recorded in {path}", markup=False, highlight=False, soft_wrap=True)
+    if path is not None:
+        console.print(f"verdict recorded in {path}", markup=False, highlight=False, soft_wrap=True)
     if not verdict.passed:
         raise VerificationError(refusal(bundle, verdict))
 

@@ -104,7 +104,13 @@ class HostExecutor:
         np.copyto(self.array(copy.target, session), self.array(copy.source, session))
 
     def signal(self, session: int, latent: int) -> None:
-        """Nothing is under way."""
+        """See :meth:`Executor.signal <runtime.program.engine.Executor.signal>`; a latent must be finite."""
+        written = self.array(self._program.store_latent(latent).target, session)
+        if not np.isfinite(written).all():
+            raise EngineError(
+                "the transformer gave a latent that is not finite; its weights or its engine are faulty: run "
+                "'python -m runtime verify'"
+            )
 
     def wait(self, session: int, latent: int) -> None:
         """Nothing is under way."""

@@ -6,9 +6,11 @@ holds for the manifest, device, driver and libraries it was found with, and says
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -173,29 +175,43 @@ def _worse(first: ComponentVerdict | None, second: ComponentVerdict) -> Componen
 # ---- the record ----
 
 
-def record(bundle: Bundle, verdict: Verdict) -> Path:
+def record(bundle: Bundle, verdict: Verdict) -> Path | None:
     """Write the verdict beside the manifest, or where that cannot be written, into the user's cache.
 
-    Returns where it was written.
+    Returns where it was written; None, with a warning, where neither can be: it then holds for this process only.
     """
     text = verdict.model_dump_json(indent=1) + "\n"
     try:
         return write_file(bundle.root / VERDICT_NAME, text)
-    except OSError:
-        path = _cached(verdict.manifest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write_file(path, text)
+    except OSError as beside:
+        try:
+            path = _cached(verdict.manifest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return write_file(path, text)
+        except (OSError, RuntimeError) as cached:  # RuntimeError: there is no home
+            warnings.warn(
+                f"the verdict cannot be recorded, neither beside the bundle ({beside}) nor in the cache ({cached}); it "
+                "will be found again at the next load: set XDG_CACHE_HOME to a folder that can be written",
+                stacklevel=2,
+            )
+            return None
 
 
 def _cached(manifest: str) -> Path:
     return cache_folder("verdicts") / f"{manifest}.json"
 
 
+def _places(bundle: Bundle, manifest: str) -> Iterator[Path]:
+    yield bundle.root / VERDICT_NAME
+    with contextlib.suppress(RuntimeError):  # there is no home
+        yield _cached(manifest)
+
+
 def find_verdict(bundle: Bundle, platform: Platform) -> Verdict | None:
     """The recorded verdict on this manifest and platform; None if there is none. One that cannot be read is none."""
     manifest = hash_file(bundle.root / MANIFEST_NAME)
     wanted = PlatformRecord.of(platform)
-    for path in (bundle.root / VERDICT_NAME, _cached(manifest)):
+    for path in _places(bundle, manifest):
         try:
             verdict = Verdict.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):

@@ -1,0 +1,198 @@
+"""What a pipeline does when its process forks or ends, its owner forgets it, its weights are bad or it is flooded."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from runtime import Pipeline
+from runtime.bundle import file_entry, load_bundle, write_manifest
+from runtime.errors import EngineError, InputError, SessionFailedError
+from runtime.scheduler import MAX_SWITCHES
+from runtime.verify import verdict as verdicts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(
+    text: str, bundle: Path, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code with `bundle` as its argument."""
+    return subprocess.run(
+        [sys.executable, "-c", text, str(bundle)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from runtime import Pipeline
+from runtime.errors import EngineError
+pipe = Pipeline.load(sys.argv[1])
+text = pipe.manifest.text
+session = pipe.session(embedding=np.zeros((text.text_len, text.dim), np.float32))
+stream = session.stream()
+next(stream)
+child = os.fork()
+if child == 0:
+    for use in (lambda: next(stream), lambda: pipe.session(prompt="a"), lambda: session.set_prompt("b"), session.flush):
+        try:
+            use()
+        except EngineError as error:
+            assert "before it forked" in str(error)
+        else:
+            os._exit(3)
+    session.close()
+    pipe.close()
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
+next(stream)  # the parent goes on
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_of_a_fork_hears_so_at_once_and_can_exit(bundle: Path) -> None:
+    result = script(FORKED, bundle)
+    assert result.returncode == 0, result.stderr
+
+
+LEFT_OPEN = """
+import sys
+import numpy as np
+from runtime import Pipeline
+pipe = Pipeline.load(sys.argv[1])
+text = pipe.manifest.text
+session = pipe.session(embedding=np.zeros((text.text_len, text.dim), np.float32))
+for chunk in session.stream():
+    if chunk.index == 1:
+        break
+"""
+
+
+def test_a_script_that_ends_under_a_live_stream_ends_well(bundle: Path) -> None:
+    for _ in range(3):
+        result = script(LEFT_OPEN, bundle)
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_pipeline_that_is_dropped_frees_its_threads_and_engine(bundle: Path) -> None:
+    before = threading.active_count()
+    pipe = Pipeline.load(bundle)
+    engine = weakref.ref(pipe.engine)
+    text = pipe.manifest.text
+    stream = pipe.session(embedding=np.zeros((text.text_len, text.dim))).stream()
+    assert threading.active_count() == before + 2
+    del pipe
+    gc.collect()
+    assert len(next(stream).frames)  # the stream keeps what it needs
+    del stream
+    gc.collect()
+    assert threading.active_count() == before
+    assert engine() is None
+
+
+def test_switches_that_are_superseded_are_dropped_and_their_number_is_bounded(bundle: Path) -> None:
+    with Pipeline.load(bundle) as pipe:
+        text = pipe.manifest.text
+        embedding = np.zeros((text.text_len, text.dim), np.float32)
+        session = pipe.session(embedding=embedding)
+        for _ in range(100):
+            session.set_prompt(embedding=embedding)
+            session.set_prompt(embedding=embedding, at=7)
+        assert len(session._lane.switches) == 2
+        for chunk in range(8, 6 + MAX_SWITCHES):
+            session.set_prompt(embedding=embedding, at=chunk)
+        with pytest.raises(InputError, match=f"at most {MAX_SWITCHES}"):
+            session.set_prompt(embedding=embedding, at=10**6)
+        session.set_prompt(embedding=embedding, at=7)  # in place of one that waits
+
+
+def with_encoder(bundle: Path, folder: Path, value: float) -> Path:
+    """A copy whose text encoder ends in `value`, with hashes that are right."""
+    shutil.copytree(bundle, folder)
+    manifest = load_bundle(folder).manifest
+    path = folder / manifest.text.weights
+    weights = load_file(path)
+    weights["norm"] = np.full_like(weights["norm"], value)
+    save_file(weights, path)
+    files = tuple(
+        file_entry(folder, entry.path) if entry.path == manifest.text.weights else entry
+        for entry in manifest.files
+    )
+    write_manifest(folder, manifest.model_copy(update={"files": files}))
+    return folder
+
+
+def test_a_prompt_whose_embedding_is_not_finite_is_refused_and_the_session_goes_on(
+    bundle: Path, tmp_path: Path
+) -> None:
+    broken = with_encoder(bundle, tmp_path / "broken", float("nan"))
+    with Pipeline.load(broken) as pipe:
+        text = pipe.manifest.text
+        with pipe.session(embedding=np.zeros((text.text_len, text.dim), np.float32)) as session:
+            with pytest.raises(EngineError, match="not finite for this prompt"):
+                session.set_prompt("a fox")
+            assert len(next(session.stream()).frames)
+
+
+def test_a_latent_that_is_not_finite_ends_the_session_at_its_chunk(tiny_bundle: Path) -> None:
+    with Pipeline.load(tiny_bundle, sessions=2) as pipe:
+        text = pipe.manifest.text
+        good = np.zeros((text.text_len, text.dim), np.float32)
+        huge = np.full_like(good, 3e38)  # finite, and overflows in the first product
+        with pipe.session(embedding=good) as session, pipe.session(embedding=good) as other:
+            stream = session.stream(ahead=0)
+            assert next(stream).index == 0
+            at = session.set_prompt(embedding=huge, recache="none")
+            with pytest.raises(SessionFailedError, match=f"chunk {at} failed: .* not finite"):
+                for chunk in stream:
+                    assert chunk.index < at
+            assert session.state == "failed"
+            assert next(other.stream()).index == 0
+        with pipe.session(embedding=good) as session:
+            assert next(session.stream()).index == 0
+
+
+def test_a_verdict_that_cannot_be_recorded_is_still_given(
+    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.host.runner import HostRunner
+
+    folder = tmp_path / "bundle"
+    shutil.copytree(golden_bundle, folder, ignore=shutil.ignore_patterns(verdicts.VERDICT_NAME))
+    (folder / verdicts.VERDICT_NAME).mkdir()  # as good as a folder that cannot be written, for root too
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    loaded = load_bundle(folder)
+    runner = HostRunner(loaded, threads=1)
+    verdict = verdicts.judge(loaded, runner)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        assert verdicts.record(loaded, verdict) is None
+    assert verdicts.find_verdict(loaded, runner.platform) is None
+
+
+def test_telemetry_of_onnx_runtime_is_off(bundle: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": ""}
+    code = "import os, sys; os.environ.pop('ORT_DISABLE_TELEMETRY', 0); sys.dont_write_bytecode = True\n"
+    result = script(code + LEFT_OPEN, bundle, **environment)
+    assert result.returncode == 0, result.stderr
+    assert [path for path in home.rglob("*") if path.is_file()] == []
