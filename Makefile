@@ -146,14 +146,15 @@ gpu-sanitizer: gpu-site
 GPU_PYTHON ?= $(or $(wildcard $(GPU_VENV)/bin/python),python3)
 CALL ?= first
 LEASE_ARCH := sm_90
+LEASE_GPU := h200
 LEASE_BUNDLES := inductor-bf16 inductor-fp8
 .PHONY: lease lease-archive
 
 lease-archive: wheels
 	@$(GPU_PYTHON) -m plugins build --arch $(LEASE_ARCH) --candidates --out build/kernels
 	@mkdir -p build/gpu-bundles
-	@for name in $(LEASE_BUNDLES); do $(GPU_PYTHON) -m tests.gpu.bundles $$name build/gpu-bundles || exit 1; done
-	@$(GPU_PYTHON) -m benchmarks.rollout --gpu h200 --rungs 6 --frames 81 --resolution 512x768 --packages-only \
+	@for name in $(LEASE_BUNDLES); do $(GPU_PYTHON) -m tests.gpu.bundles $$name build/gpu-bundles $(LEASE_GPU) || exit 1; done
+	@$(GPU_PYTHON) -m benchmarks.rollout --gpu $(LEASE_GPU) --rungs 6 --frames 81 --resolution 512x768 --packages-only \
 		--bundles build/ladder
 	@python3 -m benchmarks.lease.archive build/wheels build/kernels build/gpu-bundles build/ladder
 

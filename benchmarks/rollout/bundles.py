@@ -13,7 +13,7 @@ from pathlib import Path
 from .ladder import LADDER, Case, Platform, Rung, bundle_spec
 from .measure import ChunkRecord
 
-__all__ = ["BundleRollout", "build_bundles", "build_here", "bundle_folder"]
+__all__ = ["BundleRollout", "build_bundles", "build_here", "bundle_folder", "compile_packages"]
 
 _PROGRAM = "import sys; from benchmarks.rollout.bundles import build_here; build_here(sys.argv[1:])"
 _THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
@@ -33,6 +33,19 @@ def build_here(arguments: Sequence[str]) -> None:
     case = Case(preset, int(height), int(width), int(frames))
     platform = Platform.here("cuda" if device == "cuda" else "cpu", backend, (gpu, capability))
     build_bundle(bundle_spec(LADDER[int(rung)], platform).request(case, platform, folder))
+
+
+def compile_packages(case: Case, rung: Rung, target: str, folder: Path) -> Path:
+    """Compile what holds no weights of the rung's bundle for a GPU that need not be here; the build resumes from it.
+
+    Raises:
+        BuildError, InputError: it cannot be compiled; there is no such target.
+    """
+    from export.build import compile_bundle
+    from export.request.targets import load_target
+
+    platform = Platform("cuda", load_target(target), "inductor", "bf16")
+    return compile_bundle(bundle_spec(rung, platform).request(case, platform, folder))
 
 
 def build_bundles(

@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         "--bundles", type=Path, default=Path("build/ladder"), help="kept there; default: %(default)s"
     )
     parser.add_argument("--build-only", action="store_true", help="build the bundles and stop")
+    parser.add_argument(
+        "--packages-only",
+        action="store_true",
+        help="compile what holds no weights for the GPU that --gpu names, which need not be here, and stop",
+    )
+    parser.add_argument("--gpu", default="h200", help="target of --packages-only; default: %(default)s")
     parser.add_argument("--rebuild", action="store_true", help="build them again where they are there")
     parser.add_argument("--jobs", type=int, help="builds at a time; default: half the cores, 2 at least")
     parser.add_argument("--out", type=Path, help="folder of the results; default: $OUT or benchmarks/results")
@@ -351,6 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    if args.packages_only:
+        return _compile(args)
     import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -361,6 +369,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     return _run(args, device)
+
+
+def _compile(args: argparse.Namespace) -> int:
+    """Compile the packages of the chosen rungs' bundles for a GPU that need not be here."""
+    from export.errors import ExportError
+
+    from .bundles import compile_packages
+
+    preset = args.preset or "wan-1.3b"
+    rungs = [rung for rung in LADDER if rung.number in args.rungs and rung.runner == "executor"]
+    for frames in sorted(args.frames):
+        for height, width in args.resolution or RESOLUTIONS[preset]:
+            for rung in rungs:
+                try:
+                    print(compile_packages(Case(preset, height, width, frames), rung, args.gpu, args.bundles))
+                except ExportError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    return 1
+    return 0
 
 
 def _run(args: argparse.Namespace, device: Any) -> int:

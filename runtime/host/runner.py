@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.bundle.golden import Platform
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.weights_file import WeightsFile, numpy_dtype
 from runtime.program.builder import build_program
 from runtime.program.program import EngineRun
 
@@ -35,7 +35,8 @@ _LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "inductor": ("t
 class HostRunner:
     """Implements :class:`~runtime.bundle.golden.ComponentRunner`; holds one loaded component at a time.
 
-    ``step`` and ``clean`` of a segmented bundle run as the forwards that the runtime makes of the segments.
+    ``step`` and ``clean`` of a segmented bundle run as the forwards that the runtime makes of the segments. Components
+    outside of the step take the weights that the manifest binds to them where they are given none.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
@@ -66,13 +67,17 @@ class HostRunner:
 
     def _load_graph(self, component: str) -> Run:
         graph = load_graph(self._bundle, component, self._threads)
+        segments = self._bundle.manifest.segments
+        bound = {} if segments is None else segments.outside.get(component, {})
+        stored = WeightsFile(self._bundle.path(segments.weights)) if segments and bound else None
 
         def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
             outputs = {
                 name: np.empty([int(dim) for dim in spec.shape], dtype=numpy_dtype(spec.dtype))
                 for name, spec in graph.outputs.items()
             }
-            graph.run(graph.bind(inputs, outputs))
+            weights = {} if stored is None else {name: stored[tensor] for name, tensor in bound.items()}
+            graph.run(graph.bind({**weights, **inputs}, outputs))
             return outputs
 
         return run

@@ -52,10 +52,10 @@ def target_of(spec: Spec) -> Target | None:
     return None
 
 
-def build(name: str, out: Path) -> Path:
+def build(name: str, out: Path, target_name: str | None = None) -> Path:
     """Build `tiny` in the long mode: within a few chunks its window slides and its sinks move."""
     spec, preset = SPECS[name], PRESETS["tiny"]
-    target = target_of(spec)
+    target = load_target(target_name) if target_name else target_of(spec)
     assert target is not None, f"{name} cannot be built here"
     variant = load_variant("long").model_copy(update={"block": preset.block})
     size = (preset.height, preset.width)
@@ -125,4 +125,4 @@ def has_rtx() -> bool:
 
 
 if __name__ == "__main__":
-    build(sys.argv[1], Path(sys.argv[2]))
+    build(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
