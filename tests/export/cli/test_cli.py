@@ -17,6 +17,8 @@ from export.cli.build import _next_commands
 from export.cli.main import COMMANDS, _parser, main
 from export.cli.onnx import graph_request
 from export.machine import importable
+from lightforcing_ref.dimensions import TINY_VAE
+from lightforcing_ref.shipped import shipped
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -226,10 +228,14 @@ def test_the_flags_of_the_attention_reach_the_graph_and_the_manifest(variant: st
 
 
 def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
-    paths = {name: tmp_path / name for name in ("checkpoint", "lora", "vae", "text_encoder", "tokenizer")}
+    paths = {name: tmp_path / name for name in ("checkpoint", "lora", "text_encoder", "tokenizer")}
+    for path in paths.values():
+        path.touch()
+    files = shipped("tiny")
+    assert files is not None
+    paths["vae"] = files.vae  # read at once: it says which decoder is planned for
     flags: list[str] = []
     for name, path in paths.items():
-        path.touch()
         flags += [f"--{name.replace('_', '-')}", str(path)]
     args = _parser().parse_args(["build", "--preset", "wan-1.3b", "--gpu", "h200", *flags, "--name", "mine"])
     args.command_line = ""
@@ -237,6 +243,7 @@ def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
     assert {name: getattr(request.weights, name) for name in paths} == paths
     assert (request.weights.seed, request.name, request.variant.name) == (None, "mine", "hopper")
     assert (request.height, request.width) == (512, 768)
+    assert request.preset.vae == TINY_VAE, "the file's, not the preset's"
 
 
 def test_onnx_writes_the_step_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
