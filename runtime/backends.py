@@ -16,13 +16,18 @@ def runs_on_host(bundle: Bundle) -> bool:
 
 
 def load_engine(
-    bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+    bundle: Bundle,
+    plan: BufferPlan,
+    *,
+    threads: int | None = None,
+    graphs: bool = True,
+    device: int = 0,
 ) -> Engine:
     """Load the engine for a bundle's backend and target.
 
     ``plan`` is :func:`~runtime.program.buffers.plan_buffers` of the bundle, checked against memory by the caller.
     ``threads`` is the number of threads per forward on the host (default: ``default_threads()`` there). ``graphs``
-    says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew.
+    says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew, ``device`` which GPU it takes.
 
     Raises:
         EngineError: the backend cannot run what the bundle was built for, or does not load.
@@ -36,4 +41,4 @@ def load_engine(
         return ProgramEngine(bundle.manifest, program, HostExecutor(bundle, program, threads=threads))
     from runtime.cuda.engine import load_cuda_engine
 
-    return load_cuda_engine(bundle, plan.sessions, graphs=graphs)
+    return load_cuda_engine(bundle, plan.sessions, device=device, graphs=graphs)

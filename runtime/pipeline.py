@@ -88,6 +88,7 @@ class Pipeline:
         verify: bool = True,
         memory_limit: int | None = None,
         graphs: bool = True,
+        device: int = 0,
         progress: Callable[[LoadStage], None] | None = None,
         golden_progress: Callable[[str, int, int], None] | None = None,
         engine: Engine | None = None,
@@ -106,13 +107,14 @@ class Pipeline:
             memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
             graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
                 slower, for measurements and debuggers. On the host it changes nothing.
+            device: number of the CUDA device that a GPU's bundle runs on, of those that the process sees.
             progress: called as each stage begins: ``"files"`` (reading and checking them), ``"engines"``, ``"golden"``
                 (verification), ``"warmup"``, ``"ready"``.
             golden_progress: called while a bundle is verified on its first load, with a golden case, the cases done
                 and their number.
             engine: executes the bundle in place of the one that its backend has; made for as many sessions, and closed
                 with the pipeline, or where loading fails after it was taken. Memory is its maker's affair then, and
-                ``threads``, ``graphs`` and ``memory_limit`` say nothing.
+                ``threads``, ``graphs``, ``device`` and ``memory_limit`` say nothing.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -123,6 +125,8 @@ class Pipeline:
         for name, value in (("sessions", sessions), ("threads", threads)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"{name} is {value!r}; expected a whole number, 1 or more")
+        if isinstance(device, bool) or not isinstance(device, int) or device < 0:
+            raise InputError(f"device is {device!r}; expected the number of a CUDA device, from 0 on")
         if text_encoder not in _TEXT_ENCODER_MODES:
             raise InputError(
                 f"text_encoder is {text_encoder!r}; expected one of {', '.join(_TEXT_ENCODER_MODES)}"
@@ -130,11 +134,16 @@ class Pipeline:
         stage = _stages(progress)
         stage("files")
         bundle = load_bundle(path, verify=verify)
+        if device and runs_on_host(bundle):
+            raise InputError(
+                f"device is {device}, and bundle {bundle.manifest.name!r} runs on the CPU; leave device out"
+            )
         plan = plan_buffers(bundle.manifest, sessions)
         if engine is None:
-            check_memory(bundle, plan, _free_memory(bundle) if memory_limit is None else memory_limit)
+            free = _free_memory(bundle, device) if memory_limit is None else memory_limit
+            check_memory(bundle, plan, free)
             stage("engines")
-            engine = load_engine(bundle, plan, threads=threads, graphs=graphs)
+            engine = load_engine(bundle, plan, threads=threads, graphs=graphs, device=device)
         try:
             if verify:
                 stage("golden")
@@ -357,13 +366,13 @@ def _stages(progress: Callable[[LoadStage], None] | None) -> Callable[[LoadStage
     return stage
 
 
-def _free_memory(bundle: Bundle) -> int | None:
+def _free_memory(bundle: Bundle, device: int) -> int | None:
     if runs_on_host(bundle):
         return memory().available
     from runtime.cuda.driver import free_memory
 
     try:
-        return free_memory()
+        return free_memory(device)
     except EngineError as error:
         manifest = bundle.manifest
         raise EngineError(

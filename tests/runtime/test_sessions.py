@@ -465,7 +465,16 @@ def test_memory_is_checked_before_anything_is_allocated(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"sessions": 0}, {"sessions": 1.5}, {"threads": 0}, {"text_encoder": "gpu"}]
+    "options",
+    [
+        {"sessions": 0},
+        {"sessions": 1.5},
+        {"threads": 0},
+        {"text_encoder": "gpu"},
+        {"device": -1},
+        {"device": "cuda:0"},
+        {"device": 1},  # the bundle runs on the CPU
+    ],
 )
 def test_unusable_load_options(bundle: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

@@ -195,7 +195,8 @@ def test_the_shipped_expectations_cover_every_component(precision):
     expectations = load_expectations(precision)
     assert expectations.precision == precision
     assert set(expectations.components) == {
-        *("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next")
+        *("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next"),
+        *("tae_first", "tae_next"),
     }
 
 

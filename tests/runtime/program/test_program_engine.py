@@ -48,7 +48,13 @@ class OnGpu:
         self.driver = SimulatedDriver(seed, eagerness)
 
     def __call__(
-        self, bundle: Bundle, plan: BufferPlan, *, threads: int | None = None, graphs: bool = True
+        self,
+        bundle: Bundle,
+        plan: BufferPlan,
+        *,
+        threads: int | None = None,
+        graphs: bool = True,
+        device: int = 0,
     ) -> ProgramEngine:
         manifest = bundle.manifest
         program = build_program(bundle, plan.sessions)
