@@ -187,7 +187,9 @@ def test_two_hundred_clients_come_and_go_and_leave_nothing(small_bundle: Path, t
             visit(url, rng.randrange(4))
         assert wait_until(idle)
         after = usage()
-        assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
+        # The event loop's own pool makes its threads as they are needed, up to a limit.
+        pool = min(32, (os.cpu_count() or 1) + 4)
+        assert after[0] <= before[0] + 2 and after[1] <= before[1] + pool, (before, after)
         assert after[2] <= before[2] + 20_000, (before, after)  # KiB
         with StreamClient(url) as client:
             client.start("a", seconds=0.25)
