@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -53,29 +51,11 @@ def kernel_table(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {**summary, "kernels": table(totals, 80), "gaps": table(gaps, 12)}
 
 
-def profiled_chunk(runner: BundleRollout, chunks: int, *, overlap: bool) -> dict[str, Any]:
+def _chunk(runner: BundleRollout, chunks: int, *, overlap: bool) -> dict[str, Any]:
     """The last but one chunk of a clip under the profiler; without `overlap` nothing runs beside it."""
-    import torch
-    from torch._C._profiler import _ExperimentalConfig
-    from torch.profiler import ProfilerActivity, profile
+    from benchmarks.rollout.measure import inspect_trace, profiled_chunk, trace_events
 
-    from benchmarks.rollout.measure import MARK, inspect_trace
-
-    clip = runner.clip(chunks, overlap=overlap)
-    for _ in range(chunks - 2):
-        next(clip)
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    config = _ExperimentalConfig(enable_cuda_sync_events=True)
-    with profile(activities=activities, experimental_config=config) as profiler:
-        with torch.profiler.record_function(MARK):
-            next(clip)
-        torch.cuda.synchronize()
-    for _ in clip:
-        pass
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    events = trace_events(profiled_chunk(runner.clip(chunks, overlap=overlap), chunks - 2, "cuda"))
     return {"inspection": asdict(inspect_trace(events, chunks - 2)), **kernel_table(events)}
 
 
@@ -96,7 +76,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {"bundle": args.bundle.name, "machine": machine_facts()}
 
-    def keep(name: str, measure: Callable[[], Any]) -> Any:
+    def keep(name: str, measure: Callable[[], Any]) -> None:
         try:
             result[name] = measure()
         except Exception as error:  # a profiler that fails must not cost the clips that were timed
@@ -104,7 +84,6 @@ def main() -> int:
             result[name] = {"problem": f"{type(error).__name__}: {' / '.join(lines)[:1500]}"}
         write_json(args.out / "clips.json", result)
         print(f"{name}: done", flush=True)
-        return result[name]
 
     watch = MemoryWatch(device)
     start = time.perf_counter()
@@ -121,8 +100,8 @@ def main() -> int:
             clips.append(timed_clip(runner, chunks))
             keep("clips", lambda: summarise(clips))
         if device == "cuda":
-            keep("chunk alone", lambda: profiled_chunk(runner, chunks, overlap=False))
-            keep("chunk beside decoding", lambda: profiled_chunk(runner, chunks, overlap=True))
+            keep("chunk alone", lambda: _chunk(runner, chunks, overlap=False))
+            keep("chunk beside decoding", lambda: _chunk(runner, chunks, overlap=True))
     finally:
         runner.close()
     return 0

@@ -30,9 +30,12 @@ def measure(bundle: Path, name: str) -> dict[str, Any]:
     import torch
 
     from benchmarks.timing import microseconds
-    from runtime.bundle import Manifest
+    from runtime.bundle import MANIFEST_NAME, Bundle, Manifest
+    from runtime.host.inductor import load_package
 
-    component = Manifest.model_validate_json((bundle / "manifest.json").read_bytes()).components[name]
+    # Without looking for the weights, which may not be there.
+    opened = Bundle(bundle, Manifest.model_validate_json((bundle / MANIFEST_NAME).read_bytes()))
+    component = opened.component(name)
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -46,7 +49,7 @@ def measure(bundle: Path, name: str) -> dict[str, Any]:
 
     tensors = [tensor(spec.dtype, spec.shape) for spec in (*component.inputs, *component.outputs)]
     outputs = tensors[len(component.inputs) :]
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(bundle / f"{name}{SUFFIX}"), "model", True, 1, 0)
+    loader = load_package(opened, name, device_index=0)
     loader.run(tensors)
     torch.cuda.synchronize()
     found: dict[str, Any] = {"finite": all(bool(torch.isfinite(t.float()).all()) for t in outputs)}

@@ -29,9 +29,11 @@ __all__ = [
     "Runner",
     "inspect_trace",
     "inspected_clip",
+    "profiled_chunk",
     "release",
     "summarise",
     "timed_clip",
+    "trace_events",
 ]
 
 Seconds = float
@@ -246,6 +248,14 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
         for _ in runner.clip(chunks):
             pass
         return Inspection(chosen, note="the engine's kernels are not visible to the profiler on a CPU")
+    profiler = profiled_chunk(runner.clip(chunks), chosen, device)
+    if device == "cpu":
+        return _inspect_operators(profiler.key_averages(), chosen)
+    return inspect_trace(trace_events(profiler), chosen)
+
+
+def profiled_chunk(clip: Iterator[ChunkRecord], chosen: int, device: str) -> Any:
+    """Generate a whole clip; the profile of its chunk `chosen`, which is marked, for `inspect_trace`."""
     from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -254,20 +264,24 @@ def inspected_clip(runner: Runner, chunks: int, device: str, *, in_torch: bool) 
     os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     config = _ExperimentalConfig(enable_cuda_sync_events=True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    clip = runner.clip(chunks)
     for _ in range(chosen):
         next(clip)
-    with profile(activities=activities, experimental_config=config) as profiler, record_function(MARK):
-        next(clip)
+    with profile(activities=activities, experimental_config=config) as profiler:
+        with record_function(MARK):
+            next(clip)
+        _synchronize()  # or what is still running has no end in the trace
     for _ in clip:
         pass
-    if device == "cpu":
-        return _inspect_operators(profiler.key_averages(), chosen)
+    return profiler
+
+
+def trace_events(profiler: Any) -> list[dict[str, Any]]:
+    """The events of a profile, as Chrome's trace format has them."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return inspect_trace(events, chosen)
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
 
 
 def _shares(times: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
