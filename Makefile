@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 DEMO_BUNDLE := engines/built/demo
+BUILD_DEMO = $(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) \
+	--out $(dir $(DEMO_BUNDLE))
 DEMO_PROMPT ?= a yellow square on black moves right from the top left
 SERVE_EXAMPLES := --example "a red circle on grey orbits clockwise from the top" \
 	--example "a blue circle on grey orbits clockwise from the top" \
@@ -34,12 +36,12 @@ setup:
 
 demo: setup
 	@mkdir -p demo
-	@$(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
+	@$(BUILD_DEMO)
 	@$(BIN)/python -m runtime generate $(DEMO_BUNDLE) --prompt "$(DEMO_PROMPT)" --seconds 5 \
 		--out demo/clip.mp4 --contact-sheet demo/contact_sheet.png
 
 $(DEMO_BUNDLE)/manifest.json:
-	@$(BIN)/python -m export build --gpu cpu --preset tiny --variant dense --name $(notdir $(DEMO_BUNDLE)) --out $(dir $(DEMO_BUNDLE))
+	@$(BUILD_DEMO)
 
 serve: setup
 	@$(MAKE) --no-print-directory $(DEMO_BUNDLE)/manifest.json

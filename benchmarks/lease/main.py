@@ -11,6 +11,7 @@ what was measured is on disk after each. At the end there is `lease-CALL.json` w
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,6 @@ def _say(line: str) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    import json
-
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
