@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plugins.eager.policies import ChunkInputs
-from plugins.kernels.specs import Problem
+from plugins.kernels.specs import KernelProblem
 
 __all__ = ["AttentionInputs", "FrameChoice", "Shape", "random_inputs", "video_inputs"]
 
@@ -51,9 +51,9 @@ class Shape:
         return self.frames * self.k_blocks
 
     @property
-    def problem(self) -> Problem:
+    def problem(self) -> KernelProblem:
         """The call as the kernels' tables take it."""
-        return Problem(
+        return KernelProblem(
             "bfloat16",
             self.heads,
             self.head_dim,

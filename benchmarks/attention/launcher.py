@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plugins.kernels.specs import KernelError, Problem
+from plugins.kernels.specs import KernelError
+from runtime.bundle.images import KernelProblem
 from runtime.cuda.kernels import KernelLauncher, cuda_core
 from runtime.errors import EngineError
-from runtime.program.kernels import KernelLibrary, KernelProblem
+from runtime.program.kernels import KernelLibrary
 
 __all__ = ["ImageLauncher"]
 
@@ -42,14 +43,14 @@ class ImageLauncher:
             self._launcher.warm_up()
         self._streams: dict[int, Any] = {}
 
-    def names(self, kernel: str, problem: Problem) -> list[str]:
+    def names(self, kernel: str, problem: KernelProblem) -> list[str]:
         """The images of `kernel` that serve `problem`, the one that is used first."""
         found = []
         library, images = self.library, list(self.library.index.images)
         while any(image.kernel == kernel for image in images):
             library = replace(library, index=library.index.model_copy(update={"images": tuple(images)}))
             try:
-                served = library.serving(kernel, KernelProblem(**asdict(problem)))
+                served = library.serving(kernel, problem)
             except EngineError:
                 break
             found.append(served.name)
@@ -68,13 +69,13 @@ class ImageLauncher:
     def launch(
         self,
         kernel: str,
-        problem: Problem,
+        problem: KernelProblem,
         buffers: Mapping[str, Tensor],
         options: Mapping[str, int | float] | None = None,
     ) -> None:
         """Launch on PyTorch's current stream."""
         addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
-        plan = self.library.plan(kernel, KernelProblem(**asdict(problem)), addresses, options)
+        plan = self.library.plan(kernel, problem, addresses, options)
         for argument in plan.image.arguments:
             if argument.source != "buffer":
                 continue

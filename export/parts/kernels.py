@@ -47,7 +47,7 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
     """
     arch, geometry, cache = kernel_arch(target), plan.geometry, plan.variant.cache
     moves_sinks = cache.sink_positions == "window" and cache.sink_frames > 0
-    problem = specs.Problem(
+    problem = specs.KernelProblem(
         dtype="bfloat16",
         heads=plan.preset.dit.heads,
         head_dim=plan.preset.dit.head_dim,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from plugins.errors import PluginError
-from plugins.kernels.specs import DTYPES, KERNELS, Problem
+from plugins.kernels.specs import DTYPES, KERNELS, KernelProblem
 from runtime.bundle import images
 from runtime.files import write_file
 
@@ -21,7 +21,7 @@ EMBEDDED_KERNELS: Final = ("prepare", "score", "select", "attend")
 
 # The vocabulary of the image format that plugins/launch/images.h spells out.
 _BUFFERS: Final = frozenset(name for kernel in EMBEDDED_KERNELS for name in KERNELS[kernel][1])
-_SIZES: Final = frozenset(Problem("bfloat16", 1, 1, 1, 1, 0, 1, 1).sizes()) - {"sinks"}
+_SIZES: Final = frozenset(KernelProblem("bfloat16", 1, 1, 1, 1, 0, 1, 1).sizes()) - {"sinks"}
 _OPTIONS: Final = frozenset(name for kernel in EMBEDDED_KERNELS for name in KERNELS[kernel][2]) - _SIZES
 _DTYPE_CODES: Final = {
     "float32": "LF_FLOAT32",

@@ -14,7 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from plugins.kernels.specs import KernelError, Problem, Variant, find_variant, image_arch, kernel_function
+from plugins.kernels.specs import (
+    KernelError,
+    KernelProblem,
+    Variant,
+    find_variant,
+    image_arch,
+    kernel_function,
+)
 
 from .interpreter import mend_interpreter
 
@@ -43,7 +50,7 @@ class Launcher(Protocol):
     def launch(
         self,
         kernel: str,
-        problem: Problem,
+        problem: KernelProblem,
         buffers: Mapping[str, Tensor],
         options: Mapping[str, int | float] | None = None,
     ) -> None:
@@ -61,7 +68,7 @@ class TritonLauncher:
     def launch(
         self,
         kernel: str,
-        problem: Problem,
+        problem: KernelProblem,
         buffers: Mapping[str, Tensor],
         options: Mapping[str, int | float] | None = None,
     ) -> None:
@@ -136,7 +143,7 @@ class TorchKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The operator `QKPrepare`; `out`, if given, receives q, k, v, q_mean and k_mean."""
         tokens, width = qkv.shape[0], qkv.shape[1] // 3
-        problem = Problem(
+        problem = KernelProblem(
             _dtype_name(qkv),
             heads,
             width // heads,
@@ -191,7 +198,7 @@ class TorchKernels:
             scores: float32 work space `[H, query_blocks, key_blocks]`.
         """
         chunk_frames, _, heads, head_dim = q_mean.shape
-        problem = Problem(
+        problem = KernelProblem(
             "bfloat16",  # selection works on float32 means whatever the compute type is
             heads,
             head_dim,
@@ -238,7 +245,7 @@ class TorchKernels:
             frame_slots: int32 `[F]`.
         """
         tokens, heads, head_dim = q.shape
-        problem = Problem(
+        problem = KernelProblem(
             _dtype_name(q),
             heads,
             head_dim,
@@ -357,7 +364,7 @@ class TorchKernels:
         self._launcher.launch("rope_sink", problem, buffers, {"turned_pairs": cos.shape[1]})
 
 
-def empty_lists(problem: Problem, device: torch.device) -> BlockLists:
+def empty_lists(problem: KernelProblem, device: torch.device) -> BlockLists:
     """Uninitialised lists with room for every resident block."""
     sizes = problem.sizes()
     shape = (problem.heads, sizes["query_blocks"], sizes["key_blocks"])
@@ -367,11 +374,13 @@ def empty_lists(problem: Problem, device: torch.device) -> BlockLists:
     )
 
 
-def _cache_problem(past_k: Tensor, past_kmean: Tensor, *, chunk_frames: int = 0, sinks: int = 0) -> Problem:
+def _cache_problem(
+    past_k: Tensor, past_kmean: Tensor, *, chunk_frames: int = 0, sinks: int = 0
+) -> KernelProblem:
     _, frame_tokens, heads, head_dim = past_k.shape
     # Only the number of blocks matters to the cache kernels; this size gives it back.
     block_k = -(-frame_tokens // past_kmean.shape[1])
-    return Problem(
+    return KernelProblem(
         _dtype_name(past_k),
         heads,
         head_dim,

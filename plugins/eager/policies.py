@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plugins.errors import PluginError
-from plugins.kernels.specs import MAX_FRAMES, Problem
+from plugins.kernels.specs import MAX_FRAMES, KernelProblem
 
 from .launch import BlockLists, TorchKernels
 
@@ -53,10 +53,10 @@ class ChunkInputs:
     block_k: int
 
     @property
-    def problem(self) -> Problem:
+    def problem(self) -> KernelProblem:
         """The sizes, as the kernels take them."""
         frames, _, heads, head_dim = self.q_mean.shape
-        return Problem(
+        return KernelProblem(
             "bfloat16",
             heads,
             head_dim,

@@ -7,6 +7,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from runtime.bundle.images import KernelProblem
+
 from .tuning import attend_variants, candidates, prepare_variant
 from .variant import (
     ARCHS,
@@ -18,7 +20,6 @@ from .variant import (
     CudaSource,
     GridAxis,
     KernelError,
-    Problem,
     Variant,
     kernel_arguments,
     least_driver,
@@ -34,7 +35,7 @@ __all__ = [
     "CudaSource",
     "GridAxis",
     "KernelError",
-    "Problem",
+    "KernelProblem",
     "Variant",
     "candidates",
     "find_variant",
@@ -129,7 +130,7 @@ def image_arch(capability: int) -> int:
     return same[-1]
 
 
-def find_variant(kernel: str, problem: Problem, arch: int, *, triton_only: bool = False) -> Variant:
+def find_variant(kernel: str, problem: KernelProblem, arch: int, *, triton_only: bool = False) -> Variant:
     """The preferred specialisation of `kernel` for `problem` on compute capability `arch`.
 
     Args:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from plugins.errors import PluginError
+from runtime.bundle.images import KernelProblem
 
 __all__ = [
     "ARCHS",
@@ -24,7 +25,6 @@ __all__ = [
     "CudaSource",
     "GridAxis",
     "KernelError",
-    "Problem",
     "Variant",
     "kernel_arguments",
     "least_driver",
@@ -52,45 +52,6 @@ def least_driver(arch: int) -> int:
 
 class KernelError(PluginError, ValueError):
     """No kernel serves what was asked for."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of one call. `past_frames` is the length of `frame_slots`, the largest number of past frames."""
-
-    dtype: str
-    heads: int
-    head_dim: int
-    frame_tokens: int
-    chunk_frames: int
-    past_frames: int
-    block_q: int
-    block_k: int
-    sinks: int = 0
-
-    def sizes(self) -> dict[str, int]:
-        """The integers that grids and integer arguments are made of, and that choose a variant."""
-        q_blocks = -(-self.frame_tokens // self.block_q)
-        k_blocks = -(-self.frame_tokens // self.block_k)
-        frames = self.past_frames + self.chunk_frames
-        return {
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "frame_tokens": self.frame_tokens,
-            "chunk_frames": self.chunk_frames,
-            "past_frames": self.past_frames,
-            "frames": frames,
-            "block_q": self.block_q,
-            "block_k": self.block_k,
-            "q_blocks": q_blocks,
-            "k_blocks": k_blocks,
-            "query_blocks": self.chunk_frames * q_blocks,
-            "key_blocks": frames * k_blocks,
-            "row_blocks": self.chunk_frames * max(q_blocks, k_blocks),
-            "frame_elements": self.frame_tokens * self.heads * self.head_dim,
-            "even": int(self.frame_tokens % self.block_q == 0 and self.frame_tokens % self.block_k == 0),
-            "sinks": self.sinks,
-        }
 
 
 @dataclass(frozen=True)
@@ -141,7 +102,7 @@ class Variant:
     max_registers: int | None = None
     cuda: CudaSource | None = None
 
-    def fits(self, problem: Problem) -> bool:
+    def fits(self, problem: KernelProblem) -> bool:
         """Whether this variant serves `problem`."""
         facts: dict[str, int | str] = {**problem.sizes(), "dtype": problem.dtype}
         sizes = problem.sizes()
@@ -149,7 +110,7 @@ class Variant:
             sizes[key] <= limit for key, limit in self.limits.items()
         )
 
-    def grid_for(self, problem: Problem) -> tuple[int, ...]:
+    def grid_for(self, problem: KernelProblem) -> tuple[int, ...]:
         """Programs along each axis."""
         sizes = problem.sizes()
         return tuple(

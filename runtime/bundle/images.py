@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -26,6 +27,7 @@ __all__ = [
     "GridAxis",
     "Image",
     "ImageSet",
+    "KernelProblem",
     "read_cubin",
     "read_images",
     "read_index",
@@ -41,6 +43,48 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class KernelProblem:
+    """Sizes of one call.
+
+    ``past_frames`` is the length of ``frame_slots``: the largest number of past frames, not the number present.
+    """
+
+    dtype: str
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    chunk_frames: int
+    past_frames: int
+    block_q: int
+    block_k: int
+    sinks: int = 0
+
+    def sizes(self) -> dict[str, int]:
+        """The integers that grids and integer arguments are made of, and that choose an image."""
+        q_blocks = -(-self.frame_tokens // self.block_q)
+        k_blocks = -(-self.frame_tokens // self.block_k)
+        frames = self.past_frames + self.chunk_frames
+        return {
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "frame_tokens": self.frame_tokens,
+            "chunk_frames": self.chunk_frames,
+            "past_frames": self.past_frames,
+            "frames": frames,
+            "block_q": self.block_q,
+            "block_k": self.block_k,
+            "q_blocks": q_blocks,
+            "k_blocks": k_blocks,
+            "query_blocks": self.chunk_frames * q_blocks,
+            "key_blocks": frames * k_blocks,
+            "row_blocks": self.chunk_frames * max(q_blocks, k_blocks),
+            "frame_elements": self.frame_tokens * self.heads * self.head_dim,
+            "even": int(self.frame_tokens % self.block_q == 0 and self.frame_tokens % self.block_k == 0),
+            "sinks": self.sinks,
+        }
 
 
 class Argument(_Part):

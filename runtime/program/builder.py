@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from runtime.bundle.images import KernelProblem
 from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
 
 from .buffers import Buffer, plan_buffers, work_buffers
-from .kernels import KernelProblem
 from .program import (
     ALIGNMENT,
     Copy,

@@ -12,52 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.bundle.images import INDEX_NAME, Argument, GridAxis, Image, ImageSet, read_cubin, read_index
+from runtime.bundle.images import (
+    INDEX_NAME,
+    Argument,
+    GridAxis,
+    Image,
+    ImageSet,
+    KernelProblem,
+    read_cubin,
+    read_index,
+)
 from runtime.errors import EngineError
 
 __all__ = ["KernelLibrary", "KernelProblem", "LaunchPlan"]
-
-
-@dataclass(frozen=True)
-class KernelProblem:
-    """Sizes of one call.
-
-    ``past_frames`` is the length of ``frame_slots``: the largest number of past frames, not the number present.
-    """
-
-    dtype: str
-    heads: int
-    head_dim: int
-    frame_tokens: int
-    chunk_frames: int
-    past_frames: int
-    block_q: int
-    block_k: int
-    sinks: int = 0
-
-    def sizes(self) -> dict[str, int]:
-        """The integers that grids and integer arguments are made of."""
-        q_blocks = -(-self.frame_tokens // self.block_q)
-        k_blocks = -(-self.frame_tokens // self.block_k)
-        frames = self.past_frames + self.chunk_frames
-        return {
-            "heads": self.heads,
-            "head_dim": self.head_dim,
-            "frame_tokens": self.frame_tokens,
-            "chunk_frames": self.chunk_frames,
-            "past_frames": self.past_frames,
-            "frames": frames,
-            "block_q": self.block_q,
-            "block_k": self.block_k,
-            "q_blocks": q_blocks,
-            "k_blocks": k_blocks,
-            "query_blocks": self.chunk_frames * q_blocks,
-            "key_blocks": frames * k_blocks,
-            "row_blocks": self.chunk_frames * max(q_blocks, k_blocks),
-            "frame_elements": self.frame_tokens * self.heads * self.head_dim,
-            "even": int(self.frame_tokens % self.block_q == 0 and self.frame_tokens % self.block_k == 0),
-            "sinks": self.sinks,
-        }
 
 
 Value = np.uint64 | np.int32 | np.float32

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from runtime.bundle import Dtype
+from runtime.bundle.images import KernelProblem
 
 from .buffers import Buffer, item_bits
-from .kernels import KernelProblem
 
 __all__ = [
     "ALIGNMENT",

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from runtime.bundle import Component, Manifest, TensorSpec
-from runtime.bundle.images import Argument, Image
+from runtime.bundle.images import Argument, Image, KernelProblem
 from runtime.errors import EngineError
 from runtime.program.buffers import item_bits
-from runtime.program.kernels import KernelLibrary, KernelProblem, LaunchPlan
+from runtime.program.kernels import KernelLibrary, LaunchPlan
 from runtime.program.program import EngineRun, KernelLaunch, View
 
 __all__ = ["Flaws", "LaunchChecker", "RunChecker"]

@@ -223,7 +223,7 @@ def test_every_operator_geometry_is_served() -> None:
                     continue  # 21 frames of 49 blocks do not occur: blocks of 32 are for small models
                 for dtype in specs.DTYPES:
                     for head_dim in (64, 128):
-                        problem = specs.Problem(
+                        problem = specs.KernelProblem(
                             dtype, 12, head_dim, frame_tokens, 3, 18, block_q, block_k, sinks=1
                         )
                         for kernel in specs.KERNELS:
@@ -269,7 +269,7 @@ def test_index_that_was_damaged_is_refused(altered: Path) -> None:
 
 @given(
     st.builds(
-        specs.Problem,
+        specs.KernelProblem,
         dtype=st.sampled_from(list(specs.DTYPES)),
         **{
             name: st.integers(1, 3000)
@@ -279,7 +279,7 @@ def test_index_that_was_damaged_is_refused(altered: Path) -> None:
         sinks=st.integers(0, 3),
     )
 )
-def test_both_sides_compute_the_same_sizes(problem: specs.Problem) -> None:
+def test_both_sides_compute_the_same_sizes(problem: specs.KernelProblem) -> None:
     assert problem.sizes() == reader.KernelProblem(**asdict(problem)).sizes()
 
 

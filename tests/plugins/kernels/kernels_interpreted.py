@@ -28,7 +28,7 @@ from plugins.eager.policies import (
     lists_from_mask,
     mask_from_lists,
 )
-from plugins.kernels.specs import KernelError, Problem
+from plugins.kernels.specs import KernelError, KernelProblem
 from tests import brute_force
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
@@ -114,7 +114,7 @@ def test_prepare(geometry: tuple[int, int, int], head_dim: int, dtype: torch.dty
 def select(case: brute_force.HSACase) -> Tensor:
     """Run score and select on a case; the mask of what was selected, after checking lists and margins."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in case.inputs.items()}
-    problem = Problem(
+    problem = KernelProblem(
         "bfloat16",
         case.heads,
         case.inputs["q"].shape[2],
@@ -229,7 +229,7 @@ def test_select_treats_both_zeros_as_equal() -> None:
 
 def attend_case(
     geometry: tuple[int, int, int], dtype: torch.dtype, *, past: int, max_past: int, head_dim: int = 64
-) -> tuple[dict[str, Tensor], Problem]:
+) -> tuple[dict[str, Tensor], KernelProblem]:
     """Random q, k, v and a cache in shuffled slots, everything unused poisoned."""
     frame_tokens, block_q, block_k = geometry
     case = brute_force.random_case(
@@ -247,12 +247,12 @@ def attend_case(
     tensors = {name: torch.from_numpy(x) for name, x in case.inputs.items()}
     for name in ("q", "k", "v", "past_k", "past_v"):
         tensors[name] = fenced(tensors[name].to(dtype))
-    problem = Problem("bfloat16", 2, head_dim, frame_tokens, 2, max_past, block_q, block_k)
+    problem = KernelProblem("bfloat16", 2, head_dim, frame_tokens, 2, max_past, block_q, block_k)
     return tensors, problem
 
 
 def attend(
-    tensors: dict[str, Tensor], problem: Problem, lists: BlockLists, kernels: TorchKernels = KERNELS
+    tensors: dict[str, Tensor], problem: KernelProblem, lists: BlockLists, kernels: TorchKernels = KERNELS
 ) -> Tensor:
     out = Guarded(tuple(tensors["q"].shape), tensors["q"].dtype)
     names = ("q", "k", "v", "past_k", "past_v", "frame_slots")
@@ -269,7 +269,7 @@ def attend(
     return out.tensor
 
 
-def expected_attention(tensors: dict[str, Tensor], problem: Problem, mask: Tensor) -> Tensor:
+def expected_attention(tensors: dict[str, Tensor], problem: KernelProblem, mask: Tensor) -> Tensor:
     """Masked attention over the logical sequence, by the reference."""
     slots = tensors["frame_slots"][tensors["frame_slots"] >= 0].long()
     keys, values = (

@@ -47,7 +47,7 @@ def library(folder: Path, variant: specs.Variant) -> ctypes.CDLL:
 def run(
     folder: Path,
     variant: specs.Variant,
-    problem: specs.Problem,
+    problem: specs.KernelProblem,
     buffers: dict[str, Tensor],
     option: float,
 ) -> None:
@@ -79,7 +79,7 @@ def run(
 def test_kernel_computes_the_listed_blocks(tuning: Warpgroups, block_k: int, tmp_path: Path) -> None:
     """Three thread blocks that stay share the last of the four query blocks by halves."""
     variant = warpgroup_variant("bfloat16", tuning)
-    problem = specs.Problem("bfloat16", HEADS, HEAD_DIM, FRAME, CHUNK, MAX_PAST, 128, block_k)
+    problem = specs.KernelProblem("bfloat16", HEADS, HEAD_DIM, FRAME, CHUNK, MAX_PAST, 128, block_k)
     assert variant.fits(problem)
     sizes = problem.sizes()
     generator = torch.Generator().manual_seed(tuning.k_tile + block_k)
@@ -123,7 +123,7 @@ def test_kernel_computes_the_listed_blocks(tuning: Warpgroups, block_k: int, tmp
 def test_prepare(warps: int, tmp_path: Path) -> None:
     """A frame of which the last blocks are short, and one role with more blocks than the other."""
     variant = warp_prepare_variant("bfloat16", warps, "")
-    problem = specs.Problem("bfloat16", 12, HEAD_DIM, 104, 2, 0, 64, 32)
+    problem = specs.KernelProblem("bfloat16", 12, HEAD_DIM, 104, 2, 0, 64, 32)
     assert variant.fits(problem)
     tokens, width = 2 * 104, 12 * HEAD_DIM
     generator = torch.Generator().manual_seed(warps)
