@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import checkpoint_sha256, read_checkpoint
+from .checkpoint_files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
 from .checkpoint_lora import lora_scale
 from .checkpoint_spec import (
     CheckpointKind,
@@ -66,6 +66,9 @@ _UMT5_TOKENIZER = "spiece_model"  # ComfyUI keeps the tokenizer in the file
 _LIGHT_TAE = "lighttae"
 """How the names of LightTAE's files begin."""
 
+_JUDGED: set[tuple[tuple[Path, tuple[int, ...]], ...]] = set()
+"""Checkpoints whose values were looked at in this process, by their files."""
+
 LoRA = dict[str, tuple[Tensor, Tensor]]
 """By the key of the matrix it changes: A `[rank, in]` and B `[out, rank]`."""
 
@@ -104,7 +107,7 @@ def load_dit_state(
     expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config))
     check_state(state, expected, str(path))
     if not any_values:
-        check_values(state, str(path))
+        _judge(state, path)
     if lora is not None:
         state = merge_lora(state, load_lora(lora, config, any_values=any_values), dtype=dtype)
     return _arrange(state, expected, dtype)
@@ -175,7 +178,7 @@ def load_vae_state(
     """
     state, expected = _vae_decoder(_read_state(path), config, path)
     if not any_values:
-        check_values(state, str(path))
+        _judge(state, path)
     return _arrange(state, expected, dtype)
 
 
@@ -235,8 +238,16 @@ def load_umt5_state(
     )
     check_state(state, expected, str(path))
     if not any_values:
-        check_values(state, str(path))
+        _judge(state, path)
     return {names[public]: value for public, value in _arrange(state, expected, dtype).items()}
+
+
+def _judge(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Look at the values of a file's tensors, once per file and process: a build loads each file again and again."""
+    files = tuple((file, file_identity(file)) for file in checkpoint_files(path))
+    if files not in _JUDGED:
+        check_values(state, str(path))
+        _JUDGED.add(files)
 
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import CheckpointError
 
-__all__ = ["checkpoint_files", "checkpoint_sha256", "read_checkpoint"]
+__all__ = ["checkpoint_files", "checkpoint_sha256", "file_identity", "read_checkpoint"]
 
 _INDEX_SUFFIX = ".index.json"
 _INDEX_BYTES = 64 << 20
@@ -104,6 +104,12 @@ def checkpoint_sha256(path: str | Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """Size, time of the last change in nanoseconds, and inode: what was found of a file holds while these stay."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -165,8 +171,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
     if mapped:
-        status = path.stat()
-        _check_archive(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        _check_archive(path, file_identity(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail anywhere inside torch's reader
@@ -183,7 +188,7 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _check_archive(path: Path, *_identity: int) -> None:
+def _check_archive(path: Path, _identity: tuple[int, ...]) -> None:
     """Hold the records of a torch file against the checksums stored with them, once per file and process.
 
     PyTorch does not; it can also be told to write none, and such a file holds 0 in their place.

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
+from lightforcing_ref import checkpoint
 from lightforcing_ref.checkpoint import load_dit_state, load_lora, load_umt5_state, load_vae_state
+from lightforcing_ref.checkpoint_values import check_values
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5_TINY, byte_tokenizer, check_tokenizer
 from tests.lightforcing_ref import checkpoint_fixtures as fixtures
@@ -42,6 +44,27 @@ LOADERS: dict[str, tuple[Callable[[], State], str, Load]] = {
 
 def spoil(tensor: Tensor, value: float) -> None:
     tensor.view(-1)[tensor.numel() // 2] = value
+
+
+def test_values_are_judged_once_and_again_when_the_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, key, load = LOADERS["decoder"]
+    state, path = make(), tmp_path / "decoder.safetensors"
+    looks: list[str] = []
+    monkeypatch.setattr(
+        checkpoint, "check_values", lambda found, source: looks.append(source) or check_values(found, source)
+    )
+    save_file(state, path)
+    load(path)
+    load(path)
+    assert len(looks) == 1
+    spoil(state[key], math.nan)
+    path.unlink()  # tensors of the first are mapped from it
+    save_file(state, path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="1 NaN"):
+            load(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
