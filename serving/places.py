@@ -82,8 +82,8 @@ class Places:
 
     def refuse_all(self, error: RequestError) -> None:
         """Send everybody away who waits."""
-        while self._waiting:
-            self._waiting.popleft().place.set_exception(error)
+        while (waiter := self._next_waiter()) is not None:
+            waiter.place.set_exception(error)
 
     def wait_for(self, position: int) -> float | None:
         """Seconds until the ``position``-th place from now is free, if that can be told."""
@@ -134,9 +134,17 @@ class Places:
         return place
 
     def _advance(self) -> None:
-        while self._waiting and len(self._taken) < self.total:
-            self._waiting.popleft().place.set_result(self._occupy())
+        while len(self._taken) < self.total and (waiter := self._next_waiter()) is not None:
+            waiter.place.set_result(self._occupy())
         self._tell()
+
+    def _next_waiter(self) -> _Waiter | None:
+        """Take whoever is next from the queue, passing over those who left and whose task has not run since."""
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.place.cancelled():
+                return waiter
+        return None
 
     def _tell(self) -> None:
         for position, waiter in enumerate(self._waiting, 1):

@@ -133,6 +133,35 @@ def test_whoever_leaves_the_queue_takes_no_place(given: bool) -> None:
     run(test, total=1)
 
 
+@pytest.mark.parametrize("happens", ["free", "stop"])
+def test_whoever_leaves_in_the_turn_in_which_something_happens_takes_no_place(happens: str) -> None:
+    """A cancelled task stays in the queue until it runs: nothing can be given to it, nor told."""
+
+    async def test(places: Places, clock: Clock) -> None:
+        leaving = asyncio.Event()
+        next_leaving = asyncio.Event()
+        async with places.place(lambda _: None):
+            waiting = asyncio.create_task(hold(places, [], leaving))
+            behind = asyncio.create_task(hold(places, [], next_leaving))
+            await settle()
+            waiting.cancel()
+            if happens == "stop":
+                places.refuse_all(RequestError("draining", "the server is stopping", status=503))
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        if happens == "stop":
+            with pytest.raises(RequestError, match="stopping"):
+                await behind
+        else:
+            await settle()
+            assert (places.taken, places.waiting) == (1, 0)
+            next_leaving.set()
+            assert await behind == "left"
+        assert (places.taken, places.waiting) == (0, 0)
+
+    run(test, total=1)
+
+
 def test_everybody_who_waits_is_sent_away() -> None:
     async def test(places: Places, clock: Clock) -> None:
         leave = asyncio.Event()
