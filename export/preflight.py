@@ -11,7 +11,7 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from export.request.sizes import transformer_parameters
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.spec import umt5_shapes
 from runtime.host_memory import memory
 
 from .errors import BuildError, InputError

@@ -74,7 +74,7 @@ QUICK = (
 )
 NOT_QUICK = (
     "tests/export/request/test_weights.py",
-    "tests/lightforcing_ref/test_vae.py",
+    "tests/lightforcing_ref/decoders/test_vae.py",
     "tests/runtime/cuda/test_cuda_driver.py",
     "tests/runtime/host/test_inductor_packages.py",
     "tests/runtime/test_rollout_tiny.py",

@@ -83,7 +83,7 @@ class _Reporter:
 
 
 def _run(stage: StageName, config: TrainingConfig, run: Run, minutes: float | None, console: Console) -> None:
-    from . import stages
+    from training.stages import run as stages
 
     with _Reporter(stage, console) as report:
         stages.run(stage, config, run, minutes=minutes, report=report)
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the configuration is not valid: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        from .stages import StageError
+        from training.stages.run import StageError
 
         if not isinstance(error, (FileNotFoundError, FloatingPointError, StageError)):
             raise

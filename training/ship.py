@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.text import umt5_keys
+from training.data.latents import PatchPCA
+from training.stages.run import PRESET, PREVIOUS, StageError, latest_transformer
+from training.stages.text import CaptionEncoder
 
 from .config import Run
 from .device import load_weights
-from .latents import PatchPCA
 from .runner import save_tensors
-from .stages import PRESET, PREVIOUS, StageError, latest_transformer
-from .text import CaptionEncoder
 
 __all__ = ["FILES", "adopt", "ship"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.data import Clip
+    from training.data.clips import Clip
 
     from .rows import Frames, Row
 
@@ -37,7 +37,7 @@ def prompts(count: int, kinds: Sequence[str], seed: int = 0) -> list[Clip]:
     """`count` clips spread over everything that captions vary, alternately trained and held-out combinations."""
     import numpy as np
 
-    from training.data import random_clip
+    from training.data.clips import random_clip
 
     generator = np.random.default_rng([seed, 11])
     return [

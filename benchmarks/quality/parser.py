@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from training.data import COLOURS, GROUNDS, MOTIONS, SHAPES, Clip, Motion, coverage
+from training.data.clips import COLOURS, GROUNDS, MOTIONS, SHAPES, Clip, Motion, coverage
 
 __all__ = ["Observation", "Reading", "observe", "read", "reference_path"]
 

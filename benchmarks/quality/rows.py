@@ -25,16 +25,16 @@ from lightforcing_ref.attention import dense_attention, hsa_attention
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.policies import Policy as Method
 from lightforcing_ref.policies import PolicyAttention, Radial, SlidingTile, SpargeAttention, VMoBA
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable, kept_blocks
-from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import build_encoder, encode_prompts, load_tokenizer
-from lightforcing_ref.vae import to_uint8
 from runtime.noise import fill_noise
-from training.decoder import use_planar_convolutions
+from training.stages.decoder import use_planar_convolutions
 
 __all__ = ["POLICIES", "BundleRow", "Policy", "ReferenceRow", "Row", "Weights", "reference_row"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from training.data import FRAMES, Clip, is_held_out
+from training.data.clips import FRAMES, Clip, is_held_out
 
 from .parser import Reading, observe, read
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from export.request.geometry import StepPlan
 from lightforcing_ref.attention import rms_norm
 from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.decoders.tae import video_decoder
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.model import CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.rope import rope_tables
-from lightforcing_ref.tae import video_decoder
-from lightforcing_ref.vae import to_uint8
 
 from .measure import ChunkRecord
 from .sparse import sparse_attention

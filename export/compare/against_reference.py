@@ -22,8 +22,8 @@ from torch import Tensor
 from export.errors import ComparisonError
 from export.graph.components import VAEFirst, VAENext, per_chunk_name
 from export.graph.modules import LAYER_STEMS, ConditionerModule, StepModule
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
-from lightforcing_ref.vae import to_uint8
 from runtime.backends import runs_on_host
 from runtime.bundle import Bundle, Component, load_bundle
 from runtime.bundle.weights_file import numpy_dtype

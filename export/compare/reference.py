@@ -19,14 +19,14 @@ from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
+from lightforcing_ref.decoders.tae import VideoDecoder
+from lightforcing_ref.decoders.vae import CacheSpec
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
-from lightforcing_ref.tae import VideoDecoder
-from lightforcing_ref.vae import CacheSpec
 from runtime.bundle import Manifest, RandomInit, Vae
 from runtime.noise import fill_noise
 

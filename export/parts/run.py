@@ -18,8 +18,8 @@ from export.quantize.decision import QuantizationPlan
 from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
 from export.request.weights import Weights
+from lightforcing_ref.decoders.tae import VideoDecoder
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.tae import VideoDecoder
 from runtime import bundle
 
 from .keys import BuildKeys

@@ -21,13 +21,13 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
-from lightforcing_ref.checkpoint_lora import lora_sha256
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.lora import lora_sha256
+from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import Preset
+from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
-from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import byte_tokenizer, check_tokenizer, load_tokenizer
 
 __all__ = ["Weights", "shipped_weights"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from export.compare.reference import Reference
-from lightforcing_ref.vae import to_uint8
+from lightforcing_ref.decoders.vae import to_uint8
 from runtime.backends import load_engine
 from runtime.bundle import load_bundle
 from runtime.cuda.inductor import device_tensor

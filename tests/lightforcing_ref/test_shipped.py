@@ -11,7 +11,7 @@ from lightforcing_ref import shipped as module
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.shipped import CAPTIONS, Shipped, shipped
-from training.data import all_clips
+from training.data.clips import all_clips
 
 
 def test_the_tiny_preset_comes_with_all_its_weights() -> None:

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from benchmarks.quality.parser import observe, read
 from benchmarks.quality.scores import psnr, score, ssim, summarise
-from training.data import KINDS, random_clip
+from training.data.clips import KINDS, random_clip
 
 
 @pytest.mark.parametrize(("blur", "noise"), [(0.0, 0.0), (1.0, 8.0)])

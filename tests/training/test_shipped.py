@@ -12,10 +12,10 @@ import torch
 from benchmarks.quality import main as quality
 from lightforcing_ref.checkpoint import load_vae_state
 from lightforcing_ref.config import PRESETS
-from lightforcing_ref.vae import VAEDecoder, to_uint8
+from lightforcing_ref.decoders.vae import VAEDecoder, to_uint8
 from training.cli import ASSETS
-from training.data import random_clip
-from training.latents import PatchPCA
+from training.data.clips import random_clip
+from training.data.latents import PatchPCA
 from training.ship import FILES
 
 DECODER_PSNR = 28.0

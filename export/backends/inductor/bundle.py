@@ -42,10 +42,10 @@ from export.quantize.numerics import fold_weight
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.spec import umt5_shapes
+from lightforcing_ref.decoders.tae import VideoDecoder
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.tae import VideoDecoder
 from runtime import bundle
 from runtime.bundle import images
 

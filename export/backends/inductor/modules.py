@@ -21,13 +21,13 @@ from export.graph.components import ScaleByWeights, VAEFirst, VAENext
 from export.graph.modules import ConditionerModule
 from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
+from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
+from lightforcing_ref.decoders.vae import LATENT_MEAN, LATENT_STD, CacheSpec, LatentScale
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
-from lightforcing_ref.tae import VideoDecoder, video_decoder
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
-from lightforcing_ref.vae import LATENT_MEAN, LATENT_STD, CacheSpec, LatentScale
 from runtime.bundle import Component, Dtype, TensorSpec
 
 __all__ = [

@@ -24,7 +24,7 @@ def write_components(folder: Path, *, layers: int = 3) -> None:
     from export.graph.tracing import attend, prepare, save_model, trace
     from export.request.geometry import StepPlan
     from export.request.targets import load_variant
-    from lightforcing_ref.checkpoint_spec import umt5_shapes
+    from lightforcing_ref.checkpoint.spec import umt5_shapes
     from lightforcing_ref.config import PRESETS
     from lightforcing_ref.model import CausalWanModel
     from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
@@ -76,7 +76,7 @@ def write_vae(folder: Path, name: str) -> None:
     from export.graph.components import VAEFirst, VAENext
     from export.graph.tracing import save_model, trace
     from lightforcing_ref.config import PRESETS
-    from lightforcing_ref.vae import VAEDecoder
+    from lightforcing_ref.decoders.vae import VAEDecoder
 
     half, preset = torch.bfloat16, PRESETS["tiny"]
     height, width = preset.latent_size()

@@ -35,7 +35,7 @@ from export.request.targets import load_target, load_variant
 from export.request.weights import Weights
 from lightforcing_ref.attention import hsa_attention, hsa_selection
 from lightforcing_ref.cache import AttentionSpec
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import PRESETS, Preset
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import kept_blocks

@@ -21,7 +21,7 @@ from export.backends.inductor.null_gpu import GPUS, compile_library, environment
 from export.backends.inductor.pretend import best_config
 from export.errors import InputError
 from export.request.targets import load_target
-from lightforcing_ref.checkpoint_spec import umt5_shapes
+from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, PRESETS
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5_TINY, UMT5Layer
 from runtime.bundle import load_bundle

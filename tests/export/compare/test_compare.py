@@ -19,8 +19,8 @@ from export.compare.reference import Reference
 from export.errors import ComparisonError
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.shipped import shipped
-from lightforcing_ref.vae import to_uint8
 from runtime.bundle import Bundle, Checkpoint, SourceFile, file_entry, load_bundle, write_manifest
 from runtime.pipeline import Pipeline
 

@@ -27,10 +27,10 @@ from export.request.sizes import (
     transformer_parameters,
 )
 from export.request.targets import load_target, load_variant
-from lightforcing_ref.checkpoint_spec import dit_shapes, tae_decoder_shapes, umt5_shapes, vae_decoder_shapes
+from lightforcing_ref.checkpoint.spec import dit_shapes, tae_decoder_shapes, umt5_shapes, vae_decoder_shapes
 from lightforcing_ref.config import PRESETS, preset
-from lightforcing_ref.tae import TAE, TINY_TAE, TAEDecoder
-from lightforcing_ref.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEDecoder
+from lightforcing_ref.decoders.tae import TAE, TINY_TAE, TAEDecoder
+from lightforcing_ref.decoders.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEDecoder
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -16,9 +16,9 @@ from export.request.geometry import StepPlan
 from export.request.targets import load_variant
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
+from lightforcing_ref.decoders.tae import video_decoder
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.dimensions import TINY_TAE, TAEConfig
-from lightforcing_ref.tae import video_decoder
-from lightforcing_ref.vae import to_uint8
 from runtime.bundle import load_bundle
 from tests.conftest import build
 

@@ -13,7 +13,7 @@ from export.cli.main import main
 from export.compare.reference import Reference
 from export.errors import ComparisonError
 from export.request.weights import Weights, shipped_weights
-from lightforcing_ref.checkpoint_spec import lora_targets
+from lightforcing_ref.checkpoint.spec import lora_targets
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.shipped import shipped
 from runtime.bundle import Checkpoint, load_bundle

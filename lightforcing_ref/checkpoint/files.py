@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import CheckpointError
+from lightforcing_ref.errors import CheckpointError
 
 __all__ = ["checkpoint_files", "checkpoint_sha256", "file_identity", "read_checkpoint"]
 

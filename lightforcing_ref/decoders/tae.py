@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dimensions import LIGHT_TAE, TAE, TINY_TAE, DecoderConfig, TAEConfig
+from lightforcing_ref.dimensions import LIGHT_TAE, TAE, TINY_TAE, DecoderConfig, TAEConfig
+
 from .vae import CacheSpec, LatentScale, VAEDecoder
 
 __all__ = ["LIGHT_TAE", "TAE", "TINY_TAE", "TAEConfig", "TAEDecoder", "VideoDecoder", "video_decoder"]

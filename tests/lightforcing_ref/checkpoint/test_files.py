@@ -12,12 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightforcing_ref.checkpoint import (
-    checkpoint_sha256,
-    load_dit_state,
-)
+from lightforcing_ref.checkpoint import checkpoint_sha256, load_dit_state
 from lightforcing_ref.errors import CheckpointError
-from tests.lightforcing_ref.test_checkpoint import (
+from tests.lightforcing_ref.checkpoint.test_load import (
     DIT,
     State,
     dit_state,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dimensions import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEConfig
+from lightforcing_ref.dimensions import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEConfig
 
 __all__ = [
     "LATENT_MEAN",

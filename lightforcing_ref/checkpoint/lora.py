@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import checkpoint_files, checkpoint_sha256
-from .errors import CheckpointError
+from lightforcing_ref.errors import CheckpointError
+
+from .files import checkpoint_files, checkpoint_sha256
 
 __all__ = ["LoRAScale", "lora_scale", "lora_sha256"]
 

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
-from .checkpoint_lora import lora_scale
-from .checkpoint_spec import (
+from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.decoders.tae import TAEConfig
+from lightforcing_ref.decoders.vae import WAN_VAE, VAEConfig
+from lightforcing_ref.dimensions import DecoderConfig
+from lightforcing_ref.errors import CheckpointError
+from lightforcing_ref.text import UMT5Config, umt5_keys
+
+from .files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
+from .lora import lora_scale
+from .spec import (
     CheckpointKind,
     Expectation,
     Shapes,
@@ -28,13 +35,7 @@ from .checkpoint_spec import (
     umt5_shapes,
     vae_decoder_shapes,
 )
-from .checkpoint_values import check_values
-from .config import DiTConfig
-from .dimensions import DecoderConfig
-from .errors import CheckpointError
-from .tae import TAEConfig
-from .text import UMT5Config, umt5_keys
-from .vae import WAN_VAE, VAEConfig
+from .values import check_values
 
 __all__ = [
     "CheckpointKind",
@@ -97,7 +98,7 @@ def load_dit_state(
         config: the model that the state is for.
         lora: a LoRA to merge into the weights.
         dtype: type to convert to; None leaves each tensor as stored.
-        any_values: take values that no trained model holds, too; see `checkpoint_values`.
+        any_values: take values that no trained model holds, too; see `check_values`.
 
     Raises:
         CheckpointError: a file cannot be read, or does not hold this model.
@@ -116,7 +117,7 @@ def load_dit_state(
 def load_lora(path: str | Path, config: DiTConfig, *, any_values: bool = False) -> LoRA:
     """The LoRA of a transformer of size `config`, of any rank, complete for every matrix it is expected to change.
 
-    B is multiplied by the scale that alpha and rank give where they are stated; see `checkpoint_lora`.
+    B is multiplied by the scale that alpha and rank give where they are stated; see `lora_scale`.
 
     Raises:
         CheckpointError: the file cannot be read, is no such LoRA, or its alpha or settings are not usable.

@@ -24,11 +24,10 @@ from lightforcing_ref.text import (
     tokenize,
     umt5_keys,
 )
-
-from .config import StageConfig
-from .data import COLOURS, GROUNDS, KINDS, MOTIONS, SHAPES, Clip, random_clip
-from .device import load_weights
-from .runner import Stage
+from training.config import StageConfig
+from training.data.clips import COLOURS, GROUNDS, KINDS, MOTIONS, SHAPES, Clip, random_clip
+from training.device import load_weights
+from training.runner import Stage
 
 __all__ = ["FIELDS", "CaptionEncoder", "TextStage", "fields_of"]
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .data import Motion
-from .dataset import ClipSet
-from .device import tensor
+from training.data.clips import Motion
+from training.data.dataset import ClipSet
+from training.device import tensor
 
 __all__ = ["Indices", "Replay"]
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightforcing_ref.checkpoint import checkpoint_kind, load_vae_state, vae_config_of
-from lightforcing_ref.checkpoint_spec import CheckpointKind, tae_decoder_shapes
+from lightforcing_ref.checkpoint.spec import CheckpointKind, tae_decoder_shapes
+from lightforcing_ref.decoders.tae import LIGHT_TAE, TAE, TINY_TAE, TAEConfig, TAEDecoder, video_decoder
+from lightforcing_ref.decoders.vae import LATENT_MEAN, LATENT_STD, TINY_VAE, VAEDecoder
 from lightforcing_ref.errors import CheckpointError
-from lightforcing_ref.tae import LIGHT_TAE, TAE, TINY_TAE, TAEConfig, TAEDecoder, video_decoder
-from lightforcing_ref.vae import LATENT_MEAN, LATENT_STD, TINY_VAE, VAEDecoder
 
 TINY_LIGHT_TAE = TAEConfig(widths=TINY_TAE.widths, denormalise=True)
 CONFIGS = pytest.mark.parametrize("config", [TINY_TAE, TINY_LIGHT_TAE], ids=["taehv", "light"])

@@ -12,11 +12,11 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from .config import DiTConfig
-from .errors import CheckpointError
-from .tae import BLOCKS, TAEConfig
-from .text import UMT5Config, umt5_keys
-from .vae import VAEConfig
+from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.decoders.tae import BLOCKS, TAEConfig
+from lightforcing_ref.decoders.vae import VAEConfig
+from lightforcing_ref.errors import CheckpointError
+from lightforcing_ref.text import UMT5Config, umt5_keys
 
 __all__ = [
     "CheckpointKind",

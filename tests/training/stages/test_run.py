@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from lightforcing_ref.cache import CachedAttention
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
 from lightforcing_ref.config import PRESETS
+from lightforcing_ref.decoders.vae import VAEDecoder
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.sparsity import SparsityTable
-from lightforcing_ref.vae import VAEDecoder
 from training.attention import causal_layout, forcing_layout
 from training.cli import main
 from training.config import CONFIGS, Run, StageConfig, TrainingConfig
-from training.dataset import ClipSet, build_latents
-from training.decoder import use_planar_convolutions
+from training.data.dataset import ClipSet, build_latents
+from training.data.latents import PatchPCA
 from training.device import load_weights
-from training.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.forward import BatchRollout, predict_flow, window_core
-from training.latents import PatchPCA
 from training.optim import MuonAdam, orthogonalise
 from training.runner import Stage, progress_factor, run_stage
-from training.sharpen import SharpenStage
 from training.ship import adopt
-from training.stages import PRESET, StageError, run
-from training.text import CaptionEncoder
+from training.stages.decoder import use_planar_convolutions
+from training.stages.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
+from training.stages.run import PRESET, StageError, run
+from training.stages.sharpen import SharpenStage
+from training.stages.text import CaptionEncoder
 
 GRID = (8, 8)
 
@@ -224,7 +224,7 @@ def test_every_stage_builds_on_the_one_before(trained: tuple[TrainingConfig, Run
 def test_windows_of_rollouts_fit_their_frames(
     trained: tuple[TrainingConfig, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.sharpen.OWN", 1.0)
+    monkeypatch.setattr("training.stages.sharpen.OWN", 1.0)
     config, folder = trained
     clips = ClipSet(folder.stage("latents"))
     captions = CaptionEncoder.load(PRESET, folder.weights("text"))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightforcing_ref.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEConfig, VAEDecoder, to_uint8
+from lightforcing_ref.decoders.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEConfig, VAEDecoder, to_uint8
 
 SHALLOW = VAEConfig(dim=4, dim_mult=(1, 2), num_res_blocks=0, temporal_upsample=(True,))
 """Every kind of layer once, for tests that pay by the layer."""

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .config import Run, TrainingConfig
-from .data import Clip, Motion, all_clips, random_clip
+from training.config import Run, TrainingConfig
+
+from .clips import Clip, Motion, all_clips, random_clip
 from .latents import PatchPCA
 
 __all__ = ["LATENT_FRAMES", "ClipSet", "build_latents", "foreground"]

@@ -14,12 +14,12 @@ from torch import Tensor
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.model import CausalWanModel
+from training.config import DataConfig, StageConfig
+from training.data.dataset import LATENT_FRAMES, ClipSet
+from training.data.latents import PatchPCA
+from training.forward import BatchRollout
 
-from .config import DataConfig, StageConfig
-from .dataset import LATENT_FRAMES, ClipSet
 from .decoder import DecoderStage, window
-from .forward import BatchRollout
-from .latents import PatchPCA
 from .text import CaptionEncoder
 
 __all__ = ["SharpenStage"]

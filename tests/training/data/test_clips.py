@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.data import (
+from training.data.clips import (
     FRAMES,
     KINDS,
     SHAPES,
@@ -16,8 +16,8 @@ from training.data import (
     motions,
     random_clip,
 )
-from training.dataset import foreground
-from training.latents import PatchPCA
+from training.data.dataset import foreground
+from training.data.latents import PatchPCA
 
 
 def test_captions_are_unique_and_fit_the_text_encoder() -> None:

@@ -16,12 +16,12 @@ from lightforcing_ref.config import PRESETS
 from lightforcing_ref.sparsity import SparsityTable
 from training.attention import attend
 from training.config import CONFIGS, Run, TrainingConfig
-from training.data import SHAPES, Clip, motions
-from training.dataset import LATENT_FRAMES, ClipSet, build_latents
-from training.dit import SPARSITY_BASE, SPARSITY_TARGET, RolloutStage, attention_spec
-from training.replay import Replay
+from training.data.clips import SHAPES, Clip, motions
+from training.data.dataset import LATENT_FRAMES, ClipSet, build_latents
 from training.runner import save_tensors
-from training.text import CaptionEncoder, TextStage
+from training.stages.dit import SPARSITY_BASE, SPARSITY_TARGET, RolloutStage, attention_spec
+from training.stages.replay import Replay
+from training.stages.text import CaptionEncoder, TextStage
 
 PRESET = PRESETS["tiny"]
 

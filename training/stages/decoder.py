@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightforcing_ref.vae import CausalConv3d, VAEConfig, VAEDecoder
-
-from .config import DataConfig, StageConfig
-from .data import FRAMES, SIZE, Clip, random_clip
-from .device import tensor
-from .latents import STRIDE, PatchPCA
-from .runner import Stage
+from lightforcing_ref.decoders.vae import CausalConv3d, VAEConfig, VAEDecoder
+from training.config import DataConfig, StageConfig
+from training.data.clips import FRAMES, SIZE, Clip, random_clip
+from training.data.latents import STRIDE, PatchPCA
+from training.device import tensor
+from training.runner import Stage
 
 __all__ = ["WINDOWS", "DecoderStage", "use_planar_convolutions", "window"]
 

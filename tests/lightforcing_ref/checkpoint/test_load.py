@@ -21,11 +21,11 @@ from lightforcing_ref.checkpoint import (
     vae_config_of,
 )
 from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.decoders.vae import VAEConfig, VAEDecoder
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import UMT5_TINY
-from lightforcing_ref.vae import VAEConfig, VAEDecoder
-from tests.lightforcing_ref import checkpoint_fixtures as fixtures
+from tests.lightforcing_ref.checkpoint import fixtures
 
 DIT = DiTConfig(dim=16, ffn_dim=24, heads=2, layers=2, text_dim=12, text_len=4)
 VAE = VAEConfig(dim=2)

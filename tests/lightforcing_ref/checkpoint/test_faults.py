@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from lightforcing_ref import checkpoint
+from lightforcing_ref.checkpoint import load as checkpoint
 from lightforcing_ref.checkpoint import load_dit_state, load_lora, load_umt5_state, load_vae_state
-from lightforcing_ref.checkpoint_values import check_values
+from lightforcing_ref.checkpoint.values import check_values
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5_TINY, byte_tokenizer, check_tokenizer
-from tests.lightforcing_ref import checkpoint_fixtures as fixtures
-from tests.lightforcing_ref.test_checkpoint import DIT, VAE, State, assert_same, dit_state
+from tests.lightforcing_ref.checkpoint import fixtures
+from tests.lightforcing_ref.checkpoint.test_load import DIT, VAE, State, assert_same, dit_state
 
 Load = Callable[[Path], object]
 LOADERS: dict[str, tuple[Callable[[], State], str, Load]] = {

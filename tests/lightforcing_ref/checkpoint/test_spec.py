@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightforcing_ref.checkpoint_spec import (
+from lightforcing_ref.checkpoint.spec import (
     CheckpointKind,
     dit_shapes,
     kind_of,
@@ -15,10 +15,10 @@ from lightforcing_ref.checkpoint_spec import (
     vae_decoder_shapes,
 )
 from lightforcing_ref.config import PRESETS
+from lightforcing_ref.decoders.vae import LIGHT_VAE, WAN_VAE, VAEConfig, VAEDecoder
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import UMT5_TINY, UMT5_XXL, UMT5Config, umt5_keys
-from lightforcing_ref.vae import LIGHT_VAE, WAN_VAE, VAEConfig, VAEDecoder
-from tests.lightforcing_ref import checkpoint_fixtures as fixtures
+from tests.lightforcing_ref.checkpoint import fixtures
 
 
 def shapes_of(model: nn.Module) -> fixtures.Shapes:

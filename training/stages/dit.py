@@ -20,14 +20,14 @@ from lightforcing_ref.model import Block, CausalWanModel
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable
+from training.attention import Segment, WindowCore, forcing_layout
+from training.config import LossConfig, StageConfig
+from training.data.dataset import LATENT_FRAMES, ClipSet, foreground
+from training.device import tensor
+from training.forward import BatchRollout, predict_flow, window_core
+from training.runner import Stage
 
-from .attention import Segment, WindowCore, forcing_layout
-from .config import LossConfig, StageConfig
-from .dataset import LATENT_FRAMES, ClipSet, foreground
-from .device import tensor
-from .forward import BatchRollout, predict_flow, window_core
 from .replay import Indices, Replay
-from .runner import Stage
 from .text import CaptionEncoder
 
 __all__ = ["RolloutStage", "StillStage", "StudentStage", "attention_spec"]

@@ -11,21 +11,14 @@ import torch
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.sparsity import SparsityTable
+from training.config import Run, StageConfig, StageName, TrainingConfig
+from training.data.dataset import ClipSet, build_latents
+from training.data.latents import PatchPCA
+from training.device import load_weights
+from training.runner import Stage, run_stage
 
-from .config import Run, StageConfig, StageName, TrainingConfig
-from .dataset import ClipSet, build_latents
 from .decoder import DecoderStage
-from .device import load_weights
-from .dit import (
-    SPARSITY_BASE,
-    SPARSITY_TARGET,
-    RolloutStage,
-    StillStage,
-    StudentStage,
-    attention_spec,
-)
-from .latents import PatchPCA
-from .runner import Stage, run_stage
+from .dit import SPARSITY_BASE, SPARSITY_TARGET, RolloutStage, StillStage, StudentStage, attention_spec
 from .sharpen import SharpenStage
 from .text import CaptionEncoder, TextStage
 

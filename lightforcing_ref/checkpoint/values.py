@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from lightforcing_ref.errors import CheckpointError
 
 __all__ = ["LARGEST_WEIGHT", "check_values"]
 

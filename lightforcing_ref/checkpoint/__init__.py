@@ -1,0 +1,25 @@
+"""The public checkpoints: what each must hold (`spec`), how its files are read, checked and loaded."""
+
+from .load import (
+    CheckpointKind,
+    checkpoint_kind,
+    checkpoint_sha256,
+    load_dit_state,
+    load_lora,
+    load_umt5_state,
+    load_vae_state,
+    merge_lora,
+    vae_config_of,
+)
+
+__all__ = [
+    "CheckpointKind",
+    "checkpoint_kind",
+    "checkpoint_sha256",
+    "load_dit_state",
+    "load_lora",
+    "load_umt5_state",
+    "load_vae_state",
+    "merge_lora",
+    "vae_config_of",
+]

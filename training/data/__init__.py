@@ -1,0 +1,1 @@
+"""The clips that the tiny model learns from: drawn, split, and as latents."""
