@@ -123,7 +123,6 @@ def hsa_selection(
         return torch.ones(*query.shape[:2], total, dtype=torch.bool, device=query.device)
     keys = k_mean.float().permute(2, 0, 1, 3)
     scores = query @ keys.flatten(1, 2).transpose(1, 2)
-    eligible = torch.ones_like(scores, dtype=torch.bool)
     if past_frames > hsa.keep_frames:
         frame_scores = query @ keys.mean(2).transpose(1, 2)
         index = torch.arange(frames, device=query.device)
@@ -132,9 +131,10 @@ def hsa_selection(
             frame_scores.masked_fill(~candidate, -torch.inf),
             hsa.keep_frames - hsa.sink_frames - hsa.near_frames,
         )
-        eligible = ((best & candidate) | ~candidate).repeat_interleave(blocks, -1)
-    kept = kept_blocks(keep_q20, chunk, total)
-    return lowest_index_top(scores.masked_fill(~eligible, -torch.inf), kept) & eligible
+        rejected = (candidate & ~best).repeat_interleave(blocks, -1)
+        scores = scores.masked_fill(rejected, -torch.inf)
+    # A budget beyond the eligible blocks goes on with the rejected ones, which are all equal now: in their order.
+    return lowest_index_top(scores, kept_blocks(keep_q20, chunk, total))
 
 
 def hsa_attention(

@@ -128,3 +128,9 @@ def preset(name: str) -> Preset:
 def video_frames(latent_frames: int) -> int:
     """Pixel frames that `latent_frames` decode to: the first gives one, every later one four."""
     return 0 if latent_frames == 0 else 4 * latent_frames - 3
+
+
+def planned_latents(frames: int) -> int:
+    """Latent frames of the whole chunks that give at least `frames` frames of video."""
+    latents = 1 + -(-(frames - 1) // 4)
+    return -(-latents // CHUNK_FRAMES) * CHUNK_FRAMES

@@ -69,9 +69,10 @@ class Choice:
     """What one (head, query block) sees, with what is needed to judge rounding.
 
     Attributes:
-        blocks: logical indices of the selected key blocks.
+        blocks: logical indices of the selected key blocks; where they are more than the eligible frames have, the
+            first ones of the other frames are among them.
         block_scores: score of every resident key block, eligible or not.
-        eligible: frames whose blocks could be selected.
+        eligible: frames whose blocks are selected by score.
         frame_scores: score of each candidate frame; empty if every frame is eligible without a contest.
         frame_gap: distance between the scores of the last chosen and the first rejected candidate frame.
         block_gap: the same for blocks of eligible frames.
@@ -144,6 +145,8 @@ def hsa_select(case: HSACase, pairs: Iterable[Pair] | None = None) -> Selection:
             eligible = sink | near | set(range(past, frames)) | set(best)
         contest = {index: score for index, score in scores.items() if index // per_frame in eligible}
         blocks, block_gap = _top(contest, keep)
+        others = sorted(index for index in scores if index not in contest)
+        blocks += others[: keep - len(blocks)]
         selection[head, block] = Choice(
             frozenset(blocks),
             tuple(scores[index] for index in range(len(scores))),

@@ -42,7 +42,7 @@ def choose_blocks(
         int32 `[H, query blocks, kept]`, logical block indices.
     """
     frames, blocks = k_mean.shape[:2]
-    hsa, eligible = spec.hsa, frames
+    hsa = spec.hsa
     query = q_mean.flatten(0, 1).transpose(0, 1)
     scores = query @ k_mean.flatten(0, 1).permute(1, 2, 0)
     if past_frames > hsa.keep_frames:
@@ -53,9 +53,7 @@ def choose_blocks(
         outside[..., :first] = outside[..., last:] = False
         outside.scatter_(-1, first + frame_scores.topk(best, dim=-1).indices, False)
         scores = scores.masked_fill(outside.repeat_interleave(blocks, -1), -torch.inf)
-        eligible = frames - (last - first) + best
-    kept = min(kept_blocks(spec.keep_q20, chunk, frames * blocks), eligible * blocks)
-    return scores.topk(kept, dim=-1).indices.int()
+    return scores.topk(kept_blocks(spec.keep_q20, chunk, frames * blocks), dim=-1).indices.int()
 
 
 def sparse_attention(

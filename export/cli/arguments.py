@@ -118,6 +118,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
 def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
     """The target, and the variant with the command line's changes."""
     from export.request.targets import load_target, load_variant
+    from lightforcing_ref.config import planned_latents
 
     target = load_target(args.gpu)
     variant = load_variant(args.variant or target.default_variant)
@@ -128,7 +129,7 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
         sink_frames=args.sink,
         near_frames=args.near,
         window_frames=args.window,
-        table_frames=args.table_frames,
+        table_frames=None if args.frames is None else planned_latents(args.frames),
     )
     changed.table()
     return target, changed

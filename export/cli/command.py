@@ -110,7 +110,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--sink", type=natural, metavar="N", help="first frames that are always kept")
     sparse.add_argument("--near", type=natural, metavar="N", help="latest frames that are always kept")
     sparse.add_argument("--window", type=positive, metavar="N", help="latent frames attention may see")
-    sparse.add_argument("--table-frames", type=positive, metavar="N", help="planned latent frames of a clip")
+    sparse.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help="planned length of a clip in frames of video, which the sparsity table follows (default: the variant's)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

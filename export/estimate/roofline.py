@@ -148,11 +148,10 @@ class Workload:
     def visible_blocks(self, chunk: int) -> tuple[int, int]:
         """Key blocks that each query block of `chunk` sees, and how many there are."""
         resident, per_frame = self.resident_frames(chunk), self.geometry.k_blocks
-        total, keep_frames = resident * per_frame, self.request.variant.keep_frames
+        total = resident * per_frame
         if resident == CHUNK_FRAMES:
             return total, total
-        eligible = min(resident, keep_frames + CHUNK_FRAMES) * per_frame
-        return min(kept_blocks(self._keep_q20, chunk, total), eligible), total
+        return kept_blocks(self._keep_q20, chunk, total), total
 
     def attention(self, chunk: int, *, dense: bool = False) -> Work:
         """Self-attention of one layer in one forward of `chunk`."""

@@ -139,10 +139,11 @@ def _launches(manifest: Manifest) -> dict[str, int] | None:
 def _sparsity(manifest: Manifest) -> list[dict[str, Any]]:
     sparsity, model = manifest.sparsity, manifest.model
     rows = []
-    for chunk, value in enumerate(sparsity.values):
+    for chunk in range(max(len(sparsity.values), sparsity.table_frames // model.chunk_frames)):
+        value = sparsity.values[min(chunk, len(sparsity.values) - 1)]
         frames = min((chunk + 1) * model.chunk_frames, manifest.window_frames)
         total = frames * manifest.key_blocks
-        kept = kept_blocks(sparsity.keep_q20, chunk, total)
+        kept = kept_blocks(sparsity.keep_q20, chunk, total) if chunk else total
         rows.append({"chunk": chunk, "sparsity": value, "kept": kept, "of": total})
     return rows
 

@@ -11,7 +11,8 @@ BLOCK_BITS = 16
 """A list entry is `frame << BLOCK_BITS | block`: logical frame (past oldest first, then current), block in it."""
 BLOCK_MASK = (1 << BLOCK_BITS) - 1
 
-_LOWEST = tl.constexpr(-(1 << 31))
+_ABSENT = tl.constexpr(-(1 << 31))
+_REJECTED = tl.constexpr(-(1 << 31) + 1)
 _ENTRY_BITS = tl.constexpr(BLOCK_BITS)
 
 
@@ -74,9 +75,9 @@ def score(
 
 @triton.jit
 def _ordered(x):
-    """Map float32 to int32 so that integer order is the order of the floats; never the lowest int32."""
+    """Map float32 to int32 so that integer order is the order of the floats; above `_ABSENT` and `_REJECTED`."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST + 1)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), _REJECTED + 1)
 
 
 @triton.jit(
@@ -131,20 +132,20 @@ def select(
     # does not change the order.
     frame_score = _ordered(tl.sum(value, 1))
     candidate = (frame >= sink_frames) & (frame < present - near_frames)
-    contest = tl.where(candidate, frame_score, _LOWEST)
+    contest = tl.where(candidate, frame_score, _ABSENT)
     ahead = (contest[None, :] > contest[:, None]) | (
         (contest[None, :] == contest[:, None]) & (frame[None, :] < frame[:, None])
     )
     rank = tl.sum(ahead.to(tl.int32), 1)
     chosen = (candidate == 0) | (rank < keep_frames - sink_frames - near_frames) | (present <= keep_frames)
-    eligible = exists & chosen[:, None]
 
+    # Rejected blocks are all equal, below every other: a budget beyond the eligible ones takes them in their order.
     size: tl.constexpr = FRAMES * BLOCKS
-    key = tl.reshape(tl.where(eligible, _ordered(value), _LOWEST), [size])
-    keep = tl.minimum(keep, tl.sum((key > _LOWEST).to(tl.int32), 0))
+    key = tl.where(exists, tl.where(chosen[:, None], _ordered(value), _REJECTED), _ABSENT)
+    key = tl.reshape(key, [size])
 
     # Exact threshold: the largest t with at least `keep` keys >= t, one bit at a time from the top.
-    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= keep, 0, _LOWEST)
+    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= keep, 0, _ABSENT)
     for bit in tl.range(0, 31):
         raised = threshold | (1 << (30 - bit))
         threshold = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= keep, raised, threshold)

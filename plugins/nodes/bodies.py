@@ -153,10 +153,10 @@ class _Attention:
         b = self.b
         return b("Div", b("Sub", b("Add", a, divisor), b.scalar(1)), divisor)
 
-    def select(self) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Steps 1 to 4: values and logical indices [H, C*QB, keep] of the best blocks, and all scores.
+    def select(self) -> tuple[ir.Value, ir.Value]:
+        """Steps 1 to 4: logical indices [H, C*QB, keep] of the kept blocks, and the scores [H, C*QB, N*KB] of all.
 
-        A value of -inf marks a block that is not eligible: it only fills up a query block with too few of them.
+        Blocks that are not eligible score -inf: all alike, so that a budget beyond the others takes them in order.
         """
         b = self.b
         means = b("Concat", b("Gather", self.past_kmean, self.slots, axis=0), self.k_mean, axis=0)
@@ -165,8 +165,8 @@ class _Attention:
         scores = b("Reshape", b("MatMul", query, keys), b.vector(0, 0, -1, self.k_blocks))  # [H, C*QB, N, KB]
         scores = b("Where", b("Unsqueeze", self._eligible(query, means), b.int_list(-1)), scores, self.lowest)
         scores = b("Reshape", scores, b.int_list(0, 0, -1))
-        values, indices = b.multi("TopK", [scores, self._kept_blocks()], 2, axis=-1)
-        return values, indices, scores
+        _, indices = b.multi("TopK", [scores, self._kept_blocks()], 2, axis=-1)
+        return indices, scores
 
     def _eligible(self, query: ir.Value, means: ir.Value) -> ir.Value:
         """Which frames are eligible, bool [H, C*QB, N].
@@ -235,21 +235,20 @@ class _Attention:
         )
         return b("CastLike", b("Reshape", frames, self.rows_heads_dim), self.q)
 
-    def selected_rows(self, values: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def selected_rows(self, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Rows of the selected tokens in keys flattened to [tokens * heads, D], and their logit bias.
 
         Returns int64 [H, C*QB, R] and float32 [H, C*QB, 1, R]: the bias is -inf for rows past the end of a ragged
-        block and for blocks that are not eligible, whose rows are taken from tokens that exist.
+        block, which are taken from tokens that exist.
         """
         b = self.b
         one = b.scalar(1)
-        # Tables over the blocks of a frame, and one block past its end that stands for "not eligible".
-        start = b("Mul", b("Range", b.scalar(0), b("Add", self.k_blocks, one), one), self.block_k)
+        start = b("Mul", b("Range", b.scalar(0), self.k_blocks, one), self.block_k)
         token = b("Add", b("Unsqueeze", start, b.int_list(1)), b("Range", b.scalar(0), self.block_k, one))
         inside = b("Where", b("Less", token, self.frame_tokens), b.number(0.0), self.lowest)
         token = b("Min", token, b("Sub", self.frame_tokens, one))
 
-        block = b("Where", b("IsInf", values), self.k_blocks, b("Mod", indices, self.k_blocks))
+        block = b("Mod", indices, self.k_blocks)
         first = b("Mul", b("Div", indices, self.k_blocks), self.frame_tokens)
         # Token in the whole sequence, [H, C*QB, keep, block_k].
         tokens = b("Add", b("Unsqueeze", first, b.int_list(-1)), b("Gather", token, block))
@@ -261,8 +260,8 @@ class _Attention:
     def dense(self) -> ir.Value:
         """The output [T, H, D], from all scores with a bias of -inf on tokens that are not selected."""
         b = self.b
-        values, indices, scores = self.select()
-        seen = b("Where", b("IsInf", values), self.lowest, b.number(0.0))
+        indices, scores = self.select()
+        seen = b("Expand", b.number(0.0), b("Shape", indices))
         unseen = b("Expand", self.lowest, b("Shape", scores))
         bias = b("ScatterElements", unseen, indices, seen, axis=-1)
         token = b("Range", b.scalar(0), self.frame_tokens, b.scalar(1))
@@ -288,8 +287,8 @@ class _Attention:
     def scan(self) -> ir.Value:
         """The output [T, H, D], from the selected rows only, in a loop over heads and query blocks."""
         b = self.b
-        values, indices, _ = self.select()
-        rows, bias = self.selected_rows(values, indices)
+        indices, _ = self.select()
+        rows, bias = self.selected_rows(indices)
         flat = self.keys_values(b("Concat", b.int_list(-1), self.dim, axis=0))
         tiles = self.query_tiles()
         count = b.shape(rows, 2, 3)

@@ -84,8 +84,7 @@ def test_statistics_do_not_change_how_much_is_selected(
     k_mean = torch.randn(past + CURRENT, 3, HEADS, HEAD_DIM, generator=generator) * scale - shift
     chosen = choose_blocks(q_mean, k_mean, past, chunk, spec)
     selected = hsa_selection(q_mean, k_mean, past_frames=past, chunk=chunk, hsa=spec.hsa, keep_q20=KEEP)
-    eligible = 3 * (min(past, spec.hsa.keep_frames) + CURRENT)
-    budget = min(kept_blocks(KEEP, chunk, 3 * (past + CURRENT)), eligible)
+    budget = kept_blocks(KEEP, chunk, 3 * (past + CURRENT))
     assert (selected.sum(-1) == budget).all()
     assert chosen.shape[-1] == budget
     assert (chosen.sort(-1).values.diff(dim=-1) > 0).all()

@@ -96,6 +96,33 @@ def test_edges(options: dict[str, Any], ties: bool) -> None:
         np.testing.assert_allclose(run(case, form).numpy(), expected, atol=2e-6, err_msg=form)
 
 
+@FAST
+@given(case=brute_force.hsa_cases())
+def test_a_table_that_keeps_everything_is_full_attention(case: HSACase) -> None:
+    case = HSACase(case.inputs, case.attributes | {"keep_q20": (DENSE,)})
+    slots = case.past_slots
+    past = ([*case.inputs[name][slots]] for name in ("past_k", "past_v"))
+    k, v = (
+        torch.from_numpy(np.concatenate([*frames, case.inputs[name]]))
+        for name, frames in zip("kv", past, strict=True)
+    )
+    q, scale = torch.from_numpy(case.inputs["q"]), case.attributes["scale"]
+    full = ((q.transpose(0, 1) @ k.permute(1, 2, 0)) * scale).softmax(-1) @ v.transpose(0, 1)
+    for form in FORMS:
+        torch.testing.assert_close(run(case, form), full.transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_beyond_the_eligible_blocks_is_filled_in_order() -> None:
+    """Written out by hand: 5 past frames of 3 blocks, of which 0 and 4 are eligible with the 3 current ones: 15 blocks.
+
+    A budget of 20 of 24 adds the first five of frames 1, 2 and 3, whatever they score.
+    """
+    case = brute_force.random_case(
+        np.random.default_rng(3), past=5, keep_frames=2, keep_q20=(DENSE * 5 // 6 + 1,), chunk=0
+    )
+    assert set(selected(case).values()) == {frozenset(range(24)) - {8, 9, 10, 11}}
+
+
 def test_all_scores_equal_takes_the_lowest_indices() -> None:
     """Written out by hand: 5 past frames of 3 blocks, frames 0 (sink), 1 (first of the ties) and 4 (near) eligible."""
     case = brute_force.random_case(np.random.default_rng(2), past=5, keep_q20=(DENSE * 2 // 6,), chunk=0)

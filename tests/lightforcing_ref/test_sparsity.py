@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing_ref.config import PRESETS, video_frames
+from lightforcing_ref.config import PRESETS, planned_latents, video_frames
 from lightforcing_ref.errors import ConfigError
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import (
@@ -40,6 +40,14 @@ def test_long_table_planned_for_63_frames():
     # The published row (.735, .774, .798 ... .884) was rounded twice; these are its values at four decimals.
     assert table.values[:4] == pytest.approx((0, 0.7345, 0.7740, 0.7976), abs=5.1e-5)
     assert table.values[-1] == pytest.approx(0.8835, abs=5.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "latents"), [(1, 3), (9, 3), (10, 6), (21, 6), (22, 9), (81, 21), (82, 24), (249, 63)]
+)
+def test_planned_length_is_the_whole_chunks_that_hold_it(frames: int, latents: int) -> None:
+    assert planned_latents(frames) == latents
+    assert video_frames(latents - 3) < frames <= video_frames(latents)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,20 @@ def test_the_json_has_what_the_tables_show(tiny_bundle, capsys):
     assert (document["launches_per_forward"], document["kernel_images"]) == (None, None)
 
 
+def test_every_chunk_of_a_table_of_one_entry(tiny_bundle, tmp_path, capsys):
+    """A bundle that keeps everything has one entry, and seven chunks in 21 planned frames."""
+    copy = tmp_path / "dense"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = load_bundle(copy).manifest
+    dense = manifest.sparsity.model_copy(update={"target": 0.0, "values": (0.0,), "keep_q20": (1 << 20,)})
+    write_manifest(copy, manifest.model_copy(update={"sparsity": dense}))
+    assert main(["inspect", str(copy), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["sparsity_per_chunk"]
+    assert [(row["chunk"], row["kept"], row["of"]) for row in rows] == [
+        (chunk, 6 * (chunk + 1), 6 * (chunk + 1)) for chunk in range(7)
+    ]
+
+
 def image(folder: Path, name: str, kernel: str, *, spills: int = 0) -> Image:
     cubin = f"{name} compiled".encode()
     (folder / f"{name}.cubin").write_bytes(cubin)

@@ -213,13 +213,6 @@ def test_published_budgets(target, variant, kept):
         assert workload.attention(chunk).flops == pytest.approx(dense * share[chunk])
 
 
-def test_no_more_blocks_than_the_kept_frames_have():
-    """One frame kept of many: the budget of 9 in 10 blocks cannot be used."""
-    variant = load_variant("short").changed(target=0.1, base=0.1, keep_frames=1, sink_frames=0, near_frames=0)
-    workload = Workload(PlanRequest(load_target("rtx5090"), variant, preset("wan-1.3b"), 512, 768, "bf16"))
-    assert workload.visible_blocks(6) == ((1 + 3) * 24, 21 * 24)
-
-
 def test_the_clean_forward_ends_with_the_last_keys():
     workload = Workload(planned())
     whole, clean = (sum(w.flops for w in workload.forward(2, clean=clean)) for clean in (False, True))
