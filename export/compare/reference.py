@@ -19,8 +19,8 @@ from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
+from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
-from lightforcing_ref.decoders.vae import CacheSpec
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout

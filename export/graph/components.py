@@ -13,8 +13,9 @@ from export.progress import StepCallback, no_steps
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
-from lightforcing_ref.decoders.vae import CacheSpec, to_uint8
+from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from plugins.nodes.functions import AttentionForm

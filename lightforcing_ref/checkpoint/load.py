@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lightforcing_ref.config import DiTConfig
 from lightforcing_ref.decoders.tae import TAEConfig
-from lightforcing_ref.decoders.vae import WAN_VAE, VAEConfig
-from lightforcing_ref.dimensions import DecoderConfig
+from lightforcing_ref.dimensions import WAN_VAE, DecoderConfig, VAEConfig
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
@@ -34,6 +33,7 @@ from .spec import (
     tae_decoder_shapes,
     umt5_shapes,
     vae_decoder_shapes,
+    vae_encoder_shapes,
 )
 from .values import check_values
 
@@ -44,6 +44,7 @@ __all__ = [
     "load_dit_state",
     "load_lora",
     "load_umt5_state",
+    "load_vae_encoder_state",
     "load_vae_state",
     "merge_lora",
     "vae_config_of",
@@ -59,6 +60,7 @@ _OUTER = ("base_model.model.", "module.", "model.", "diffusion_model.")
 """PEFT, data parallelism, training scripts and ComfyUI put theirs in front."""
 
 _VAE_ENCODER = ("encoder.", "conv1.")
+_VAE_DECODER = ("decoder.", "conv2.")
 _TAE_ENCODER = ("encoder.",)
 _UMT5_DECODER = ("decoder.", "lm_head.")
 _UMT5_TOKENIZER = "spiece_model"  # ComfyUI keeps the tokenizer in the file
@@ -178,6 +180,29 @@ def load_vae_state(
         CheckpointError: the file cannot be read, or does not hold this decoder.
     """
     state, expected = _vae_decoder(_read_state(path), config, path)
+    if not any_values:
+        _judge(state, path)
+    return _arrange(state, expected, dtype)
+
+
+def load_vae_encoder_state(
+    path: str | Path, config: VAEConfig, *, dtype: torch.dtype | None = None, any_values: bool = False
+) -> dict[str, Tensor]:
+    """The encoder out of `Wan2.1_VAE.pth` or `lightvaew2_1.pth`, without decoder.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not hold this encoder.
+    """
+    state = _read_state(path)
+    if kind_of(state) == CheckpointKind.VAE and not any(key.startswith(_VAE_ENCODER) for key in state):
+        raise CheckpointError(
+            f"{path} holds a decoder and no encoder; pass a file that has both, as Wan2.1_VAE.pth and "
+            "lightvaew2_1.pth do, or build without --with-encoder"
+        )
+    state = _without(state, _VAE_DECODER, CheckpointKind.VAE)
+    model = f"a Wan video encoder of width {config.dim}"
+    expected = Expectation(CheckpointKind.VAE, model, vae_encoder_shapes(config))
+    check_state(state, expected, str(path))
     if not any_values:
         _judge(state, path)
     return _arrange(state, expected, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightforcing_ref.config import DiTConfig
 from lightforcing_ref.decoders.tae import BLOCKS, TAEConfig
-from lightforcing_ref.decoders.vae import VAEConfig
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
@@ -29,6 +29,7 @@ __all__ = [
     "tae_decoder_shapes",
     "umt5_shapes",
     "vae_decoder_shapes",
+    "vae_encoder_shapes",
 ]
 
 Shapes = dict[str, tuple[int, ...]]
@@ -138,11 +139,7 @@ def vae_decoder_shapes(config: VAEConfig) -> Shapes:
     middle, *stages = config.widths
     shapes = _conv("conv2", config.z_dim, config.z_dim, 1, 1, 1)
     shapes |= _conv("decoder.conv1", middle, config.z_dim, 3, 3, 3)
-    shapes |= _residual("decoder.middle.0", middle, middle)
-    shapes |= {"decoder.middle.1.norm.gamma": (middle, 1, 1)}
-    shapes |= _conv("decoder.middle.1.to_qkv", 3 * middle, middle, 1, 1)
-    shapes |= _conv("decoder.middle.1.proj", middle, middle, 1, 1)
-    shapes |= _residual("decoder.middle.2", middle, middle)
+    shapes |= _middle("decoder.middle", middle)
     width, index = middle, 0
     for stage, out_dim in enumerate(stages):
         for _ in range(config.num_res_blocks + 1):
@@ -156,6 +153,35 @@ def vae_decoder_shapes(config: VAEConfig) -> Shapes:
             width, index = width // 2, index + 1
     shapes["decoder.head.0.gamma"] = (width, 1, 1, 1)
     return shapes | _conv("decoder.head.2", 3, width, 3, 3, 3)
+
+
+def vae_encoder_shapes(config: VAEConfig) -> Shapes:
+    """The video encoder of any width, without the decoder that the files hold too."""
+    stages = config.widths[:0:-1]
+    shapes = _conv("encoder.conv1", config.dim, 3, 3, 3, 3)
+    width, index = config.dim, 0
+    for stage, out_dim in enumerate(stages):
+        for _ in range(config.num_res_blocks):
+            shapes |= _residual(f"encoder.downsamples.{index}", width, out_dim)
+            width, index = out_dim, index + 1
+        if stage < len(config.temporal_upsample):
+            key = f"encoder.downsamples.{index}"
+            shapes |= _conv(f"{key}.resample.1", width, width, 3, 3)
+            if config.temporal_upsample[-1 - stage]:
+                shapes |= _conv(f"{key}.time_conv", width, width, 3, 1, 1)
+            index += 1
+    shapes |= _middle("encoder.middle", width)
+    shapes["encoder.head.0.gamma"] = (width, 1, 1, 1)
+    shapes |= _conv("encoder.head.2", 2 * config.z_dim, width, 3, 3, 3)
+    return shapes | _conv("conv1", 2 * config.z_dim, 2 * config.z_dim, 1, 1, 1)
+
+
+def _middle(key: str, width: int) -> Shapes:
+    """Two residual blocks around the attention of each frame's pixels."""
+    shapes = _residual(f"{key}.0", width, width) | {f"{key}.1.norm.gamma": (width, 1, 1)}
+    shapes |= _conv(f"{key}.1.to_qkv", 3 * width, width, 1, 1)
+    shapes |= _conv(f"{key}.1.proj", width, width, 1, 1)
+    return shapes | _residual(f"{key}.2", width, width)
 
 
 def _residual(key: str, in_dim: int, out_dim: int) -> Shapes:

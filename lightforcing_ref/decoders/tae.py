@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightforcing_ref.dimensions import LIGHT_TAE, TAE, TINY_TAE, DecoderConfig, TAEConfig
 
-from .vae import CacheSpec, LatentScale, VAEDecoder
+from .layers import CacheSpec
+from .vae import LatentScale, VAEDecoder
 
 __all__ = ["LIGHT_TAE", "TAE", "TINY_TAE", "TAEConfig", "TAEDecoder", "VideoDecoder", "video_decoder"]
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightforcing_ref.decoders.vae import CausalConv3d, VAEConfig, VAEDecoder
+from lightforcing_ref.decoders.layers import CausalConv3d
+from lightforcing_ref.decoders.vae import VAEDecoder
+from lightforcing_ref.dimensions import VAEConfig
 from training.config import DataConfig, StageConfig
 from training.data.clips import FRAMES, SIZE, Clip, random_clip
 from training.data.latents import STRIDE, PatchPCA

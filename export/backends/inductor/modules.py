@@ -23,8 +23,9 @@ from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
+from lightforcing_ref.decoders.layers import LATENT_MEAN, LATENT_STD, CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
-from lightforcing_ref.decoders.vae import LATENT_MEAN, LATENT_STD, CacheSpec, LatentScale
+from lightforcing_ref.decoders.vae import LatentScale
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer

@@ -30,7 +30,8 @@ from export.request.targets import load_target, load_variant
 from lightforcing_ref.checkpoint.spec import dit_shapes, tae_decoder_shapes, umt5_shapes, vae_decoder_shapes
 from lightforcing_ref.config import PRESETS, preset
 from lightforcing_ref.decoders.tae import TAE, TINY_TAE, TAEDecoder
-from lightforcing_ref.decoders.vae import LIGHT_VAE, TINY_VAE, WAN_VAE, VAEDecoder
+from lightforcing_ref.decoders.vae import VAEDecoder
+from lightforcing_ref.dimensions import LIGHT_VAE, TINY_VAE, WAN_VAE
 
 ROOT = Path(__file__).resolve().parents[3]
 

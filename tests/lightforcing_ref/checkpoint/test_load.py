@@ -21,7 +21,8 @@ from lightforcing_ref.checkpoint import (
     vae_config_of,
 )
 from lightforcing_ref.config import DiTConfig
-from lightforcing_ref.decoders.vae import VAEConfig, VAEDecoder
+from lightforcing_ref.decoders.vae import VAEDecoder
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import UMT5_TINY

@@ -15,7 +15,8 @@ from lightforcing_ref.checkpoint.spec import (
     vae_decoder_shapes,
 )
 from lightforcing_ref.config import PRESETS
-from lightforcing_ref.decoders.vae import LIGHT_VAE, WAN_VAE, VAEConfig, VAEDecoder
+from lightforcing_ref.decoders.vae import VAEDecoder
+from lightforcing_ref.dimensions import LIGHT_VAE, WAN_VAE, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import UMT5_TINY, UMT5_XXL, UMT5Config, umt5_keys
 from tests.lightforcing_ref.checkpoint import fixtures

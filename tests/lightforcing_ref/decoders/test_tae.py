@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lightforcing_ref.checkpoint import checkpoint_kind, load_vae_state, vae_config_of
 from lightforcing_ref.checkpoint.spec import CheckpointKind, tae_decoder_shapes
+from lightforcing_ref.decoders.layers import LATENT_MEAN, LATENT_STD
 from lightforcing_ref.decoders.tae import LIGHT_TAE, TAE, TINY_TAE, TAEConfig, TAEDecoder, video_decoder
-from lightforcing_ref.decoders.vae import LATENT_MEAN, LATENT_STD, TINY_VAE, VAEDecoder
+from lightforcing_ref.decoders.vae import VAEDecoder
+from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.errors import CheckpointError
 
 TINY_LIGHT_TAE = TAEConfig(widths=TINY_TAE.widths, denormalise=True)
