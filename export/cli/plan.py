@@ -21,7 +21,8 @@ class Plan(Command):
     """Plan a bundle without building it: memory, checked against the target's, and the predicted floor per chunk.
 
     Takes the arguments of `build` on model, variant and target. Nothing is measured: times follow from sizes and
-    published peak rates, and real ones are longer. Exit code 1 where the plan does not fit into the target's memory.
+    published peak rates, and real ones are longer; how much longer, --measured tells. Exit code 1 where the plan does
+    not fit into the target's memory.
     """
 
     name = "plan"
@@ -36,12 +37,20 @@ class Plan(Command):
         parser.add_argument(
             "--sessions", type=positive, default=1, metavar="N", help="concurrent rollouts (default: 1)"
         )
-        parser.add_argument(
+        share = parser.add_mutually_exclusive_group()
+        share.add_argument(
             "--efficiency",
             type=efficiency,
             default=0.6,
             metavar="E",
             help="share of the peak rates that the second column assumes (default: 0.6)",
+        )
+        share.add_argument(
+            "--measured",
+            type=Path,
+            metavar="FILE",
+            help="what `python -m runtime bench BUNDLE --json FILE` measured on this GPU: the second column is as far "
+            "from the floor as that was",
         )
         parser.add_argument(
             "--bundle",
@@ -52,21 +61,23 @@ class Plan(Command):
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
+        from export.estimate.efficiency import assumed, measured
         from export.estimate.memory import plan_memory
         from export.report.plan import plan_document, plan_tables
 
         request = _planned(args)
+        share = measured(args.measured, request.target) if args.measured else assumed(args.efficiency)
         memory, built = plan_memory(request, args.sessions), None
         if args.bundle:
             from export.estimate.built import built_traffic, matching_bundle
 
             built = built_traffic(matching_bundle(args.bundle, request))
         if args.json:
-            print(json.dumps(plan_document(request, args.sessions, args.efficiency, built), indent=1))
+            print(json.dumps(plan_document(request, args.sessions, share, built), indent=1))
         else:
             from rich.console import Console
 
-            Console().print(*plan_tables(request, args.sessions, args.efficiency, built), sep="\n")
+            Console().print(*plan_tables(request, args.sessions, share, built), sep="\n")
             if memory.fits is False:  # the last word, too: the tables are longer than a screen
                 Console().print(memory.verdict, style="red", markup=False)
         return 1 if memory.fits is False else 0

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from export.errors import InputError
 from export.request.sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
-from export.request.targets import Peak, Precision
+from export.request.targets import Operands, Peak
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
@@ -26,17 +26,20 @@ from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
 from .memory import Planned
 
 __all__ = [
+    "DECODER",
     "ELEMENT_WISE",
     "KINDS",
     "PUBLISHED",
     "ChunkPrediction",
     "ClipPrediction",
+    "Format",
     "Kind",
     "Part",
     "Published",
     "Work",
     "Workload",
     "predict",
+    "predict_chunks",
     "rate_of",
 ]
 
@@ -46,6 +49,11 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ELEMENT_WISE: tuple[Kind, ...] = ("element-wise", "decoder, element-wise")
 """Kinds that only move data."""
+DECODER: tuple[Kind, ...] = ("decoder", "decoder, element-wise")
+"""Kinds that the decoder does; the transformer does the others."""
+
+Format = Operands | Literal["fp32"]
+"""What a product computes in, with the accumulator that we use; no tensor core has fp32."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Work:
     """Operations of one kind in one format: multiplications and additions, and bytes between chip and memory."""
 
     kind: Kind
-    format: Precision
+    format: Format
     flops: int
     bytes: int
 
@@ -82,28 +90,17 @@ class Work:
         return self.flops / rate_of(peak, self.format) >= self.bytes / (peak.memory_gb_s * 1e9)
 
 
-def rate_of(peak: Peak, format: Precision) -> float:
+def rate_of(peak: Peak, format: Format) -> float:
     """Operations per second of a format.
 
     Raises:
         InputError: the target's peak rate of this format is not known.
     """
-    rates = _rates(peak)
-    if format not in rates:
-        raise InputError(
-            f"no peak rate in {format} is known for this target; there is one for {', '.join(rates)}"
-        )
-    return rates[format] * 1e12
-
-
-def _rates(peak: Peak) -> dict[Precision, float]:
-    """The known rates, in TFLOPS."""
-    rates: dict[Precision, float | None] = {
-        "bf16": peak.bf16_tflops,
-        "fp8": peak.fp8_tflops,
-        "nvfp4": peak.fp4_tflops,
-    }
-    return {format: rate for format, rate in rates.items() if rate is not None}
+    rate = None if format == "fp32" else peak.tflops(format)
+    if rate is None:
+        known = ", ".join(f"{one.operands} with {one.accumulator} sums" for one in peak.rates)
+        raise InputError(f"no peak rate in {format} is known for this target; there is one for {known}")
+    return rate * 1e12
 
 
 class Workload:
@@ -118,7 +115,7 @@ class Workload:
         self._built = built or {}
         self.dit = request.preset.dit
         self.item = item_bytes(request.precision)
-        self.wide: Precision = "fp32" if request.precision == "fp32" else "bf16"
+        self.wide: Format = "fp32" if request.precision == "fp32" else "bf16"
         blocks = request.variant.blocks(request.target, request.preset.block)
         frame_tokens = request.preset.frame_tokens(request.height, request.width)
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
@@ -131,7 +128,7 @@ class Workload:
         return self.request.variant.sparsity.table_frames // CHUNK_FRAMES
 
     @property
-    def formats(self) -> set[Precision]:
+    def formats(self) -> set[Format]:
         """What its products compute in."""
         linears = layer_linears(self.dit)
         return {self.wide, *(format_of(linear.kind, self.request.precision) for linear in linears)}
@@ -277,6 +274,11 @@ class ChunkPrediction:
     def seconds(self) -> float:
         return sum(part.seconds for part in self.parts.values())
 
+    @property
+    def decoder_seconds(self) -> float:
+        """What of `seconds` the decoder takes; the transformer takes the rest."""
+        return sum(self.parts[kind].seconds for kind in DECODER)
+
 
 @dataclass(frozen=True)
 class ClipPrediction:
@@ -317,9 +319,15 @@ class ClipPrediction:
             sum(part.compute_bound for part in parts),
         )
 
-    def fps(self, efficiency: float = 1.0) -> float:
-        """Frames per second at a share of the peak rates."""
-        return self.frames * efficiency / self.seconds
+    @property
+    def fps(self) -> float:
+        """Frames per second at 100 % of the peak rates."""
+        return self.frames / self.seconds
+
+    @property
+    def decoder_seconds(self) -> float:
+        """What of `seconds` the decoder takes; the transformer takes the rest."""
+        return sum(chunk.decoder_seconds for chunk in self.chunks)
 
     def as_dict(self) -> dict[str, Any]:
         """The prediction as plain data."""
@@ -327,7 +335,7 @@ class ClipPrediction:
             "predicted": True,
             "frames": self.frames,
             "seconds": self.seconds,
-            "fps": self.fps(),
+            "fps": self.fps,
             "compute_bound": self.compute_bound,
             "chunks": [{**asdict(chunk), "seconds": chunk.seconds} for chunk in self.chunks],
         }
@@ -336,11 +344,19 @@ class ClipPrediction:
 def predict(request: Planned, built: Mapping[str, int] | None = None) -> ClipPrediction | None:
     """The floor of the clip that the variant's table was planned for; None where a peak rate that it needs is not
     known. `built` is what :class:`Workload` takes."""
+    workload = Workload(request, built)
+    return predict_chunks(request, range(workload.planned_chunks), built)
+
+
+def predict_chunks(
+    request: Planned, indices: Iterable[int], built: Mapping[str, int] | None = None
+) -> ClipPrediction | None:
+    """The floor of some chunks of a rollout, as `predict` has it."""
     peak, workload = request.target.peak, Workload(request, built)
-    if peak is None or not all(format in _rates(peak) for format in workload.formats):
+    if peak is None or any(f == "fp32" or peak.tflops(f) is None for f in workload.formats):
         return None
     chunks = []
-    for index in range(workload.planned_chunks):
+    for index in indices:
         kept, total = workload.visible_blocks(index)
         parts = _parts(workload.chunk(index), peak)
         chunks.append(ChunkPrediction(index, workload.pixel_frames(index), kept, total, parts))

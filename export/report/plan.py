@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from export.estimate.efficiency import Efficiency
 from export.estimate.memory import MemoryPlan, Planned, plan_memory
 from export.estimate.roofline import (
     ELEMENT_WISE,
@@ -27,11 +28,9 @@ from export.estimate.roofline import (
     rate_of,
 )
 from export.request.plan import PlanRequest
-from export.request.targets import Precision
+from export.request.targets import Peak
 from export.units import readable_size
-
-if TYPE_CHECKING:
-    pass
+from lightforcing_ref.dimensions import DECODERS
 
 __all__ = ["memory_table", "plan_document", "plan_tables"]
 
@@ -62,16 +61,16 @@ def memory_table(plan: MemoryPlan) -> Table:
 
 
 def plan_tables(
-    request: Planned, sessions: int, efficiency: float, built: Mapping[str, int] | None = None
+    request: Planned, sessions: int, efficiency: Efficiency, built: Mapping[str, int] | None = None
 ) -> Iterator[RenderableType]:
     """Everything `plan` prints; `built` is what :class:`~export.estimate.roofline.Workload` takes."""
     yield _heading(request)
     yield memory_table(plan_memory(request, sessions))
-    clip = predict(request, built)
-    if clip is None:
+    clip, peak = predict(request, built), request.target.peak
+    if clip is None or peak is None:
         why = (
             "no peak rates are known for it"
-            if request.target.peak is None
+            if peak is None
             else f"a peak rate that {request.precision} needs is not known"
         )
         yield f"No prediction for {escape(request.target.title)}: {why}."
@@ -81,7 +80,9 @@ def plan_tables(
     if built:
         yield _built(request, built)
     yield _roofline(request, len(clip.chunks) - 1)
-    yield _precisions(request, efficiency)
+    yield _rates(peak)
+    yield _compared("Precisions compared (predicted)", "precision", _precisions(request), efficiency)
+    yield _compared("Decoders compared (predicted)", "decoder", _decoders(request), efficiency)
     yield "\n".join(_conclusions(request, clip))
 
 
@@ -94,12 +95,11 @@ def _heading(request: Planned) -> str:
     )
 
 
-def _chunks(request: Planned, clip: ClipPrediction, efficiency: float) -> Table:
-    share = f"{efficiency:.0%}"
+def _chunks(request: Planned, clip: ClipPrediction, efficiency: Efficiency) -> Table:
     table = _table(
         "PREDICTED floor per chunk (not measured)",
         *("chunk", "frames", "key blocks", "linear", "attn", "cross", "VAE", "GB", "ms"),
-        f"ms at {share}",
+        f"ms {efficiency.short}",
     )
     for chunk in clip.chunks:
         table.add_row(
@@ -108,7 +108,7 @@ def _chunks(request: Planned, clip: ClipPrediction, efficiency: float) -> Table:
             f"{chunk.kept}/{chunk.total}",
             *_figures(chunk.parts),
             _ms(chunk.seconds),
-            _ms(chunk.seconds / efficiency),
+            _ms(efficiency.seconds(chunk)),
         )
     table.add_section()
     for total in _totals(clip):
@@ -118,16 +118,26 @@ def _chunks(request: Planned, clip: ClipPrediction, efficiency: float) -> Table:
             "",
             *_figures({kind: total.part(kind) for kind in KINDS}),
             f"[bold]{_ms(total.seconds)}[/]",
-            f"[bold]{_ms(total.seconds / efficiency)}[/]",
+            f"[bold]{_ms(efficiency.seconds(total))}[/]",
         )
-        table.add_row("[bold]FPS[/]", *[""] * 7, f"{total.fps():.1f}", f"{total.fps(efficiency):.1f}")
+        table.add_row("[bold]FPS[/]", *[""] * 7, f"{total.fps:.1f}", f"{efficiency.fps(total):.1f}")
     table.caption = (
         "linear to VAE in TFLOP; ms: at 100 % of the published peak rates, every operation by itself and the longer of "
-        f"arithmetic and traffic; ms at {share}: the same at {share} of them, an assumption (--efficiency). A chunk is "
+        f"arithmetic and traffic; ms {efficiency.short}: {_explained(efficiency)}. A chunk is "
         "the clean forward of the one before, the denoising forwards, and the decoding. Selection and launches are not "
         "counted"
     )
     return table
+
+
+def _explained(efficiency: Efficiency) -> str:
+    if not efficiency.is_measured:
+        return f"the same at {escape(efficiency.source)}"
+    return (
+        f"as far from it as {escape(efficiency.source)}, where the transformer reached {efficiency.transformer:.0%} of "
+        f"its floor, the decoder {efficiency.decoder:.0%}, and the whole took {efficiency.overlap:.2f} times what both "
+        "took one after the other"
+    )
 
 
 def _figures(parts: Mapping[Kind, Part]) -> Iterator[str]:
@@ -217,34 +227,55 @@ def _roofline(request: Planned, chunk: int) -> Table:
     return table
 
 
-def _precisions(request: Planned, efficiency: float) -> Table:
-    share = f"{efficiency:.0%}"
-    table = _table(
-        "Precisions compared (predicted)",
-        *("precision", "weights", "peak memory", "s", "FPS", f"s at {share}", f"FPS at {share}"),
-    )
-    for precision in request.target.precisions:
-        other = _in(request, precision)
-        clip = predict(other)
+def _compared(
+    title: str, first: str, entries: Iterable[tuple[str, PlanRequest]], efficiency: Efficiency
+) -> Table:
+    """The same clip in several ways."""
+    columns = ("weights", "peak memory", "s", "FPS", f"s {efficiency.short}", f"FPS {efficiency.short}")
+    table = _table(title, first, *columns)
+    for name, request in entries:
+        clip = predict(request)
         if clip is not None:
-            memory = plan_memory(other)
+            memory = plan_memory(request)
             table.add_row(
-                precision,
+                name,
                 readable_size(memory.group("weights")),
                 readable_size(memory.peak),
                 f"{clip.seconds:.3g}",
-                f"{clip.fps():.1f}",
-                f"{clip.seconds / efficiency:.3g}",
-                f"{clip.fps(efficiency):.1f}",
+                f"{clip.fps:.1f}",
+                f"{efficiency.seconds(clip):.3g}",
+                f"{efficiency.fps(clip):.1f}",
             )
     return table
 
 
-def _in(request: Planned, precision: Precision) -> PlanRequest:
-    made = PlanRequest(
+def _precisions(request: Planned) -> Iterator[tuple[str, PlanRequest]]:
+    for precision in request.target.precisions:
+        yield precision, replace(_planned(request), precision=precision)
+
+
+def _decoders(request: Planned) -> Iterator[tuple[str, PlanRequest]]:
+    """Decoders of this model's latents: those as large as its own, not the toys of the tests."""
+    planned = _planned(request)
+    toys = {"tiny", "tiny-tae"}
+    for name, decoder in DECODERS.items():
+        if (name in toys) == (planned.preset.vae in [DECODERS[toy] for toy in toys]):
+            yield name, replace(planned, preset=replace(planned.preset, vae=decoder))
+
+
+def _rates(peak: Peak) -> Table:
+    table = _table("Peak rates (dense products)", "operands", "sums in", "TFLOPS", "source")
+    table.columns[-1].justify = "left"
+    for rate in peak.rates:
+        table.add_row(rate.operands, rate.accumulator, f"{rate.tflops:g}", escape(rate.source))
+    table.add_row("memory", "", f"{peak.memory_gb_s:g} GB/s", escape(peak.memory_source))
+    return table
+
+
+def _planned(request: Planned) -> PlanRequest:
+    return PlanRequest(
         request.target, request.variant, request.preset, request.height, request.width, request.precision
     )
-    return replace(made, precision=precision)
 
 
 def _conclusions(request: Planned, clip: ClipPrediction) -> Iterator[str]:
@@ -275,7 +306,7 @@ TOP = 0.9
 
 
 def plan_document(
-    request: Planned, sessions: int, efficiency: float, built: Mapping[str, int] | None = None
+    request: Planned, sessions: int, efficiency: Efficiency, built: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """The same as plain data."""
     clip = predict(request, built)
@@ -285,15 +316,12 @@ def plan_document(
             **clip.as_dict(),
             "built_bytes": dict(built or {}),
             "at_efficiency": {
-                "efficiency": efficiency,
-                "seconds": clip.seconds / efficiency,
-                "fps": clip.fps(efficiency),
+                **asdict(efficiency),
+                "seconds": efficiency.seconds(clip),
+                "fps": efficiency.fps(clip),
             },
-            "precisions": {
-                precision: other.as_dict() | {"chunks": None}
-                for precision in request.target.precisions
-                if (other := predict(_in(request, precision))) is not None
-            },
+            "precisions": _documents(_precisions(request)),
+            "decoders": _documents(_decoders(request)),
         }
     return {
         "target": request.target.name,
@@ -308,6 +336,11 @@ def plan_document(
             name: {"seconds": entry.seconds, "fps": entry.fps} for name, entry in PUBLISHED.items()
         },
     }
+
+
+def _documents(entries: Iterable[tuple[str, PlanRequest]]) -> dict[str, Any]:
+    clips = ((name, predict(request)) for name, request in entries)
+    return {name: clip.as_dict() | {"chunks": None} for name, clip in clips if clip is not None}
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -6,27 +6,31 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from export.request.targets import Target, Variant
+from export.request.targets import Operands, Target, Variant
 
 from .tables import titled_table
 
 __all__ = ["target_table", "variant_table"]
 
+_SHOWN: tuple[Operands, ...] = ("bf16", "fp8", "mxfp8", "nvfp4")
+
 
 def target_table(targets: Iterable[Target]) -> Table:
     """One line per target."""
     table = titled_table("Targets", "name", "GPU", "arch", "GiB", "block", "TFLOPS", "GB/s", "precisions")
-    table.caption = "block in tokens; dense TFLOPS bf16/fp8/fp4 and GB/s as published"
+    table.caption = (
+        f"block in tokens; dense TFLOPS {'/'.join(_SHOWN)} with fp32 sums, GB/s; sources: --json, or plan"
+    )
     for target in targets:
         blocks, peak = target.blocks, target.peak
-        rates = (peak.bf16_tflops, peak.fp8_tflops, peak.fp4_tflops) if peak else ()
+        rates = [peak.tflops(kind) for kind in _SHOWN] if peak else []
         table.add_row(
             target.name,
             target.title,
             target.sm or "-",
             f"{target.memory_gib:g}" if target.memory_gib else "-",
             str(blocks.key) if blocks else "any",
-            "/".join(f"{rate:.0f}" for rate in rates if rate) or "-",
+            "/".join(f"{rate:.0f}" if rate else "-" for rate in rates) or "-",
             f"{peak.memory_gb_s:.0f}" if peak else "-",
             " ".join(target.precisions),
         )

@@ -24,8 +24,10 @@ __all__ = [
     "BackendName",
     "Blocks",
     "CachePolicy",
+    "Operands",
     "Peak",
     "Precision",
+    "Rate",
     "SparsityPolicy",
     "Target",
     "Variant",
@@ -38,10 +40,13 @@ __all__ = [
 
 _MAX_BASE = 0.999
 
+Operands = Literal["bf16", "fp16", "fp8", "mxfp8", "nvfp4", "int8"]
+"""What tensor cores multiply."""
+
 _Tokens = Annotated[int, Field(ge=16, le=1024)]
 _Count = Annotated[int, Field(ge=0)]
 _Frames = Annotated[int, Field(ge=CHUNK_FRAMES, le=100_000)]
-_Rate = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(gt=0)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
@@ -57,13 +62,46 @@ class Blocks(_Spec):
     key: _Tokens
 
 
-class Peak(_Spec):
-    """Peak rates of the hardware: dense tensor TFLOPS with fp32 accumulation, and memory bandwidth in GB/s (1e9)."""
+class Rate(_Spec):
+    """Dense tensor rate of one kind of product, in TFLOPS.
 
-    bf16_tflops: _Rate
-    fp8_tflops: _Rate | None = None
-    fp4_tflops: _Rate | None = None
-    memory_gb_s: _Rate
+    Attributes:
+        operands: what is multiplied; `mxfp8` and `nvfp4` are block-scaled: the tensor cores apply the scales.
+        accumulator: what sums are held in. GeForce cards halve the rate of fp32 sums, but for block-scaled operands.
+        source: who says so.
+    """
+
+    operands: Operands
+    accumulator: Literal["fp32", "fp16", "int32"]
+    tflops: _Positive
+    source: Annotated[str, Field(min_length=1)]
+
+
+class Peak(_Spec):
+    """Peak rates of the hardware: products, and memory bandwidth in GB/s (1e9)."""
+
+    memory_gb_s: _Positive
+    memory_source: Annotated[str, Field(min_length=1)]
+    rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _unique(self) -> Peak:
+        seen = [(rate.operands, rate.accumulator) for rate in self.rates]
+        for one in seen:
+            if seen.count(one) > 1:
+                raise ValueError(
+                    f"there are {seen.count(one)} rates of {one[0]} with {one[1]} sums; expected one"
+                )
+        return self
+
+    def tflops(self, operands: Operands, accumulator: str | None = None) -> float | None:
+        """The rate of products of `operands`; None where it is not known.
+
+        Args:
+            accumulator: None = as we compute, fp32 (int32 for int8).
+        """
+        wanted = accumulator or ("int32" if operands == "int8" else "fp32")
+        return next((r.tflops for r in self.rates if (r.operands, r.accumulator) == (operands, wanted)), None)
 
 
 class Target(_Spec):

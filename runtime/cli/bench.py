@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
@@ -19,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from runtime.bundle.benchmark import Benchmark, MeasuredBundle, MeasuredChunk
 from runtime.errors import InputError
 from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
@@ -28,37 +28,12 @@ from runtime.verify.verdict import HasRunner
 
 from .generate import read_prompt
 
-__all__ = ["BenchResult", "measure", "run_bench"]
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """What one run measured. Times in seconds.
-
-    ``overhead_percent`` is the time the runtime spends outside the engines, in percent of all the time spent on
-    the measured chunks. ``seconds`` is wall time for all sessions together, and ``fps`` counts all their frames.
-    ``per_chunk`` says, on a GPU, how often graphs were launched and how often the host waited; see
-    :class:`~runtime.cuda.executor.CudaCounters`.
-    """
-
-    bundle: str
-    sessions: int
-    frames: int
-    seconds: float
-    fps: float
-    denoise_per_chunk: float
-    decode_per_chunk: float
-    other_per_chunk: float
-    median_latency: float
-    overhead_percent: float
-    per_chunk: dict[str, float]
-    chunks: list[ChunkTimes]
-    environment: dict[str, Any]
+__all__ = ["measure", "run_bench"]
 
 
 def measure(
     pipeline: Pipeline, prompt: dict[str, Any], *, chunks: int, warmup_chunks: int, sessions: int, seed: int
-) -> BenchResult:
+) -> Benchmark:
     """Run ``sessions`` rollouts at once and measure ``chunks`` chunks of each, after ``warmup_chunks``."""
     for name, value, least in (("chunks", chunks, 1), ("warmup-chunks", warmup_chunks, 0)):
         if value < least:
@@ -77,8 +52,8 @@ def measure(
     times = [times for per_session in lists for times in per_session]
     frames = sum(item.frames for item in times)
     other = sum(item.other for item in times)
-    return BenchResult(
-        bundle=pipeline.manifest.name,
+    return Benchmark(
+        bundle=MeasuredBundle.of(pipeline.manifest),
         sessions=sessions,
         frames=frames,
         seconds=seconds,
@@ -89,7 +64,7 @@ def measure(
         median_latency=median(item.latency for item in times),
         overhead_percent=100 * other / sum(item.denoise + item.decode + item.other for item in times),
         per_chunk={name: value / len(times) for name, value in counted.items()},
-        chunks=times,
+        chunks=tuple(MeasuredChunk(**asdict(item)) for item in times),
         environment=_environment(pipeline),
     )
 
@@ -121,7 +96,7 @@ def run_bench(options: argparse.Namespace, console: Console) -> None:
             sessions=options.sessions,
             seed=options.seed,
         )
-    text = json.dumps(asdict(result), indent=1) + "\n"
+    text = result.model_dump_json(indent=1) + "\n"
     if target is not None:
         with atomic_output(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -161,8 +136,8 @@ def _environment(pipeline: Pipeline) -> dict[str, Any]:
     return environment
 
 
-def _table(result: BenchResult) -> Table:
-    table = Table(title=f"{result.bundle}, {result.sessions} session(s)", show_header=False)
+def _table(result: Benchmark) -> Table:
+    table = Table(title=f"{result.bundle.name}, {result.sessions} session(s)", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("frames", f"{result.frames} in {result.seconds:.2f} s")

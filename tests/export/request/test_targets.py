@@ -19,7 +19,7 @@ from export.request.targets import (
 from lightforcing_ref import config
 from lightforcing_ref.errors import ConfigError
 
-# name: compute capability, GiB, block, precisions beyond fp32, published bf16 / fp8 / fp4 TFLOPS, GB/s
+# name: compute capability, GiB, block, precisions beyond fp32, published bf16 / fp8 / nvfp4 TFLOPS, GB/s
 PUBLISHED = {
     "rtx5090": ("12.0", 32, 64, "bf16 fp8 nvfp4", 209.5, 419.0, 1676.0, 1792),
     "rtx5080": ("12.0", 16, 64, "bf16 fp8 nvfp4", 112.6, 225.1, 900.4, 960),
@@ -65,9 +65,36 @@ def test_target_holds_the_published_facts(name: str) -> None:
     assert target.blocks == Blocks(query=block, key=block)
     assert target.precisions == ("fp32", *precisions.split())
     assert target.peak is not None
-    assert (target.peak.bf16_tflops, target.peak.fp8_tflops, target.peak.fp4_tflops) == (bf16, fp8, fp4)
+    assert [target.peak.tflops(kind) for kind in ("bf16", "fp8", "nvfp4")] == [bf16, fp8, fp4]
     assert target.peak.memory_gb_s == bandwidth
     assert target.backends[-1] == "onnxruntime"
+
+
+@pytest.mark.parametrize("name", ["rtx5090", "rtx5080", "rtx4090"])
+def test_geforce_halves_fp32_sums_but_of_block_scaled_operands(name: str) -> None:
+    peak = load_target(name).peak
+    assert peak is not None
+    half, full = peak.tflops("fp8"), peak.tflops("fp8", "fp16")
+    assert half and full == pytest.approx(2 * half, rel=1e-3)
+    assert peak.tflops("bf16") == pytest.approx(half / 2, rel=1e-3)
+    assert peak.tflops("int8") == full
+    assert peak.tflops("mxfp8") == (full if name.startswith("rtx50") else None)
+    assert peak.tflops("nvfp4") == (pytest.approx(2 * full, rel=1e-3) if name.startswith("rtx50") else None)
+
+
+def test_every_rate_has_a_source() -> None:
+    for target in list_targets():
+        if target.peak is not None:
+            sources = [target.peak.memory_source, *(rate.source for rate in target.peak.rates)]
+            assert all("white paper" in source or "data sheet" in source for source in sources), target.name
+
+
+def test_a_rate_is_stated_once(tmp_path: Path) -> None:
+    rate = '[[peak.rates]]\noperands = "bf16"\naccumulator = "fp32"\ntflops = 9.0\nsource = "mine"\n'
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE + '[peak]\nmemory_gb_s = 1.0\nmemory_source = "mine"\n' + 2 * rate)
+    with pytest.raises(InputError, match="2 rates of bf16 with fp32 sums"):
+        load_target(str(path))
 
 
 def test_cpu_leaves_machine_and_preset_their_say() -> None:
