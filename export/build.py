@@ -201,8 +201,8 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         origin: bundle.RandomInit | bundle.Checkpoint = bundle.RandomInit(random=weights.seed or 0)
     else:
         lora = None
-        if weights.lora is not None:
-            lora = bundle.SourceFile(source=weights.lora.name, sha256=digests["lora"])
+        if weights.lora_source is not None:
+            lora = bundle.SourceFile(source=weights.lora_source, sha256=digests["lora"])
         origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"], lora=lora)
     return bundle.Manifest(
         name=request.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BuildError", "ComparisonError", "ExportError", "InputError"]
+__all__ = ["BuildError", "ComparisonError", "DownloadError", "ExportError", "InputError"]
 
 
 class ExportError(Exception):
@@ -19,3 +19,7 @@ class BuildError(ExportError):
 
 class ComparisonError(ExportError):
     """A comparison cannot be made; not raised for results that differ, which are reported."""
+
+
+class DownloadError(ExportError):
+    """A file or a bundle cannot be brought here or sent away; what has arrived of a file is kept, and resumed from."""

@@ -33,7 +33,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "backends backends/inductor backends/tensorrt backends/tensorrt_rtx",
         "compare parts",
         "quantize",
-        "graph",
+        "graph hub",
         "progress request",
         "errors machine units",
     ),

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.errors import InputError
 
-from .command import (
-    check_sources,
-)
+from .sources import check_pairing, check_sources, fetch_sources, fill_model, usual_variant
 
 if TYPE_CHECKING:
     from export.request.capability import BackendChoice
@@ -79,7 +77,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 
     model, name = preset(args.preset), getattr(args, "decoder", None)
     if name is None:
-        return model
+        vae = None if args.known is None or not args.model else args.known.files["vae"].decoder
+        return model if vae is None else replace(model, vae=DECODERS[vae])
     if getattr(args, "checkpoint", None):
         raise InputError(
             "--decoder is about random weights; a decoder's file says itself what it holds: pass --vae alone"
@@ -94,6 +93,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
     from export.request.weights import Weights, shipped_weights
 
     if args.checkpoint:
+        named = fetch_sources(args, args.known)
         vae = getattr(args, "vae", None)
         if vae is not None:
             from lightforcing_ref.checkpoint import vae_config_of
@@ -107,6 +107,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
             any_values=args.allow_values,
+            named=named,
         )
     if not args.init and args.seed is None and getattr(args, "decoder", None) is None:
         shipped = shipped_weights(model, dense=not variant.sparsity.target)
@@ -120,8 +121,11 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
     from export.request.targets import load_target, load_variant
     from lightforcing_ref.config import planned_latents
 
+    args.known = fill_model(args)
     target = load_target(args.gpu)
-    variant = load_variant(args.variant or target.default_variant)
+    name = usual_variant(args, args.known, target)
+    variant = load_variant(name)
+    check_pairing(args, args.known, name)
     changed = variant.changed(
         target=args.sparsity,
         base=args.sparsity_base,

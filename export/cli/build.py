@@ -6,7 +6,8 @@ import argparse
 import shlex
 
 from .arguments import build_request
-from .command import Command, add_decoder_and_text_files, add_model_arguments, bundle_name, existing
+from .command import Command, add_model_arguments, bundle_name, existing
+from .sources import add_decoder_and_text_files
 
 __all__ = ["Build"]
 

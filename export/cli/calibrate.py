@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import chosen_variant, chosen_weights
-from .command import Command, add_source_arguments, check_sources, existing, output, positive
+from .command import Command, add_source_arguments, existing, output, positive
+from .sources import add_text_files, check_sources
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,12 +34,7 @@ class Calibrate(Command):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_source_arguments(parser)
-        parser.add_argument(
-            "--text-encoder", type=existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
-        )
-        parser.add_argument(
-            "--tokenizer", type=existing, metavar="PATH", help="tokenizer.json, or its folder"
-        )
+        add_text_files(parser)
         parser.add_argument(
             "--prompts",
             type=existing,

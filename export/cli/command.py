@@ -13,16 +13,15 @@ from typing import ClassVar, NoReturn
 
 from export.errors import InputError
 
+from .sources import add_transformer_files
+
 __all__ = [
     "DEFAULT_OUT",
     "Command",
     "CommandParser",
-    "add_decoder_and_text_files",
     "add_model_arguments",
     "add_source_arguments",
-    "add_transformer_files",
     "bundle_name",
-    "check_sources",
     "existing",
     "output",
     "positive",
@@ -57,33 +56,12 @@ class Command(ABC):
         """Do the work and return the exit code."""
 
 
-def add_transformer_files(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--checkpoint", type=existing, metavar="FILE", help="weights of the transformer")
-    parser.add_argument("--lora", type=existing, metavar="FILE", help="LoRA to merge into the checkpoint")
-    parser.add_argument(
-        "--allow-values", action="store_true", help="take weights that no trained model has: NaN, zeros, 1e38"
-    )
-
-
-def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--vae",
-        type=existing,
-        metavar="FILE",
-        help="decoder: Wan2.1_VAE, lightvaew2_1, taew2_1, lighttaew2_1",
-    )
-    parser.add_argument(
-        "--text-encoder", type=existing, metavar="PATH", help="UMT5 encoder, a file or a folder"
-    )
-    parser.add_argument("--tokenizer", type=existing, metavar="PATH", help="tokenizer.json, or its folder")
-
-
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """What model, for what target, in which variant."""
     parser.add_argument(
         "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
     )
-    parser.add_argument("--preset", default="tiny", help="model size: tiny or wan-1.3b (default: tiny)")
+    parser.add_argument("--preset", help="model size: tiny or wan-1.3b (default: tiny, or the model's)")
     parser.add_argument(
         "--decoder",
         metavar="NAME",
@@ -94,6 +72,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add_transformer_files(parser)
     parser.add_argument(
         "--resolution", type=resolution, metavar="HxW", help="of the video in pixels (default: the preset's)"
+    )
+    parser.add_argument(
+        "--any-pairing",
+        action="store_true",
+        help="take files and variants that were not made for each other",
     )
     sparse = parser.add_argument_group("attention")
     sparse.add_argument("--variant", metavar="NAME", help="name or TOML file (default: the target's)")
@@ -123,29 +106,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     parser.add_argument("--per-chunk", action="store_true", help="also write a specialised graph per chunk")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder (default: {DEFAULT_OUT})")
-
-
-def check_sources(args: argparse.Namespace) -> None:
-    """Weights come from files or from a seed, never partly from either."""
-    files = {
-        name: getattr(args, name)
-        for name in ("checkpoint", "vae", "text_encoder", "tokenizer")
-        if hasattr(args, name)
-    }
-    missing = [_flag(name) for name, path in files.items() if path is None]
-    given = [_flag(name) for name, path in files.items() if path is not None]
-    if given and (getattr(args, "init", None) or getattr(args, "seed", None) is not None):
-        raise InputError(
-            f"{given[0]} and random weights exclude each other; drop --init and --seed, or {given[0]}"
-        )
-    if given and missing:
-        raise InputError(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none")
-    if args.lora and not args.checkpoint:
-        raise InputError("--lora needs the --checkpoint it belongs to")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def fraction(text: str) -> float:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from export.errors import InputError
 
-from .command import (
-    Command,
+from .command import Command, output, positive, tolerance
+from .sources import (
     add_decoder_and_text_files,
     add_transformer_files,
     check_sources,
-    output,
-    positive,
-    tolerance,
+    fetch_sources,
+    fill_model,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ class Compare(Command):
         add_decoder_and_text_files(files)
 
     def run(self, args: argparse.Namespace) -> int:
+        args.known = fill_model(args)
         check_sources(args)
         if args.other is not None and args.checkpoint:
             raise InputError(
@@ -124,6 +124,7 @@ def _reference(args: argparse.Namespace) -> Reference:
     from runtime.bundle import load_bundle
 
     manifest = load_bundle(args.bundle, verify=False).manifest
+    fetch_sources(args, args.known)
     weights = Weights(
         preset(manifest.model.preset),
         checkpoint=args.checkpoint,

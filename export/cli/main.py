@@ -17,6 +17,7 @@ from .calibrate import Calibrate
 from .command import Command, CommandParser
 from .compare import Compare
 from .doctor import Doctor
+from .hub import Models
 from .inspection import Inspect
 from .onnx import Onnx
 from .plan import Plan
@@ -31,6 +32,7 @@ COMMANDS: tuple[Command, ...] = (
     Calibrate(),
     Inspect(),
     Compare(),
+    Models(),
     Targets(),
     Doctor(),
 )

@@ -36,6 +36,7 @@ __all__ = [
     "load_target",
     "load_variant",
     "unknown_name",
+    "validation_problems",
 ]
 
 _MAX_BASE = 0.999
@@ -335,13 +336,15 @@ def _validated(model: type[_SpecT], document: dict[str, Any], what: str) -> _Spe
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        problems = [
-            ": ".join(
-                filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")))
-            )
-            for item in error.errors()
-        ]
-        raise InputError(f"{what} is not valid: {'; '.join(problems)}") from error
+        raise InputError(f"{what} is not valid: {validation_problems(error)}") from error
+
+
+def validation_problems(error: ValidationError) -> str:
+    """What is wrong with a document that was read from a file, every field in its place."""
+    return "; ".join(
+        ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))))
+        for item in error.errors()
+    )
 
 
 def _flags(values: dict[str, int | float]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +43,7 @@ class Weights:
         seed: draws all weights; None = from the files.
         checkpoint, lora: transformer, and a LoRA to merge into it.
         any_values: take values that no trained model holds, too.
+        named: references to the hub that files were fetched by, by role; a manifest names those files so.
     """
 
     preset: Preset
@@ -53,6 +54,7 @@ class Weights:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     any_values: bool = False
+    named: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def _shipped(self) -> bool:
@@ -63,7 +65,15 @@ class Weights:
         """What the transformer's weights are called in a manifest."""
         if self.checkpoint is None:
             return f"random:{self.seed or 0}"
-        return f"shipped:{self.preset.name}" if self._shipped else self.checkpoint.name
+        return f"shipped:{self.preset.name}" if self._shipped else self._name("checkpoint", self.checkpoint)
+
+    @property
+    def lora_source(self) -> str | None:
+        """What a merged LoRA is called in a manifest."""
+        return None if self.lora is None else self._name("lora", self.lora)
+
+    def _name(self, role: str, path: Path) -> str:
+        return self.named.get(role, path.name)
 
     @property
     def example_prompt(self) -> str:
@@ -77,7 +87,8 @@ class Weights:
             return f"random, from seed {self.seed or 0} (--checkpoint and the other files give trained ones)"
         if self._shipped:
             return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
-        return f"{self.checkpoint}{'' if self.lora is None else f' with {self.lora}'}"
+        lora = "" if self.lora is None else f" with {self.named.get('lora', self.lora)}"
+        return f"{self.named.get('checkpoint', self.checkpoint)}{lora}"
 
     def check(self) -> None:
         """Hold every file's tensors, and their values, against the models they are for.

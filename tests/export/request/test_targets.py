@@ -38,6 +38,7 @@ PUBLISHED_VARIANTS = {
     "hopper": (0.80, 0.90, 21, (6, 1, 2), 21, 1, "absolute", 128),
     "dense": (0, 0, 21, (18, 0, 0), 21, 1, "absolute", None),
     "longlive": (0, 0, 21, (9, 0, 0), 12, 3, "absolute", None),
+    "infinite": (0, 0, 21, (3, 0, 0), 6, 1, "window", None),
 }
 
 MINE = """
@@ -149,7 +150,8 @@ def test_unknown_names_suggest_and_list() -> None:
     ):
         load_target("rtx509")
     with pytest.raises(
-        InputError, match="unknown variant 'xyz'; the variants are dense, hopper, long, longlive, short"
+        InputError,
+        match="unknown variant 'xyz'; the variants are dense, hopper, infinite, long, longlive, short",
     ):
         load_variant("xyz")
 

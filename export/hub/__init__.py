@@ -1,0 +1,1 @@
+"""Files by name: references to a model hub, the known public checkpoints, and bundles that travel."""
