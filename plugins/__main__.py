@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.terminal import OutputError, command_line, console, exit_code, printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,21 +25,21 @@ def _resources(image: Image) -> str:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
     from rich.table import Table
 
     from plugins.compile.kernels import BuildError, build, parse_archs, spilling
 
-    console = Console()
+    notes = console()
     start = time.monotonic()
     try:
         archs = parse_archs(args.arch)
     except BuildError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        notes.print("[red]error:[/red]", escape(str(error)), highlight=False)
         return 2
     try:
-        with Progress(console=console, transient=True) as bar:
+        with Progress(console=notes, transient=True) as bar:
             task = bar.add_task("compiling", total=None)
             compiled = 0
 
@@ -50,7 +52,7 @@ def _build(args: argparse.Namespace) -> int:
                 archs, args.out, cache=args.cache, jobs=args.jobs, progress=show, candidates=args.candidates
             )
     except BuildError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        notes.print("[red]error:[/red]", escape(str(error)), highlight=False)
         return 1
 
     table = Table(title="Registers per thread (bytes spilled)", box=None)
@@ -61,21 +63,21 @@ def _build(args: argparse.Namespace) -> int:
     for name in dict.fromkeys(name for of_arch in by_arch for name in of_arch):
         cells = (of_arch.get(name) for of_arch in by_arch)
         table.add_row(name, *("-" if image is None else _resources(image) for image in cells))
-    console.print(table)
+    notes.print(table)
     count = sum(len(image_set.images) for image_set in built.values())
-    console.print(
+    notes.print(
         f"{count} images in {args.out}, {compiled} compiled and {count - compiled} from the cache, "
         f"{time.monotonic() - start:.0f} s",
         highlight=False,
     )
     bad = [] if args.candidates else [line for line in spilling(built) if line.startswith(NO_SPILL)]
     if bad:
-        console.print("[red]error:[/red] these images must not spill registers:", *bad, sep="\n  ")
+        notes.print("[red]error:[/red] these images must not spill registers:", *bad, sep="\n  ")
         return 1
-    return _build_libraries(args, console) if args.tensorrt else 0
+    return _build_libraries(args, notes) if args.tensorrt else 0
 
 
-def _build_libraries(args: argparse.Namespace, console: Console) -> int:
+def _build_libraries(args: argparse.Namespace, notes: Console) -> int:
     from rich.markup import escape
 
     from plugins.compile.kernels import parse_archs
@@ -86,7 +88,7 @@ def _build_libraries(args: argparse.Namespace, console: Console) -> int:
 
     start = time.monotonic()
     try:
-        with console.status("building the TensorRT plugin"):
+        with notes.status("building the TensorRT plugin"):
             libraries = build_libraries(
                 parse_archs(args.arch),
                 args.out,
@@ -96,15 +98,15 @@ def _build_libraries(args: argparse.Namespace, console: Console) -> int:
                 jobs=args.jobs,
             )
     except (BundleError, PluginError) as error:
-        console.print("[red]error:[/red]", escape(str(error)), highlight=False)
+        notes.print("[red]error:[/red]", escape(str(error)), highlight=False)
         return 1
     targets = ", ".join(libraries.targets)
     for path in (libraries.launch, libraries.plugin):
         if path is not None:
-            console.print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {targets})", highlight=False)
-    console.print(f"built in {time.monotonic() - start:.0f} s", highlight=False)
+            notes.print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {targets})", highlight=False)
+    notes.print(f"built in {time.monotonic() - start:.0f} s", highlight=False)
     if libraries.plugin is None:
-        console.print(
+        notes.print(
             f"[yellow]the TensorRT plugin is skipped:[/yellow] its headers are not here; {HEADERS_HINT}",
             highlight=False,
         )
@@ -151,7 +153,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     build.set_defaults(run=_build)
     args = parser.parse_args(argv)
-    return int(args.run(args))
+    try:
+        with command_line():
+            return int(args.run(args))
+    except KeyboardInterrupt as interrupt:
+        print("interrupted; what was compiled is kept in the cache", file=sys.stderr)
+        return exit_code(interrupt)
+    except (OutputError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sys
@@ -11,12 +12,20 @@ from pathlib import Path
 
 __all__ = ["atomic_output", "cache_folder", "write_file"]
 
+_TEMPORARY, _SUFFIX = "partial", 16
+
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to ``path`` on success, removed on any error."""
+    """A temporary path beside ``path`` to write to; renamed to ``path`` on success, removed on any error.
+
+    Raises :class:`OSError` if something that is no file, such as a device, has that name: it would be replaced.
+    """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(6)}{target.suffix}")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(errno.EEXIST, "Expected the name of a file, and it is none", str(target))
+    # Short, since names have a limit, and so does what a user chose.
+    temporary = target.with_name(f".{_TEMPORARY}-{secrets.token_hex(6)}{target.suffix[:_SUFFIX]}")
     try:
         yield temporary
         temporary.replace(target)

@@ -27,14 +27,24 @@ SessionState = Literal["open", "cancelled", "failed", "closed"]
 
 _FRAME_TOLERANCE = 1e-6
 
+LONGEST_STREAM = 1_000_000
+"""Seconds of video that a stream may be asked for, eleven days; whoever asks for more has made a mistake."""
+
+_MOST_CHUNKS = 1 << 24
+"""Chunks that a stream may be asked for, for the same reason."""
+
 
 def chunks_for_seconds(manifest: Manifest, seconds: float, first: int = 0) -> int:
     """Whole chunks that cover ``seconds`` of video, if the next chunk is number ``first``.
 
-    Raises :class:`InputError` unless ``seconds`` is a positive finite number.
+    Raises :class:`InputError` unless ``seconds`` is a positive number of at most :data:`LONGEST_STREAM`.
     """
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds <= 0:
-        raise InputError(f"seconds is {seconds!r}; expected a positive number")
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds <= LONGEST_STREAM:
+        raise InputError(
+            f"seconds is {seconds!r}; expected a positive number of at most {LONGEST_STREAM:,} (a stream without a "
+            "length has no end)"
+        )
     # The tolerance keeps, say, 0.1 * 30 frames from rounding up to four.
     frames = math.ceil(seconds * manifest.model.fps - _FRAME_TOLERANCE) - chunk_pixel_frames(manifest, first)
     return 1 + max(0, -(-frames // chunk_pixel_frames(manifest, first + 1)))
@@ -149,8 +159,10 @@ class Session:
             raise InputError("both seconds and chunks are given; expected one of them, or neither for no end")
         if seconds is not None:
             chunks = chunks_for_seconds(self._manifest, seconds, self._lane.delivered)
-        elif chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
-            raise InputError(f"chunks is {chunks!r}; expected a whole number, 1 or more")
+        elif chunks is not None and (
+            isinstance(chunks, bool) or not isinstance(chunks, int) or not 1 <= chunks <= _MOST_CHUNKS
+        ):
+            raise InputError(f"chunks is {chunks!r}; expected a whole number from 1 to {_MOST_CHUNKS:,}")
         if timeout is not None and not timeout > 0:
             raise InputError(
                 f"timeout is {timeout!r}; expected seconds, more than 0, or None to wait for ever"

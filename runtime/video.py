@@ -27,8 +27,12 @@ __all__ = [
     "write_contact_sheet",
 ]
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+_FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+VIDEO_SUFFIXES = tuple(_FORMATS)
 _CRF = "18"
+_BT709 = 1
+"""FFmpeg's number of BT.709, the same for matrix, primaries and transfer."""
+_LIMITED_RANGE = 1
 _SHEET_COLUMNS = 6
 _SHEET_GAP = 4
 
@@ -49,27 +53,57 @@ class VideoWriter:
             raise InputError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (N, *{self._shape})")
         height, width, _ = self._shape
         padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        for image in padded:
-            self._container.mux(self._stream.encode(VideoFrame.from_ndarray(image, format="rgb24")))
+        with _translated():
+            for image in padded:
+                picture = VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE
+                )
+                self._container.mux(self._stream.encode(picture))
 
 
 @contextmanager
 def open_video(path: str | os.PathLike[str], *, fps: int, height: int, width: int) -> Iterator[VideoWriter]:
-    """Open an H.264 file (yuv420p), to be written while frames arrive.
+    """Open an H.264 file (yuv420p, BT.709 in limited range, and marked as such), to be written while frames arrive.
 
     The file is there when the block ends; if it ends with an exception, nothing is left. H.264 needs even sizes:
-    an odd last row or column is repeated once. Raises :class:`InputError` if ``path`` cannot be written.
+    an odd last row or column is repeated once.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+        OSError: writing failed, such as on a full disk.
     """
     import av
 
     target = check_output(path, VIDEO_SUFFIXES)
-    with atomic_output(target) as temporary, av.open(str(temporary), "w") as container:
-        stream: VideoStream = container.add_stream("libx264", rate=Fraction(fps))
-        stream.height, stream.width = height + height % 2, width + width % 2
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": _CRF}
-        yield VideoWriter(container, stream, (height, width))
-        container.mux(stream.encode(None))
+    # A file of Python's: FFmpeg takes a name with a colon for a protocol.
+    with atomic_output(target) as temporary, temporary.open("wb") as file:
+        with _translated():
+            container = av.open(file, "w", format=_FORMATS[target.suffix.lower()])
+        with container:
+            stream: VideoStream = container.add_stream("libx264", rate=Fraction(fps))
+            stream.height, stream.width = height + height % 2, width + width % 2
+            stream.pix_fmt = "yuv420p"
+            context = stream.codec_context
+            context.color_range, context.colorspace = _LIMITED_RANGE, _BT709
+            context.color_primaries = context.color_trc = _BT709
+            stream.options = {"crf": _CRF}
+            yield VideoWriter(container, stream, (height, width))
+            with _translated():
+                container.mux(stream.encode(None))
+                container.close()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """FFmpeg's errors as the system's."""
+    from av.error import FFmpegError
+
+    try:
+        yield
+    except FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(error.errno, f"the video cannot be encoded: {error.strerror}") from error
 
 
 def write_contact_sheet(
@@ -101,8 +135,16 @@ def check_output(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() not in suffixes:
         raise InputError(f"output file {str(path)!r} must end in {' or '.join(suffixes)}")
-    if not target.parent.is_dir():
-        raise InputError(f"folder {str(target.parent)!r} of the output file does not exist; create it first")
-    if target.is_dir():
-        raise InputError(f"output file {str(path)!r} is a folder; expected the name of a file")
+    try:
+        if not target.parent.is_dir():
+            raise InputError(
+                f"folder {str(target.parent)!r} of the output file does not exist; create it first"
+            )
+        if target.exists() and not target.is_file():
+            what = "a folder" if target.is_dir() else "no file"
+            raise InputError(f"output file {str(path)!r} is {what}; expected the name of a file")
+    except (OSError, ValueError) as error:  # ValueError: it holds a NUL
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"output file {str(path)!r} cannot be written: {error}; expected a name") from error
     return target

@@ -48,7 +48,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "host scheduler",
         "program rollout text video",
         "bundle engine noise",
-        "errors files frame_table frames host_memory",
+        "errors files frame_table frames host_memory terminal",
     ),
     "serving": (
         "__main__",
@@ -72,8 +72,8 @@ FOUND = structure(ROOT)
 # What the manifest and its files are, and how golden vectors are drawn and compared: defined on the runtime's side.
 BUNDLE = "runtime.bundle"
 FROM_RUNTIME = {
-    "export": {BUNDLE, "runtime.errors", "runtime.files", "runtime.host_memory"},
-    "plugins": {BUNDLE, "runtime.errors", "runtime.files"},
+    "export": {BUNDLE, "runtime.errors", "runtime.files", "runtime.host_memory", "runtime.terminal"},
+    "plugins": {BUNDLE, "runtime.errors", "runtime.files", "runtime.terminal"},
 }
 # What looks at finished bundles, or runs them, does it with the runtime's own means.
 READS_BUNDLES = ("export/compare/", "export/report/bundle.py")

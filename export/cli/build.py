@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from runtime.terminal import console
 
 from .arguments import build_request
 from .command import Command, add_model_arguments, bundle_name, existing
 from .sources import add_decoder_and_text_files
+
+if TYPE_CHECKING:
+    from export.request.request import BuildRequest
 
 __all__ = ["Build"]
 
@@ -65,7 +73,6 @@ class Build(Command):
         )
 
     def run(self, args: argparse.Namespace) -> int:
-        from rich.console import Console
         from rich.markup import escape
 
         from export.build import build_bundle, check_build
@@ -76,22 +83,41 @@ class Build(Command):
 
         request, choice = build_request(args)
         checked = check_build(request)
-        console = Console()
-        console.print(
+        shown = console()
+        shown.print(
             f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
         )
-        console.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
-        console.print(memory_table(checked.memory))
-        with progress_bars(console) as progress:
+        shown.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
+        shown.print(memory_table(checked.memory))
+        with _kept(request), progress_bars(shown) as progress:
             folder = build_bundle(checked, progress)
         manifest = load_bundle(folder, verify=False).manifest
         if manifest.library is not None:
-            console.print(engine_table(manifest))
-        console.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
+            shown.print(engine_table(manifest))
+        shown.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
         on_device = manifest.target.compute_capability is not None
         for command in _next_commands(str(folder), request.weights.example_prompt, on_device=on_device):
-            console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+            shown.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
+
+
+@contextmanager
+def _kept(request: BuildRequest) -> Iterator[None]:
+    """Note on whatever ends a build what it leaves behind."""
+    from export.parts.workspace import partial_folder
+    from export.units import readable_size
+
+    try:
+        yield
+    except BaseException as error:
+        folder = partial_folder(request.out, request.name)
+        if folder.is_dir():
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            error.add_note(
+                f"finished parts are kept in {folder} ({readable_size(size)}): the same command resumes from there, "
+                "and removing the folder gives the room back"
+            )
+        raise
 
 
 def _next_commands(folder: str, prompt: str, *, on_device: bool) -> list[str]:

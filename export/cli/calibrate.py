@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.terminal import console
+
 from .arguments import chosen_variant, chosen_weights
 from .command import Command, add_source_arguments, existing, output, positive
 from .sources import add_text_files, check_sources
@@ -55,7 +57,6 @@ class Calibrate(Command):
     def run(self, args: argparse.Namespace) -> int:
         target, variant = chosen_variant(args)
         check_sources(args)
-        from rich.console import Console
 
         from export.quantize.calibration import modelopt_quantization
         from export.quantize.trial import read_prompts
@@ -68,13 +69,13 @@ class Calibrate(Command):
         plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
         weights, prompts = chosen_weights(args, model, variant), read_prompts(args.prompts)
         modelopt_quantization()  # refuse what cannot be done before any long work
-        console = Console()
-        console.print(f"weights: {weights.described}", markup=False, soft_wrap=True)
-        with console.status("starting") as status:
+        shown = console()
+        shown.print(f"weights: {weights.described}", markup=False, soft_wrap=True)
+        with shown.status("starting") as status:
             calibration = measure(weights, plan, prompts, chunks=args.chunks, progress=status.update)
         calibration.save(args.out)
-        console.print(_table(calibration))
-        console.print(
+        shown.print(_table(calibration))
+        shown.print(
             f"wrote {args.out} ({len(prompts)} prompts, {args.chunks} chunks); use it with --calibration",
             markup=False,
             soft_wrap=True,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
+from runtime.terminal import console
 
 from .command import Command, output, positive, tolerance
 from .sources import (
@@ -72,11 +73,9 @@ class Compare(Command):
             )
         comparison = _comparison(args)
 
-        from rich.console import Console
-
         from export.compare.result import comparison_table
 
-        Console().print(comparison_table(comparison.title, comparison.rows))
+        console().print(comparison_table(comparison.title, comparison.rows))
         if args.json is not None:
             comparison.write_json(args.json)
         if args.report is not None:

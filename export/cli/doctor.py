@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from runtime.terminal import console, write_out
+
 from .command import DEFAULT_OUT, Command
 
 __all__ = ["Doctor"]
@@ -27,11 +29,9 @@ class Doctor(Command):
 
         report = examine(DEFAULT_OUT)
         if args.json:
-            print(json.dumps(report.as_dict(), indent=1))
+            write_out(json.dumps(report.as_dict(), indent=1) + "\n")
         else:
-            from rich.console import Console
-
             from export.report.doctor import doctor_tables
 
-            Console().print(*doctor_tables(report))
+            console().print(*doctor_tables(report))
         return 1 if report.problems else 0

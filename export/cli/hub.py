@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.errors import InputError
+from runtime.terminal import console
 
 from .command import Command
 from .sources import fetch_sources, fill_model
@@ -46,17 +47,15 @@ class Models(Command):
         if args.json:
             print(json.dumps([model_document(model, _here) for model in models], indent=1))
             return 0
-        from rich.console import Console
-
-        console = Console()
+        shown = console()
         if args.model is None:
-            console.print(model_table(models))
+            shown.print(model_table(models))
             return 0
         for line in file_lines(models[0], _here):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            shown.print(line, markup=False, highlight=False, soft_wrap=True)
         if models[0].unsupported is None:
             command = f"python -m export build --gpu rtx5090 --model {shlex.quote(args.model)}"
-            console.print(f"build it with\n  {command}", markup=False, highlight=False, soft_wrap=True)
+            shown.print(f"build it with\n  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
 
 

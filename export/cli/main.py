@@ -1,7 +1,8 @@
 """Command line of the export tools: arguments, validation at the door, dispatch. `python -m export --help`.
 
-Exit codes: 0 done, 1 a comparison or check failed, 2 bad input (one line on stderr; `--debug` shows the traceback),
-130 interrupted. Nothing heavy is imported before the arguments are known to be good.
+Exit codes: 0 done, 1 a comparison or check failed or something was not foreseen, 2 bad input, 130 interrupted, 143
+terminated. An error is one line on stderr; `--debug` shows the traceback. Nothing heavy is imported before the
+arguments are known to be good.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import inspect
 import shlex
 import sys
 from collections.abc import Sequence
+
+from runtime.terminal import OutputError, TerminatedError, command_line, exit_code, printable
 
 from .build import Build
 from .calibrate import Calibrate
@@ -45,23 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(arguments)
         args.command_line = shlex.join(["python", "-m", "export", *arguments])
         command: Command = args.command
-        return command.run(args)
-    except KeyboardInterrupt:
-        print("interrupted; a build resumes when the same command runs again", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
+        with command_line():
+            return command.run(args)
+    except KeyboardInterrupt as interrupt:
+        _say("terminated" if isinstance(interrupt, TerminatedError) else "interrupted", interrupt)
+        return exit_code(interrupt)
+    except Exception as error:
         if "--debug" in arguments:
             raise
-        print(
-            f"error: {error}; install the export tools: pip install '.[cpu,text,video,export]'",
-            file=sys.stderr,
-        )
-        return 2
-    except Exception as error:
-        if "--debug" in arguments or not isinstance(error, _expected()):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    """Say in a line what went wrong; the exit code."""
+    if isinstance(error, ModuleNotFoundError):
+        _say(f"error: {error}; install the export tools: pip install '.[cpu,text,video,export]'", error)
+    elif isinstance(error, OutputError):
+        _say(f"error: standard output cannot be written ({error})", error)
+        return 1
+    elif isinstance(error, _expected()):
+        _say(f"error: {error}", error)
+    else:
+        what = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+        _say(f"error: {what}. This was not foreseen: please report it, with what --debug adds", error)
+        return 1
+    return 2
+
+
+def _say(message: str, error: BaseException) -> None:
+    """The message, and what was noted on the way here."""
+    lines = [message, *getattr(error, "__notes__", ())]
+    print("; ".join(printable(" ".join(line.split())) for line in lines), file=sys.stderr)
 
 
 def _expected() -> tuple[type[Exception], ...]:

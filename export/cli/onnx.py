@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from runtime.terminal import write_out
+
 from .arguments import build_request
 from .command import Command, add_model_arguments
 
@@ -31,7 +33,7 @@ class Onnx(Command):
     def run(self, args: argparse.Namespace) -> int:
         from export.build import export_onnx
 
-        print(export_onnx(graph_request(args)))
+        write_out(f"{export_onnx(graph_request(args))}\n")
         return 0
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.terminal import console, write_out
+
 from .arguments import chosen_preset, chosen_variant
 from .command import Command, add_model_arguments, fraction, positive
 
@@ -73,13 +75,12 @@ class Plan(Command):
 
             built = built_traffic(matching_bundle(args.bundle, request))
         if args.json:
-            print(json.dumps(plan_document(request, args.sessions, share, built), indent=1))
+            document = plan_document(request, args.sessions, share, built)
+            write_out(json.dumps(document, indent=1) + "\n")
         else:
-            from rich.console import Console
-
-            Console().print(*plan_tables(request, args.sessions, share, built), sep="\n")
+            console().print(*plan_tables(request, args.sessions, share, built), sep="\n")
             if memory.fits is False:  # the last word, too: the tables are longer than a screen
-                Console().print(memory.verdict, style="red", markup=False)
+                console().print(memory.verdict, style="red", markup=False)
         return 1 if memory.fits is False else 0
 
 

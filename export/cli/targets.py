@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from runtime.terminal import console, write_out
+
 from .command import Command
 
 __all__ = ["Targets"]
@@ -29,11 +31,10 @@ class Targets(Command):
                 "targets": [t.model_dump() for t in targets],
                 "variants": [v.model_dump() for v in variants],
             }
-            print(json.dumps(document, indent=1))
+            write_out(json.dumps(document, indent=1) + "\n")
             return 0
-        from rich.console import Console
 
         from export.report.targets import target_table, variant_table
 
-        Console().print(target_table(targets), variant_table(variants))
+        console().print(target_table(targets), variant_table(variants))
         return 0

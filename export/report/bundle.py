@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from runtime.bundle import (
 )
 from runtime.program.buffers import plan_buffers
 from runtime.program.kernels import KernelLibrary
+from runtime.terminal import console, write_out
 from runtime.verify import VERDICT_NAME, Verdict
 
 __all__ = ["inspect_bundle"]
@@ -44,11 +44,11 @@ def inspect_bundle(path: Path, *, as_json: bool = False) -> None:
     """
     bundle = load_bundle(path)
     if as_json:
-        print(json.dumps(_document(bundle), indent=1))
+        write_out(json.dumps(_document(bundle), indent=1) + "\n")
         return
-    console = Console()
+    shown = console()
     for table in _tables(bundle):
-        console.print(table)
+        shown.print(table)
 
 
 def _tables(bundle: Bundle) -> Iterator[Table]:

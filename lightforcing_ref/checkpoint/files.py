@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
@@ -173,18 +175,28 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
     if mapped:
         _check_archive(path, file_identity(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's advice on what is refused below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail anywhere inside torch's reader
-        _, refused, reason = str(error).partition("WeightsUnpickler error: ")
-        if refused:
+        if code := _code_in(str(error)):
             raise CheckpointError(
-                f"{path} holds more than tensors and plain data ({_first_line(reason)}), and loading that could run "
-                "code; where you trust its origin, convert it to safetensors"
+                f"{path} holds more than tensors and plain data ({code}), and loading that could run code; where you "
+                "trust its origin, convert it to safetensors"
             ) from error
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
     return content
+
+
+def _code_in(refusal: str) -> str:
+    """What PyTorch refused to load because it is or may be code; empty where it failed for another reason."""
+    if "TorchScript" in refusal:
+        return "a TorchScript program"
+    if named := re.search(r"GLOBAL ([\w.]+)", refusal):
+        return f"it calls for {named[1]}"
+    return _first_line(refusal.partition("WeightsUnpickler error: ")[2] or "")
 
 
 @lru_cache(maxsize=64)
@@ -214,4 +226,4 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 def _first_line(error: Exception | str) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else "" if isinstance(error, str) else type(error).__name__

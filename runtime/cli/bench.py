@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from statistics import mean, median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from runtime.bundle.benchmark import Benchmark, MeasuredBundle, MeasuredChunk
@@ -24,6 +24,7 @@ from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
 from runtime.scheduler import ChunkTimes
 from runtime.session import Session
+from runtime.terminal import console, write_out
 from runtime.verify.verdict import HasRunner
 
 from .generate import read_prompt
@@ -69,15 +70,15 @@ def measure(
     )
 
 
-def run_bench(options: argparse.Namespace, console: Console) -> None:
-    """Measure, print a table, and write JSON where asked to."""
+def run_bench(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
+    """Measure, print a table, and write JSON where asked to; ``written`` gets the file's name once it is there."""
     to_stdout = options.json == "-"
     target = None if options.json is None or to_stdout else Path(options.json)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"folder {str(target.parent)!r} of --json does not exist; create it first")
     prompt = read_prompt(options)
     with (
-        console.status("loading") as status,
+        notes.status("loading") as status,
         Pipeline.load(
             options.bundle,
             sessions=options.sessions,
@@ -100,10 +101,11 @@ def run_bench(options: argparse.Namespace, console: Console) -> None:
     if target is not None:
         with atomic_output(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        written.append(options.json)
     if to_stdout:
-        sys.stdout.write(text)
+        write_out(text)
     else:
-        Console().print(_table(result))
+        console().print(_table(result))
 
 
 def _drain(session: Session, chunks: int) -> list[ChunkTimes]:
@@ -137,7 +139,8 @@ def _environment(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _table(result: Benchmark) -> Table:
-    table = Table(title=f"{result.bundle.name}, {result.sessions} session(s)", show_header=False)
+    title = escape(f"{result.bundle.name}, {result.sessions} session(s)")
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("frames", f"{result.frames} in {result.seconds:.2f} s")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -31,6 +32,7 @@ from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
 from runtime.scheduler import ChunkTimes
 from runtime.session import ChunkStream, Session
+from runtime.terminal import console
 from runtime.video import VIDEO_SUFFIXES, check_output, open_video, write_contact_sheet
 
 __all__ = ["parse_switch", "read_prompt", "run_generate"]
@@ -61,8 +63,11 @@ def read_prompt(options: argparse.Namespace) -> dict[str, Any]:
         ) from error
 
 
-def run_generate(options: argparse.Namespace, console: Console) -> None:
-    """Generate the clip and print a closing table. Arguments are checked before any work starts."""
+def run_generate(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
+    """Generate the clip and print a closing table. Arguments are checked before any work starts.
+
+    ``written`` gets the names of the files once they are there.
+    """
     check_output(options.out, VIDEO_SUFFIXES)
     if options.contact_sheet is not None:
         check_output(options.contact_sheet, (".png",))
@@ -75,7 +80,7 @@ def run_generate(options: argparse.Namespace, console: Console) -> None:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=console,
+        console=notes,
     )
     with progress:
         loading = progress.add_task("load bundle", total=1)
@@ -89,12 +94,15 @@ def run_generate(options: argparse.Namespace, console: Console) -> None:
                 task = progress.add_task("generate frames", total=stream.frames)
                 start = time.perf_counter()
                 chunks = _record(
-                    stream, pipeline.manifest.model, options, lambda count: progress.advance(task, count)
+                    stream,
+                    pipeline.manifest.model,
+                    options,
+                    written,
+                    lambda count: progress.advance(task, count),
                 )
                 seconds = time.perf_counter() - start
             fps = pipeline.manifest.model.fps
-    outputs = [path for path in (options.out, options.contact_sheet) if path is not None]
-    Console().print(_summary(chunks, seconds, fps, " and ".join(outputs)))
+    console().print(_summary(chunks, seconds, fps, " and ".join(written)))
 
 
 def _show_verified(progress: Progress, task: TaskID, case: str, done: int, total: int) -> None:
@@ -114,27 +122,40 @@ def _schedule_switch(
     session.set_prompt(text, recache=options.recache, at=index)
 
 
+@contextmanager
+def _noting(path: str, written: list[str]) -> Iterator[None]:
+    """Note a file that a block inside of this one completes."""
+    yield
+    written.append(path)
+
+
 def _record(
-    stream: ChunkStream, model: Model, options: argparse.Namespace, advance: Callable[[int], None]
+    stream: ChunkStream,
+    model: Model,
+    options: argparse.Namespace,
+    written: list[str],
+    advance: Callable[[int], None],
 ) -> list[ChunkTimes]:
     """Write the stream to the video file, and frames spread over it to the contact sheet."""
     assert stream.frames is not None
     picked = set(np.linspace(0, stream.frames - 1, _SHEET_FRAMES).round().astype(int).tolist())
     sheet: list[NDArray[np.uint8]] = []
     times: list[ChunkTimes] = []
-    written = 0
+    shown = 0
     size = {"height": model.video_height, "width": model.video_width}
     with ExitStack() as stack:
         # Opened first, hence renamed last: if the video fails, there is no contact sheet either.
-        sheet_file = (
-            stack.enter_context(atomic_output(options.contact_sheet)) if options.contact_sheet else None
-        )
+        sheet_file = None
+        if options.contact_sheet:
+            stack.enter_context(_noting(options.contact_sheet, written))
+            sheet_file = stack.enter_context(atomic_output(options.contact_sheet))
+        stack.enter_context(_noting(options.out, written))
         video = stack.enter_context(open_video(options.out, fps=model.fps, **size))
         for chunk in stream:
             video.write(chunk.frames)
-            sheet += [frame for number, frame in enumerate(chunk.frames, written) if number in picked]
+            sheet += [frame for number, frame in enumerate(chunk.frames, shown) if number in picked]
             times.append(ChunkTimes.of(chunk))
-            written += len(chunk.frames)
+            shown += len(chunk.frames)
             advance(len(chunk.frames))
         if sheet_file is not None:
             write_contact_sheet(sheet_file, sheet)
@@ -143,7 +164,7 @@ def _record(
 
 def _summary(chunks: list[ChunkTimes], seconds: float, fps: int, title: str) -> Table:
     frames = sum(chunk.frames for chunk in chunks)
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("frames", f"{frames} ({frames / fps:.2f} s at {fps} FPS)")

@@ -1,6 +1,6 @@
 """Command line: ``python -m runtime generate``, ``bench`` and ``verify``.
 
-Exit codes: 0 done, 2 bad input (nothing is written), 1 failed while running, 130 interrupted.
+Exit codes: 0 done, 2 bad input (nothing is written), 1 failed while running, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from runtime.errors import EngineError, LightForcingError, SessionFailedError
+from runtime.terminal import OutputError, TerminatedError, command_line, console, exit_code
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["build_parser", "main"]
 
-_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_FAILED, _BAD_INPUT = 1, 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", metavar="FILE", help="write the result as JSON; '-' for standard output")
     verify.add_argument("--threads", type=int, help="CPU threads (OMP_NUM_THREADS, else all cores)")
+    for command in (generate, bench, verify):
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error that was not foreseen"
+        )
     return parser
 
 
@@ -75,37 +84,66 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     options = build_parser().parse_args(arguments)
+    notes, written = console(stderr=True), list[str]()
 
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    def say(message: str, style: str = "red") -> None:
+        notes.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {message}", "yellow")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         try:
-            if options.command == "generate":
-                from .generate import run_generate
-
-                run_generate(options, console)
-            elif options.command == "bench":
-                from .bench import run_bench
-
-                run_bench(options, console)
-            else:
-                from .verify import run_verify
-
-                run_verify(options, console)
-        except KeyboardInterrupt:
-            console.print("interrupted; nothing was written", style="red")
-            return _INTERRUPTED
+            with command_line():
+                _run(options, notes, written)
+        except KeyboardInterrupt as interrupt:
+            word = "terminated" if isinstance(interrupt, TerminatedError) else "interrupted"
+            say(f"{word}; {_left(written)}")
+            return exit_code(interrupt)
         except LightForcingError as error:
-            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            say(f"error: {error}")
             return _FAILED if isinstance(error, (EngineError, SessionFailedError)) else _BAD_INPUT
-        except OSError as error:
-            console.print(f"error: {error}; nothing was written", style="red", markup=False, soft_wrap=True)
+        except OutputError as error:
+            say(f"error: standard output cannot be written ({error}); {_left(written)}")
+            return _FAILED
+        except ModuleNotFoundError as error:
+            say(f"error: {error}; install it: pip install '.[cpu,text,video]', or gpu in place of cpu")
+            return _BAD_INPUT
+        except (OSError, MemoryError) as error:
+            say(f"error: {error or 'not enough memory'}; {_left(written)}")
+            return _FAILED
+        except Exception as error:
+            if options.debug:
+                raise
+            say(
+                f"error: {type(error).__name__}: {error}; {_left(written)}. This was not foreseen: please report it, "
+                "with what --debug adds"
+            )
             return _FAILED
     return 0
+
+
+def _run(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
+    """Run the command that was asked for; what it has completed goes into ``written``."""
+    if options.command == "generate":
+        from .generate import run_generate
+
+        run_generate(options, notes, written)
+    elif options.command == "bench":
+        from .bench import run_bench
+
+        run_bench(options, notes, written)
+    else:
+        from .verify import run_verify
+
+        run_verify(options, notes, written)
+
+
+def _left(written: Sequence[str]) -> str:
+    return (
+        f"{' and '.join(written)} {'was' if len(written) == 1 else 'were'} written"
+        if written
+        else "nothing was written"
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from runtime.backends import load_engine, runs_on_host
@@ -18,6 +18,7 @@ from runtime.bundle.golden import ComponentRunner
 from runtime.errors import InputError
 from runtime.files import atomic_output
 from runtime.program.buffers import plan_buffers
+from runtime.terminal import console, write_out
 from runtime.verify import Verdict, VerificationError, judge
 from runtime.verify.dry_run import dry_run
 from runtime.verify.verdict import HasRunner, gpu_problem, record, refusal
@@ -25,8 +26,10 @@ from runtime.verify.verdict import HasRunner, gpu_problem, record, refusal
 __all__ = ["run_verify"]
 
 
-def run_verify(options: argparse.Namespace, console: Console) -> None:
+def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
     """Verify the bundle, print a table, record the verdict, and write JSON where asked to.
+
+    ``written`` gets the names of the files once they are there.
 
     Raises:
         VerificationError: a component failed.
@@ -39,31 +42,36 @@ def run_verify(options: argparse.Namespace, console: Console) -> None:
     bundle = load_bundle(options.bundle)
     if options.dry_run:
         report = dry_run(bundle)
-        _write(json.dumps(report.to_json(), indent=1), report, options.json, target)
+        _write(json.dumps(report.to_json(), indent=1), report, options.json, target, written)
         return
-    with _runner(bundle, options.threads) as runner, console.status("verifying") as status:
+    with _runner(bundle, options.threads) as runner, notes.status("verifying") as status:
         verdict = judge(
             bundle,
             runner,
             lambda case, done, total: status.update(f"verifying {case} ({done + 1} of {total})"),
         )
     path = record(bundle, verdict)
-    _write(verdict.model_dump_json(indent=1), _table(bundle, verdict), options.json, target)
     if path is not None:
-        console.print(f"verdict recorded in {path}", markup=False, highlight=False, soft_wrap=True)
+        written.append(str(path))
+    _write(verdict.model_dump_json(indent=1), _table(bundle, verdict), options.json, target, written)
+    if path is not None:
+        notes.print(f"verdict recorded in {path}", markup=False, highlight=False, soft_wrap=True)
     if not verdict.passed:
         raise VerificationError(refusal(bundle, verdict))
 
 
-def _write(text: str, table: RenderableType, destination: str | None, target: Path | None) -> None:
+def _write(
+    text: str, table: RenderableType, destination: str | None, target: Path | None, written: list[str]
+) -> None:
     """Print the table, or the JSON in its place; and write the JSON to a file where one is given."""
     if target is not None:
         with atomic_output(target) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+        written.append(str(target))
     if destination == "-":
-        sys.stdout.write(text + "\n")
+        write_out(text + "\n")
     else:
-        Console().print(table)
+        console().print(table)
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def _runner(bundle: Bundle, threads: int | None) -> Iterator[ComponentRunner]:
 
 
 def _table(bundle: Bundle, verdict: Verdict) -> Table:
-    table = Table(title=f"{bundle.manifest.name} on {verdict.platform.device}", title_justify="left")
+    table = Table(title=escape(f"{bundle.manifest.name} on {verdict.platform.device}"), title_justify="left")
     for heading in ("component", "runs", "error", "limit", "worst output", "verdict"):
         numeric = heading in ("runs", "error", "limit")
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
@@ -100,5 +108,5 @@ def _table(bundle: Bundle, verdict: Verdict) -> Table:
         error = "-" if component.error is None else f"{component.error:.1e}"
         passed = "[green]pass[/]" if component.passed else "[bold red]FAIL[/]"
         limit = f"{component.tolerance:.0e}"
-        table.add_row(name, str(component.cases), error, limit, component.worst, passed)
+        table.add_row(escape(name), str(component.cases), error, limit, escape(component.worst), passed)
     return table

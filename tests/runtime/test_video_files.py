@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import av
@@ -38,6 +39,49 @@ def test_video_reads_back(tmp_path: Path, height: int, width: int, suffix: str) 
     assert found.shape == (10, height + height % 2, width + width % 2, 3)
     difference = np.abs(found[:, :height, :width].astype(int) - frames)
     assert difference.mean() < 3 and difference.max() < 25
+
+
+COLOURS = [
+    (235, 20, 30),
+    (20, 200, 60),
+    (30, 40, 220),
+    (200, 200, 20),
+    (128, 128, 128),
+    (0, 0, 0),
+    (255, 255, 255),
+]
+
+
+def bt709(red: int, green: int, blue: int) -> tuple[float, float, float]:
+    """Luma and chroma in 8 bits and limited range, as ITU-R BT.709 defines them."""
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return (
+        16 + 219 / 255 * luma,
+        128 + 224 / 255 * (blue - luma) / 1.8556,
+        128 + 224 / 255 * (red - luma) / 1.5748,
+    )
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_video_says_what_its_colours_mean_and_holds_them_so(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"colours{suffix}"
+    with open_video(path, fps=16, height=64, width=64) as video:
+        for colour in COLOURS:
+            video.write(np.full((1, 64, 64, 3), colour, dtype=np.uint8))
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        # 1 is BT.709 in each of the three, and limited ("MPEG") in the range.
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (
+            1,
+            1,
+            1,
+            1,
+        )
+        pictures = [picture.reformat(format="yuv420p").to_ndarray() for picture in container.decode(video=0)]
+    for colour, picture in zip(COLOURS, pictures, strict=True):
+        chroma = picture[64:].reshape(2, -1)
+        found = picture[:64].mean(), chroma[0].mean(), chroma[1].mean()
+        assert found == pytest.approx(bt709(*colour), abs=2), colour
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
@@ -108,3 +152,14 @@ def test_atomic_output_replaces_only_when_complete(tmp_path: Path) -> None:
     with atomic_output(target) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no FIFOs")
+def test_atomic_output_replaces_no_device(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.mp4"
+    os.mkfifo(fifo)
+    with pytest.raises(FileExistsError, match="Expected the name of a file"), atomic_output(fifo):
+        pass
+    with pytest.raises(InputError, match="is no file"), open_video(fifo, fps=16, height=32, width=32):
+        pass
+    assert list(tmp_path.iterdir()) == [fifo]

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -294,10 +295,15 @@ def test_ctrl_c_leaves_no_bundle_and_exits_130(tmp_path: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert "cpu-tiny-short" in process.stdout.readline()
+        partial = tmp_path / ".cpu-tiny-short.partial"
+        deadline = time.monotonic() + 120
+        while not partial.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors == "interrupted; a build resumes when the same command runs again\n"
+    assert errors.startswith(f"interrupted; finished parts are kept in {partial} (")
+    assert "the same command resumes" in errors and errors.count("\n") == 1 and partial.is_dir()
     assert not list(tmp_path.rglob("manifest.json"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,22 @@ def test_code_in_a_checkpoint_does_not_run(zipped: bool, tmp_path: Path) -> None
     ):
         load_dit_state(tmp_path / "bad.pt", DIT)
     assert not (tmp_path / "ran").exists()
+
+
+class Command:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_is_named_and_not_called_damage(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "bad.pt"
+    torch.save({"generator": Command()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=rf"more than tensors .*it calls for {os.name}\.system\)"):
+        load_dit_state(path, DIT)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    with pytest.raises(CheckpointError, match="a TorchScript program"):
+        load_dit_state(path, DIT)
 
 
 @pytest.mark.parametrize(

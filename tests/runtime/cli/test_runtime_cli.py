@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,8 @@ def test_long_and_empty_prompts(bundle: Path, tmp_path: Path, capsys: pytest.Cap
     [
         (["--seconds", "0"], "seconds is 0.0; expected a positive number"),
         (["--seconds", "nan"], "seconds is nan"),
+        (["--seconds", "1e308"], "expected a positive number of at most 1,000,000"),
+        (["--out", "folder\0/clip.mp4"], "of the output file does not exist"),
         (["--seed", "-1"], "seed is -1"),
         (["--threads", "0"], "threads is 0"),
         (["--out", "clip.gif"], "must end in .mp4"),
@@ -254,7 +257,12 @@ def test_help_is_light_and_a_rollout_imports_no_other_room(bundle: Path, tmp_pat
     )
 
 
-def test_ctrl_c_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_leave_nothing(
+    bundle: Path, tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
     arguments = ["generate", str(bundle), "--seconds", "3600", "--out", str(tmp_path / "clip.mp4")]
     process = subprocess.Popen(
         [sys.executable, "-m", "runtime", *arguments, "--contact-sheet", str(tmp_path / "sheet.png")],
@@ -265,10 +273,36 @@ def test_ctrl_c_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 180
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=180)
-    assert process.returncode == 130 and "interrupted; nothing was written" in errors
+    assert process.returncode == code and f"{word}; nothing was written" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def generate(bundle: Path, out: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "runtime", "generate", str(bundle), "--seconds", "0.5", "--threads", "1"]
+    return subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+
+
+def test_a_clip_that_was_written_is_not_called_unwritten(bundle: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    with open("/dev/full", "w") as full:
+        result = generate(bundle, clip, stdout=full)
+    assert result.returncode == 1 and frames_of(clip).shape[0] == 9
+    last = result.stderr.splitlines()[-1]
+    assert "standard output cannot be written" in last and last.endswith(f"{clip} was written")
+
+
+@pytest.mark.parametrize("name", ["take: 1.mp4", "视频.mp4", "%d.mov", "a\nb.mkv", f"{'n' * 250}.mp4"])
+def test_names_of_every_kind(bundle: Path, tmp_path: Path, name: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = generate(bundle, tmp_path / name, env=environment, stdout=subprocess.PIPE)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with (tmp_path / name).open("rb") as file, av.open(file) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
 
 
 _FULL_DISK = """
