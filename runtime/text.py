@@ -12,13 +12,12 @@ import re
 import threading
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.weights_file import WeightsFile, numpy_dtype
 
 from .bundle import Bundle, Text
 from .errors import BundleError, ClosedError, EngineError, InputError
@@ -81,8 +80,8 @@ class TextEncoder:
     def __init__(self, bundle: Bundle, engine: _LayerEngine, *, resident: bool = False) -> None:
         self._text = bundle.manifest.text
         self._engine = engine
-        self._weights = bundle.path(self._text.weights)
-        self._tokenizer = _load_tokenizer(bundle.path(self._text.tokenizer))
+        self._tokenizer = _load_tokenizer(bundle)
+        self._weights = WeightsFile(bundle.opened(self._text.weights))
         component = bundle.component("text_encoder")
         self._dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in component.inputs}
         self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
@@ -102,28 +101,22 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> NDArray[np.float32]:
         """The embedding of a prompt, ``[text_len, dim]`` float32, zero past its last token."""
-        import ml_dtypes  # noqa: F401 - makes NumPy know bfloat16, which the weights may be stored in
-        from safetensors import SafetensorError, safe_open
-
         ids = self.tokenize(prompt)
         text = self._text
         mask = np.zeros(text.text_len, dtype=np.float32)
         mask[: len(ids)] = 1
         padded = ids + [text.pad_id] * (text.text_len - len(ids))
-        try:
-            with self._lock, safe_open(self._weights, framework="np") as weights:
-                if self._closed:
-                    raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
-                table = weights.get_slice("token_embedding")
-                rows = {token: table[token : token + 1][0].astype(np.float32) for token in set(padded)}
-                hidden = np.stack([rows[token] for token in padded])
-                for layer in range(text.layers):
-                    hidden = self._engine.encode_text_layer(hidden, mask, self._layer(weights, layer))
-                scale = weights.get_tensor("norm").astype(np.float32)
-        except (SafetensorError, OSError, IndexError) as error:
-            raise BundleError(
-                f"the text encoder's weights {self._weights.name} cannot be read: {error}; rebuild the bundle"
-            ) from error
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
+            self._weights.check()
+            tokens = sorted(set(padded))
+            table = self._weights.rows("token_embedding", tokens).astype(np.float32)
+            hidden = table[np.searchsorted(tokens, padded)]
+            for layer in range(text.layers):
+                hidden = self._engine.encode_text_layer(hidden, mask, self._layer(layer))
+            scale = self._weights.get_required("norm").astype(np.float32)
+            self._weights.check()
         mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True, dtype=np.float32)
         embedding = hidden / np.sqrt(mean_square + np.float32(text.eps)) * scale
         embedding[len(ids) :] = 0
@@ -139,12 +132,13 @@ class TextEncoder:
         with self._lock:
             self._closed = True
             self._resident = None
+            self._weights.close()
 
-    def _layer(self, weights: Any, layer: int) -> dict[str, NDArray[Any]]:
+    def _layer(self, layer: int) -> dict[str, NDArray[Any]]:
         if self._resident is not None and layer in self._resident:
             return self._resident[layer]
         arrays = {
-            name: weights.get_tensor(f"layers.{layer}.{name}").astype(self._dtypes[name], copy=False)
+            name: self._weights.get_required(f"layers.{layer}.{name}").astype(self._dtypes[name], copy=False)
             for name in _LAYER_WEIGHTS
         }
         if self._resident is not None:
@@ -152,15 +146,18 @@ class TextEncoder:
         return arrays
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
+def _load_tokenizer(bundle: Bundle) -> Tokenizer:
     from tokenizers import Tokenizer
 
+    name = bundle.manifest.text.tokenizer
+    with bundle.opened(name) as file:
+        content = file.contents()
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise BundleError(
-            f"the tokenizer {path.name} cannot be read: {error}; expected a tokenizer.json of the tokenizers "
-            f"library; rebuild the bundle"
+            f"the tokenizer {name} cannot be read: {error}; expected a tokenizer.json of the tokenizers library; "
+            f"rebuild the bundle"
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -17,12 +17,10 @@ from export.request.targets import load_target
 from export.units import readable_size
 from lightforcing_ref.sparsity import kept_blocks
 from runtime.bundle import (
-    MANIFEST_NAME,
     Bundle,
     Component,
     Cost,
     Manifest,
-    hash_file,
     load_bundle,
 )
 from runtime.program.buffers import plan_buffers
@@ -171,7 +169,7 @@ def _kernels(bundle: Bundle) -> KernelLibrary | None:
     if kernels is None or capability is None:
         return None
     major, _, minor = capability.partition(".")
-    return KernelLibrary.load(bundle.root / kernels.folder, (int(major), int(minor)))
+    return KernelLibrary.of(bundle, (int(major), int(minor)))
 
 
 def _verdict(bundle: Bundle) -> Verdict | None:
@@ -180,7 +178,7 @@ def _verdict(bundle: Bundle) -> Verdict | None:
         verdict = Verdict.model_validate_json((bundle.root / VERDICT_NAME).read_bytes())
     except (OSError, ValidationError):
         return None
-    return verdict if verdict.manifest == hash_file(bundle.root / MANIFEST_NAME) else None
+    return verdict if verdict.manifest == bundle.digest else None
 
 
 # ---- in tables ----

@@ -3,6 +3,7 @@
 ``export`` writes bundles and ``runtime`` reads them; this package is the only thing that the two share.
 """
 
+from .files import BundleFile, Identity, OpenFile
 from .load import (
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
@@ -53,6 +54,7 @@ __all__ = [
     "Attention",
     "BackendName",
     "Bundle",
+    "BundleFile",
     "Cache",
     "Calibration",
     "Checkpoint",
@@ -61,10 +63,12 @@ __all__ = [
     "Dtype",
     "FileEntry",
     "Golden",
+    "Identity",
     "Kernels",
     "Library",
     "Manifest",
     "Model",
+    "OpenFile",
     "Precision",
     "Provenance",
     "Quantization",

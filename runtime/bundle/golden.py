@@ -295,7 +295,7 @@ class GoldenVectors:
                 f"rebuild it with the exporter of this version"
             )
         self._bundle = bundle
-        self._samples = WeightsFile(bundle.path(golden.file))
+        self._samples = WeightsFile(bundle.opened(golden.file))
         self.tolerances = dict(golden.tolerances)
         try:
             self.cases = GoldenCases.model_validate_json(self._samples.metadata.get(METADATA_KEY, "")).cases
@@ -313,7 +313,7 @@ class GoldenVectors:
             for recipe in case.inputs.values()
             if isinstance(recipe, Stored)
         }
-        self._files = {file: WeightsFile(bundle.path(file)) for file in sorted(stored)}
+        self._files = {file: WeightsFile(bundle.opened(file)) for file in sorted(stored)}
 
     def close(self) -> None:
         """Close the files. May be called twice."""

@@ -196,11 +196,18 @@ def read_index(folder: Path) -> ImageSet:
     """
     path = folder / INDEX_NAME
     try:
-        return ImageSet.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise BundleIntegrityError(
             f"{path} does not exist; build it with `python -m plugins build`"
         ) from error
+    return parse_index(content, path)
+
+
+def parse_index(content: bytes, path: Path) -> ImageSet:
+    """The index that was read from ``path``. Raises :class:`BundleSchemaError` if it is of another format."""
+    try:
+        return ImageSet.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise BundleSchemaError(
             f"{path} is not an index of kernel images of format {FORMAT_VERSION}; rebuild the kernels: {error}"
@@ -218,6 +225,11 @@ def read_cubin(folder: Path, image: Image) -> bytes:
         cubin = path.read_bytes()
     except OSError as error:
         raise BundleIntegrityError(f"kernel image {path} is missing; rebuild the kernels") from error
+    return check_cubin(cubin, image, path)
+
+
+def check_cubin(cubin: bytes, image: Image, path: Path) -> bytes:
+    """The cubin, which was read from ``path``, if it is that of ``image``; else :class:`BundleIntegrityError`."""
     digest = hashlib.sha256(cubin).hexdigest()
     if digest != image.sha256 or len(cubin) != image.bytes:
         raise BundleIntegrityError(

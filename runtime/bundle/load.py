@@ -1,6 +1,6 @@
 """Writing a bundle's manifest, and a loader that trusts nothing.
 
-It checks schema version, field types, mutual consistency, that paths are contained in the folder, and size and SHA-256
+It checks schema version, field types and ranges, mutual consistency, that paths lead nowhere else, and size and SHA-256
 of every file.
 """
 
@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pydantic import ValidationError
 
 from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError
 from runtime.files import write_file
 
+from .files import BundleFile, Identity, OpenFile
 from .manifest import SCHEMA_VERSION, Component, FileEntry, Manifest
+from .strict_json import parse_json
 
 __all__ = [
     "MANIFEST_NAME",
@@ -37,19 +40,45 @@ OPERATOR_COMPONENTS = ("qk_prepare", "attention")
 """Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
 
 _HASH_CHUNK = 1 << 20
+_MAX_MANIFEST = 16 << 20
 _MAX_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A validated bundle: its folder and its manifest."""
+    """A validated bundle: its folder and its manifest.
+
+    ``digest`` is the SHA-256 of the manifest file that it was read from. ``verified`` tells by path what the files were
+    when they had the contents that the manifest lists; one that is not in it is read when it is opened.
+    """
 
     root: Path
     manifest: Manifest
+    digest: str = ""
+    verified: Mapping[str, Identity] = field(default_factory=dict, repr=False)
 
     def path(self, relative: str) -> Path:
-        """Absolute path of a file that the manifest lists."""
+        """Absolute path of a file that the manifest lists. Whoever uses what is in it takes :meth:`opened`."""
         return self.root / relative
+
+    def opened(self, relative: str) -> BundleFile:
+        """A file that the manifest lists, open; it is what was verified. Close it.
+
+        Raises:
+            BundleError: it cannot be read.
+            BundleIntegrityError: the manifest does not list it, or it has other contents now.
+        """
+        entry = self._entries.get(relative)
+        if entry is None:
+            raise BundleIntegrityError(
+                f"bundle {self.root}: {relative!r} is not among the manifest's files, so its contents cannot be "
+                f"verified; rebuild the bundle"
+            )
+        return BundleFile(self.root, entry, self.verified.get(relative))
+
+    @cached_property
+    def _entries(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.manifest.files}
 
     def component(self, name: str) -> Component:
         """The component called ``name``; :class:`BundleError` if the bundle has none."""
@@ -103,24 +132,31 @@ def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundl
             f"'python -m export build --gpu cpu'"
         )
     root = root.resolve()
-    manifest = _parse(root / MANIFEST_NAME)
+    manifest, digest = _parse(root / MANIFEST_NAME)
     for entry in manifest.files:
         _require_contained(root, entry.path)
     _check_components(root, manifest)
-    for entry in manifest.files:
-        _check_file(root, entry, verify=verify)
-    return Bundle(root=root, manifest=manifest)
+    found = {entry.path: _check_file(root, entry, verify=verify) for entry in manifest.files}
+    return Bundle(root=root, manifest=manifest, digest=digest, verified=found)
 
 
-def _parse(path: Path) -> Manifest:
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _parse(path: Path) -> tuple[Manifest, str]:
+    """The manifest in a file, and the file's SHA-256."""
+    if not os.path.exists(path):
         raise BundleError(
             f"{path.parent} has no {MANIFEST_NAME}: it is not a bundle, or its build was interrupted; "
             f"run the build again"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        )
+    with OpenFile(path) as file:
+        size = file.identity.size
+        if size > _MAX_MANIFEST:
+            raise BundleSchemaError(
+                f"{path} has {size:,} bytes, and no manifest has more than {_MAX_MANIFEST:,}; rebuild the bundle"
+            )
+        content = file.read(0, size)
+    try:
+        raw = parse_json(content)
+    except ValueError as error:
         raise BundleSchemaError(f"{path} is not readable JSON ({error}); rebuild the bundle") from error
     if not isinstance(raw, dict):
         raise BundleSchemaError(
@@ -137,7 +173,7 @@ def _parse(path: Path) -> Manifest:
             f"runtime, or rebuild the bundle with the exporter of this version"
         )
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(content, strict=True), hashlib.sha256(content).hexdigest()
     except ValidationError as error:
         raise BundleSchemaError(f"{path} does not follow the schema: {_summary(error)}") from error
 
@@ -203,29 +239,27 @@ def _require_contained(root: Path, relative: str) -> Path:
         path = root / _contained(relative)
     except ValueError as error:
         raise BundleIntegrityError(f"bundle {root}: {error}") from None
-    resolved = path.resolve()
-    if not resolved.is_relative_to(root):
-        raise BundleIntegrityError(
-            f"bundle {root}: {relative!r} is a link that leads out of the folder, to {resolved}; "
-            f"copy the file into the bundle"
-        )
     return path
 
 
-def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> None:
+def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> Identity:
+    """What a file is, its contents checked if ``verify``. Links are followed wherever they lead: contents count."""
     path = root / entry.path
-    if not path.is_file():
+    if not os.path.exists(path):
         raise BundleIntegrityError(
             f"bundle {root}: {entry.path!r} is missing; copy the bundle again or rebuild it"
         )
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise BundleIntegrityError(
-            f"bundle {root}: {entry.path!r} has {size} bytes, the manifest says {entry.bytes}; copy the "
-            f"bundle again or rebuild it"
-        )
-    if verify and (found := hash_file(path)) != entry.sha256:
-        raise BundleIntegrityError(
-            f"bundle {root}: {entry.path!r} has SHA-256 {found}, the manifest says {entry.sha256}; the "
-            f"file was changed: copy the bundle again or rebuild it"
-        )
+    with OpenFile(path) as file:
+        found = file.identity
+        if found.size != entry.bytes:
+            raise BundleIntegrityError(
+                f"bundle {root}: {entry.path!r} has {found.size} bytes, the manifest says {entry.bytes}; copy the "
+                f"bundle again or rebuild it"
+            )
+        digest = file.digest() if verify else entry.sha256
+        if digest != entry.sha256 or file.identity != found:
+            raise BundleIntegrityError(
+                f"bundle {root}: {entry.path!r} has SHA-256 {digest}, the manifest says {entry.sha256}; the "
+                f"file was changed: copy the bundle again or rebuild it"
+            )
+    return found

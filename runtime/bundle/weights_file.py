@@ -1,4 +1,4 @@
-"""Reading safetensors files of every type a bundle uses, mapped into memory and never copied.
+"""Reading safetensors files of every type a bundle uses, tensor by tensor.
 
 The library's own numpy reader knows no float8. A file is an 8-byte little-endian length, a JSON header of that length
 (tensor name to type, shape and byte range), and the tensors.
@@ -6,22 +6,21 @@ The library's own numpy reader knows no float8. A file is an 8-byte little-endia
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BundleError
 
+from .files import BundleFile, OpenFile
 from .manifest import Dtype
+from .strict_json import parse_json
 
 __all__ = ["StoredTensor", "WeightsFile", "numpy_dtype"]
 
@@ -63,72 +62,127 @@ class StoredTensor:
     nbytes: int
 
 
-class WeightsFile(Mapping[str, NDArray[Any]]):
-    """The tensors of a safetensors file by name, as read-only views of the mapped file.
+def _stored(name: str, entry: Any) -> StoredTensor:
+    """A tensor as a header describes it; :class:`ValueError` if it does not."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has the shape {shape!r} and the bytes {offsets!r}")
+    if not isinstance(kind, str) or kind not in _STORED:
+        raise ValueError(f"tensor {name!r} has the type {kind!r}, expected {', '.join(_STORED)}")
+    begin, end = offsets
+    nbytes = math.prod(shape) * numpy_dtype(_STORED[kind]).itemsize
+    if end - begin != nbytes:
+        raise ValueError(f"tensor {name!r} of shape {shape} claims the bytes {begin} to {end}")
+    return StoredTensor(_STORED[kind], tuple(shape), begin, nbytes)
 
-    Arrays are of :func:`numpy_dtype`; they keep the mapping alive, so they stay valid after :meth:`close`.
-    ``tensors`` tells where each lies, ``metadata`` is the file's own text, by key.
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+class WeightsFile(Mapping[str, NDArray[Any]]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Arrays are of :func:`numpy_dtype`, read-only, and nobody else's. ``tensors`` tells where each lies, ``metadata`` is
+    the file's own text, by key. A file of a bundle is checked to be what was verified before and after it is read.
 
     Raises:
         BundleError: the file cannot be read, or does not follow the format.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, source: str | os.PathLike[str] | OpenFile) -> None:
+        self._file = source if isinstance(source, OpenFile) else OpenFile(source)
+        self.path = self._file.path
         try:
-            with self.path.open("rb") as stream:
-                size = os.fstat(stream.fileno()).st_size
-                length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-                if size < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
-                    raise self._malformed(f"its header claims {length} bytes and the file has {size}")
-                header = stream.read(length)
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise BundleError(
-                f"cannot read the weights file {self.path}: {error}; rebuild the bundle"
-            ) from error
-        self.metadata, self.tensors = self._parse(header, _LENGTH_BYTES + length, size)
-        # Nothing but the arrays keeps the mapping, and with it the file, open.
-        self._buffer: NDArray[np.uint8] | None = np.frombuffer(mapped, dtype=np.uint8)
+            size = self._file.identity.size
+            if size < _LENGTH_BYTES:
+                raise self._malformed(f"it has {size} bytes")
+            length = int.from_bytes(self._file.read(0, _LENGTH_BYTES), "little")
+            if length > min(_MAX_HEADER, size - _LENGTH_BYTES):
+                raise self._malformed(f"its header claims {length} bytes and the file has {size}")
+            header = self._file.read(_LENGTH_BYTES, length)
+            self.metadata, self.tensors = self._parse(header, _LENGTH_BYTES + length, size)
+            self.check()
+        except BaseException:
+            self._file.close()
+            raise
 
     def _malformed(self, problem: str) -> BundleError:
         return BundleError(f"{self.path} is not a weights file: {problem}; copy or build the bundle again")
 
     def _parse(self, header: bytes, start: int, size: int) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+        """What the library checks itself: tensors follow each other without gaps and fill the file."""
         try:
-            entries: dict[str, Any] = json.loads(header)
-            metadata: dict[str, str] = entries.pop("__metadata__", {})
-            tensors = {}
-            for name, entry in entries.items():
-                shape = tuple(int(dim) for dim in entry["shape"])
-                begin, end = (int(offset) for offset in entry["data_offsets"])
-                if entry["dtype"] not in _STORED:
-                    raise ValueError(
-                        f"tensor {name!r} has the type {entry['dtype']}, expected {', '.join(_STORED)}"
-                    )
-                dtype = _STORED[entry["dtype"]]
-                nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
-                if min(shape, default=0) < 0 or begin < 0 or end - begin != nbytes or start + end > size:
-                    raise ValueError(
-                        f"tensor {name!r} of shape {list(shape)} claims the bytes {begin} to {end}"
-                    )
-                tensors[name] = StoredTensor(dtype, shape, start + begin, nbytes)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = parse_json(header)
+            if not isinstance(entries, dict):
+                raise ValueError(f"its header is a {type(entries).__name__}")
+            metadata = entries.pop("__metadata__", {})
+            if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("its metadata are not texts by name")
+            tensors = {name: _stored(name, entry) for name, entry in entries.items()}
+        except ValueError as error:
             raise self._malformed(str(error)) from error
-        return metadata, tensors
+        end = 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if tensor.offset != end:
+                raise self._malformed(
+                    f"tensor {name!r} begins at byte {tensor.offset} of the data, expected {end}"
+                )
+            end += tensor.nbytes
+        if start + end != size:
+            raise self._malformed(f"its tensors take {end} bytes and it has {size - start} for them")
+        return metadata, {
+            name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()
+        }
+
+    def check(self) -> None:
+        """See that a bundle's file still is what was verified.
+
+        Raises:
+            BundleIntegrityError: it is not.
+        """
+        if isinstance(self._file, BundleFile):
+            self._file.check()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if self._buffer is None:
-            raise BundleError(f"the weights file {self.path} is closed")
-        entry = self.tensors[name]
-        raw = self._buffer[entry.offset : entry.offset + entry.nbytes]
-        return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
+        return self._read(self.tensors[name])
+
+    def rows(self, name: str, rows: Iterable[int]) -> NDArray[Any]:
+        """Some rows of a tensor, read one by one: of a table of tokens, few are needed.
+
+        Raises:
+            BundleError: there is no such tensor or row.
+        """
+        entry = self._entry(name)
+        count, *shape = entry.shape
+        picked = list(rows)
+        if any(not 0 <= row < count for row in picked):
+            raise BundleError(
+                f"tensor {name!r} of {self.path} has {count} rows, and one of {max(picked)} is wanted"
+            )
+        nbytes = entry.nbytes // count
+        found = [
+            self._read(StoredTensor(entry.dtype, tuple(shape), entry.offset + row * nbytes, nbytes))
+            for row in picked
+        ]
+        return np.stack(found) if found else np.empty((0, *shape), numpy_dtype(entry.dtype))
 
     def get_required(self, name: str) -> NDArray[Any]:
         """The tensor called ``name``; :class:`~runtime.errors.BundleError` if the file has none."""
+        return self._read(self._entry(name))
+
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise BundleError(f"the weights file {self.path} has no tensor {name!r}; rebuild the bundle")
-        return self[name]
+        return self.tensors[name]
+
+    def _read(self, entry: StoredTensor) -> NDArray[Any]:
+        memory = np.empty(entry.nbytes, dtype=np.uint8)
+        self._file.read_into(entry.offset, memory)
+        array = memory.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
+        array.flags.writeable = False
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -137,8 +191,8 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
         return len(self.tensors)
 
     def close(self) -> None:
-        """Let go of the mapping; it ends with the last array. May be called twice."""
-        self._buffer = None
+        """Close the file. May be called twice."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

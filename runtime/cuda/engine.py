@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, Manifest
 from runtime.bundle.weights_file import WeightsFile
-from runtime.errors import EngineError
+from runtime.errors import BundleError, EngineError
 from runtime.frames import DeviceFrames
 from runtime.program.builder import build_program
 from runtime.program.engine import ProgramEngine
@@ -53,7 +52,7 @@ class _Weights(Mapping[str, NDArray[Any]]):
 
 
 def constants(manifest: Manifest, weights: WeightsFile | None) -> Mapping[str, NDArray[Any]]:
-    """Values of what a program's ``load`` feeds; tensors of ``weights`` are mapped, not copied."""
+    """Values of what a program's ``load`` feeds; tensors of ``weights`` are read when their turn comes."""
     steps = {
         f"step.{step}": np.array(step, dtype=np.int32) for step in range(len(manifest.schedule.timesteps))
     }
@@ -64,8 +63,8 @@ def constants(manifest: Manifest, weights: WeightsFile | None) -> Mapping[str, N
 class KernelImages:
     """Launches the bundle's kernel images: a :data:`~runtime.cuda.executor.LaunchKernel`."""
 
-    def __init__(self, folder: Path, driver: CudaDriver) -> None:
-        self._library = KernelLibrary.load(folder, driver.capability)
+    def __init__(self, bundle: Bundle, driver: CudaDriver) -> None:
+        self._library = KernelLibrary.of(bundle, driver.capability)
         self._launcher = KernelLauncher(self._library, driver.device)
         self._streams: dict[int, Any] = {}
 
@@ -160,11 +159,17 @@ def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0, graphs: 
     program = build_program(bundle, sessions)
     launch = _no_kernels
     if manifest.kernels is not None:
-        launch = KernelImages(bundle.path(manifest.kernels.folder), driver)
+        launch = KernelImages(bundle, driver)
     library = open_library(bundle, driver)
-    weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
+    weights = None if manifest.segments is None else WeightsFile(bundle.opened(manifest.segments.weights))
     try:
         executor = CudaExecutor(program, driver, library, launch, constants(manifest, weights), graphs=graphs)
+        try:
+            if weights is not None:
+                weights.check()
+        except BundleError:
+            executor.close()
+            raise
     finally:
         if weights is not None:
             weights.close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from runtime.bundle import Bundle
@@ -18,7 +17,7 @@ __all__ = [
     "TENSORRT_RTX",
     "EngineComponent",
     "Product",
-    "engine_path",
+    "read_engine",
     "require_same_tensors",
     "require_version",
 ]
@@ -62,12 +61,18 @@ def require_version(bundle: Bundle, product: Product, installed: str | None) -> 
     )
 
 
-def engine_path(bundle: Bundle, name: str) -> Path:
-    """The engine file of component ``name``. Raises :class:`BundleError` if it has none."""
+def read_engine(bundle: Bundle, name: str) -> bytes:
+    """The engine of component ``name``, as its file has it.
+
+    Raises:
+        BundleError: it has no file.
+        BundleIntegrityError: the file is another one than was verified.
+    """
     file = bundle.component(name).file
     if file is None:
         raise BundleError(f"component {name!r} of bundle {bundle.root} has no file; rebuild the bundle")
-    return bundle.path(file)
+    with bundle.opened(file) as opened:
+        return opened.contents()
 
 
 def require_same_tensors(component: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:

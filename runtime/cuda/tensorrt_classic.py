@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from runtime.bundle import Bundle, hash_file
-from runtime.errors import BundleError, BundleIntegrityError, EngineError
+from runtime.bundle import Bundle
+from runtime.errors import BundleError, EngineError
 
 from .driver import Driver
-from .tensorrt import TENSORRT, EngineComponent, engine_path, require_same_tensors, require_version
+from .tensorrt import TENSORRT, EngineComponent, read_engine, require_same_tensors, require_version
 
 if TYPE_CHECKING:
     from .library import Recording
@@ -29,21 +29,10 @@ _registering = threading.Lock()
 
 
 def plugin_entry(bundle: Bundle) -> str:
-    """SHA-256 of the bundle's plugin library, which is checked now: what is loaded is executed.
-
-    Raises:
-        BundleError: the bundle has none.
-        BundleIntegrityError: it changed.
-    """
+    """SHA-256 of the bundle's plugin library. Raises :class:`BundleError` if the bundle has none."""
     wanted = next((entry.sha256 for entry in bundle.manifest.files if entry.path == PLUGIN_FILE), None)
     if wanted is None:
         raise BundleError(f"bundle {bundle.root} has no {PLUGIN_FILE}, which its engines need; rebuild it")
-    found = hash_file(bundle.path(PLUGIN_FILE))
-    if found != wanted:
-        raise BundleIntegrityError(
-            f"bundle {bundle.root}: {PLUGIN_FILE!r} has SHA-256 {found}, the manifest says {wanted}; copy the bundle "
-            f"again or rebuild it"
-        )
     return wanted
 
 
@@ -52,9 +41,10 @@ def _register_plugins(bundle: Bundle, registry: Any) -> None:
 
     Raises:
         EngineError: the library does not load, or plugins of another bundle's library are registered.
+        BundleIntegrityError: it is another one than the manifest lists.
     """
-    digest, path = plugin_entry(bundle), bundle.path(PLUGIN_FILE)
-    with _registering:
+    digest = plugin_entry(bundle)
+    with _registering, bundle.opened(PLUGIN_FILE) as file:
         if digest in _registered:
             return
         if _registered:
@@ -62,7 +52,8 @@ def _register_plugins(bundle: Bundle, registry: Any) -> None:
                 f"bundle {bundle.manifest.name!r} has a plugin library of another build than the bundle that this "
                 f"process loaded before, and TensorRT keeps one; load it in a process of its own"
             )
-        handle = registry.load_library(str(path))
+        handle = registry.load_library(str(file.path))
+        file.check_name()
         lacking = [
             name
             for name in _OPERATORS
@@ -70,7 +61,7 @@ def _register_plugins(bundle: Bundle, registry: Any) -> None:
         ]
         if handle is None or lacking:
             raise EngineError(
-                f"{path} registers no plugin {', '.join(lacking or _OPERATORS)} with TensorRT; rebuild the bundle"
+                f"{file.path} registers no plugin {', '.join(lacking or _OPERATORS)} with TensorRT; rebuild the bundle"
             )
         _registered[digest] = handle
 
@@ -102,18 +93,18 @@ class TensorRtLibrary:
         """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
         if name in self._components:
             return self._components[name]
-        path, trt = engine_path(self._bundle, name), self._trt
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        trt = self._trt
+        engine = self._runtime.deserialize_cuda_engine(read_engine(self._bundle, name))
         if engine is None:
             raise EngineError(
-                f"component {name!r} ({path}) does not load in TensorRT {trt.__version__} on this GPU; the library's "
+                f"component {name!r} does not load in TensorRT {trt.__version__} on this GPU; the library's "
                 f"own message is above. Rebuild the bundle on this GPU"
             )
         self._check(name, engine)
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise EngineError(
-                f"component {name!r} ({path}) cannot be prepared on this GPU; TensorRT's own message is above. Free "
+                f"component {name!r} cannot be prepared on this GPU; TensorRT's own message is above. Free "
                 f"GPU memory, or rebuild the bundle on this GPU"
             )
         self._components[name] = EngineComponent(name, TENSORRT, engine, context)

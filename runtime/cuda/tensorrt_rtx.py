@@ -13,7 +13,7 @@ from runtime.errors import EngineError
 from runtime.files import cache_folder, write_file
 
 from .driver import Driver
-from .tensorrt import TENSORRT_RTX, EngineComponent, engine_path, require_same_tensors, require_version
+from .tensorrt import TENSORRT_RTX, EngineComponent, read_engine, require_same_tensors, require_version
 
 if TYPE_CHECKING:
     from .library import Recording
@@ -65,11 +65,11 @@ class TensorRtRtxLibrary:
         """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
         if name in self._components:
             return self._components[name]
-        path, trt = engine_path(self._bundle, name), self._trt
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        trt = self._trt
+        engine = self._runtime.deserialize_cuda_engine(read_engine(self._bundle, name))
         if engine is None:
             raise EngineError(
-                f"component {name!r} ({path}) does not load in TensorRT-RTX {trt.__version__} on this GPU; the "
+                f"component {name!r} does not load in TensorRT-RTX {trt.__version__} on this GPU; the "
                 f"library's own message is above. Rebuild the bundle for this GPU"
             )
         self._check(name, engine)
@@ -87,7 +87,7 @@ class TensorRtRtxLibrary:
         context = engine.create_execution_context(config)
         if context is None:
             raise EngineError(
-                f"component {name!r} ({path}) cannot be prepared on this GPU; TensorRT-RTX's own message is above. "
+                f"component {name!r} cannot be prepared on this GPU; TensorRT-RTX's own message is above. "
                 f"Free GPU memory, or rebuild the bundle for this GPU"
             )
         self._components[name] = EngineComponent(name, TENSORRT_RTX, engine, context, config)

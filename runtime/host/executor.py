@@ -39,8 +39,8 @@ class HostExecutor:
     """Implements :class:`~runtime.program.engine.Executor`; everything has run when a call returns.
 
     Each component is loaded once, with ``threads`` threads per forward (default: :func:`default_threads`). Weights are
-    mapped from the bundle's file and never copied; all operations are bound to their arrays when this is made, so a
-    forward allocates nothing.
+    read into memory once, so that they stay what they were; all operations are bound to their arrays when this is made,
+    so a forward allocates nothing.
 
     Raises:
         BundleError: a component is another graph than the manifest says.
@@ -48,10 +48,8 @@ class HostExecutor:
     """
 
     def __init__(self, bundle: Bundle, program: Program, *, threads: int | None = None) -> None:
-        segments = bundle.manifest.segments
         self._program = program
-        self._weights = WeightsFile(bundle.path(segments.weights)) if segments else None
-        self._by_offset = {view.offset: name for name, view in program.weights.items()}
+        self._weights = _read_weights(bundle, program)
         names = dict.fromkeys(run.component for _, run in program.walk() if isinstance(run, EngineRun))
         self._graphs: dict[str, Graph] = {
             name: load_graph(bundle, name, threads or default_threads()) for name in names
@@ -137,14 +135,12 @@ class HostExecutor:
         self._runs.clear()
         self._arrays.clear()
         self._graphs.clear()
-        if self._weights is not None:
-            self._weights.close()
+        self._weights.clear()
 
     def array(self, view: View, session: int = 0) -> NDArray[Any]:
         """The array of a view: part of a buffer's, without a copy."""
         if view.buffer == "weights":
-            assert self._weights is not None
-            return self._weights[self._by_offset[view.offset]]
+            return self._weights[view.offset]
         placed = self._program.buffers[view.buffer]
         whole = self._arrays[session + 1 if placed.per_session else 0][view.buffer]
         dtype = numpy_dtype(view.dtype)
@@ -179,6 +175,17 @@ class HostExecutor:
             )
         buffers = arrays(operation.buffers)
         return lambda: _timed(lambda: kernel(buffers))
+
+
+def _read_weights(bundle: Bundle, program: Program) -> dict[int, NDArray[Any]]:
+    """The tensors of the weights file that the program uses, by their place in its memory."""
+    segments = bundle.manifest.segments
+    if segments is None:
+        return {}
+    with WeightsFile(bundle.opened(segments.weights)) as file:
+        weights = {view.offset: file.get_required(name) for name, view in program.weights.items()}
+        file.check()
+    return weights
 
 
 def _timed(work: Callable[[], None]) -> float:

@@ -63,9 +63,15 @@ def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
 
     Raises:
         EngineError: it does not load.
-        BundleError: the component has no package.
+        BundleError: the component has no package, or its file is another one than was verified.
     """
-    path = bundle.path(_file(bundle, name))
+    with bundle.opened(_file(bundle, name)) as file:
+        loader = _load(file.path, name, device_index)
+        file.check_name()
+    return loader
+
+
+def _load(path: Path, name: str, device_index: int) -> Any:
     import torch
 
     try:

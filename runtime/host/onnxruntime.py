@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from runtime.bundle import Bundle, TensorSpec
 from runtime.errors import BundleError, EngineError
 
+from .onnx_file import external_tensors, read_external
+
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding
 
@@ -40,7 +42,12 @@ def default_threads() -> int:
 
 
 class OnnxGraph:
-    """One component, loaded. Runs bound to fixed addresses."""
+    """One component, loaded. Runs bound to fixed addresses, with weights that are in memory.
+
+    Raises:
+        BundleError: it is another graph than the manifest says, or its weights are in a file that is not listed.
+        EngineError: ONNX Runtime does not load it.
+    """
 
     def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
         import onnxruntime as ort
@@ -60,16 +67,25 @@ class OnnxGraph:
             raise BundleError(
                 f"component {name!r} of bundle {bundle.root} is executed as segments and has no file"
             )
-        path = bundle.path(component.file)
+        with bundle.opened(component.file) as file:
+            model = file.contents()
+        # ONNX Runtime would map the files that it opens itself: what is written to them later would be computed with.
         try:
+            tensors = external_tensors(model, component.file)
+        except ValueError as error:
+            raise _unloadable(name, component.file, error) from error
+        values = read_external(bundle, tensors)
+        try:
+            self._weights = [
+                ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values[tensor.name], tensor.type)
+                for tensor in tensors
+            ]
+            options.add_external_initializers(list(values), self._weights)
             self._session: InferenceSession = ort.InferenceSession(
-                path, sess_options=options, providers=["CPUExecutionProvider"]
+                model, sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise EngineError(
-                f"component {name!r} ({path}) does not load in ONNX Runtime {ort.__version__}: {error}; rebuild "
-                f"the bundle, or install the onnxruntime version its manifest names"
-            ) from error
+            raise _unloadable(name, component.file, error) from error
         self.name = name
         self.inputs = {spec.name: spec for spec in component.inputs}
         self.outputs = {spec.name: spec for spec in component.outputs}
@@ -112,6 +128,15 @@ class OnnxGraph:
         except Exception as error:
             raise EngineError(f"component {self.name!r} failed: {error}") from error
         return time.perf_counter() - start
+
+
+def _unloadable(component: str, file: str, error: Exception) -> EngineError:
+    import onnxruntime as ort
+
+    return EngineError(
+        f"component {component!r} ({file}) does not load in ONNX Runtime {ort.__version__}: {error}; rebuild the "
+        f"bundle, or install the onnxruntime version its manifest names"
+    )
 
 
 def _describe(kind: str, shape: Sequence[int | str | None]) -> str:

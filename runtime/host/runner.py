@@ -69,14 +69,17 @@ class HostRunner:
         graph = load_graph(self._bundle, component, self._threads)
         segments = self._bundle.manifest.segments
         bound = {} if segments is None else segments.outside.get(component, {})
-        stored = WeightsFile(self._bundle.path(segments.weights)) if segments and bound else None
+        weights: Arrays = {}
+        if segments and bound:
+            with WeightsFile(self._bundle.opened(segments.weights)) as stored:
+                weights = {name: stored.get_required(tensor) for name, tensor in bound.items()}
+                stored.check()
 
         def run(inputs: Arrays) -> dict[str, NDArray[Any]]:
             outputs = {
                 name: np.empty([int(dim) for dim in spec.shape], dtype=numpy_dtype(spec.dtype))
                 for name, spec in graph.outputs.items()
             }
-            weights = {} if stored is None else {name: stored[tensor] for name, tensor in bound.items()}
             graph.run(graph.bind({**weights, **inputs}, outputs))
             return outputs
 

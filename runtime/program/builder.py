@@ -40,7 +40,7 @@ def build_program(bundle: Bundle, sessions: int) -> Program:
     segments = manifest.segments
     stored: Mapping[str, StoredTensor] = {}
     if segments is not None:
-        with WeightsFile(bundle.path(segments.weights)) as weights:
+        with WeightsFile(bundle.opened(segments.weights)) as weights:
             stored = weights.tensors
     return _Builder(manifest, sessions, stored).build()
 

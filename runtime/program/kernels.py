@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.bundle import Bundle
 from runtime.bundle.images import (
     INDEX_NAME,
     Argument,
@@ -19,6 +20,8 @@ from runtime.bundle.images import (
     Image,
     ImageSet,
     KernelProblem,
+    check_cubin,
+    parse_index,
     read_cubin,
     read_index,
 )
@@ -65,6 +68,33 @@ class KernelLibrary:
             )
         _, path, index = max(suitable, key=lambda item: item[0])
         return cls(index, {image.name: read_cubin(path, image) for image in index.images})
+
+    @classmethod
+    def of(cls, bundle: Bundle, capability: tuple[int, int]) -> KernelLibrary:
+        """The images of a bundle, of which nothing is read that its manifest does not list.
+
+        Raises:
+            EngineError: the bundle has none for a device of ``capability``.
+            BundleSchemaError: the index is malformed.
+            BundleIntegrityError: a file is missing, changed or not listed.
+        """
+        kernels = bundle.manifest.kernels
+        if kernels is None:
+            raise EngineError(f"bundle {bundle.root} holds no kernel images; rebuild it")
+        folder = f"{kernels.folder}/{kernels.arch}"
+        path = f"{folder}/{INDEX_NAME}"
+        with bundle.opened(path) as file:
+            index = parse_index(file.contents(), file.path)
+        if not index.runs_on(capability):
+            raise EngineError(
+                f"{bundle.root} holds kernels for {index.target}; this device has compute capability "
+                f"{capability[0]}.{capability[1]}. Build a bundle for this GPU"
+            )
+        cubins = {}
+        for image in index.images:
+            with bundle.opened(f"{folder}/{image.file}") as file:
+                cubins[image.name] = check_cubin(file.contents(), image, file.path)
+        return cls(index, cubins)
 
     def serving(self, kernel: str, problem: KernelProblem) -> Image:
         """The first image of ``kernel`` that serves ``problem``.

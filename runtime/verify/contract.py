@@ -177,7 +177,7 @@ def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
 def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
     text = bundle.manifest.text
     where = f"weights file {text.weights!r}"
-    with WeightsFile(bundle.path(text.weights)) as weights:
+    with WeightsFile(bundle.opened(text.weights)) as weights:
         stored = weights.tensors
     shapes: dict[str, Dims] = {"token_embedding": (text.vocab, text.dim), "norm": (text.dim,)}
     specs = {spec.name: spec for spec in bundle.manifest.components["text_encoder"].inputs}

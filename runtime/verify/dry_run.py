@@ -164,7 +164,7 @@ def _library(bundle: Bundle, flaws: Flaws) -> KernelLibrary | None:
         return None
     major, minor = (int(part) for part in capability.split("."))
     try:
-        return KernelLibrary.load(bundle.root / kernels.folder, (major, minor))
+        return KernelLibrary.of(bundle, (major, minor))
     except LightForcingError as error:
         flaws.add("kernels", str(error))
         return None

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runtime.backends import runs_on_host
-from runtime.bundle import MANIFEST_NAME, Bundle, hash_file
+from runtime.bundle import Bundle
 from runtime.bundle.golden import ComponentRunner, GoldenVectors, Platform
 from runtime.bundle.manifest import NonNegative, Sha256
 from runtime.errors import BundleError, EngineError
@@ -126,7 +126,7 @@ def judge(bundle: Bundle, runner: ComponentRunner, progress: Progress | None = N
         found = _judged(vectors, runner, progress)
     return Verdict(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        manifest=hash_file(bundle.root / MANIFEST_NAME),
+        manifest=bundle.digest,
         backend=bundle.manifest.backend,
         platform=PlatformRecord.of(runner.platform),
         passed=all(component.passed for component in found.values()),
@@ -201,22 +201,21 @@ def _cached(manifest: str) -> Path:
     return cache_folder("verdicts") / f"{manifest}.json"
 
 
-def _places(bundle: Bundle, manifest: str) -> Iterator[Path]:
+def _places(bundle: Bundle) -> Iterator[Path]:
     yield bundle.root / VERDICT_NAME
     with contextlib.suppress(RuntimeError):  # there is no home
-        yield _cached(manifest)
+        yield _cached(bundle.digest)
 
 
 def find_verdict(bundle: Bundle, platform: Platform) -> Verdict | None:
     """The recorded verdict on this manifest and platform; None if there is none. One that cannot be read is none."""
-    manifest = hash_file(bundle.root / MANIFEST_NAME)
     wanted = PlatformRecord.of(platform)
-    for path in _places(bundle, manifest):
+    for path in _places(bundle):
         try:
             verdict = Verdict.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             continue
-        if verdict.manifest == manifest and verdict.platform == wanted:
+        if verdict.manifest == bundle.digest and verdict.platform == wanted:
             return verdict
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -346,3 +347,15 @@ def edit_manifest(folder: Path, edit: object) -> None:
     raw = json.loads(path.read_text())
     edit(raw)  # type: ignore[operator]
     path.write_text(json.dumps(raw))
+
+
+def relist(folder: Path, *changed: str) -> Path:
+    """List files of a bundle anew, with the sizes and hashes that they have now."""
+
+    def edit(raw: dict[str, Any]) -> None:
+        entries = {entry["path"]: entry for entry in raw["files"]}
+        entries |= {name: file_entry(folder, name).model_dump() for name in changed}
+        raw["files"] = list(entries.values())
+
+    edit_manifest(folder, edit)
+    return folder

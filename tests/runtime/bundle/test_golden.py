@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from runtime.bundle import Bundle, TensorSpec, golden, load_bundle
+from runtime.bundle import Bundle, TensorSpec, file_entry, golden, load_bundle
 from runtime.bundle.golden import Expected, GoldenVectors, Integers, Mask, Normal, Rotary, Stored
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError
@@ -126,7 +126,11 @@ def write_cases(folder: Path, text: str, samples: dict[str, np.ndarray]) -> None
 def opened(golden_bundle: Path, folder: Path, case: dict[str, object]) -> GoldenVectors:
     bundle = load_bundle(golden_bundle)
     write_cases(folder, json.dumps({"cases": [case]}), {"x": np.zeros(1, np.float32)})
-    return GoldenVectors(Bundle(folder, bundle.manifest))
+    files = tuple(
+        file_entry(folder, entry.path) if entry.path == "golden.safetensors" else entry
+        for entry in bundle.manifest.files
+    )
+    return GoldenVectors(Bundle(folder, bundle.manifest.model_copy(update={"files": files})))
 
 
 CONDITIONER = {

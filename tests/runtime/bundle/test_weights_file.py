@@ -48,17 +48,16 @@ def test_every_type_is_read_as_it_was_written(path: Path) -> None:
         assert weights["brain"].dtype == ml_dtypes.bfloat16
 
 
-def test_arrays_are_views_of_the_file_and_outlive_it(path: Path) -> None:
+def test_arrays_outlive_the_file(path: Path) -> None:
     weights = WeightsFile(path)
     array = weights["full"]
-    assert np.shares_memory(array, weights["full"])
     assert not array.flags.writeable
     stored = weights.tensors["full"]
     assert path.read_bytes()[stored.offset :][: stored.nbytes] == array.tobytes()
     weights.close()
     weights.close()
     assert array.sum() == 15
-    with pytest.raises(BundleError, match="is closed"):
+    with pytest.raises(BundleError, match="closed"):
         weights["full"]
 
 
@@ -66,7 +65,7 @@ def test_a_missing_tensor_or_file_is_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no tensor 'other'"):
         WeightsFile(path).get_required("other")
     assert WeightsFile(path).get("other") is None
-    with pytest.raises(BundleError, match="cannot read the weights file"):
+    with pytest.raises(BundleError, match="cannot read"):
         WeightsFile(tmp_path / "absent")
 
 
@@ -82,17 +81,17 @@ def entry(dtype: str = "F32", shape: object = (2,), begin: int = 0, end: int = 8
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "header claims|cannot read"),
+        (b"", "it has 0 bytes"),
         (b"\xff" * 20, "header claims"),
         ((10**6).to_bytes(8, "little") + b"{}", "header claims 1000000 bytes"),
         ((4).to_bytes(8, "little") + b"nope", "not a weights file"),
         (header([]), "not a weights file"),
         (header({"t": 3}), "not a weights file"),
-        (header(entry()), "claims the bytes 0 to 8"),
+        (header(entry()), "its tensors take 8 bytes and it has 0"),
         (header(entry(end=4), bytes(8)), "claims the bytes 0 to 4"),
-        (header(entry(begin=-8, end=0), bytes(8)), "claims the bytes -8 to 0"),
-        (header(entry(shape=(-2, -1)), bytes(8)), "claims the bytes"),
-        (header(entry(dtype="F8_E5M2"), bytes(8)), "has the type F8_E5M2"),
+        (header(entry(begin=-8, end=0), bytes(8)), r"the bytes \[-8, 0\]"),
+        (header(entry(shape=(-2, -1)), bytes(8)), r"the shape \[-2, -1\]"),
+        (header(entry(dtype="F8_E5M2"), bytes(8)), "has the type 'F8_E5M2'"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

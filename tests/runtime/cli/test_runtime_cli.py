@@ -18,7 +18,7 @@ from PIL import Image
 from runtime.cli.generate import parse_switch
 from runtime.cli.main import main
 from tests.runtime.conftest import MakeBundle
-from tests.runtime.handmade import TEXT_DIM, TEXT_LEN, edit_manifest
+from tests.runtime.handmade import TEXT_DIM, TEXT_LEN, edit_manifest, relist
 
 ROOT = Path(__file__).parents[3]
 
@@ -174,14 +174,9 @@ def test_failure_while_running_exits_with_1_and_leaves_nothing(
 
 
 def test_graph_that_is_no_onnx_exits_with_1(bundle: Path, tmp_path: Path) -> None:
-    from runtime.bundle import file_entry
-
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     (copy / "step.onnx").write_bytes(b"not a graph")
-    entry = file_entry(copy, "step.onnx").model_dump()
-    edit_manifest(
-        copy, lambda raw: raw.update(files=[entry if f["path"] == "step.onnx" else f for f in raw["files"]])
-    )
+    relist(copy, "step.onnx")
     assert main(["generate", str(copy), "--out", str(tmp_path / "clip.mp4")]) == 1
     assert not (tmp_path / "clip.mp4").exists()
 

@@ -19,6 +19,7 @@ from runtime.program.builder import build_program
 from runtime.program.program import KernelLaunch
 from tests.runtime.cuda.stand_in_rtx import StandIn
 from tests.runtime.device_bundles import build_device_bundle
+from tests.runtime.handmade import relist
 from tests.runtime.simulated_gpu import SimulatedDriver
 
 GPU = "NVIDIA GeForce RTX 5090"
@@ -135,6 +136,7 @@ def test_an_engine_that_wants_more_memory_than_promised_is_refused(module: Stand
 
 def test_an_engine_that_does_not_load_is_named(loaded: Bundle, module: StandIn) -> None:
     (loaded.root / "layer.engine").write_bytes(b"of another GPU")
-    with pytest.raises(EngineError, match=r"component 'layer' .* does not load in TensorRT-RTX 1\.7\.1\.116"):
+    module.bundle = load_bundle(relist(loaded.root, "layer.engine"))
+    with pytest.raises(EngineError, match=r"component 'layer' does not load in TensorRT-RTX 1\.7\.1\.116"):
         load(module)
     assert not module.driver._memory

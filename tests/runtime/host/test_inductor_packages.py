@@ -20,9 +20,14 @@ import sys
 from types import SimpleNamespace
 from pathlib import Path
 import torch
+from runtime.bundle import BundleFile, file_entry
 from runtime.host.inductor import load_package
 folder = Path(sys.argv[1])
-bundle = SimpleNamespace(root=folder, path=folder.joinpath, component=lambda name: SimpleNamespace(file=f"{name}.pt2"))
+bundle = SimpleNamespace(
+    root=folder,
+    opened=lambda path: BundleFile(folder, file_entry(folder, path), None),
+    component=lambda name: SimpleNamespace(file=f"{name}.pt2"),
+)
 result = load_package(bundle, "twice").run([torch.full((4,), 3.0)])
 assert result[0].tolist() == [6.0] * 4, result
 """
