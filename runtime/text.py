@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
+from runtime.bundle.weights_file import WeightsFile
 
 from .bundle import Bundle, Text
 from .errors import BundleError, ClosedError, EngineError, InputError

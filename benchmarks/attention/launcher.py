@@ -19,14 +19,6 @@ from runtime.program.kernels import KernelLibrary
 
 __all__ = ["ImageLauncher"]
 
-_ELEMENTS = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-    torch.int32: "int32",
-    torch.int16: "int16",
-}
-
 
 class ImageLauncher:
     """The `plugins.eager.launch.Launcher` over images: PyTorch's memory and streams, `cuda.core`'s launches."""
@@ -79,7 +71,7 @@ class ImageLauncher:
         for argument in plan.image.arguments:
             if argument.source != "buffer":
                 continue
-            found = _ELEMENTS.get(buffers[argument.name].dtype)
+            found = str(buffers[argument.name].dtype).removeprefix("torch.")
             if found != argument.element or addresses[argument.name] % 16:
                 raise KernelError(
                     f"{plan.image.name} takes {argument.name} as {argument.element} at a multiple of 16 bytes; it is "

@@ -26,7 +26,7 @@ from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
 from runtime.backends import runs_on_host
 from runtime.bundle import Bundle, Component, load_bundle
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
 from runtime.host.runner import HostRunner
 from runtime.pipeline import Pipeline
 

@@ -19,7 +19,7 @@ from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from plugins.nodes.functions import AttentionForm
-from runtime.bundle import Component, Dtype, TensorSpec
+from runtime.bundle import ELEMENT_TYPES, Component, TensorSpec, dtypes_by
 
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .rewrites import sink_uint8
@@ -36,6 +36,7 @@ __all__ = [
     "attention_form",
     "component_of",
     "per_chunk_name",
+    "precisions_of",
     "tensor_specs",
     "write_conditioner",
     "write_step",
@@ -56,22 +57,20 @@ def component_of(folder: Path, file: str) -> Component:
     return Component(file=file, inputs=tensor_specs(graph.inputs), outputs=tensor_specs(graph.outputs))
 
 
-_DTYPES: Mapping[ir.DataType, Dtype] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
-    ir.DataType.FLOAT4E2M1: "float4_e2m1",
-    ir.DataType.INT32: "int32",
-    ir.DataType.INT64: "int64",
-    ir.DataType.UINT8: "uint8",
-    ir.DataType.BOOL: "bool",
-}
+_DTYPES = {ir.DataType[name]: dtype for name, dtype in dtypes_by("onnx").items()}
 
 
 def tensor_specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
     """Name, type and shape of each value; a symbolic size is its name."""
     return tuple(_spec(value) for value in values)
+
+
+def precisions_of(model: ir.Model) -> set[str]:
+    """What the graph's own tensors are in, of fp32, fp16, bf16, fp8 and nvfp4."""
+    graph = model.graph
+    values = (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs))
+    floats = {value.dtype for value in values if value.dtype is not None and value.dtype.is_floating_point()}
+    return {ELEMENT_TYPES[_DTYPES[dtype]].precision for dtype in floats if dtype in _DTYPES}
 
 
 def _spec(value: ir.Value) -> TensorSpec:

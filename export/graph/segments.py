@@ -15,22 +15,19 @@ from export.errors import ExportError
 from export.progress import StepCallback, no_steps
 from plugins import contract
 from plugins.nodes import functions
-from runtime.bundle import Segments
+from runtime.bundle import ELEMENT_TYPES, FLOATS, Dtype, Segments
 
 from .partition import Partition, Segment, merge_repeated, partition
-from .tensor_files import StoredTensor, StoredType, write_tensors
+from .tensor_files import StoredTensor, write_tensors
 from .tracing import EXTERNAL_BYTES
 
 __all__ = ["SEGMENT_WEIGHTS", "is_kernel", "is_parameter", "write_segments"]
 
 SEGMENT_WEIGHTS = "transformer.safetensors"
 
-_STORED: Mapping[ir.DataType, StoredType] = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
-    ir.DataType.FLOAT4E2M1: "U8",
+_STORED: Mapping[ir.DataType, Dtype] = {
+    **{ir.DataType[ELEMENT_TYPES[dtype].onnx]: dtype for dtype in (*FLOATS, "float8_e4m3fn")},
+    ir.DataType.FLOAT4E2M1: "uint8",
 }
 """Types of weights. The file format has none of four bits: two such elements are a byte."""
 

@@ -5,40 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from export.progress import StepCallback, no_steps
+from runtime.bundle import ELEMENT_TYPES, Dtype, dtype_name, nbytes
 
-__all__ = ["StoredTensor", "StoredType", "store", "write_tensors"]
+__all__ = ["StoredTensor", "store", "write_tensors"]
 
-StoredType = Literal["F32", "F16", "BF16", "F8_E4M3", "U8", "I32", "I64", "BOOL"]
-"""Element types by their names in the format, which has none of four bits."""
-
-_BYTES: dict[StoredType, int] = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "U8": 1,
-    "I32": 4,
-    "I64": 8,
-    "BOOL": 1,
-}
-_TORCH: dict[torch.dtype, StoredType] = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
 _ALIGNMENT = 8
 
 
@@ -47,17 +23,18 @@ class StoredTensor:
     """A tensor that is made when its turn to be written comes.
 
     Attributes:
+        dtype: its element type, of those that the format knows; it has none of four bits.
         read: its bytes, row by row, little-endian.
     """
 
     name: str
-    type: StoredType
+    dtype: Dtype
     shape: tuple[int, ...]
     read: Callable[[], memoryview]
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * _BYTES[self.type]
+        return nbytes(self.dtype, self.shape)
 
 
 def store(name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> StoredTensor:
@@ -67,7 +44,7 @@ def store(name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[
         flat = make().to(dtype).contiguous().flatten()
         return flat.view(torch.uint8).numpy().data
 
-    return StoredTensor(name, _TORCH[dtype], shape, read)
+    return StoredTensor(name, dtype_name(dtype), shape, read)
 
 
 def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCallback = no_steps) -> None:
@@ -82,7 +59,7 @@ def write_tensors(path: Path, tensors: Iterable[StoredTensor], progress: StepCal
     for tensor in ordered:
         end = offset + tensor.nbytes
         header[tensor.name] = {
-            "dtype": tensor.type,
+            "dtype": ELEMENT_TYPES[tensor.dtype].safetensors,
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from export.errors import ExportError
-from export.graph.components import tensor_specs
+from export.graph.components import precisions_of, tensor_specs
 from export.graph.float32_twin import float32_twin
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import ORT_SESSION_CONFIG
@@ -21,13 +21,7 @@ from runtime.bundle import TensorSpec
 
 __all__ = ["GoldenGraph", "ReferenceGraph"]
 
-_COARSEST = {
-    ir.DataType.FLOAT4E2M1: "nvfp4",
-    ir.DataType.FLOAT8E4M3FN: "fp8",
-    ir.DataType.BFLOAT16: "bf16",
-    ir.DataType.FLOAT16: "fp16",
-}
-_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+_COARSEST = ("nvfp4", "fp8", "bf16", "fp16", "fp32")
 _ERRORS_ONLY = 3
 _TWIN = "twin.onnx"
 
@@ -74,9 +68,10 @@ class ReferenceGraph:
         model = ir.load(path)
         self.inputs = tensor_specs(model.graph.inputs)
         self.outputs = tensor_specs(model.graph.outputs)
-        self.precision = _precision(model)
+        found = precisions_of(model)
+        self.precision = next((name for name in _COARSEST if name in found), "fp32")
         self.layers = sum(node.op_type == HIERARCHICAL_SPARSE_ATTENTION for node in model.graph)
-        if any(_holds(model, dtype) for dtype in (*_NARROW, ir.DataType.FLOAT4E2M1)):
+        if found & {"nvfp4", "bf16", "fp16"}:
             path = scratch / _TWIN
             emulate_fp4(float32_twin(model))
             ir.save(model, path, external_data=f"{_TWIN}.weights")
@@ -113,16 +108,3 @@ def _feed(value: NDArray[Any], spec: TensorSpec) -> Any:
     if value.dtype in (ml_dtypes.bfloat16, np.float16):
         value = value.astype(np.float32)
     return OrtValue.ortvalue_from_numpy(value)
-
-
-def _holds(model: ir.Model, dtype: ir.DataType) -> bool:
-    graph = model.graph
-    values = [*graph.inputs, *graph.initializers.values()]
-    return any(
-        value.dtype == dtype for value in (*values, *(output for node in graph for output in node.outputs))
-    )
-
-
-def _precision(model: ir.Model) -> str:
-    """The coarsest of fp32, fp16, bf16, fp8 and nvfp4 among the graph's tensors."""
-    return next((name for dtype, name in _COARSEST.items() if _holds(model, dtype)), "fp32")

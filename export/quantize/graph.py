@@ -26,6 +26,8 @@ from onnx_ir.passes import common as passes
 from torch import Tensor
 
 from export.errors import ExportError
+from export.graph.arrays import as_array, as_tensor
+from runtime.bundle import dtypes_by
 
 from .numerics import (
     FP4_BLOCK,
@@ -66,7 +68,7 @@ Observer = Callable[[str, Format, Tensor, FoldedWeight], None]
 
 _LINEAR = re.compile(r"blocks\.\d+\.(?P<kind>" + "|".join(map(re.escape, KINDS)) + r")")
 _WEIGHT = re.compile(r"(?:model\.)?(?P<name>blocks\..+)\.weight")
-_TORCH_DTYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.BFLOAT16: torch.bfloat16}
+_QUANTIZABLE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)
 _TRT_DOMAIN = "trt"
 
 
@@ -121,7 +123,7 @@ def find_linears(model: ir.Model) -> list[Linear]:
     for value in model.graph.initializers.values():
         match = _WEIGHT.fullmatch(value.name or "")
         kind = is_block_linear(match["name"]) if match else None
-        if match is None or kind is None or value.dtype not in (*_TORCH_DTYPES, ir.DataType.FLOAT16):
+        if match is None or kind is None or value.dtype not in (*_QUANTIZABLE, ir.DataType.FLOAT16):
             continue
         if value.dtype == ir.DataType.FLOAT16:
             raise ExportError(
@@ -148,22 +150,19 @@ def _matmul_of(weight: ir.Value) -> ir.Node | None:
     return users[0].node
 
 
+def _torch_dtype(dtype: ir.DataType) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtypes_by("onnx")[dtype.name])
+    return found
+
+
 def weight_tensor(value: ir.Value) -> Tensor:
     """A copy of an initializer; what lies in a file is mapped read-only, which tensors cannot be."""
     assert value.const_value is not None
-    array = np.array(value.const_value.numpy())
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return as_tensor(value.const_value.numpy())
 
 
 def _onnx_tensor(tensor: Tensor, name: str) -> ir.TensorProtocol:
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.float8_e4m3fn:
-        return ir.tensor(tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), name=name)
-    if tensor.dtype == torch.bfloat16:
-        return ir.tensor(tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16), name=name)
-    return ir.tensor(tensor.numpy(), name=name)
+    return ir.tensor(as_array(tensor), name=name)
 
 
 class _Foldings:
@@ -176,7 +175,7 @@ class _Foldings:
 
     def of(self, linear: Linear, format: Format, amax: float | None) -> FoldedWeight:
         if self._latest is None or self._latest[0] != linear.name:
-            dtype = _TORCH_DTYPES[linear.dtype]
+            dtype = _torch_dtype(linear.dtype)
             weight = weight_tensor(linear.weight)
             folded = fold_weight(weight, format, dtype=dtype, amax=amax)
             if self._observe is not None:
@@ -240,7 +239,7 @@ class _Rewriter:
         """`x` scaled into the format's range, and the scale per token that undoes it (None for a static scale)."""
         dtype = self.linear.dtype
         if amax is not None:
-            reciprocal = input_reciprocal(amax, _TORCH_DTYPES[dtype])
+            reciprocal = input_reciprocal(amax, _torch_dtype(dtype))
             factor = self.weight("input", dtype, (1,), lambda: _onnx_tensor(reciprocal, "input"))
             return self.node("Mul", [x, factor], "scaled", dtype, x.shape), None
         assert x.shape is not None

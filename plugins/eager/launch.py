@@ -22,12 +22,11 @@ from plugins.kernels.specs import (
     image_arch,
     kernel_function,
 )
+from runtime.bundle import FLOATS
 
 from .interpreter import mend_interpreter
 
 __all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
-
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ class TritonLauncher:
 
 
 def _dtype_name(tensor: Tensor) -> str:
-    if tensor.dtype not in _DTYPE_NAMES:
-        known = ", ".join(_DTYPE_NAMES.values())
-        raise KernelError(f"there are no kernels for {tensor.dtype}; expected one of {known}")
-    return _DTYPE_NAMES[tensor.dtype]
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in FLOATS:
+        raise KernelError(f"there are no kernels for {tensor.dtype}; expected one of {', '.join(FLOATS)}")
+    return name
 
 
 @cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from plugins.errors import PluginError
+from runtime.bundle import ELEMENT_TYPES
 from runtime.bundle.images import KernelProblem
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities (times ten) that images are built for."""
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPES = {"bfloat16": ELEMENT_TYPES["bfloat16"].short, "float16": ELEMENT_TYPES["float16"].short}
 """Compute types and their short names."""
 
 MAX_FRAMES = 32

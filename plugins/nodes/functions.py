@@ -18,6 +18,7 @@ from onnxscript import values
 from plugins import contract
 from plugins.contract import HSAAttributes, QKPrepareAttributes
 from plugins.errors import ContractError, PluginError
+from runtime.bundle import ELEMENT_TYPES, FLOATS
 
 from . import bodies as onnx_bodies
 from . import ops
@@ -32,7 +33,7 @@ _ATTRIBUTE_TYPES: Final = {
     "eps": onnx.defs.OpSchema.AttrType.FLOAT,
     "keep_q20": onnx.defs.OpSchema.AttrType.INTS,
 }
-_COMPUTE_TYPES: Final = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_COMPUTE_TYPES: Final = [ELEMENT_TYPES[dtype].onnxruntime for dtype in FLOATS]
 _OTHER_TYPES: Final = {"frame_slots": "tensor(int32)", "chunk": "tensor(int32)"} | dict.fromkeys(
     ("q_mean", "k_mean", "past_kmean", "cos", "sin"), "tensor(float)"
 )

@@ -4,6 +4,17 @@
 """
 
 from .files import BundleFile, Identity, OpenFile
+from .dtypes import (
+    ELEMENT_TYPES,
+    FLOATS,
+    AnyDtype,
+    Dtype,
+    ElementType,
+    dtype_name,
+    dtypes_by,
+    nbytes,
+    numpy_dtype,
+)
 from .load import (
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
@@ -23,7 +34,6 @@ from .manifest import (
     Checkpoint,
     Component,
     Cost,
-    Dtype,
     FileEntry,
     Golden,
     Kernels,
@@ -47,10 +57,13 @@ from .manifest import (
 )
 
 __all__ = [
+    "ELEMENT_TYPES",
+    "FLOATS",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
     "REQUIRED_COMPONENTS",
     "SCHEMA_VERSION",
+    "AnyDtype",
     "Attention",
     "BackendName",
     "Bundle",
@@ -61,6 +74,7 @@ __all__ = [
     "Component",
     "Cost",
     "Dtype",
+    "ElementType",
     "FileEntry",
     "Golden",
     "Identity",
@@ -83,8 +97,12 @@ __all__ = [
     "Text",
     "Vae",
     "VaeCache",
+    "dtype_name",
+    "dtypes_by",
     "file_entry",
     "hash_file",
     "load_bundle",
+    "nbytes",
+    "numpy_dtype",
     "write_manifest",
 ]

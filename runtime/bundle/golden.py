@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import BundleError
 
+from .dtypes import numpy_dtype
 from .load import Bundle
 from .manifest import BundlePath, Component, NonNegative, Positive, TensorSpec
-from .weights_file import WeightsFile, numpy_dtype
+from .weights_file import WeightsFile
 
 __all__ = [
     "METADATA_KEY",
@@ -169,7 +170,7 @@ class ComponentRunner(Protocol):
         """Run ``component`` once, with the engine or kernel that the rollout uses.
 
         ``inputs`` has every input of the component in the manifest, in the manifest's shapes and
-        :func:`~runtime.bundle.weights_file.numpy_dtype` (bfloat16 and float8 of ml_dtypes, packed float4 as uint8);
+        :func:`~runtime.bundle.dtypes.numpy_dtype` (bfloat16 and float8 of ml_dtypes, packed float4 as uint8);
         where weights are inputs, they are among them. The dimension ``slots`` has any size of 1 or more. Returns host
         arrays of every output by name, in the output's type and any shape of the right number of elements.
 

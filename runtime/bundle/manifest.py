@@ -9,6 +9,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .dtypes import Dtype
+
 __all__ = [
     "SCHEMA_VERSION",
     "Attention",
@@ -18,7 +20,6 @@ __all__ = [
     "Checkpoint",
     "Component",
     "Cost",
-    "Dtype",
     "FileEntry",
     "Golden",
     "Kernels",
@@ -46,10 +47,6 @@ SCHEMA_VERSION: Final = 1
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Dtype = Literal[
-    "float32", "float16", "bfloat16", "float8_e4m3fn", "float4_e2m1", "int32", "int64", "uint8", "bool"
-]
-"""Element types. ``float4_e2m1`` is packed two to a byte along the last axis; weights files hold it as uint8."""
 BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -19,37 +19,16 @@ from numpy.typing import NDArray
 from runtime.errors import BundleError
 
 from .files import BundleFile, OpenFile
-from .manifest import Dtype
 from .strict_json import parse_json
+from .dtypes import Dtype, dtypes_by, nbytes, numpy_dtype
 
-__all__ = ["StoredTensor", "WeightsFile", "numpy_dtype"]
+__all__ = ["StoredTensor", "WeightsFile"]
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100 << 20
 """Larger headers are refused, as by the safetensors library."""
 
-_STORED: Final[Mapping[str, Dtype]] = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "I32": "int32",
-    "I64": "int64",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-
-def numpy_dtype(dtype: Dtype) -> np.dtype[Any]:
-    """The numpy type of an element type; bfloat16 and float8 come from ml_dtypes, packed float4 is uint8."""
-    if dtype == "float4_e2m1":
-        return np.dtype(np.uint8)
-    if dtype in ("bfloat16", "float8_e4m3fn"):
-        import ml_dtypes
-
-        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype))
-        return found
-    return np.dtype(dtype)
+_STORED: Final = dtypes_by("safetensors")
 
 
 @dataclass(frozen=True)
@@ -71,10 +50,9 @@ def _stored(name: str, entry: Any) -> StoredTensor:
     if not isinstance(kind, str) or kind not in _STORED:
         raise ValueError(f"tensor {name!r} has the type {kind!r}, expected {', '.join(_STORED)}")
     begin, end = offsets
-    nbytes = math.prod(shape) * numpy_dtype(_STORED[kind]).itemsize
-    if end - begin != nbytes:
+    if end - begin != nbytes(_STORED[kind], shape):
         raise ValueError(f"tensor {name!r} of shape {shape} claims the bytes {begin} to {end}")
-    return StoredTensor(_STORED[kind], tuple(shape), begin, nbytes)
+    return StoredTensor(_STORED[kind], tuple(shape), begin, end - begin)
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
@@ -161,9 +139,9 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
             raise BundleError(
                 f"tensor {name!r} of {self.path} has {count} rows, and one of {max(picked)} is wanted"
             )
-        nbytes = entry.nbytes // count
+        size = entry.nbytes // count
         found = [
-            self._read(StoredTensor(entry.dtype, tuple(shape), entry.offset + row * nbytes, nbytes))
+            self._read(StoredTensor(entry.dtype, tuple(shape), entry.offset + row * size, size))
             for row in picked
         ]
         return np.stack(found) if found else np.empty((0, *shape), numpy_dtype(entry.dtype))

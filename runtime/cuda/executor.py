@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
 from runtime.errors import EngineError
 from runtime.frames import FramePool
 from runtime.program.program import (

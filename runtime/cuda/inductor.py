@@ -7,15 +7,13 @@ PyTorch's too, and the graphs of one stream, which never run at once, share one 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle import Bundle, Component, Dtype
+from runtime.bundle import Bundle, Component, Dtype, nbytes
 from runtime.errors import EngineError
 from runtime.host.inductor import load_package, require_torch
-from runtime.program.buffers import item_bits
 
 from .driver import Driver, no_collection
 
@@ -45,8 +43,7 @@ def device_tensor(address: int, dtype: Dtype, shape: tuple[int, ...], device: in
     """A tensor over device memory, which must stay in place; nothing is copied."""
     import torch
 
-    nbytes = math.prod(shape) * item_bits(dtype) // 8
-    raw = torch.as_tensor(_Memory(address, nbytes), device=f"cuda:{device}")
+    raw = torch.as_tensor(_Memory(address, nbytes(dtype, shape)), device=f"cuda:{device}")
     return raw.view(getattr(torch, dtype)).view(shape)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, Component
+from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Platform
-from runtime.bundle.weights_file import numpy_dtype
 from runtime.errors import EngineError
 from runtime.program.buffers import Buffer
 from runtime.program.builder import attention_launches, kernel_problem, prepare_options

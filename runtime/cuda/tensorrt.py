@@ -1,21 +1,28 @@
-"""What engines of TensorRT and of TensorRT-RTX have in common: version, file, tensors, enqueuing.
+"""What TensorRT and TensorRT-RTX have in common: version, file, loading, tensors, enqueuing.
 
 Neither library is imported here: the objects come from the module that did, and both have the methods used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, dtypes_by
 from runtime.errors import BundleError, EngineError
+
+from .driver import Driver
+
+if TYPE_CHECKING:
+    from .library import Recording
 
 __all__ = [
     "TENSORRT",
     "TENSORRT_RTX",
     "EngineComponent",
+    "EngineLibrary",
     "Product",
     "read_engine",
     "require_same_tensors",
@@ -120,3 +127,76 @@ class EngineComponent:
                 f"component {self._name!r} failed; the message of {self._product.title} itself is above. Run `python "
                 f"-m runtime verify` on the bundle"
             )
+
+
+class EngineLibrary(ABC):
+    """Implements :class:`~runtime.cuda.library.ComponentLibrary` but for what a context is made with.
+
+    The activation memory of all engines is the caller's.
+    """
+
+    def __init__(self, bundle: Bundle, driver: Driver, product: Product, trt: Any) -> None:
+        """``trt`` is the library's module, or ``None`` where it is not installed.
+
+        Raises:
+            BundleError: the manifest does not say which version built the engines.
+            EngineError: the library is not there in this version.
+        """
+        require_version(bundle, product, None if trt is None else trt.__version__)
+        self._bundle = bundle
+        self._driver = driver
+        self._product = product
+        self._trt = trt
+        self._logger = trt.Logger(trt.Logger.WARNING)
+        self._runtime = trt.Runtime(self._logger)
+        self._components: dict[str, EngineComponent] = {}
+
+    def load(self, name: str) -> EngineComponent:
+        """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
+        if name in self._components:
+            return self._components[name]
+        title = self._product.title
+        engine = self._runtime.deserialize_cuda_engine(read_engine(self._bundle, name))
+        if engine is None:
+            raise EngineError(
+                f"component {name!r} does not load in {title} {self._trt.__version__} on this GPU; the "
+                f"library's own message is above. Rebuild the bundle for this GPU"
+            )
+        self._check(name, engine)
+        context, config = self._context(engine)
+        if context is None:
+            raise EngineError(
+                f"component {name!r} cannot be prepared on this GPU; {title}'s own message is above. Free "
+                f"GPU memory, or rebuild the bundle for this GPU"
+            )
+        self._components[name] = EngineComponent(name, self._product, engine, context, config)
+        return self._components[name]
+
+    @abstractmethod
+    def _context(self, engine: Any) -> tuple[Any, Any]:
+        """An execution context that is given its memory, or ``None``, and what it was made with, if anything."""
+
+    def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
+        """See :meth:`ComponentLibrary.record <runtime.cuda.library.ComponentLibrary.record>`."""
+        return self._driver.capture(enqueue, stream)
+
+    def close(self) -> None:
+        """Let go of contexts and engines."""
+        self._components.clear()
+
+    def _check(self, name: str, engine: Any) -> None:
+        """The engine's tensors are those of the manifest. Raises :class:`BundleError`."""
+        component, inputs = self._bundle.component(name), self._trt.TensorIOMode.INPUT
+        types = {getattr(self._trt.DataType, ours): dtype for ours, dtype in dtypes_by("tensorrt").items()}
+        found = {}
+        for index in range(engine.num_io_tensors):
+            tensor = engine.get_tensor_name(index)
+            kind = "input" if engine.get_tensor_mode(tensor) == inputs else "output"
+            dtype = engine.get_tensor_dtype(tensor)
+            found[tensor] = f"{kind} {types.get(dtype, dtype)} {list(engine.get_tensor_shape(tensor))}"
+        wanted = {
+            spec.name: f"{kind} {spec.dtype} {list(spec.shape)}"
+            for kind, specs in (("input", component.inputs), ("output", component.outputs))
+            for spec in specs
+        }
+        require_same_tensors(name, found, wanted)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, EngineError
 
 from .driver import Driver
-from .tensorrt import TENSORRT, EngineComponent, read_engine, require_same_tensors, require_version
-
-if TYPE_CHECKING:
-    from .library import Recording
+from .tensorrt import TENSORRT, EngineLibrary
 
 __all__ = ["PLUGIN_FILE", "TensorRtLibrary", "plugin_entry"]
 
@@ -66,10 +62,10 @@ def _register_plugins(bundle: Bundle, registry: Any) -> None:
         _registered[digest] = handle
 
 
-class TensorRtLibrary:
+class TensorRtLibrary(EngineLibrary):
     """Implements :class:`~runtime.cuda.library.ComponentLibrary`.
 
-    The activation memory of all engines is the caller's.
+    The plugins stay when it is closed: TensorRT has one registry for the process.
     """
 
     def __init__(self, bundle: Bundle, driver: Driver) -> None:
@@ -77,59 +73,10 @@ class TensorRtLibrary:
         try:
             import tensorrt as trt
         except ImportError:
-            require_version(bundle, TENSORRT, None)
-            raise
-        require_version(bundle, TENSORRT, trt.__version__)
-        self._trt = trt
-        self._bundle = bundle
-        self._driver = driver
-        self._logger = trt.Logger(trt.Logger.WARNING)
-        registry = trt.get_plugin_registry()
-        _register_plugins(bundle, registry)
-        self._runtime = trt.Runtime(self._logger)
-        self._components: dict[str, EngineComponent] = {}
+            trt = None
+        super().__init__(bundle, driver, TENSORRT, trt)
+        _register_plugins(bundle, trt.get_plugin_registry())
 
-    def load(self, name: str) -> EngineComponent:
-        """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
-        if name in self._components:
-            return self._components[name]
-        trt = self._trt
-        engine = self._runtime.deserialize_cuda_engine(read_engine(self._bundle, name))
-        if engine is None:
-            raise EngineError(
-                f"component {name!r} does not load in TensorRT {trt.__version__} on this GPU; the library's "
-                f"own message is above. Rebuild the bundle on this GPU"
-            )
-        self._check(name, engine)
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise EngineError(
-                f"component {name!r} cannot be prepared on this GPU; TensorRT's own message is above. Free "
-                f"GPU memory, or rebuild the bundle on this GPU"
-            )
-        self._components[name] = EngineComponent(name, TENSORRT, engine, context)
-        return self._components[name]
-
-    def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """See :meth:`ComponentLibrary.record <runtime.cuda.library.ComponentLibrary.record>`."""
-        return self._driver.capture(enqueue, stream)
-
-    def close(self) -> None:
-        """Let go of contexts and engines. The plugins stay: TensorRT has one registry for the process."""
-        self._components.clear()
-
-    def _check(self, name: str, engine: Any) -> None:
-        """The engine's tensors are those of the manifest."""
-        trt, component = self._trt, self._bundle.component(name)
-        kinds = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
-        found = {}
-        for index in range(engine.num_io_tensors):
-            tensor = engine.get_tensor_name(index)
-            shape = [int(dim) for dim in engine.get_tensor_shape(tensor)]
-            found[tensor] = f"{kinds[engine.get_tensor_mode(tensor)]} {shape}"
-        wanted = {
-            spec.name: f"{kind} {list(spec.shape)}"
-            for kind, specs in (("input", component.inputs), ("output", component.outputs))
-            for spec in specs
-        }
-        require_same_tensors(name, found, wanted)
+    def _context(self, engine: Any) -> tuple[Any, Any]:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return engine.create_execution_context(strategy), None

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
-from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
+from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import EngineError
 from runtime.program.program import Copy, EngineRun, Fill, Lane, Operation, Program, View
 

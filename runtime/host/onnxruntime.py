@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle, TensorSpec
+from runtime.bundle import ELEMENT_TYPES, Bundle, TensorSpec
 from runtime.errors import BundleError, EngineError
 
 from .onnx_file import external_tensors, read_external
@@ -19,15 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxGraph", "default_threads"]
 
-_ORT_TYPES = {
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-    "bfloat16": "tensor(bfloat16)",
-    "int32": "tensor(int32)",
-    "int64": "tensor(int64)",
-    "uint8": "tensor(uint8)",
-    "bool": "tensor(bool)",
-}
 _ORT_ERRORS_ONLY = 3
 
 
@@ -94,7 +85,9 @@ class OnnxGraph:
 
     def _check(self, specs: Mapping[str, TensorSpec], found: Sequence[Any], kind: str) -> None:
         graph = {arg.name: _describe(arg.type, arg.shape) for arg in found}
-        manifest = {name: _describe(_ORT_TYPES[spec.dtype], spec.shape) for name, spec in specs.items()}
+        manifest = {
+            name: _describe(ELEMENT_TYPES[spec.dtype].onnxruntime, spec.shape) for name, spec in specs.items()
+        }
         wrong = sorted(name for name in graph | manifest if graph.get(name) != manifest.get(name))
         if wrong:
             raise BundleError(

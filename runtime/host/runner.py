@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
+from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Platform
-from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.bundle.weights_file import WeightsFile
 from runtime.program.builder import build_program
 from runtime.program.program import EngineRun
 

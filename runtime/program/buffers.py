@@ -5,10 +5,9 @@ An engine allocates exactly the buffers listed here, so the sizes that are check
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec, nbytes
 from runtime.errors import BundleError, CapacityError, InputError
 from runtime.frame_table import LatentRing
 
@@ -16,30 +15,13 @@ __all__ = [
     "Buffer",
     "BufferPlan",
     "check_memory",
-    "item_bits",
     "plan_buffers",
     "runs_on_gpu",
     "work_buffers",
 ]
 
-_ITEM_BITS = {
-    "float32": 32,
-    "float16": 16,
-    "bfloat16": 16,
-    "float8_e4m3fn": 8,
-    "float4_e2m1": 4,
-    "int32": 32,
-    "int64": 64,
-    "uint8": 8,
-    "bool": 8,
-}
 _OUTSIDE_LANE = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
 """Components that run at the same time as the transformer, and the lane they run in."""
-
-
-def item_bits(dtype: Dtype) -> int:
-    """Bits of one element."""
-    return _ITEM_BITS[dtype]
 
 
 @dataclass(frozen=True)
@@ -53,7 +35,7 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * _ITEM_BITS[self.dtype] // 8
+        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)

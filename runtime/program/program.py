@@ -8,15 +8,14 @@ operations themselves never change, so a forward can be recorded once and replay
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from runtime.bundle import Dtype
+from runtime.bundle import Dtype, nbytes
 from runtime.bundle.images import KernelProblem
 
-from .buffers import Buffer, item_bits
+from .buffers import Buffer
 
 __all__ = [
     "ALIGNMENT",
@@ -66,7 +65,7 @@ class View:
     @property
     def nbytes(self) -> int:
         """Bytes of the elements."""
-        return math.prod(self.shape) * item_bits(self.dtype) // 8
+        return nbytes(self.dtype, self.shape)
 
     @property
     def extent(self) -> int:

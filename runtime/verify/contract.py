@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import Bundle, Manifest, TensorSpec
+from runtime.bundle import FLOATS, Bundle, Manifest, TensorSpec
 from runtime.bundle.weights_file import WeightsFile
 
 from .steps import Flaws
@@ -14,7 +14,6 @@ __all__ = ["check_contract"]
 
 Dims = tuple[int | str, ...]
 
-_FLOATS: Final = ("float32", "float16", "bfloat16")
 _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(("step", "chunk", "frame_slots"), ("int32",)),
     **dict.fromkeys(
@@ -55,7 +54,7 @@ def check_contract(bundle: Bundle, flaws: Flaws) -> None:
                 if stem in ("cache", "cache_out"):
                     _check_cache(manifest, spec, index, where, flaws)
                 elif stem in tensors:
-                    _check(spec, tensors[stem], _TYPES.get(stem, _FLOATS), where, flaws)
+                    _check(spec, tensors[stem], _TYPES.get(stem, FLOATS), where, flaws)
     _check_needed(manifest, flaws)
     _check_layers(manifest, flaws)
     _check_text_weights(bundle, flaws)
@@ -186,7 +185,7 @@ def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
     for name in _TEXT_WEIGHTS:
         if name not in specs:
             continue
-        if specs[name].dtype not in _FLOATS:
+        if specs[name].dtype not in FLOATS:
             flaws.add(
                 f"component 'text_encoder', input {name!r}",
                 f"it is {specs[name].dtype}, expected a float type",

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import Component, Manifest, TensorSpec
+from runtime.bundle import ELEMENT_TYPES, Component, Manifest, TensorSpec, nbytes
 from runtime.bundle.images import Argument, Image, KernelProblem
 from runtime.errors import EngineError
-from runtime.program.buffers import item_bits
 from runtime.program.kernels import KernelLibrary, LaunchPlan
 from runtime.program.program import EngineRun, KernelLaunch, View
 
@@ -177,11 +176,11 @@ def _mismatch(spec: TensorSpec, view: View) -> str:
     if unknown:
         return f"the dimension {unknown[0]!r} has no size"
     shape = [view.shape[0] if isinstance(dim, str) and view.shape else int(dim) for dim in spec.shape]
-    nbytes = math.prod(shape) * item_bits(spec.dtype) // 8
+    size = nbytes(spec.dtype, shape)
     # Leading and trailing dimensions of one do not move an element.
-    if nbytes != view.nbytes or (not packed and _squeezed(shape) != _squeezed(view.shape)):
+    if size != view.nbytes or (not packed and _squeezed(shape) != _squeezed(view.shape)):
         return (
-            f"it is {list(spec.shape)}, {nbytes:,} bytes, and bound to {list(view.shape)}, {view.nbytes:,} bytes, in "
+            f"it is {list(spec.shape)}, {size:,} bytes, and bound to {list(view.shape)}, {view.nbytes:,} bytes, in "
             f"buffer {view.buffer!r}"
         )
     return ""
@@ -296,7 +295,9 @@ def _wrong_argument(argument: Argument, launch: KernelLaunch) -> str:
         if argument.source == "null":
             return "" if argument.element is None else "a pointer that is zero has no element type"
         view = launch.buffers[argument.name]
-        bits = argument.element == "int16" and item_bits(view.dtype) == 16  # moved, not computed with
+        bits = (
+            argument.element == "int16" and ELEMENT_TYPES[view.dtype].bits == 16
+        )  # moved, not computed with
         if argument.element != view.dtype and not bits:
             return f"the image takes {argument.element}, buffer {view.buffer!r} holds {view.dtype}"
         return ""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
 from runtime.cuda.driver import Graph, RowCopy, host_bytes
 from runtime.host.executor import KERNELS
 from runtime.host.graph import load_graph

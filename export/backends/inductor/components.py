@@ -14,7 +14,7 @@ from lightforcing_ref.config import CHUNK_FRAMES
 from plugins import contract
 from runtime import bundle
 
-from .modules import StepSegments, dtype_name, step_segments
+from .modules import StepSegments, step_segments
 from .packages import package_modules
 
 __all__ = ["OPERATORS", "describe", "operator_components", "step_components"]
@@ -59,7 +59,7 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         }
         return tuple(
             bundle.TensorSpec.model_validate(
-                {"name": n, "dtype": kind or dtype_name(dtype), "shape": shapes[n]}
+                {"name": n, "dtype": kind or bundle.dtype_name(dtype), "shape": shapes[n]}
             )
             for n, kind in kinds.items()
         )

@@ -15,23 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from export.errors import BuildError
-from runtime.bundle import Component, Dtype
+from runtime.bundle import Component, Dtype, dtypes_by, nbytes
 
 __all__ = ["GeneratedCodeError", "Launch", "Operand", "parse_wrapper", "read_package"]
 
 _WRAPPER: Final = ".wrapper.cpp"
 _BODY: Final = "::run_impl("
-_TYPES: Final[dict[str, tuple[Dtype, int]]] = {
-    "i1": ("bool", 1),
-    "u8": ("uint8", 1),
-    "i32": ("int32", 4),
-    "i64": ("int64", 8),
-    "fp8e4nv": ("float8_e4m3fn", 1),
-    "fp16": ("float16", 2),
-    "bf16": ("bfloat16", 2),
-    "fp32": ("float32", 4),
-}
-"""Types as Triton writes them, as manifests do, and their bytes."""
+_TYPES: Final = dtypes_by("triton")
 
 _DEFINITION: Final = re.compile(
     r"static inline void (call_triton_\w+)\(\n(?:.(?!static inline void))*?'signature': \{([^}]*)\}",
@@ -176,8 +166,8 @@ class _Reader:
                 )
             size, positions = self._sizes[value], prod(numels)
             elements = positions if size is None else min(size, positions)
-            kind, width = _TYPES[dtype]
-            operand = Operand(value, kind, elements, elements * width)
+            kind = _TYPES[dtype]
+            operand = Operand(value, kind, elements, nbytes(kind, (elements,)))
             if pointer.startswith("in_"):
                 inputs.append(operand)
             if "out_" in pointer:

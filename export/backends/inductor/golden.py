@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.graph.arrays import as_tensor
 from export.parts.golden_reference import GoldenGraph
 from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
@@ -27,7 +28,6 @@ from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer
 __all__ = ["golden_graphs"]
 
 Arrays = Mapping[str, NDArray[Any]]
-_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class _TorchGraph:
@@ -58,10 +58,11 @@ class _TorchGraph:
 
 
 def _widened(value: NDArray[Any], spec: bundle.TensorSpec) -> Tensor:
-    if spec.dtype == "float8_e4m3fn":
-        return torch.from_numpy(value.view(np.uint8).copy()).view(torch.float8_e4m3fn)
-    wide = np.float32 if spec.dtype in _SHORT else spec.dtype
-    return torch.from_numpy(np.array(value, dtype=wide))
+    return as_tensor(value.astype(np.float32) if spec.dtype in bundle.FLOATS else value)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return bundle.ELEMENT_TYPES[bundle.dtype_name(dtype)].precision
 
 
 def _of(compiled: Compiled) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
@@ -97,9 +98,9 @@ def golden_graphs(
     graphs: dict[str, GoldenGraph] = {}
     for name, (module, dtype) in compiled.items():
         is_fp8 = any(spec.dtype == "float8_e4m3fn" for spec in components[name].inputs)
-        precision = "fp8" if is_fp8 else _SHORT[str(dtype).removeprefix("torch.")]
+        precision = "fp8" if is_fp8 else _precision(dtype)
         graphs[name] = _TorchGraph(name, components[name], precision, _of(module))
-    precision = _SHORT[str(types.transformer).removeprefix("torch.")]
+    precision = _precision(types.transformer)
     prepare_attributes: dict[str, Any] = {**plan.spec.prepare_attributes(), "eps": plan.preset.dit.eps}
     attend_attributes: dict[str, Any] = plan.spec.attend_attributes()
 

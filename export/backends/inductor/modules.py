@@ -29,7 +29,7 @@ from lightforcing_ref.decoders.vae import LatentScale
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
-from runtime.bundle import Component, Dtype, TensorSpec
+from runtime.bundle import Component, TensorSpec, dtype_name
 
 __all__ = [
     "LATENT_STATISTICS",
@@ -37,7 +37,6 @@ __all__ = [
     "Fp8Linear",
     "StepSegments",
     "conditioner",
-    "dtype_name",
     "step_segments",
     "tensor_name",
     "text_layer",
@@ -96,11 +95,6 @@ class Compiled(nn.Module):
     def component(self, file: str) -> Component:
         """The manifest's entry."""
         return Component(file=file, inputs=self.inputs, outputs=self.outputs)
-
-
-def dtype_name(dtype: torch.dtype) -> Dtype:
-    """Element type as the manifest names it."""
-    return cast(Dtype, str(dtype).removeprefix("torch."))
 
 
 def _spec(name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:

@@ -235,9 +235,9 @@ def _plugin(plugin: TrtPlugin, operators: list[str]) -> dict[str, Any] | None:
 
 
 def _specs(tensors: list[tuple[str, str, list[int]]]) -> tuple[bundle.TensorSpec, ...]:
+    types = bundle.dtypes_by("tensorrt")
     return tuple(
-        bundle.TensorSpec.model_validate({"name": name, "dtype": dtype, "shape": shape})
-        for name, dtype, shape in tensors
+        bundle.TensorSpec(name=name, dtype=types[dtype], shape=tuple(shape)) for name, dtype, shape in tensors
     )
 
 

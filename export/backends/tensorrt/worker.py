@@ -16,18 +16,6 @@ from export.parts.worker import Send, peak_bytes, progress_monitor, serve
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "lightforcing", "1"
 
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FP8": "float8_e4m3fn",
-    "FP4": "float4_e2m1",
-    "INT32": "int32",
-    "INT64": "int64",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-
 
 def _load_plugin(request: dict[str, Any], send: Send) -> None:
     """Load the plugin library, if the graph needs one, after checking that it is the one that was asked for."""
@@ -89,7 +77,7 @@ def _build(request: dict[str, Any], send: Send) -> None:
         name = engine.get_tensor_name(index)
         kind = "inputs" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "outputs"
         dtype = engine.get_tensor_dtype(name).name
-        tensors[kind].append((name, _DTYPES.get(dtype, dtype), list(engine.get_tensor_shape(name))))
+        tensors[kind].append((name, dtype, list(engine.get_tensor_shape(name))))
     send(
         {
             **tensors,
@@ -114,6 +102,7 @@ def _measure(request: dict[str, Any], send: Send) -> None:
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
+    from export.graph.arrays import as_tensor
     from runtime.bundle import Component
     from runtime.bundle.golden import METADATA_KEY, GoldenCases, Stored, error_of, shaped
     from runtime.bundle.weights_file import WeightsFile
@@ -133,7 +122,7 @@ def _measure(request: dict[str, Any], send: Send) -> None:
                 if isinstance(recipe, Stored)
             }
             feed = {
-                spec.name: _tensor(shaped(case.inputs[spec.name], spec, case.slots, files))
+                spec.name: as_tensor(shaped(case.inputs[spec.name], spec, case.slots, files))
                 for spec in component.inputs
             }
             outputs = runner.infer(feed)
@@ -141,19 +130,6 @@ def _measure(request: dict[str, Any], send: Send) -> None:
                 output, name = _array(outputs[spec.name]), f"{case.name}/{spec.name}"
                 errors[name] = error_of(output, case.outputs[spec.name], samples.get_required(name))
     send({"errors": {name: None if error == float("inf") else error for name, error in errors.items()}})
-
-
-def _tensor(array: Any) -> Any:
-    """A PyTorch tensor on the host; numpy's bfloat16 and float8 come from elsewhere, and are passed by their bits."""
-    import numpy as np
-    import torch
-
-    array = np.ascontiguousarray(array).reshape(array.shape)
-    narrow = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn)}
-    if array.dtype.name in narrow:
-        bits, dtype = narrow[array.dtype.name]
-        return torch.from_numpy(array.view(bits)).view(dtype)
-    return torch.from_numpy(array)
 
 
 def _array(output: Any) -> Any:

@@ -39,17 +39,6 @@ STATUS = "built, not executed"
 _SEGMENTS, _KERNELS, _QUANTIZATION = "segments.json", "kernels.json", "quantization.json"
 """Sections of the manifest, kept beside a build in progress."""
 
-_DTYPES: Mapping[str, bundle.Dtype] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-    "fp4": "float4_e2m1",
-    "int32": "int32",
-    "int64": "int64",
-    "uint8": "uint8",
-    "bool": "bool",
-}
 _PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: "bf16"}
 """Formats of linears -> operand types of the products in plans."""
 
@@ -282,7 +271,7 @@ def _write_engine(folder: Path, *, run: Run, name: str, graph: Path, check: part
 
 def _component(info: EngineInfo) -> bundle.Component:
     def specs(tensors: Sequence[EngineTensor]) -> tuple[bundle.TensorSpec, ...]:
-        return tuple(bundle.TensorSpec(name=t.name, dtype=_DTYPES[t.dtype], shape=t.shape) for t in tensors)
+        return tuple(bundle.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors)
 
     cost = bundle.Cost(
         launches=len(info.plan.launches),

@@ -17,11 +17,13 @@ from typing import Any
 import onnx_ir as ir
 
 from export.errors import BuildError, InputError
+from export.graph.components import precisions_of
 from export.graph.rewrites import prepare_for_rtx
 from export.parts.worker import run_worker
 from export.progress import StepCallback
 from export.request.capability import BACKENDS, known_capabilities
 from export.units import readable_size
+from runtime.bundle import Dtype, dtypes_by
 from runtime.host_memory import memory
 
 from .engine_text import PlanReport, read_plan
@@ -36,15 +38,13 @@ _MEMORY_FACTOR, _MEMORY_BASE = 3, 640 << 20
 _DISK_FACTOR, _DISK_BASE = 2.2, 64 << 20
 """Disk: the engine holds the weights, some of them twice, and the kernels."""
 
-_FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
-
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """An input or output of an engine, as its network declares it. `dtype` as in "bf16", "fp32", "fp8", "int32"."""
+    """An input or output of an engine, as its network declares it."""
 
     name: str
-    dtype: str
+    dtype: Dtype
     shape: tuple[int, ...]
 
 
@@ -136,7 +136,7 @@ def build_engine(
         PlanFormatError: the plan cannot be read.
     """
     model = ir.load(onnx_path)
-    check_request(compute_capability, *_precisions(model))
+    check_request(compute_capability, *precisions_of(model) - {"fp32"})
     _check_static(model, component)
     prepare_for_rtx(model)
     _check_room(model, engine_path, component)
@@ -161,11 +161,12 @@ def build_engine(
     finally:
         for path in (prepared, unchecked):
             path.unlink(missing_ok=True)
+    types = dtypes_by("tensorrt")
     return EngineInfo(
         path=engine_path,
         compute_capability=compute_capability,
-        inputs=tuple(EngineTensor(n, t, tuple(s)) for n, t, s in result["inputs"]),
-        outputs=tuple(EngineTensor(n, t, tuple(s)) for n, t, s in result["outputs"]),
+        inputs=tuple(EngineTensor(n, types[t], tuple(s)) for n, t, s in result["inputs"]),
+        outputs=tuple(EngineTensor(n, types[t], tuple(s)) for n, t, s in result["outputs"]),
         engine_bytes=engine_path.stat().st_size,
         seconds=result["seconds"],
         peak_bytes=result["peak_bytes"],
@@ -177,13 +178,6 @@ def build_engine(
 def _values(model: ir.Model) -> list[ir.Value]:
     graph = model.graph
     return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-
-
-def _precisions(model: ir.Model) -> set[str]:
-    """Reduced precisions that the graph's own tensors are in."""
-    names = {ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "fp16", ir.DataType.FLOAT4E2M1: "nvfp4"}
-    names |= dict.fromkeys(_FP8, "fp8")
-    return {names[value.dtype] for value in _values(model) if value.dtype in names}
 
 
 def _check_static(model: ir.Model, component: str) -> None:

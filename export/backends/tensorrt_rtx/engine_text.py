@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from export.errors import BuildError
+from runtime.bundle import ELEMENT_TYPES, AnyDtype, nbytes
 
 __all__ = ["Launch", "Operand", "PlanFormatError", "PlanReport", "parse_plan", "read_plan"]
 
@@ -31,31 +31,19 @@ _SECTION_VERSION = 2022049
 _PROGRAM, _FUSION = 5, 4
 """Versions of the text: of a program, and of a fused kernel within one."""
 
-_TYPES = {
-    "float": "fp32",
-    "half": "fp16",
-    "bf16": "bf16",
-    "fp8_e4m3": "fp8",
-    "fp4_e2m1": "fp4",
+_TYPES: Mapping[str, AnyDtype] = {
+    "float": "float32",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp4_e2m1": "float4_e2m1",
     "int8": "int8",
     "uint8": "uint8",
     "int32": "int32",
     "int64": "int64",
     "bool": "bool",
 }
-
-_BITS = {
-    "fp32": 32,
-    "fp16": 16,
-    "bf16": 16,
-    "fp8": 8,
-    "fp4": 4,
-    "int8": 8,
-    "uint8": 8,
-    "int32": 32,
-    "int64": 64,
-    "bool": 8,
-}
+"""Types as plans write them."""
 
 Kind = Literal["gemm", "convolution", "attention", "kernel"]
 
@@ -76,16 +64,21 @@ class PlanFormatError(BuildError):
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of a launch: its type ("bf16", "fp8", ...) and dimensions."""
+    """A tensor of a launch: its type and dimensions."""
 
     name: str
-    dtype: str
+    type: AnyDtype
     dims: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The type in short: "bf16", "fp8", ..."""
+        return ELEMENT_TYPES[self.type].short
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return prod(self.dims) * _BITS[self.dtype] // 8
+        return nbytes(self.type, self.dims)
 
 
 @dataclass(frozen=True)

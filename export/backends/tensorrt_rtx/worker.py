@@ -16,8 +16,6 @@ from typing import Any
 
 from export.parts.worker import Send, peak_bytes, progress_monitor, serve
 
-_DTYPES = {"FLOAT": "fp32", "HALF": "fp16"}
-
 
 def _work(request: dict[str, Any], send: Send) -> None:
     """Build one engine; everything worth knowing goes through `send`."""
@@ -64,7 +62,7 @@ def _work(request: dict[str, Any], send: Send) -> None:
 
     def table(count: int, get: Callable[[int], Any]) -> list[tuple[str, str, list[int]]]:
         tensors = [get(index) for index in range(count)]
-        return [(t.name, _DTYPES.get(t.dtype.name, t.dtype.name.lower()), list(t.shape)) for t in tensors]
+        return [(t.name, t.dtype.name, list(t.shape)) for t in tensors]
 
     send(
         {

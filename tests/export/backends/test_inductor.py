@@ -19,7 +19,7 @@ from export.backends.inductor import bundle as inductor
 from export.backends.inductor.bundle import BUILDER
 from export.backends.inductor.components import describe, step_components
 from export.backends.inductor.golden import golden_graphs
-from export.backends.inductor.modules import Compiled, dtype_name, step_segments
+from export.backends.inductor.modules import Compiled, step_segments
 from export.backends.inductor.packages import compile_package, fp8_linears
 from export.build import _manifest
 from export.compare.reference import Reference, step_feeds
@@ -39,7 +39,7 @@ from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import PRESETS, Preset
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.sparsity import kept_blocks
-from runtime.bundle import Bundle, Kernels, Library, file_entry, load_bundle, write_manifest
+from runtime.bundle import Bundle, Kernels, Library, dtype_name, file_entry, load_bundle, write_manifest
 from runtime.bundle.golden import GoldenVectors
 from runtime.cuda.inductor import InductorLibrary
 from runtime.errors import BundleError, EngineError

@@ -84,7 +84,7 @@ def test_every_component_builds_as_expected(tiny, component, gpu):
 
 def test_the_layer_takes_its_weights_as_inputs_in_torch_layout(tiny):
     info = engine(tiny / "layer.onnx", "layer")
-    shapes = [tensor.shape for tensor in info.inputs if tensor.dtype == "bf16"]
+    shapes = [tensor.shape for tensor in info.inputs if tensor.dtype == "bfloat16"]
     assert (384, 128) in shapes  # merged QKV [3 dim, dim]
     assert (512, 128) in shapes  # ffn.0 [ffn, dim]
     assert (128, 512) in shapes

@@ -69,7 +69,7 @@ def test_tensors_are_made_one_at_a_time_and_converted(tmp_path: Path) -> None:
 def test_tensors_stay_aligned(tmp_path: Path) -> None:
     """An odd number of bytes would move all that follows it to odd addresses."""
     entries = [
-        StoredTensor("odd", "U8", (3,), lambda: memoryview(b"abc")),
+        StoredTensor("odd", "uint8", (3,), lambda: memoryview(b"abc")),
         store("wide", (2,), torch.float32, lambda: torch.tensor([1.0, 2.0])),
     ]
     write_tensors(tmp_path / "w.safetensors", entries)
@@ -83,4 +83,4 @@ def test_tensors_stay_aligned(tmp_path: Path) -> None:
 
 def test_a_tensor_of_another_size_is_caught(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="short"):
-        write_tensors(tmp_path / "w", [StoredTensor("short", "U8", (4,), lambda: memoryview(b"abc"))])
+        write_tensors(tmp_path / "w", [StoredTensor("short", "uint8", (4,), lambda: memoryview(b"abc"))])

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from runtime.bundle.weights_file import WeightsFile, numpy_dtype
+from runtime.bundle import numpy_dtype
+from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError
 
 TENSORS = {

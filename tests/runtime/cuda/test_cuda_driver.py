@@ -55,7 +55,7 @@ import threading
 import numpy as np
 from runtime.cuda.driver import CudaDriver, RowCopy, free_memory, host_bytes
 from runtime.errors import EngineError
-from runtime.bundle.weights_file import numpy_dtype
+from runtime.bundle.dtypes import numpy_dtype
 
 driver = CudaDriver()
 one, two = driver.create_stream(), driver.create_stream()
