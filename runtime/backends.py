@@ -33,12 +33,9 @@ def load_engine(
         EngineError: the backend cannot run what the bundle was built for, or does not load.
     """
     if runs_on_host(bundle):
-        from runtime.host.executor import HostExecutor
-        from runtime.program.builder import build_program
-        from runtime.program.engine import ProgramEngine
+        from runtime.host.engine import HostEngine
 
-        program = build_program(bundle, plan.sessions)
-        return ProgramEngine(bundle.manifest, program, HostExecutor(bundle, program, threads=threads))
+        return HostEngine(bundle, plan, threads=threads)
     from runtime.cuda.engine import load_cuda_engine
 
-    return load_cuda_engine(bundle, plan.sessions, device=device, graphs=graphs)
+    return load_cuda_engine(bundle, plan, device=device, graphs=graphs)

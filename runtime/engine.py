@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from .frame_table import Move
 
 if TYPE_CHECKING:
+    from .bundle.golden import ComponentRunner
     from .frames import DeviceFrames
 
-__all__ = ["DeviceFrameEngine", "Engine", "Placement"]
+__all__ = ["Engine", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Engine(Protocol):
     Methods that return a float return the seconds spent in the backend itself, so that the caller can tell them
     from its own overhead. All raise :class:`~runtime.errors.EngineError` when a forward fails.
     """
+
+    on_device: bool
+    """Whether it has a device of its own, on which frames may stay: :meth:`decode_on_device`."""
 
     def warmup(self) -> None:
         """Run every component once, so that the first chunk costs what the others do."""
@@ -81,6 +85,16 @@ class Engine(Protocol):
     def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
         """Decode a chunk's latent into ``out`` ``[frames, H, W, 3]``; ``first`` for the first of a rollout."""
 
+    def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
+        """Like :meth:`decode`, into memory of the device; the frames and the seconds.
+
+        Raises:
+            InputError: there is no device; see :attr:`on_device`.
+        """
+
+    def component_runner(self) -> ComponentRunner:
+        """Runs single components, for verification; only while no session is open, and dropped then."""
+
     def encode_text_layer(
         self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
@@ -99,11 +113,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything. No other method may be running."""
-
-
-@runtime_checkable
-class DeviceFrameEngine(Protocol):
-    """What an engine offers besides if frames may stay on its device."""
-
-    def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """Like :meth:`Engine.decode`, into memory of the device; the frames and the seconds."""

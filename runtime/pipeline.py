@@ -21,7 +21,7 @@ from runtime.program.buffers import BufferPlan, check_memory, plan_buffers
 
 from .backends import load_engine, runs_on_host
 from .bundle import Bundle, Manifest, load_bundle
-from .engine import DeviceFrameEngine, Engine
+from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
 from .noise import check_seed
@@ -199,18 +199,16 @@ class Pipeline:
         """
         self._scheduler.require_own_process()
         seed = check_seed(seed)
-        device = self._engine if frames == "device" and isinstance(self._engine, DeviceFrameEngine) else None
-        if frames != "host" and device is None:
+        on_device = frames == "device"
+        if frames not in ("host", "device") or (on_device and not self._engine.on_device):
             raise InputError(
                 f"frames is {frames!r}; expected 'host', or 'device' with a bundle that runs on a GPU (this one: "
                 f"{self.manifest.backend} on {self.manifest.target.name})"
             )
         first = PromptSwitch(self.embed(prompt, embedding), "none", label)
-        return self._admit(seed, device, lambda rollout: Lane(rollout, on_start, switches=[(0, first)]))
+        return self._admit(seed, on_device, lambda rollout: Lane(rollout, on_start, switches=[(0, first)]))
 
-    def _admit(
-        self, seed: int, device: DeviceFrameEngine | None, new_lane: Callable[[Rollout], Lane]
-    ) -> Session:
+    def _admit(self, seed: int, on_device: bool, new_lane: Callable[[Rollout], Lane]) -> Session:
         """A session in a place that is free; ``new_lane`` may refuse its rollout."""
         with self._lock:
             self._require_open()
@@ -223,7 +221,7 @@ class Pipeline:
                     free=0,
                 )
             number = self._free[0]
-            lane = new_lane(Rollout(self._engine, number, self.manifest, seed=seed, device=device))
+            lane = new_lane(Rollout(self._engine, number, self.manifest, seed=seed, on_device=on_device))
             self._free.pop(0)  # only now: the device may have refused
             self._scheduler.add(lane)
         return Session(
@@ -254,7 +252,7 @@ class Pipeline:
             revive(lane, saved, (text.text_len, text.dim), frame)
             return lane
 
-        return self._admit(saved.meta.seed, None, revived)
+        return self._admit(saved.meta.seed, False, revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
         """The embedding ``[text_len, dim]`` of a prompt, or a checked copy of the one given."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Manifest
-from .engine import DeviceFrameEngine, Engine, Placement
+from .engine import Engine, Placement
 from .errors import InputError, SessionCancelledError
 from .frame_table import FrameTable, LatentRing, TableState
 from .noise import fill_noise
@@ -62,15 +62,15 @@ class Rollout:
         manifest: Manifest,
         *,
         seed: int,
-        device: DeviceFrameEngine | None = None,
+        on_device: bool = False,
     ) -> None:
-        """``device`` is the engine again if frames stay there."""
+        """``on_device``: frames stay on the engine's device."""
         model, cache = manifest.model, manifest.cache
         past = cache.max_past_frames
         slots = range(session * past, (session + 1) * past)
         self._engine = engine
         self._slots = slots
-        self._device = device
+        self._on_device = on_device
         self._session = session
         self._manifest = manifest
         self._seed = seed
@@ -86,7 +86,7 @@ class Rollout:
     @property
     def keeps_frames_on_device(self) -> bool:
         """Whether frames stay on the device."""
-        return self._device is not None
+        return self._on_device
 
     @property
     def seed(self) -> int:
@@ -128,8 +128,8 @@ class Rollout:
 
         Chunks must be decoded in order, at most one behind the chunk that :meth:`advance` works on.
         """
-        if self._device is not None:
-            kept, seconds = self._device.decode_on_device(
+        if self._on_device:
+            kept, seconds = self._engine.decode_on_device(
                 self._session, self._latents.slot(chunk), first=chunk == 0
             )
             return cast(NDArray[np.uint8], kept), seconds

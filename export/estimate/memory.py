@@ -263,7 +263,7 @@ class _Planner:
         yield MemoryItem("buffers", "text encoder's states and mask", text)
 
     def activations(self) -> Iterator[MemoryItem]:
-        """Upper bounds of what the engines use while they run: a block for each of the lanes that run side by side."""
+        """Upper bounds of what the engines use while they run: a block for each of the queues that run side by side."""
         if not self.on_gpu:
             return
         from export.backends.tensorrt_rtx.expectations import Structure, decoder_kind, load_expectations

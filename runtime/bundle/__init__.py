@@ -3,7 +3,6 @@
 ``export`` writes bundles and ``runtime`` reads them; this package is the only thing that the two share.
 """
 
-from .files import BundleFile, Identity, OpenFile
 from .dtypes import (
     ELEMENT_TYPES,
     FLOATS,
@@ -15,6 +14,7 @@ from .dtypes import (
     nbytes,
     numpy_dtype,
 )
+from .files import BundleFile, Identity, OpenFile
 from .load import (
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,

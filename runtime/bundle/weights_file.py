@@ -6,7 +6,6 @@ The library's own numpy reader knows no float8. A file is an 8-byte little-endia
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 
 from runtime.errors import BundleError
 
+from .dtypes import Dtype, dtypes_by, nbytes, numpy_dtype
 from .files import BundleFile, OpenFile
 from .strict_json import parse_json
-from .dtypes import Dtype, dtypes_by, nbytes, numpy_dtype
 
 __all__ = ["StoredTensor", "WeightsFile"]
 

@@ -25,7 +25,6 @@ from runtime.pipeline import Pipeline
 from runtime.scheduler import ChunkTimes
 from runtime.session import Session
 from runtime.terminal import console, write_out
-from runtime.verify.verdict import HasRunner
 
 from .generate import read_prompt
 
@@ -133,7 +132,7 @@ def _environment(pipeline: Pipeline) -> dict[str, Any]:
         import onnxruntime
 
         environment["onnxruntime"] = onnxruntime.__version__
-    if isinstance(pipeline.engine, HasRunner):
+    if pipeline.engine.on_device:
         environment["device"] = pipeline.engine.component_runner().platform.device
     return environment
 

@@ -21,7 +21,7 @@ from runtime.program.buffers import plan_buffers
 from runtime.terminal import console, write_out
 from runtime.verify import Verdict, VerificationError, judge
 from runtime.verify.dry_run import dry_run
-from runtime.verify.verdict import HasRunner, gpu_problem, record, refusal
+from runtime.verify.verdict import gpu_problem, record, refusal
 
 __all__ = ["run_verify"]
 
@@ -90,10 +90,6 @@ def _runner(bundle: Bundle, threads: int | None) -> Iterator[ComponentRunner]:
         )
     engine = load_engine(bundle, plan_buffers(manifest, 1), threads=threads)
     try:
-        if not isinstance(engine, HasRunner):
-            raise VerificationError(
-                f"backend {manifest.backend!r} cannot run single components; upgrade the runtime"
-            )
         yield engine.component_runner()
     finally:
         engine.close()

@@ -14,6 +14,7 @@ from runtime.bundle import Bundle, Manifest
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError, EngineError
 from runtime.frames import DeviceFrames
+from runtime.program.buffers import BufferPlan
 from runtime.program.builder import build_program
 from runtime.program.engine import ProgramEngine
 from runtime.program.kernels import KernelLibrary
@@ -108,6 +109,8 @@ def open_library(bundle: Bundle, driver: CudaDriver) -> ComponentLibrary:
 class CudaEngine(ProgramEngine):
     """Implements :class:`~runtime.engine.Engine` on one GPU."""
 
+    on_device = True
+
     def __init__(self, bundle: Bundle, program: Program, driver: CudaDriver, executor: CudaExecutor) -> None:
         super().__init__(bundle.manifest, program, executor)
         self._bundle = bundle
@@ -120,7 +123,7 @@ class CudaEngine(ProgramEngine):
         return self._cuda
 
     def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """See :class:`~runtime.engine.DeviceFrameEngine`."""
+        """See :meth:`Engine.decode_on_device <runtime.engine.Engine.decode_on_device>`."""
         lease, written = self._cuda.lease_frames(), 0
         shape = self._program.buffers["frames_next"].buffer.shape[1:]
 
@@ -134,13 +137,13 @@ class CudaEngine(ProgramEngine):
         return DeviceFrames(lease, (written, *shape), self._cuda.driver.dlpack_device), seconds
 
     def component_runner(self) -> ComponentRunner:
-        """Runs single components, for verification; only while no session is open."""
+        """See :meth:`Engine.component_runner <runtime.engine.Engine.component_runner>`."""
         from .runner import CudaComponentRunner
 
         return CudaComponentRunner(self._bundle, self._driver, self._cuda)
 
 
-def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0, graphs: bool = True) -> CudaEngine:
+def load_cuda_engine(bundle: Bundle, plan: BufferPlan, *, device: int = 0, graphs: bool = True) -> CudaEngine:
     """Load the engine for the GPU that the bundle was built for; ``graphs`` as the executor takes it.
 
     Raises:
@@ -156,7 +159,7 @@ def load_cuda_engine(bundle: Bundle, sessions: int, *, device: int = 0, graphs: 
             f"{manifest.target.compute_capability}, and CUDA device {device} ({driver.device.name}) has {found}; build "
             f"a bundle for this GPU"
         )
-    program = build_program(bundle, sessions)
+    program = build_program(bundle, plan)
     launch = _no_kernels
     if manifest.kernels is not None:
         launch = KernelImages(bundle, driver)

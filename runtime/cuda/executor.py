@@ -31,9 +31,9 @@ from runtime.program.program import (
     EngineRun,
     Fill,
     KernelLaunch,
-    Lane,
     Operation,
     Program,
+    Queue,
     View,
 )
 
@@ -45,7 +45,7 @@ __all__ = ["CudaCounters", "CudaExecutor", "LaunchKernel"]
 LaunchKernel = Callable[[KernelLaunch, Mapping[str, int], int], None]
 """Enqueues a kernel: the launch, the addresses of its buffers, the stream."""
 
-_LANES: Final[tuple[Lane, ...]] = ("forward", "decode", "text")
+_QUEUES: Final[tuple[Queue, ...]] = ("forward", "decode", "text")
 _RING: Final = 8
 """Feeds that may be under way: a chunk takes four, a prompt switch two more for each resident chunk."""
 _PIECE: Final = 16 << 20
@@ -119,9 +119,9 @@ class CudaExecutor:
         self._program = program
         self._library = library
         self.launch = launch
-        self._streams: dict[Lane, int] = {}
-        # A session may be reset while another is decoded, in the same lane.
-        self._locks = {lane: threading.Lock() for lane in _LANES}
+        self._streams: dict[Queue, int] = {}
+        # A session may be reset while another is decoded, in the same queue.
+        self._locks = {queue: threading.Lock() for queue in _QUEUES}
         self._events: list[int] = []
         self._pinned: list[int] = []
         self._graphs: dict[tuple[int, str], Recording] = {}
@@ -133,8 +133,8 @@ class CudaExecutor:
         self._closed = False
         try:
             driver.enter()
-            for lane in _LANES:
-                self._streams[lane] = driver.create_stream()
+            for queue in _QUEUES:
+                self._streams[queue] = driver.create_stream()
             self._base = driver.alloc(program.arena_bytes)
             self._load_components()
             feeds = max(_padded(forward.feeds) for forward in program.forwards.values() if _is_fed(forward))
@@ -156,7 +156,7 @@ class CudaExecutor:
         """See :meth:`Executor.feed <runtime.program.engine.Executor.feed>`. One thread feeds."""
         self.driver.enter()
         views = self._program.forwards[forward].feeds
-        stream = self._streams[self._program.forwards[forward].lane]
+        stream = self._streams[self._program.forwards[forward].queue]
         slot = self._turn("ring", self._ring)
         arrays, copies, start = {}, [], 0
         for view in views:
@@ -173,7 +173,7 @@ class CudaExecutor:
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
         """See :meth:`Executor.send <runtime.program.engine.Executor.send>`."""
         self.driver.enter()
-        stream = self._streams[self._program.forwards[forward].lane]
+        stream = self._streams[self._program.forwards[forward].queue]
         for view in self._program.forwards[forward].feeds:
             self._upload(self.address(view, session), values[view.buffer], view, stream)
 
@@ -185,22 +185,22 @@ class CudaExecutor:
         """
         start = time.perf_counter()
         self.driver.enter()
-        lane = self._program.forwards[forward].lane
-        with self._locks[lane]:
+        queue = self._program.forwards[forward].queue
+        with self._locks[queue]:
             if not self._with_graphs or forward in _EAGER or forward not in self._ran:
                 self._enqueue(session, forward)
                 self._ran.add(forward)
                 self.counters.operations += len(self._program.forwards[forward].operations)
             else:
-                self._recorded(session, forward).launch(self._streams[lane])
+                self._recorded(session, forward).launch(self._streams[queue])
                 self.counters.graph_launches += 1
         return time.perf_counter() - start
 
-    def copy(self, session: int, copy: Copy, lane: Lane) -> None:
+    def copy(self, session: int, copy: Copy, queue: Queue) -> None:
         """See :meth:`Executor.copy <runtime.program.engine.Executor.copy>`."""
         self.driver.enter()
-        with self._locks[lane]:
-            self._operation(copy, session, self._streams[lane])
+        with self._locks[queue]:
+            self._operation(copy, session, self._streams[queue])
         self.counters.copies += 1
 
     def signal(self, session: int, latent: int) -> None:
@@ -213,12 +213,12 @@ class CudaExecutor:
         self.driver.enter()
         self.driver.wait(self._streams["decode"], self._latents[session][latent])
 
-    def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> _Fetched:
+    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> _Fetched:
         """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
         self.driver.enter()
-        slot, view = self._fetches[lane, index], self._program.buffers[buffer].view
-        self.driver.copy(slot.address, self.address(view, session), view.nbytes, self._streams[lane])
-        self.driver.record(slot.event, self._streams[lane])
+        slot, view = self._fetches[queue, index], self._program.buffers[buffer].view
+        self.driver.copy(slot.address, self.address(view, session), view.nbytes, self._streams[queue])
+        self.driver.record(slot.event, self._streams[queue])
         self.counters.copies += 1
         return _Fetched(self, slot, view)
 
@@ -230,7 +230,7 @@ class CudaExecutor:
         self.counters.copies += 1
 
     def finish_decoding(self) -> float:
-        """Wait for what is enqueued in lane ``decode``; the seconds it took."""
+        """Wait for what is enqueued in queue ``decode``; the seconds it took."""
         start = time.perf_counter()
         self.counters.waits += 1
         self.driver.record(self._decoded, self._streams["decode"])
@@ -324,7 +324,7 @@ class CudaExecutor:
     def _fill(self, constants: Mapping[str, NDArray[Any]]) -> None:
         """Constants and weights; ``weights.NAME`` is a tensor of the weights file."""
         load = self._program.forwards["load"]
-        stream = self._streams[load.lane]
+        stream = self._streams[load.queue]
         self._enqueue(0, "load")
         views = {view.buffer: view for view in load.feeds if view.buffer != "weights"}
         views |= {f"weights.{name}": view for name, view in self._program.weights.items()}
@@ -361,7 +361,7 @@ class CudaExecutor:
         graph = self._graphs.get((session, forward))
         if graph is None:
             operations = self._program.forwards[forward].operations
-            stream = self._streams[self._program.forwards[forward].lane]
+            stream = self._streams[self._program.forwards[forward].queue]
             engines = any(isinstance(operation, EngineRun) for operation in operations)
             record = self._library.record if engines else self.driver.capture
             graph = record(lambda: self._enqueue(session, forward), stream)
@@ -369,7 +369,7 @@ class CudaExecutor:
         return graph
 
     def _enqueue(self, session: int, forward: str) -> None:
-        stream = self._streams[self._program.forwards[forward].lane]
+        stream = self._streams[self._program.forwards[forward].queue]
         for operation in self._program.forwards[forward].operations:
             self._operation(operation, session, stream)
 
@@ -404,7 +404,7 @@ class CudaExecutor:
         self._pinned.append(address)
         return _Slot(address, host_bytes(address, max(1, nbytes)), self._event())
 
-    def _fetch_slots(self) -> dict[tuple[Lane, int], _Slot]:
+    def _fetch_slots(self) -> dict[tuple[Queue, int], _Slot]:
         """One for each run of the decoder in a chunk, and one for the text encoder."""
         buffers = {name: placed.buffer for name, placed in self._program.buffers.items()}
         video = max(buffers["frames_first"].nbytes, buffers["frames_next"].nbytes)

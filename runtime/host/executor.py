@@ -15,7 +15,7 @@ from runtime.bundle import Bundle
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import EngineError
-from runtime.program.program import Copy, EngineRun, Fill, Lane, Operation, Program, View
+from runtime.program.program import Copy, EngineRun, Fill, Operation, Program, Queue, View
 
 from .graph import Graph, load_graph
 from .onnxruntime import default_threads
@@ -98,7 +98,7 @@ class HostExecutor:
             return seconds
         return sum(run() for run in self._runs[session][forward])
 
-    def copy(self, session: int, copy: Copy, lane: Lane) -> None:
+    def copy(self, session: int, copy: Copy, queue: Queue) -> None:
         """See :meth:`Executor.copy <runtime.program.engine.Executor.copy>`."""
         np.copyto(self.array(copy.target, session), self.array(copy.source, session))
 
@@ -114,9 +114,9 @@ class HostExecutor:
     def wait(self, session: int, latent: int) -> None:
         """Nothing is under way."""
 
-    def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> _Fetched:
+    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> _Fetched:
         """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
-        if lane == "text":
+        if queue == "text":
             return _Fetched(self._text[buffer])
         return _Fetched(self.array(self._program.buffers[buffer].view, session).copy())
 

@@ -16,6 +16,7 @@ from runtime.bundle import Bundle
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Platform
 from runtime.bundle.weights_file import WeightsFile
+from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.program import EngineRun
 
@@ -89,7 +90,8 @@ class HostRunner:
     def _load_forwards(self, component: str, slots: int) -> Run:
         """The forwards of a program that compute ``component``, over a pool of at least ``slots`` slots."""
         manifest = self._bundle.manifest
-        program = build_program(self._bundle, -(-slots // max(1, manifest.cache.max_past_frames)))
+        sessions = -(-slots // max(1, manifest.cache.max_past_frames))
+        program = build_program(self._bundle, plan_buffers(manifest, sessions))
         kind = "clean" if component == "clean" else "denoise"
         forwards = {name: f for name, f in program.forwards.items() if name.partition(".")[0] == kind}
         executor = HostExecutor(self._bundle, replace(program, forwards=forwards), threads=self._threads)

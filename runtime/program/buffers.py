@@ -20,8 +20,8 @@ __all__ = [
     "work_buffers",
 ]
 
-_OUTSIDE_LANE = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
-"""Components that run at the same time as the transformer, and the lane they run in."""
+_OTHER_QUEUES = {"vae_first": "decode", "vae_next": "decode", "text_encoder": "text"}
+"""Components that run at the same time as the transformer, and the queue they run in."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
     buffers += [_renamed(spec, f"encoder.{spec.name}") for spec in (*encoder.inputs, *encoder.outputs)]
     scratch: dict[str, int] = {}
     for name, component in manifest.components.items():
-        lane = _OUTSIDE_LANE.get(name, "forward")
+        queue = _OTHER_QUEUES.get(name, "forward")
         if component.cost is not None:
-            scratch[lane] = max(scratch.get(lane, 0), component.cost.activation_bytes)
+            scratch[queue] = max(scratch.get(queue, 0), component.cost.activation_bytes)
     return (
         *buffers,
-        *(Buffer(f"scratch.{lane}", "uint8", (size,)) for lane, size in scratch.items() if size),
+        *(Buffer(f"scratch.{queue}", "uint8", (size,)) for queue, size in scratch.items() if size),
     )
 
 

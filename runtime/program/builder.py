@@ -10,7 +10,7 @@ from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
 
-from .buffers import Buffer, plan_buffers, work_buffers
+from .buffers import Buffer, BufferPlan, work_buffers
 from .program import (
     ALIGNMENT,
     Copy,
@@ -18,10 +18,10 @@ from .program import (
     Fill,
     Forward,
     KernelLaunch,
-    Lane,
     Operation,
     Placed,
     Program,
+    Queue,
     View,
 )
 
@@ -30,8 +30,8 @@ __all__ = ["attention_launches", "build_program", "kernel_problem", "prepare_opt
 Views = Mapping[str, View]
 
 
-def build_program(bundle: Bundle, sessions: int) -> Program:
-    """The program that executes ``bundle`` for ``sessions`` sessions.
+def build_program(bundle: Bundle, plan: BufferPlan) -> Program:
+    """The program that executes ``bundle`` over the buffers of ``plan``.
 
     Raises:
         BundleError: the manifest names something that the program has no tensor for.
@@ -42,7 +42,7 @@ def build_program(bundle: Bundle, sessions: int) -> Program:
     if segments is not None:
         with WeightsFile(bundle.opened(segments.weights)) as weights:
             stored = weights.tensors
-    return _Builder(manifest, sessions, stored).build()
+    return _Builder(manifest, plan, stored).build()
 
 
 def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
@@ -80,13 +80,12 @@ def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | fl
 class _Builder:
     """Places the buffers, then writes down the forwards in terms of views."""
 
-    def __init__(self, manifest: Manifest, sessions: int, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, manifest: Manifest, plan: BufferPlan, stored: Mapping[str, StoredTensor]) -> None:
         self.manifest = manifest
         self.model = manifest.model
-        self.sessions = sessions
+        self.sessions = plan.sessions
         self.stored = stored
         self.placed: dict[str, Placed] = {}
-        plan = plan_buffers(manifest, sessions)
         self.shared_bytes = self._place(
             (*plan.pool, *plan.shared, *work_buffers(manifest)), per_session=False
         )
@@ -161,9 +160,9 @@ class _Builder:
         return self.weights[tensor]
 
     def _forward(
-        self, name: str, feeds: tuple[str, ...], operations: list[Operation], lane: Lane = "forward"
+        self, name: str, feeds: tuple[str, ...], operations: list[Operation], queue: Queue = "forward"
     ) -> Forward:
-        return Forward(name, lane, tuple(self.view(feed) for feed in feeds), tuple(operations))
+        return Forward(name, queue, tuple(self.view(feed) for feed in feeds), tuple(operations))
 
     def _load(self) -> Forward:
         """Constants; the pool is cleared because a masked value that is not finite would still spoil a product."""
@@ -176,7 +175,7 @@ class _Builder:
         name: str,
         tensors: Callable[[str], View | None],
         *,
-        lane: Lane = "forward",
+        queue: Queue = "forward",
         layer: int | None = None,
     ) -> EngineRun:
         """A run of component ``name``; ``tensors`` finds the view of each input and output."""
@@ -200,7 +199,7 @@ class _Builder:
 
         scratch = None
         if component.cost is not None and component.cost.activation_bytes:
-            buffer = self.view(f"scratch.{lane}")
+            buffer = self.view(f"scratch.{queue}")
             scratch = View(buffer.buffer, "uint8", (component.cost.activation_bytes,))
         return EngineRun(name, resolve(component.inputs), resolve(component.outputs), scratch, layer)
 
@@ -373,11 +372,11 @@ class _Builder:
             **{f"cache_out.{index}": view for index, view in enumerate(writes)},
             **self._outside(name),
         }
-        return self._forward(forward, (), [self._run(name, tensors.get, lane="decode")], "decode")
+        return self._forward(forward, (), [self._run(name, tensors.get, queue="decode")], "decode")
 
     def _encode(self) -> Forward:
         component: Component = self.manifest.components["text_encoder"]
-        run = self._run("text_encoder", lambda name: self.view(f"encoder.{name}"), lane="text")
+        run = self._run("text_encoder", lambda name: self.view(f"encoder.{name}"), queue="text")
         feeds = tuple(f"encoder.{spec.name}" for spec in component.inputs)
         return self._forward("encode_text_layer", feeds, [run], "text")
 

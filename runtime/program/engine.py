@@ -19,7 +19,7 @@ from runtime.engine import Placement
 from runtime.errors import InputError
 from runtime.frame_table import ABSENT, Move
 
-from .program import Copy, Lane, Program, View
+from .program import Copy, Program, Queue, View
 from .rope import RopeTables
 
 __all__ = ["Executor", "Fetch", "ProgramEngine"]
@@ -33,7 +33,7 @@ class Fetch(Protocol):
 
 
 class Executor(Protocol):
-    """Executes one program. What is enqueued in one lane runs in order."""
+    """Executes one program. What is enqueued in one queue runs in order."""
 
     def feed(self, session: int, forward: str) -> AbstractContextManager[Mapping[str, NDArray[Any]]]:
         """Arrays to fill, by buffer name, with what ``forward`` is fed; they are sent when the context ends."""
@@ -44,16 +44,16 @@ class Executor(Protocol):
     def run(self, session: int, forward: str) -> float:
         """Enqueue the operations of ``forward``; the seconds spent on it."""
 
-    def copy(self, session: int, copy: Copy, lane: Lane) -> None:
+    def copy(self, session: int, copy: Copy, queue: Queue) -> None:
         """Enqueue a copy that is part of no forward."""
 
     def signal(self, session: int, latent: int) -> None:
-        """A latent has been written, once what is enqueued in lane ``forward`` has run."""
+        """A latent has been written, once what is enqueued in queue ``forward`` has run."""
 
     def wait(self, session: int, latent: int) -> None:
-        """What is enqueued in lane ``decode`` from now on runs after the last :meth:`signal` of that latent."""
+        """What is enqueued in queue ``decode`` from now on runs after the last :meth:`signal` of that latent."""
 
-    def fetch(self, session: int, buffer: str, lane: Lane, index: int = 0) -> Fetch:
+    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> Fetch:
         """Enqueue a copy to the host; ``index`` below the frames of a chunk tells fetches apart that are under way."""
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
@@ -70,7 +70,7 @@ class Executor(Protocol):
 
 
 class ProgramEngine:
-    """Implements :class:`~runtime.engine.Engine`."""
+    """Implements :class:`~runtime.engine.Engine` but for frames that stay on a device, and for components alone."""
 
     def __init__(self, manifest: Manifest, program: Program, executor: Executor) -> None:
         self._program = program

@@ -25,18 +25,18 @@ __all__ = [
     "Fill",
     "Forward",
     "KernelLaunch",
-    "Lane",
     "Operation",
     "Placed",
     "Program",
+    "Queue",
     "View",
 ]
 
 ALIGNMENT: Final = 256
 """Of every buffer, in bytes: what TensorRT asks of tensors and activation memory."""
 
-Lane = Literal["forward", "decode", "text"]
-"""Forwards of one lane run one after another; those of different lanes at the same time."""
+Queue = Literal["forward", "decode", "text"]
+"""Forwards of one queue run one after another; those of different queues at the same time."""
 
 KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "prepare": ("q", "k", "v", "q_mean", "k_mean"),
@@ -164,7 +164,7 @@ class Forward:
     """``feeds`` are written by the host before the operations run, in stream order."""
 
     name: str
-    lane: Lane
+    queue: Queue
     feeds: tuple[View, ...]
     operations: tuple[Operation, ...]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, LightForcingError
-from runtime.program.buffers import runs_on_gpu
+from runtime.program.buffers import plan_buffers, runs_on_gpu
 from runtime.program.builder import build_program
 from runtime.program.kernels import KernelLibrary
 from runtime.program.program import Copy, EngineRun, Fill, Forward, KernelLaunch, Operation, Program
@@ -112,7 +112,7 @@ def dry_run(bundle: Bundle, *, sessions: int = 1) -> DryRunReport:
         DryRunError: something does not fit; all flaws are listed.
         BundleError: the manifest cannot be turned into an execution at all.
     """
-    program = build_program(bundle, sessions)
+    program = build_program(bundle, plan_buffers(bundle.manifest, sessions))
     return check_program(bundle, program)
 
 
@@ -135,7 +135,7 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
             elif isinstance(operation, KernelLaunch):
                 runs.check_operator(operation, where)
                 launches.check(operation, where)
-    memory.check_lanes()
+    memory.check_queues()
     if flaws.found:
         raise DryRunError(bundle, tuple(flaws.found))
     return DryRunReport(

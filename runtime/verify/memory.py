@@ -10,9 +10,9 @@ from runtime.program.program import (
     EngineRun,
     Forward,
     KernelLaunch,
-    Lane,
     Operation,
     Program,
+    Queue,
     View,
 )
 
@@ -22,7 +22,7 @@ __all__ = ["MemoryChecker"]
 
 _KERNEL_ALIGNMENT: Final = 16
 _SHARED_BY_SLOT: Final = ("latents",)
-"""Written in one lane and read in another, but never the same slot at once (see runtime.frame_table.LatentRing)."""
+"""Written in one queue and read in another, but never the same slot at once (see runtime.frame_table.LatentRing)."""
 
 
 class MemoryChecker:
@@ -32,8 +32,8 @@ class MemoryChecker:
         self._program = program
         self._flaws = flaws
         self._written: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        self._writers: dict[str, set[Lane]] = defaultdict(set)
-        self._users: dict[str, set[Lane]] = defaultdict(set)
+        self._writers: dict[str, set[Queue]] = defaultdict(set)
+        self._users: dict[str, set[Queue]] = defaultdict(set)
         self._weights_read: set[int] = set()
         self.tensors = 0
 
@@ -61,7 +61,7 @@ class MemoryChecker:
     def feed(self, forward: Forward) -> None:
         """The host writes what the forward is fed with."""
         for view in forward.feeds:
-            self._write(view, forward.lane, f"forward {forward.name!r}, feed {view.buffer!r}")
+            self._write(view, forward.queue, f"forward {forward.name!r}, feed {view.buffer!r}")
 
     def check(self, operation: Operation, where: str, forward: Forward) -> None:
         """One operation: bounds, alignment, nothing read before it is written, nothing written that it reads."""
@@ -72,7 +72,7 @@ class MemoryChecker:
             outputs["its activation memory"] = scratch
         for name, view in operation.inputs.items():
             self._inside(view, f"{where}, {name!r}", alignment)
-            self._read(view, forward.lane, f"{where}, {name!r}")
+            self._read(view, forward.queue, f"{where}, {name!r}")
             for other, target in outputs.items():
                 if _overlap(view, target):
                     self._flaws.add(
@@ -85,7 +85,7 @@ class MemoryChecker:
                 if _overlap(outputs[name], outputs[other]):
                     self._flaws.add(f"{where}, {name!r}", f"it and {other!r} are written to the same memory")
         for name, view in outputs.items():
-            self._write(view, forward.lane, f"{where}, {name!r}")
+            self._write(view, forward.queue, f"{where}, {name!r}")
         if scratch is not None:
             del self._written[scratch.buffer]  # worth nothing after the run
         sizes = (
@@ -96,13 +96,13 @@ class MemoryChecker:
         if len(sizes) > 1:
             self._flaws.add(where, f"source and target differ in size: {sorted(sizes)} bytes")
 
-    def check_lanes(self) -> None:
-        """What one lane writes, no other touches."""
-        for buffer, lanes in self._users.items():
-            if len(lanes) > 1 and self._writers[buffer] and buffer not in _SHARED_BY_SLOT:
+    def check_queues(self) -> None:
+        """What one queue writes, no other touches."""
+        for buffer, queues in self._users.items():
+            if len(queues) > 1 and self._writers[buffer] and buffer not in _SHARED_BY_SLOT:
                 self._flaws.add(
                     f"buffer {buffer!r}",
-                    f"lanes {', '.join(sorted(lanes))} run at the same time and "
+                    f"queues {', '.join(sorted(queues))} run at the same time and "
                     f"{', '.join(sorted(self._writers[buffer]))} write(s) it",
                 )
 
@@ -132,20 +132,20 @@ class MemoryChecker:
                 self._flaws.add(where, f"it begins at {offset:,}, expected a multiple of {alignment}")
                 break
 
-    def _read(self, view: View, lane: Lane, where: str) -> None:
-        self._users[view.buffer].add(lane)
+    def _read(self, view: View, queue: Queue, where: str) -> None:
+        self._users[view.buffer].add(queue)
         if view.buffer == "weights":
             self._weights_read.add(view.offset)
         if view.nbytes and not _covered(self._written[view.buffer], view.offset, view.offset + view.extent):
             self._flaws.add(where, f"buffer {view.buffer!r} is read before it is written")
 
-    def _write(self, view: View, lane: Lane, where: str) -> None:
-        self._users[view.buffer].add(lane)
-        # Constants are written once, before any lane runs.
+    def _write(self, view: View, queue: Queue, where: str) -> None:
+        self._users[view.buffer].add(queue)
+        # Constants are written once, before any queue runs.
         if where.startswith("forward 'load'"):
-            self._users[view.buffer].discard(lane)
+            self._users[view.buffer].discard(queue)
         else:
-            self._writers[view.buffer].add(lane)
+            self._writers[view.buffer].add(queue)
         spans = self._written[view.buffer]
         spans.append((view.offset, view.offset + view.extent))
         spans.sort()

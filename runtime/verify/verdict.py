@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,13 +21,13 @@ from runtime.backends import runs_on_host
 from runtime.bundle import Bundle
 from runtime.bundle.golden import ComponentRunner, GoldenVectors, Platform
 from runtime.bundle.manifest import NonNegative, Sha256
+from runtime.engine import Engine
 from runtime.errors import BundleError, EngineError
 from runtime.files import cache_folder, write_file
 
 __all__ = [
     "VERDICT_NAME",
     "ComponentVerdict",
-    "HasRunner",
     "Verdict",
     "VerificationError",
     "ensure_verified",
@@ -45,14 +45,6 @@ Progress = Callable[[str, int, int], None]
 
 class VerificationError(EngineError):
     """A component does not compute what it should on this machine, or nothing tells whether it does."""
-
-
-@runtime_checkable
-class HasRunner(Protocol):
-    """An engine whose components can be run one by one."""
-
-    def component_runner(self) -> ComponentRunner:
-        """A runner on the engine's own components; it is used before any rollout, and then dropped."""
 
 
 class _Part(BaseModel):
@@ -223,7 +215,7 @@ def find_verdict(bundle: Bundle, platform: Platform) -> Verdict | None:
 # ---- at load ----
 
 
-def ensure_verified(bundle: Bundle, engine: object, progress: Progress | None = None) -> None:
+def ensure_verified(bundle: Bundle, engine: Engine, progress: Progress | None = None) -> None:
     """Let a bundle pass that has passed its golden vectors on this machine; without a verdict, find it now.
 
     Bundles for the host pass at once: golden vectors were computed there.
@@ -233,11 +225,6 @@ def ensure_verified(bundle: Bundle, engine: object, progress: Progress | None = 
     """
     if runs_on_host(bundle):
         return
-    if not isinstance(engine, HasRunner):
-        raise VerificationError(
-            f"the engine of backend {bundle.manifest.backend!r} cannot run single components, so bundle "
-            f"{bundle.root} cannot be verified on this machine"
-        )
     runner = engine.component_runner()
     verdict = find_verdict(bundle, runner.platform)
     if verdict is None or not verdict.passed:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.kernel_classes import CLASSES, PARTS, GpuEvent, classify, part_shares
 from runtime.bundle import load_bundle
+from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.program import Copy, EngineRun, Fill, Forward, KernelLaunch, Program
 from tests.runtime.device_bundles import build_device_bundle
@@ -37,7 +38,8 @@ def test_templates_are_what_they_compute() -> None:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    return build_program(load_bundle(build_device_bundle(tmp_path_factory.mktemp("bundle") / "bundle")), 1)
+    bundle = load_bundle(build_device_bundle(tmp_path_factory.mktemp("bundle") / "bundle"))
+    return build_program(bundle, plan_buffers(bundle.manifest, 1))
 
 
 FORWARD, DECODE = 7, 13
@@ -67,7 +69,7 @@ class Device:
     def run(self, name: str) -> None:
         """The forward's feeds, then its operations."""
         forward = self._program.forwards[name]
-        stream = DECODE if forward.lane == "decode" else FORWARD
+        stream = DECODE if forward.queue == "decode" else FORWARD
         for _ in forward.feeds:
             self._event("Memcpy HtoD (Pinned -> Device)", "copies", stream)
         for kernel, part in self._launches(forward):
@@ -76,7 +78,7 @@ class Device:
     def _launches(self, forward: Forward) -> Iterator[tuple[str, str]]:
         for operation in forward.operations:
             if isinstance(operation, EngineRun):
-                part = "decoder" if forward.lane == "decode" else operation.component
+                part = "decoder" if forward.queue == "decode" else operation.component
                 yield from ((kernel, part) for kernel in KERNELS[operation.component])
             elif isinstance(operation, KernelLaunch):
                 own = operation.kernel in ("commit", "rope_sink")

@@ -15,6 +15,7 @@ from runtime.cuda.engine import CudaEngine, constants
 from runtime.cuda.executor import CudaExecutor
 from runtime.cuda.tensorrt_rtx import TensorRtRtxLibrary, cache_file
 from runtime.errors import EngineError
+from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.program import KernelLaunch
 from tests.runtime.cuda.stand_in_rtx import StandIn
@@ -53,7 +54,7 @@ def load(module: StandIn) -> CudaEngine:
     bundle, driver = module.bundle, module.driver
     segments = bundle.manifest.segments
     assert segments is not None
-    program = build_program(bundle, 1)
+    program = build_program(bundle, plan_buffers(bundle.manifest, 1))
     with WeightsFile(bundle.path(segments.weights)) as weights:
         fed = constants(bundle.manifest, weights)
         library = TensorRtRtxLibrary(bundle, driver, GPU)

@@ -49,7 +49,7 @@ def test_the_host_allocates_what_was_planned(make_bundle: MakeBundle, options: d
 def allocated(path: Path, sessions: int) -> int:
     """Bytes of the arrays that an executor on the host makes."""
     bundle = load_bundle(path)
-    executor = HostExecutor(bundle, build_program(bundle, sessions), threads=1)
+    executor = HostExecutor(bundle, build_program(bundle, plan_buffers(bundle.manifest, sessions)), threads=1)
     return sum(array.nbytes for arrays in executor._arrays for array in arrays.values())
 
 
@@ -111,7 +111,7 @@ def test_a_gpu_needs_work_buffers_and_activation_memory(tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="2 session") as caught:
         check_memory(bundle, plan, needed - 1)
     assert caught.value.needed == needed
-    arena = build_program(bundle, 2).arena_bytes
+    arena = build_program(bundle, plan).arena_bytes
     stored = (bundle.root / "transformer.safetensors").stat().st_size
     assert abs(arena - plan.total_bytes - stored) < 256 * 200  # but for alignment and the file's header
 

@@ -57,7 +57,7 @@ class OnGpu:
         device: int = 0,
     ) -> ProgramEngine:
         manifest = bundle.manifest
-        program = build_program(bundle, plan.sessions)
+        program = build_program(bundle, plan)
         weights = None if manifest.segments is None else WeightsFile(bundle.path(manifest.segments.weights))
         library = SimulatedLibrary(bundle, self.driver)
         SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
@@ -313,7 +313,7 @@ class _Full(SimulatedDriver):
 
 
 def executor_on(driver: SimulatedDriver, library: SimulatedLibrary, loaded: Bundle) -> CudaExecutor:
-    program = build_program(loaded, 1)
+    program = build_program(loaded, plan_buffers(loaded.manifest, 1))
     SimulatedComponent.slots = program.buffers["past_k.0"].buffer.shape[0]
     return CudaExecutor(program, driver, library, launcher(driver), constants(loaded.manifest, None))
 
@@ -341,7 +341,7 @@ def test_closing_frees_what_it_can(bundle: Path) -> None:
     """PyTorch says of a device that has failed so in an error of its own, for every graph and at the end."""
     loaded, driver = load_bundle(bundle), SimulatedDriver()
     executor = executor_on(driver, _Recorded(loaded, driver, RuntimeError("CUDA error: 700")), loaded)
-    engine = CudaEngine(loaded, build_program(loaded, 1), driver, executor)
+    engine = CudaEngine(loaded, build_program(loaded, plan_buffers(loaded.manifest, 1)), driver, executor)
     engine.warmup()
     for graph in executor._graphs.values():
         graph._close = fail_as_torch_does  # type: ignore[attr-defined]

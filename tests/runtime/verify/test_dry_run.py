@@ -16,6 +16,7 @@ from rich.console import Console
 
 from runtime.bundle import Bundle, Manifest, load_bundle
 from runtime.errors import BundleError
+from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.program import KernelLaunch
 from runtime.verify.dry_run import DryRunError, check_program, dry_run
@@ -153,7 +154,8 @@ def test_changes_to_the_manifest_are_named(device_bundle: Path, name: str) -> No
 
 
 def test_activation_memory_is_promised_by_the_manifest(device_bundle: Path) -> None:
-    program = build_program(load_bundle(device_bundle), 1)
+    bundle = load_bundle(device_bundle)
+    program = build_program(bundle, plan_buffers(bundle.manifest, 1))
     grown = changed(
         device_bundle, lambda raw: raw["components"]["last"]["cost"].update(activation_bytes=1 << 20)
     )
@@ -167,7 +169,9 @@ def test_the_norms_eps_is_the_manifests(device_bundle: Path) -> None:
     """Bundles that do not tell were built when there was one value only."""
 
     def launched(bundle: Bundle) -> set[float]:
-        operations = (operation for _, operation in build_program(bundle, 1).walk())
+        operations = (
+            operation for _, operation in build_program(bundle, plan_buffers(bundle.manifest, 1)).walk()
+        )
         return {
             op.options["eps"] for op in operations if isinstance(op, KernelLaunch) and op.kernel == "prepare"
         }
