@@ -136,7 +136,7 @@ def test_an_fp8_linear_multiplies_in_fp8(tmp_path):
     info = engine(quantized_linear(tmp_path / "fp8.onnx", quantize_input=True), gpu="8.9")
     assert info.plan.gemms == {"fp8": 1}
     assert [t.shape for t in info.inputs] == [(ROWS, WIDTH), (OUT, WIDTH)]
-    assert [t.dtype for t in info.inputs] == ["bf16", "fp8"]
+    assert [t.dtype for t in info.inputs] == ["bfloat16", "float8_e4m3fn"]
 
 
 def test_an_fp8_weight_whose_input_is_not_quantized_is_caught(tmp_path):

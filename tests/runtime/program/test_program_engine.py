@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import pipeline as pipeline_module
 from runtime.backends import load_engine
 from runtime.bundle import Bundle, load_bundle
 from runtime.bundle.weights_file import WeightsFile
@@ -66,25 +65,32 @@ class OnGpu:
         return CudaEngine(bundle, program, self.driver, self.executor)
 
 
+def opened(
+    load: Load, path: Path, sessions: int = 1, *, graphs: bool = True, warmup: bool = True
+) -> Pipeline:
+    """A pipeline over an engine of `load`."""
+    bundle = load_bundle(path)
+    engine = load(bundle, plan_buffers(bundle.manifest, sessions), threads=1, graphs=graphs)
+    return Pipeline.load(path, sessions=sessions, warmup=warmup, engine=engine)
+
+
 def rollout(
     load: Load,
     path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     *,
     chunks: int = 7,
     warmup: bool = True,
     graphs: bool = True,
 ) -> np.ndarray:
     """Frames of several sessions taking turns, each with a prompt switch of its own."""
-    monkeypatch.setattr(pipeline_module, "load_engine", load)
     frames = []
-    with Pipeline.load(path, sessions=len(RECACHE), warmup=warmup, threads=1, graphs=graphs) as pipe:
-        opened = [pipe.session(embedding=embedding(path, 0), seed=number) for number in range(len(RECACHE))]
-        streams = [session.stream(chunks=chunks) for session in opened]
+    with opened(load, path, len(RECACHE), warmup=warmup, graphs=graphs) as pipe:
+        sessions = [pipe.session(embedding=embedding(path, 0), seed=number) for number in range(len(RECACHE))]
+        streams = [session.stream(chunks=chunks) for session in sessions]
         for chunk in range(chunks):
             frames += [next(stream).frames for stream in streams]
             if chunk == 2:
-                for session, mode in zip(opened, RECACHE, strict=True):
+                for session, mode in zip(sessions, RECACHE, strict=True):
                     session.set_prompt(embedding=embedding(path, 1), recache=mode, at=5)
     return np.concatenate(frames)
 
@@ -104,29 +110,27 @@ def plain(path: Path, chunks: int = 7) -> np.ndarray:
 
 @pytest.mark.parametrize("options", [{}, {"window_frames": None}, {"sink_positions": "absolute"}], ids=str)
 def test_sessions_on_the_host_give_the_bits_of_each_alone(
-    make_bundle: MakeBundle, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    make_bundle: MakeBundle, options: dict[str, object]
 ) -> None:
     path = make_bundle(**options)
     expected = plain(path)
     assert expected.std() > 5
-    assert np.array_equal(rollout(load_engine, path, monkeypatch), expected)
+    assert np.array_equal(rollout(load_engine, path), expected)
 
 
 @pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize(("seed", "eagerness"), [(0, 0.0), (1, 0.3), (2, 0.6)])
 def test_streams_graphs_and_pinned_memory_change_no_bit(
-    bundle: Path, seed: int, eagerness: float, warmup: bool, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, seed: int, eagerness: float, warmup: bool
 ) -> None:
-    found = rollout(OnGpu(seed, eagerness), bundle, monkeypatch, warmup=warmup)
+    found = rollout(OnGpu(seed, eagerness), bundle, warmup=warmup)
     assert np.array_equal(found, plain(bundle))
 
 
 @pytest.mark.parametrize("warmup", [True, False], ids=["warm", "cold"])
-def test_without_graphs_every_operation_is_enqueued_anew(
-    bundle: Path, warmup: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_graphs_every_operation_is_enqueued_anew(bundle: Path, warmup: bool) -> None:
     load = OnGpu(3, 0.3)
-    found = rollout(load, bundle, monkeypatch, chunks=3, warmup=warmup, graphs=False)
+    found = rollout(load, bundle, chunks=3, warmup=warmup, graphs=False)
     assert np.array_equal(found, plain(bundle, chunks=3))
     assert (load.driver.captures, load.executor.counters.graph_launches) == (0, 0)
     assert load.executor.counters.operations > 0
@@ -144,18 +148,15 @@ def test_the_simulation_shows_a_missing_wait(
     else:
         monkeypatch.setattr(SimulatedDriver, "sync_event", lambda self, event: None)
     try:
-        found = rollout(load, bundle, monkeypatch, chunks=3)
+        found = rollout(load, bundle, chunks=3)
     except SessionFailedError:  # what was read too early is no valid index
         return
     assert not np.array_equal(found, plain(bundle, chunks=3))
 
 
-def test_nothing_is_allocated_or_recorded_after_loading(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_allocated_or_recorded_after_loading(bundle: Path) -> None:
     load = OnGpu()
-    monkeypatch.setattr(pipeline_module, "load_engine", load)
-    with Pipeline.load(bundle, sessions=2) as pipe:
+    with opened(load, bundle, 2) as pipe:
         allocations, captures = load.driver.allocations, load.driver.captures
         with pipe.session("a red fox", seed=1) as session:
             for _ in session.stream(chunks=3):
@@ -174,12 +175,11 @@ def test_nothing_is_allocated_or_recorded_after_loading(
 
 @pytest.mark.parametrize("saved_on_gpu", [True, False], ids=["saved-on-gpu", "saved-on-host"])
 def test_a_saved_session_goes_on_wherever_its_bundle_runs(
-    bundle: Path, tmp_path: Path, saved_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, saved_on_gpu: bool
 ) -> None:
     """On another device and in another place, in the middle of everything that is under way."""
     loads: list[Load] = [OnGpu(4, 0.1), load_engine]
-    monkeypatch.setattr(pipeline_module, "load_engine", loads[0 if saved_on_gpu else 1])
-    with Pipeline.load(bundle, sessions=2, threads=1) as pipe:
+    with opened(loads[0 if saved_on_gpu else 1], bundle, 2) as pipe:
         with pipe.session("a red fox", seed=1) as session:
             expected = [chunk.frames for chunk in session.stream(chunks=9)]
         with pipe.session("a red fox", seed=1) as session, pipe.session("snow", seed=2) as other:
@@ -190,20 +190,16 @@ def test_a_saved_session_goes_on_wherever_its_bundle_runs(
             session.save(tmp_path / "state")
             for wanted in expected[5:]:
                 assert np.array_equal(next(streams[0]).frames, wanted)
-    monkeypatch.setattr(pipeline_module, "load_engine", loads[1 if saved_on_gpu else 0])
-    with Pipeline.load(bundle, sessions=2, threads=1) as pipe, pipe.session("sea"):
+    with opened(loads[1 if saved_on_gpu else 0], bundle, 2) as pipe, pipe.session("sea"):
         session = pipe.resume(tmp_path / "state")
         for wanted, chunk in zip(expected[5:], session.stream(chunks=4), strict=True):
             assert np.array_equal(chunk.frames, wanted)
 
 
-def test_a_chunk_waits_for_the_device_only_for_its_frames(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_waits_for_the_device_only_for_its_frames(bundle: Path) -> None:
     """With a device that keeps up, feeding never waits."""
     load = OnGpu(eagerness=0.95)
-    monkeypatch.setattr(pipeline_module, "load_engine", load)
-    with Pipeline.load(bundle) as pipe, pipe.session("a red fox", seed=1) as session:
+    with opened(load, bundle) as pipe, pipe.session("a red fox", seed=1) as session:
         next(session.stream(chunks=1))
         before = load.executor.counters.waits
         chunks = 6
@@ -212,12 +208,9 @@ def test_a_chunk_waits_for_the_device_only_for_its_frames(
         assert load.executor.counters.waits - before <= chunks * 3 + 2
 
 
-def test_frames_on_the_device_are_handed_over_without_a_copy(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frames_on_the_device_are_handed_over_without_a_copy(bundle: Path) -> None:
     load = OnGpu()
-    monkeypatch.setattr(pipeline_module, "load_engine", load)
-    with Pipeline.load(bundle) as pipe:
+    with opened(load, bundle) as pipe:
         with pipe.session("a red fox", seed=1) as session:
             expected = [chunk.frames for chunk in session.stream(chunks=8)]
         with pipe.session("a red fox", seed=1, frames="device") as session:
@@ -236,17 +229,15 @@ def test_frames_on_the_device_are_handed_over_without_a_copy(
             assert load.driver.allocations - before <= 3, "memory is not used again"
             with pytest.raises(BufferError):
                 np.from_dlpack(next(session.stream(chunks=1)).frames, copy=True)
-    monkeypatch.undo()
     with Pipeline.load(bundle) as pipe, pytest.raises(InputError, match="runs on a GPU"):
         pipe.session("a red fox", frames="device")
 
 
-def test_prompts_are_encoded_as_on_the_host(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_encoded_as_on_the_host(bundle: Path) -> None:
     with Pipeline.load(bundle, threads=1) as pipe:
         expected = [pipe.embed(prompt) for prompt in ("a red fox", "sea")]
     assert not np.array_equal(*expected)
-    monkeypatch.setattr(pipeline_module, "load_engine", OnGpu())
-    with Pipeline.load(bundle) as pipe:
+    with opened(OnGpu(), bundle) as pipe:
         assert np.array_equal([pipe.embed(prompt) for prompt in ("a red fox", "sea")], expected)
 
 
@@ -355,12 +346,10 @@ def fail_as_torch_does() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["short", "long"])
-def test_segmented_bundles_of_the_exporter(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_segmented_bundles_of_the_exporter(variant: str, tmp_path: Path) -> None:
     path = build(tmp_path / "cut", variant, execution="segmented")
     assert load_bundle(path).manifest.segments is not None
-    found = rollout(load_engine, path, monkeypatch)
+    found = rollout(load_engine, path)
     expected = plain(build(tmp_path / "whole", variant))
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-    assert np.array_equal(rollout(OnGpu(), path, monkeypatch), found)
+    assert np.array_equal(rollout(OnGpu(), path), found)
