@@ -63,7 +63,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "saved",
         "host scheduler",
         "program rollout text video",
-        "bundle engine noise",
+        "engine",
+        "bundle noise",
         "errors files frame_table frames host_memory terminal",
     ),
     "serving": (
