@@ -19,13 +19,14 @@ from typing import Annotated, Any, Final, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from runtime.errors import BundleError
 
 from .dtypes import numpy_dtype
+from .fields import BundlePath, Count, Finite, NonNegative, NonNegativeFloat, Part, PositiveFloat, Seed, Size
 from .load import Bundle
-from .manifest import BundlePath, Component, NonNegative, Positive, TensorSpec
+from .manifest import Component, TensorSpec
 from .weights_file import WeightsFile
 
 __all__ = [
@@ -62,40 +63,36 @@ _DRAW: Final = 1 << 20
 Arrays = Mapping[str, NDArray[Any]]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Normal(_Part):
+class Normal(Part):
     """Numbers that are normally distributed for all purposes here, times ``scale``; see :func:`standard_normal`."""
 
     kind: Literal["normal"] = "normal"
-    seed: NonNegative
-    scale: Annotated[float, Field(gt=0)] = 1.0
+    seed: Seed
+    scale: PositiveFloat = 1.0
 
 
-class Rotary(_Part):
+class Rotary(Part):
     """Cosines or sines of angles that are uniform over the circle; the two of one seed belong together."""
 
     kind: Literal["cos", "sin"]
-    seed: NonNegative
+    seed: Seed
 
 
-class Integers(_Part):
+class Integers(Part):
     """The integers themselves: a step, a chunk's index, a table of slots."""
 
     kind: Literal["integers"] = "integers"
-    values: tuple[int, ...]
+    values: tuple[Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)], ...]
 
 
-class Mask(_Part):
+class Mask(Part):
     """Ones, then zeros."""
 
     kind: Literal["mask"] = "mask"
     ones: NonNegative
 
 
-class Stored(_Part):
+class Stored(Part):
     """A tensor of one of the bundle's weights files."""
 
     kind: Literal["stored"] = "stored"
@@ -106,7 +103,7 @@ class Stored(_Part):
 Recipe = Annotated[Normal | Rotary | Integers | Mask | Stored, Field(discriminator="kind")]
 
 
-class Expected(_Part):
+class Expected(Part):
     """What is known of one output besides its samples.
 
     ``size`` is its number of elements, ``seed`` gives the positions of the samples, and ``norm`` is the L2 norm of
@@ -114,13 +111,13 @@ class Expected(_Part):
     what lies in the middle is no signal.
     """
 
-    size: NonNegative
-    seed: NonNegative
-    norm: Annotated[float, Field(ge=0)]
-    centre: float = 0.0
+    size: Size
+    seed: Seed
+    norm: NonNegativeFloat
+    centre: Finite = 0.0
 
 
-class GoldenCase(_Part):
+class GoldenCase(Part):
     """One run of a component: what goes in, and what is known of what must come out.
 
     ``name`` is unique. ``slots`` is the size of the dimension of that name.
@@ -128,12 +125,12 @@ class GoldenCase(_Part):
 
     name: str
     component: str
-    slots: Positive
+    slots: Count
     inputs: dict[str, Recipe]
     outputs: Annotated[dict[str, Expected], Field(min_length=1)]
 
 
-class GoldenCases(_Part):
+class GoldenCases(Part):
     """The cases of a golden file, in the order they are run."""
 
     version: Literal[1] = 1

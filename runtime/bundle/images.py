@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from runtime.errors import BundleIntegrityError, BundleSchemaError
 from runtime.files import write_file
 
-from .manifest import NonNegative, Positive, Sha256
+from .fields import NonNegative, Part, Positive, Sha256
 
 __all__ = [
     "FORMAT_VERSION",
@@ -39,10 +39,6 @@ INDEX_NAME: Final = "kernels.json"
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class KernelProblem:
         }
 
 
-class Argument(_Part):
+class Argument(Part):
     """One kernel argument, in launch order.
 
     `source` says who supplies the value: a `buffer` (device address) or `option` (operator attribute) of the caller,
@@ -110,14 +106,14 @@ class Argument(_Part):
         return self
 
 
-class GridAxis(_Part):
+class GridAxis(Part):
     """`ceil(size / tile)` thread blocks."""
 
     size: Name
     tile: Positive
 
 
-class Image(_Part):
+class Image(Part):
     """One compiled kernel specialisation.
 
     It serves a problem if each size (or `dtype`) named in `serves` has one of the listed values and none exceeds its
@@ -150,7 +146,7 @@ class Image(_Part):
         return self
 
 
-class ImageSet(_Part):
+class ImageSet(Part):
     """The index of one folder.
 
     `arch` is the compute capability the images run on (`sm_90`), `target` what they were compiled for (`sm_90a`). A

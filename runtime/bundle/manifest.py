@@ -7,9 +7,26 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .dtypes import Dtype
+from .fields import (
+    BundlePath,
+    Count,
+    Finite,
+    Fraction,
+    FramesPerSecond,
+    NonNegative,
+    NonNegativeFloat,
+    Part,
+    Positive,
+    PositiveFloat,
+    Sha256,
+    Shape,
+    Size,
+    Steps,
+    Tolerance,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -44,33 +61,22 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-BundlePath = Annotated[str, Field(min_length=1)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Target(_Part):
+class Target(Part):
     """What the bundle was built for. ``compute_capability`` is e.g. ``"12.0"``, or null on a CPU."""
 
     name: str
     compute_capability: str | None = None
 
 
-class Rope(_Part):
+class Rope(Part):
     """Rotary embedding: base ``theta`` and the head dimensions given to time, height and width."""
 
-    theta: Annotated[float, Field(gt=0)]
-    dims_thw: tuple[Positive, Positive, Positive]
+    theta: PositiveFloat
+    dims_thw: tuple[Count, Count, Count]
 
     @model_validator(mode="after")
     def _even(self) -> Rope:
@@ -79,24 +85,24 @@ class Rope(_Part):
         return self
 
 
-class Model(_Part):
+class Model(Part):
     """Geometry of the diffusion transformer and of the video. Latent sizes in latent pixels."""
 
     preset: str
-    layers: Positive
-    heads: Positive
-    head_dim: Positive
+    layers: Count
+    heads: Count
+    head_dim: Count
     dim: Positive
-    latent_channels: Positive
-    latent_height: Positive
-    latent_width: Positive
-    patch: tuple[Positive, Positive, Positive]
-    chunk_frames: Positive
+    latent_channels: Count
+    latent_height: Count
+    latent_width: Count
+    patch: tuple[Count, Count, Count]
+    chunk_frames: Count
     frame_tokens: Positive
     rope: Rope
     video_height: Positive
     video_width: Positive
-    fps: Positive
+    fps: FramesPerSecond
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -125,11 +131,11 @@ class Model(_Part):
         return self.latent_height // self.patch[1], self.latent_width // self.patch[2]
 
 
-class Schedule(_Part):
+class Schedule(Part):
     """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0)."""
 
-    timesteps: Annotated[tuple[float, ...], Field(min_length=2)]
-    sigmas: Annotated[tuple[float, ...], Field(min_length=2)]
+    timesteps: Steps
+    sigmas: Steps
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -145,7 +151,7 @@ class Schedule(_Part):
         return len(self.timesteps) - 1
 
 
-class Attention(_Part):
+class Attention(Part):
     """Attributes of the sparse attention operator. Block sizes in tokens, the rest in frames.
 
     ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default.
@@ -156,8 +162,8 @@ class Attention(_Part):
     keep_frames: Positive
     sink_frames: NonNegative
     near_frames: NonNegative
-    scale: Annotated[float, Field(gt=0)]
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    scale: PositiveFloat
+    eps: PositiveFloat = 1e-6
 
     @model_validator(mode="after")
     def _consistent(self) -> Attention:
@@ -169,7 +175,7 @@ class Attention(_Part):
         return self
 
 
-class Sparsity(_Part):
+class Sparsity(Part):
     """Chunk-aware sparsity table, planned for ``table_frames`` latent frames.
 
     ``values[i]`` is the sparsity of chunk i and ``keep_q20[i]`` the kept fraction in units of 2**-20.
@@ -188,7 +194,7 @@ class Sparsity(_Part):
         return self
 
 
-class Cache(_Part):
+class Cache(Part):
     """Cache policy. ``window_frames`` counts the current chunk too; null means ``sparsity.table_frames``.
 
     ``sink_positions``: ``"absolute"`` keeps sink keys where they were committed, ``"window"`` moves them to
@@ -209,31 +215,39 @@ class Cache(_Part):
         return self
 
 
-class Text(_Part):
+class Text(Part):
     """Text encoder. ``tokenizer`` and ``weights`` are files of the bundle."""
 
     encoder: Literal["umt5"]
-    text_len: Positive
+    text_len: Annotated[int, Field(gt=0, le=1 << 16)]
     dim: Positive
     vocab: Positive
-    layers: Positive
-    heads: Positive
-    eps: Annotated[float, Field(gt=0)]
+    layers: Count
+    heads: Count
+    eps: PositiveFloat
     tokenizer: BundlePath
     weights: BundlePath
     pad_id: NonNegative
     eos_id: NonNegative
 
+    @model_validator(mode="after")
+    def _in_vocabulary(self) -> Text:
+        if max(self.pad_id, self.eos_id) >= self.vocab:
+            raise ValueError(
+                f"pad_id {self.pad_id} and eos_id {self.eos_id} must be below vocab {self.vocab}"
+            )
+        return self
 
-class VaeCache(_Part):
+
+class VaeCache(Part):
     """One streaming cache of the decoder; starts as zeros."""
 
     name: str
-    shape: tuple[Positive, ...]
+    shape: Annotated[tuple[Positive, ...], Field(max_length=8)]
     dtype: Dtype
 
 
-class Vae(_Part):
+class Vae(Part):
     """Streaming video decoder: what it is, its caches, and how it scales time and space.
 
     Its engines take latents as the transformer leaves them and give bytes; ``denormalise`` and ``pixel_range`` say what
@@ -241,38 +255,38 @@ class Vae(_Part):
     """
 
     caches: tuple[VaeCache, ...]
-    temporal_factor: Positive
-    spatial_factor: Positive
+    temporal_factor: Count
+    spatial_factor: Count
     kind: Literal["wan", "tae"] = "wan"
     """Wan's decoder of any width, or a tiny one (TAEHV, LightTAE)."""
     denormalise: bool = True
     """Whether the network takes ``latent * std + mean`` of the latents' statistics."""
     widths: tuple[Positive, ...] | None = None
     """Channels from the latent's resolution upwards; None in bundles that do not say."""
-    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    pixel_range: tuple[Finite, Finite] = (-1.0, 1.0)
     """What black and white are in the network's output."""
 
 
-class TensorSpec(_Part):
+class TensorSpec(Part):
     """One input or output. Dimensions are integers or names of symbolic dimensions."""
 
     name: str
     dtype: Dtype
-    shape: tuple[NonNegative | str, ...]
+    shape: Shape
 
 
-class Cost(_Part):
+class Cost(Part):
     """What an engine says about itself: GPU launches of one run, bytes of activation memory, matrix products by
     operand type, and what its build took."""
 
     launches: NonNegative
-    activation_bytes: NonNegative
+    activation_bytes: Size
     gemms: dict[str, NonNegative]
-    seconds: Annotated[float, Field(ge=0)]
-    peak_bytes: NonNegative
+    seconds: NonNegativeFloat
+    peak_bytes: Size
 
 
-class Component(_Part):
+class Component(Part):
     """One engine of the bundle: its file and the tensors that go in and come out.
 
     ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments, and for an operator that
@@ -285,7 +299,7 @@ class Component(_Part):
     cost: Cost | None = None
 
 
-class Segments(_Part):
+class Segments(Part):
     """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
     ``attention`` in between.
 
@@ -301,7 +315,7 @@ class Segments(_Part):
     layers: tuple[dict[str, str], ...]
     last: dict[str, str]
     prepare: tuple[dict[str, str], ...]
-    outside: dict[str, dict[str, str]] = {}
+    outside: dict[str, dict[str, str]] = Field(default={})
 
     @property
     def embedded(self) -> bool:
@@ -319,14 +333,14 @@ class Segments(_Part):
         return ("first", *layers, "last")
 
 
-class Library(_Part):
+class Library(Part):
     """The library that built the engines. They run with this version and no other."""
 
     name: Literal["tensorrt-rtx", "tensorrt", "torch"]
     version: str
 
 
-class Kernels(_Part):
+class Kernels(Part):
     """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``.
 
     ``driver`` is the branch of the oldest driver that loads them (525).
@@ -337,7 +351,7 @@ class Kernels(_Part):
     driver: Positive
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Where static activation scales come from."""
 
     sha256: Sha256
@@ -345,7 +359,7 @@ class Calibration(_Part):
     chunks: Positive
 
 
-class Quantization(_Part):
+class Quantization(Part):
     """How the block linears are quantized.
 
     ``errors`` is the relative L2 error of each linear's output on calibration or seeded inputs; ``skipped`` stayed in
@@ -355,11 +369,11 @@ class Quantization(_Part):
     activations: Literal["dynamic", "static"]
     calibration: Calibration | None = None
     formats: dict[str, str]
-    errors: dict[str, float]
+    errors: dict[str, NonNegativeFloat]
     skipped: tuple[str, ...] = ()
 
 
-class Golden(_Part):
+class Golden(Part):
     """Golden vectors: what each component must compute from seeded inputs, see :mod:`runtime.bundle.golden`.
 
     ``file`` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
@@ -369,19 +383,19 @@ class Golden(_Part):
     """
 
     file: BundlePath
-    tolerances: dict[str, Annotated[float, Field(gt=0)]]
-    measured: dict[str, Annotated[float, Field(ge=0)]] = {}
+    tolerances: dict[str, Tolerance]
+    measured: dict[str, NonNegativeFloat] = Field(default={})
 
 
-class FileEntry(_Part):
+class FileEntry(Part):
     """A file of the bundle, with the hash and size it must have."""
 
     path: BundlePath
     sha256: Sha256
-    bytes: NonNegative
+    bytes: Size
 
 
-class SourceFile(_Part):
+class SourceFile(Part):
     """A file that weights came from."""
 
     source: str
@@ -405,10 +419,10 @@ class Checkpoint(SourceFile):
         return alone if self.lora is None else f"{alone} with {self.lora.described}"
 
 
-class RandomInit(_Part):
+class RandomInit(Part):
     """Weights drawn from a seed instead of a checkpoint."""
 
-    random: int
+    random: Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)]
 
     @property
     def described(self) -> str:
@@ -416,7 +430,7 @@ class RandomInit(_Part):
         return f"random, seed {self.random}"
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Where a bundle came from."""
 
     checkpoint: Checkpoint | RandomInit
@@ -424,7 +438,7 @@ class Provenance(_Part):
     command: str
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """Contents of ``manifest.json``, schema version 1."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from runtime.backends import runs_on_host
 from runtime.bundle import Bundle
+from runtime.bundle.fields import NonNegative, Part, Sha256
 from runtime.bundle.golden import ComponentRunner, GoldenVectors, Platform
-from runtime.bundle.manifest import NonNegative, Sha256
 from runtime.engine import Engine
 from runtime.errors import BundleError, EngineError
 from runtime.files import cache_folder, write_file
@@ -47,11 +47,7 @@ class VerificationError(EngineError):
     """A component does not compute what it should on this machine, or nothing tells whether it does."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PlatformRecord(_Part):
+class PlatformRecord(Part):
     """A :class:`~runtime.bundle.golden.Platform`, as it is recorded."""
 
     device: str
@@ -64,7 +60,7 @@ class PlatformRecord(_Part):
         return cls(device=platform.device, driver=platform.driver, libraries=dict(platform.libraries))
 
 
-class ComponentVerdict(_Part):
+class ComponentVerdict(Part):
     """How a component did.
 
     ``error`` is the largest of its outputs over its cases, null if it did not run or gave something that is not
@@ -79,7 +75,7 @@ class ComponentVerdict(_Part):
     problem: str | None = None
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """Contents of ``verdict.json``. ``created`` in ISO 8601, ``manifest`` the SHA-256 of the manifest file."""
 
     schema_version: Literal[1] = 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from runtime.bundle import numpy_dtype
@@ -118,3 +119,52 @@ def test_no_damage_reads_past_the_file(path: Path, data: st.DataObject) -> None:
 
 def test_packed_float4_is_bytes() -> None:
     assert numpy_dtype("float4_e2m1") == np.uint8
+
+
+def library_takes(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except SafetensorError:
+        return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_what_the_library_refuses_is_refused(path: Path, data: st.DataObject) -> None:
+    """Headers with other offsets, shapes, types and names than the data have: its check is the measure."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    for _ in range(data.draw(st.integers(0, 2))):
+        entry = entries[data.draw(st.sampled_from(sorted(TENSORS)))]
+        field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "swap", "drop"]))
+        if field == "dtype":
+            entry["dtype"] = data.draw(st.sampled_from(["F32", "I32", "BF16", "U8", "f32", 7, None]))
+        elif field in ("shape", "data_offsets") and entry.get(field):
+            at = data.draw(st.integers(0, len(entry[field]) - 1))
+            entry[field][at] += data.draw(st.sampled_from([-8, -1, 1, 4, 2**40, 2**63, 0.0, 0.5]))
+        elif field == "swap":
+            other = entries[data.draw(st.sampled_from(sorted(TENSORS)))]
+            entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+        else:
+            entry.pop(data.draw(st.sampled_from(["dtype", "shape", "data_offsets"])), None)
+    text = json.dumps(entries).encode()
+    tail = data.draw(st.sampled_from([b"", b"", b"x"]))
+    changed = path.with_name("changed")
+    changed.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :] + tail)
+    try:
+        with WeightsFile(changed) as weights:
+            for name in weights:
+                weights[name].tobytes()
+        taken = True
+    except BundleError:
+        taken = False
+    assert taken <= library_takes(changed), "the library refuses it"
+
+
+def test_a_header_with_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    text = b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
+    with pytest.raises(BundleError, match="the key 't' twice"):
+        WeightsFile(tmp_path / "w")
