@@ -5,10 +5,10 @@ are named by pool slot, chunk latents by latent slot, sessions by number. Everyt
 chunk enters through :meth:`Engine.begin`, once per chunk, so that the forwards themselves take no host data: an
 engine may record them once and replay them.
 
-Threads: one thread calls ``condition`` to ``place_sinks``, another calls ``decode``; both may run at once, also
-for one session, but never on the same latent slot. ``reset`` and ``encode_text_layer`` may be called from any
-thread, ``reset`` only while nothing else uses that session. Only ``decode`` must have finished its work when it
-returns (and must wait for the latent it reads); the others may return as soon as the work is queued.
+Threads: one thread calls ``condition`` to ``place_sinks``, another calls ``decode`` and ``latent``; both may run at
+once, also for one session, but never on the same latent slot. ``reset`` and ``encode_text_layer`` may be called from
+any thread, ``reset`` only while nothing else uses that session. Only ``decode`` and ``latent`` must have finished their
+work when they return (and must wait for the latent they read); the others may return as soon as it is queued.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class Engine(Protocol):
 
     def component_runner(self) -> ComponentRunner:
         """Runs single components, for verification; only while no session is open, and dropped then."""
+
+    def latent(self, session: int, latent: int, out: NDArray[np.float32]) -> float:
+        """Copy a chunk's clean latent into ``out`` ``[channels, frames, h, w]``; in the thread of :meth:`decode`."""
 
     def encode_text_layer(
         self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]

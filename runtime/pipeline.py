@@ -9,8 +9,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
@@ -24,7 +26,7 @@ from .bundle import Bundle, Manifest, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
-from .noise import check_seed
+from .noise import NoiseSource, check_seed
 from .rollout import PromptSwitch, Rollout
 from .saved.file import SavedSession
 from .saved.lanes import revive
@@ -184,6 +186,8 @@ class Pipeline:
         frames: Literal["host", "device"] = "host",
         label: str | None = None,
         on_start: Callable[[ChunkStarted], None] | None = None,
+        noise: ArrayLike | NoiseSource | None = None,
+        latents: bool = False,
     ) -> Session:
         """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
 
@@ -192,6 +196,11 @@ class Pipeline:
 
         ``label`` comes back with every chunk made with this prompt. ``on_start`` is called by a worker as each chunk
         begins, so it must be quick; an error in it ends the session.
+
+        ``noise`` takes the place of what ``seed`` gives, for comparisons with other implementations: an array
+        ``[chunks, steps, channels, latent frames, h, w]``, or a function of chunk and step. Step 0 is a chunk's initial
+        latent, and step s > 0 what re-noises it before forward s. A rollout that is longer than the array fails.
+        ``latents`` keeps each chunk's clean latent as :attr:`Chunk.latent`.
 
         Raises:
             CapacityError: all sessions that the pipeline was loaded for are open.
@@ -205,11 +214,14 @@ class Pipeline:
                 f"frames is {frames!r}; expected 'host', or 'device' with a bundle that runs on a GPU (this one: "
                 f"{self.manifest.backend} on {self.manifest.target.name})"
             )
-        first = PromptSwitch(self.embed(prompt, embedding), "none", label)
-        return self._admit(seed, on_device, lambda rollout: Lane(rollout, on_start, switches=[(0, first)]))
+        with self._place() as number:
+            first = PromptSwitch(self.embed(prompt, embedding), "none", label)
+            rollout = partial(Rollout, seed=seed, on_device=on_device, noise=noise, latents=latents)
+            return self._admit(number, rollout, lambda made: Lane(made, on_start, switches=[(0, first)]))
 
-    def _admit(self, seed: int, on_device: bool, new_lane: Callable[[Rollout], Lane]) -> Session:
-        """A session in a place that is free; ``new_lane`` may refuse its rollout."""
+    @contextmanager
+    def _place(self) -> Iterator[int]:
+        """A place for a session, taken before anything is done for it, and given back if that fails."""
         with self._lock:
             self._require_open()
             if not self._free:
@@ -220,9 +232,20 @@ class Pipeline:
                     needed=self._plan.session_bytes,
                     free=0,
                 )
-            number = self._free[0]
-            lane = new_lane(Rollout(self._engine, number, self.manifest, seed=seed, on_device=on_device))
-            self._free.pop(0)  # only now: the device may have refused
+            number = self._free.pop(0)
+        try:
+            yield number
+        except BaseException:
+            self._release(number)
+            raise
+
+    def _admit(
+        self, number: int, new_rollout: Callable[..., Rollout], new_lane: Callable[[Rollout], Lane]
+    ) -> Session:
+        """A session in a place; ``new_lane`` may refuse its rollout."""
+        with self._lock:
+            self._require_open()
+            lane = new_lane(new_rollout(self._engine, number, self.manifest))
             self._scheduler.add(lane)
         return Session(
             scheduler=self._scheduler,
@@ -252,7 +275,8 @@ class Pipeline:
             revive(lane, saved, (text.text_len, text.dim), frame)
             return lane
 
-        return self._admit(saved.meta.seed, False, revived)
+        with self._place() as number:
+            return self._admit(number, partial(Rollout, seed=saved.meta.seed), revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
         """The embedding ``[text_len, dim]`` of a prompt, or a checked copy of the one given."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Manifest
 from .engine import Engine, Placement
 from .errors import InputError, SessionCancelledError
 from .frame_table import FrameTable, LatentRing, TableState
-from .noise import fill_noise
+from .noise import NoiseSource, check_noise, fill_noise
 
 __all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_first_frame", "chunk_pixel_frames"]
 
@@ -63,8 +63,13 @@ class Rollout:
         *,
         seed: int,
         on_device: bool = False,
+        noise: ArrayLike | NoiseSource | None = None,
+        latents: bool = False,
     ) -> None:
-        """``on_device``: frames stay on the engine's device."""
+        """``on_device``: frames stay on the engine's device; ``noise`` takes the place of the seed's.
+
+        ``latents`` says whether :meth:`latent` will be asked for each chunk.
+        """
         model, cache = manifest.model, manifest.cache
         past = cache.max_past_frames
         slots = range(session * past, (session + 1) * past)
@@ -80,6 +85,8 @@ class Rollout:
         )
         shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
         self._noise = np.empty((manifest.schedule.denoise_steps, *shape), dtype=np.float32)
+        self._source = None if noise is None else check_noise(noise, self._noise.shape)
+        self._keeps_latents = latents
         self._warned = False
         engine.reset(session)
 
@@ -92,6 +99,11 @@ class Rollout:
     def seed(self) -> int:
         """The seed of the noise."""
         return self._seed
+
+    @property
+    def has_own_noise(self) -> bool:
+        """Whether the noise is the caller's, which no seed tells."""
+        return self._source is not None
 
     def save(self) -> tuple[TableState, dict[str, NDArray[np.uint8]], int]:
         """Frame table, buffers, side of the decoder's caches. Nothing else may use the rollout meanwhile."""
@@ -114,7 +126,10 @@ class Rollout:
         chunk = self._table.begin()
         self._warn_past_table(chunk)
         for step in range(len(self._noise)):
-            fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)
+            if self._source is None:
+                fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)
+            else:
+                self._noise[step] = self._source(chunk, step)
         self._engine.begin(self._session, self._placement(chunk), self._noise)
         for step in range(len(self._noise)):
             _check(cancelled)
@@ -138,6 +153,17 @@ class Rollout:
         frames = np.empty((count, model.video_height, model.video_width, 3), dtype=np.uint8)
         seconds = self._engine.decode(self._session, self._latents.slot(chunk), first=chunk == 0, out=frames)
         return frames, seconds
+
+    def latent(self, chunk: int) -> NDArray[np.float32] | None:
+        """A decoded chunk's clean latent ``[channels, frames, h, w]``; None where latents are not kept.
+
+        Called like :meth:`decode`, right after it.
+        """
+        if not self._keeps_latents:
+            return None
+        out = np.empty(self._noise.shape[1:], dtype=np.float32)
+        self._engine.latent(self._session, self._latents.slot(chunk), out)
+        return out
 
     def _finish_last(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
         """Commit the chunk in flight, if any, and apply the prompt switch, if any."""

@@ -55,7 +55,8 @@ class Chunk:
     start of the chunk's work (a prompt switch and the last chunk's clean forward included) until its frames were
     there. ``denoise`` and ``decode`` are the seconds spent inside the transformer's and the decoder's engines,
     ``other`` the runtime's own work around them. ``label`` is that of the prompt the chunk was made with, as given
-    to :meth:`Pipeline.session` or :meth:`Session.set_prompt`.
+    to :meth:`Pipeline.session` or :meth:`Session.set_prompt`. ``latent`` is what the frames were decoded from, float32
+    ``[channels, latent frames, h, w]``, in a session with ``latents=True``.
     """
 
     index: int
@@ -65,6 +66,12 @@ class Chunk:
     decode: float
     other: float
     label: str | None = None
+    latent: NDArray[np.float32] | None = None
+
+    def __repr__(self) -> str:
+        latent = "" if self.latent is None else f", latent {list(self.latent.shape)}"
+        shape = list(self.frames.shape)
+        return f"<Chunk {self.index}: frames {shape}{latent}, label {self.label!r}, {self.latency:.3f} s>"
 
 
 @dataclass(frozen=True)
@@ -467,6 +474,7 @@ class Scheduler:
             with self._serving(lane, job.chunk):
                 begun = time.perf_counter()
                 frames, seconds = lane.rollout.decode(job.chunk)
+                latent = lane.rollout.latent(job.chunk)
                 end = time.perf_counter()
                 chunk = Chunk(
                     index=job.chunk,
@@ -476,6 +484,7 @@ class Scheduler:
                     decode=seconds,
                     other=job.other + end - begun - seconds,
                     label=job.label,
+                    latent=latent,
                 )
                 with self._changed:
                     if not lane.is_over() and chunk.index >= lane.delivered:  # else it was flushed meanwhile

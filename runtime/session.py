@@ -219,9 +219,12 @@ class Session:
         Chunks under way are finished first. The session itself goes on too. The file is as large as what the pipeline
         keeps for a session (``pipe.memory.session_bytes``), and holds finished chunks that were not delivered.
 
-        Raises :class:`InputError` if the session's frames stay on the device, or the file cannot be written.
+        Raises :class:`InputError` if the session's frames stay on the device or its noise is the caller's, or if the
+        file cannot be written.
         """
         lane = self._lane
+        if lane.rollout.has_own_noise:
+            raise InputError("the session's noise is the caller's own; only sessions with a seed are saved")
         if lane.rollout.keeps_frames_on_device:
             raise InputError(
                 "the session's frames stay on the device; only sessions with frames='host' are saved"

@@ -11,6 +11,7 @@ import html
 import re
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["TextEncoder", "check_embedding", "clean_prompt"]
+
+CACHED_BYTES = 64 << 20
+"""Size of the embeddings that an encoder keeps, by prompt: hundreds at full size, where a token's is 16 KiB."""
 
 _WHITE_SPACE = re.compile(r"\s+")
 _LAYER_WEIGHTS = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
@@ -75,7 +79,8 @@ def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
 class TextEncoder:
     """Encodes prompts with a bundle's tokenizer and text encoder. Safe to call from several threads.
 
-    ``resident=True`` keeps the layers' weights in memory after the first prompt instead of reading them again.
+    ``resident=True`` keeps the layers' weights in memory after the first prompt instead of reading them again. Either
+    way the embeddings of the latest prompts are kept, so that a prompt that comes back costs nothing.
     """
 
     def __init__(self, bundle: Bundle, engine: _LayerEngine, *, resident: bool = False) -> None:
@@ -86,6 +91,7 @@ class TextEncoder:
         component = bundle.component("text_encoder")
         self._dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in component.inputs}
         self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
+        self._embeddings: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -104,6 +110,8 @@ class TextEncoder:
         """The embedding of a prompt, ``[text_len, dim]`` float32, zero past its last token."""
         ids = self.tokenize(prompt)
         text = self._text
+        if (known := self._known(tuple(ids))) is not None:
+            return known
         mask = np.zeros(text.text_len, dtype=np.float32)
         mask[: len(ids)] = 1
         padded = ids + [text.pad_id] * (text.text_len - len(ids))
@@ -126,13 +134,33 @@ class TextEncoder:
                 "the text encoder gives values that are not finite for this prompt; its weights or its engine are "
                 "faulty: run 'python -m runtime verify', or rebuild the bundle from weights that are intact"
             )
+        self._remember(tuple(ids), embedding[: len(ids)].astype(np.float32))
         return np.asarray(embedding, dtype=np.float32)
+
+    def _known(self, ids: tuple[int, ...]) -> NDArray[np.float32] | None:
+        """A copy of the embedding of a prompt that was encoded lately."""
+        with self._lock:
+            rows = self._embeddings.get(ids)
+            if rows is None or self._closed:
+                return None
+            self._embeddings.move_to_end(ids)
+        embedding = np.zeros((self._text.text_len, rows.shape[1]), dtype=np.float32)
+        embedding[: len(ids)] = rows
+        return embedding
+
+    def _remember(self, ids: tuple[int, ...], rows: NDArray[np.float32]) -> None:
+        """Keep the rows of a prompt's tokens, in place of those that were not asked for for longest."""
+        with self._lock:
+            self._embeddings[ids] = rows
+            while sum(kept.nbytes for kept in self._embeddings.values()) > CACHED_BYTES:
+                self._embeddings.popitem(last=False)
 
     def close(self) -> None:
         """Refuse further prompts; waits for one that is being encoded."""
         with self._lock:
             self._closed = True
             self._resident = None
+            self._embeddings.clear()
             self._weights.close()
 
     def _layer(self, layer: int) -> dict[str, NDArray[Any]]:

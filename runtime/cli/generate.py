@@ -55,12 +55,17 @@ def read_prompt(options: argparse.Namespace) -> dict[str, Any]:
     """The prompt, or the embedding read from its file, as keyword arguments of :meth:`Pipeline.session`."""
     if options.embedding is None:
         return {"prompt": options.prompt}
+    return {"embedding": _read_array("--embedding", options.embedding)}
+
+
+def _read_array(option: str, path: str) -> NDArray[Any]:
     try:
-        return {"embedding": np.load(options.embedding, allow_pickle=False)}
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"--embedding {options.embedding!r} cannot be read: {error}; expected a .npy file"
-        ) from error
+        found = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise InputError(f"{option} {path!r} cannot be read: {error}; expected a .npy file") from error
+    if not isinstance(found, np.ndarray):
+        raise InputError(f"{option} {path!r} holds several arrays; expected a .npy file, which holds one")
+    return found
 
 
 def run_generate(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
@@ -71,6 +76,9 @@ def run_generate(options: argparse.Namespace, notes: Console, written: list[str]
     check_output(options.out, VIDEO_SUFFIXES)
     if options.contact_sheet is not None:
         check_output(options.contact_sheet, (".png",))
+    if options.latents is not None:
+        check_output(options.latents, (".npy",))
+    noise = None if options.noise_file is None else _read_array("--noise-file", options.noise_file)
     switches = [parse_switch(text) for text in options.switch]
     prompt = read_prompt(options)
     progress = Progress(
@@ -87,8 +95,14 @@ def run_generate(options: argparse.Namespace, notes: Console, written: list[str]
         verified = partial(_show_verified, progress, loading)
         with Pipeline.load(options.bundle, threads=options.threads, golden_progress=verified) as pipeline:
             progress.update(loading, description="load bundle", completed=1, total=1)
-            with pipeline.session(seed=options.seed, **prompt) as session:
+            keeps = options.latents is not None
+            with pipeline.session(seed=options.seed, noise=noise, latents=keeps, **prompt) as session:
                 stream = session.stream(seconds=options.seconds)
+                if noise is not None and stream.chunks is not None and stream.chunks > len(noise):
+                    raise InputError(
+                        f"--noise-file holds the noise of {len(noise)} chunks, and {options.seconds:g} s are "
+                        f"{stream.chunks}; shorten --seconds"
+                    )
                 for index, text in switches:
                     _schedule_switch(session, stream, index, text, options)
                 task = progress.add_task("generate frames", total=stream.frames)
@@ -141,11 +155,15 @@ def _record(
     picked = set(np.linspace(0, stream.frames - 1, _SHEET_FRAMES).round().astype(int).tolist())
     sheet: list[NDArray[np.uint8]] = []
     times: list[ChunkTimes] = []
+    latents: list[NDArray[np.float32]] = []
     shown = 0
     size = {"height": model.video_height, "width": model.video_width}
     with ExitStack() as stack:
         # Opened first, hence renamed last: if the video fails, there is no contact sheet either.
-        sheet_file = None
+        latents_file = sheet_file = None
+        if options.latents:
+            stack.enter_context(_noting(options.latents, written))
+            latents_file = stack.enter_context(atomic_output(options.latents))
         if options.contact_sheet:
             stack.enter_context(_noting(options.contact_sheet, written))
             sheet_file = stack.enter_context(atomic_output(options.contact_sheet))
@@ -155,10 +173,14 @@ def _record(
             video.write(chunk.frames)
             sheet += [frame for number, frame in enumerate(chunk.frames, shown) if number in picked]
             times.append(ChunkTimes.of(chunk))
+            latents += [] if chunk.latent is None else [chunk.latent]
             shown += len(chunk.frames)
             advance(len(chunk.frames))
         if sheet_file is not None:
             write_contact_sheet(sheet_file, sheet)
+        if latents_file is not None:
+            with latents_file.open("wb") as file:
+                np.save(file, np.concatenate(latents, axis=1))
     return times
 
 

@@ -41,6 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="change the prompt from that chunk on; may be given several times",
     )
     generate.add_argument(
+        "--noise-file",
+        metavar="FILE",
+        help="noise in place of the seed's: a .npy file [chunks, steps, channels, latent frames, h, w]",
+    )
+    generate.add_argument(
+        "--latents",
+        metavar="FILE",
+        help="also write the latents: a .npy file [channels, latent frames, h, w]",
+    )
+    generate.add_argument(
         "--recache",
         choices=("window", "all", "none"),
         default="window",

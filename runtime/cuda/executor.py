@@ -213,10 +213,10 @@ class CudaExecutor:
         self.driver.enter()
         self.driver.wait(self._streams["decode"], self._latents[session][latent])
 
-    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> _Fetched:
+    def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> _Fetched:
         """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
         self.driver.enter()
-        slot, view = self._fetches[queue, index], self._program.buffers[buffer].view
+        slot = self._fetches[queue, index]
         self.driver.copy(slot.address, self.address(view, session), view.nbytes, self._streams[queue])
         self.driver.record(slot.event, self._streams[queue])
         self.counters.copies += 1
@@ -405,10 +405,12 @@ class CudaExecutor:
         return _Slot(address, host_bytes(address, max(1, nbytes)), self._event())
 
     def _fetch_slots(self) -> dict[tuple[Queue, int], _Slot]:
-        """One for each run of the decoder in a chunk, and one for the text encoder."""
+        """One for each run of the decoder in a chunk, one for its latent, and one for the text encoder."""
         buffers = {name: placed.buffer for name, placed in self._program.buffers.items()}
         video = max(buffers["frames_first"].nbytes, buffers["frames_next"].nbytes)
-        slots = {("decode", i): self._slot(video) for i in range(buffers["clean_latent"].shape[1])}
+        latent = buffers["clean_latent"]
+        slots = {("decode", i): self._slot(video) for i in range(latent.shape[1])}
+        slots["decode", latent.shape[1]] = self._slot(latent.nbytes)
         slots["text", 0] = self._slot(buffers["encoder.hidden_out"].nbytes)
         return slots  # type: ignore[return-value]
 

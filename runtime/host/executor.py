@@ -114,11 +114,11 @@ class HostExecutor:
     def wait(self, session: int, latent: int) -> None:
         """Nothing is under way."""
 
-    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> _Fetched:
+    def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> _Fetched:
         """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
         if queue == "text":
-            return _Fetched(self._text[buffer])
-        return _Fetched(self.array(self._program.buffers[buffer].view, session).copy())
+            return _Fetched(self._text[view.buffer])
+        return _Fetched(self.array(view, session).copy())
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
         """See :meth:`Executor.read <runtime.program.engine.Executor.read>`."""

@@ -53,8 +53,11 @@ class Executor(Protocol):
     def wait(self, session: int, latent: int) -> None:
         """What is enqueued in queue ``decode`` from now on runs after the last :meth:`signal` of that latent."""
 
-    def fetch(self, session: int, buffer: str, queue: Queue, index: int = 0) -> Fetch:
-        """Enqueue a copy to the host; ``index`` below the frames of a chunk tells fetches apart that are under way."""
+    def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> Fetch:
+        """Enqueue a copy to the host; ``index`` up to the frames of a chunk tells fetches apart that are under way.
+
+        In queue ``decode``, those below that number are for frames, and that number is for a latent.
+        """
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
         """The bytes of a view, once all that is enqueued has run."""
@@ -173,7 +176,8 @@ class ProgramEngine:
         fetches: list[tuple[Fetch, int]] = []
 
         def take(buffer: str, count: int, index: int) -> None:
-            fetches.append((self._executor.fetch(session, buffer, "decode", index), count))
+            view = self._program.buffers[buffer].view
+            fetches.append((self._executor.fetch(session, view, "decode", index), count))
 
         seconds, written = self._decode(session, latent, first, take), 0
         for fetch, count in fetches:
@@ -196,6 +200,12 @@ class ProgramEngine:
             take(frames, self._program.buffers[frames].buffer.shape[0], index)
         return seconds
 
+    def latent(self, session: int, latent: int, out: NDArray[np.float32]) -> float:
+        """See :meth:`Engine.latent <runtime.engine.Engine.latent>`."""
+        self._executor.wait(session, latent)
+        view = self._program.buffers["latents"].view.index(latent)
+        return self._executor.fetch(session, view, "decode", self._chunk_frames).into(out)
+
     def encode_text_layer(
         self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
@@ -207,7 +217,7 @@ class ProgramEngine:
             )
             self._executor.run(0, "encode_text_layer")
             out = np.empty(hidden.shape, dtype=np.float32)
-            self._executor.fetch(0, "encoder.hidden_out", "text").into(out)
+            self._executor.fetch(0, self._program.buffers["encoder.hidden_out"].view, "text").into(out)
             return out
 
     def save(self, session: int, slots: Sequence[int]) -> tuple[dict[str, NDArray[np.uint8]], int]:

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 PROMPT = "a red circle"
+NEW_PROMPT = "a blue square"
 
 
 def video(pipe: Pipeline, embedding: np.ndarray) -> str:
@@ -94,6 +95,8 @@ def test_what_was_verified_stays_in_use_or_is_an_error(
     text_encoder: TextEncoderMode,
     changes: tuple[Callable[[Path], None], ...],
 ) -> None:
+    with Pipeline.load(request.getfixturevalue(name), warmup=False) as untouched:
+        expected = untouched.embed(NEW_PROMPT)
     for change in changes:
         live = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / change.__name__ / "live"))
         with Pipeline.load(live, text_encoder=text_encoder, warmup=False) as pipe:
@@ -101,10 +104,11 @@ def test_what_was_verified_stays_in_use_or_is_an_error(
             before = video(pipe, embedding)
             change(live)
             if change in STILL_THERE:
-                assert np.array_equal(pipe.embed(PROMPT), embedding), change.__name__
+                assert np.array_equal(pipe.embed(NEW_PROMPT), expected), change.__name__
             else:
                 with pytest.raises(BundleIntegrityError, match=r"text.* was changed since"):
-                    pipe.session(PROMPT)
+                    pipe.session(NEW_PROMPT)
+            assert np.array_equal(pipe.embed(PROMPT), embedding), change.__name__  # kept since before
             assert video(pipe, embedding) == before, change.__name__
 
 
@@ -123,10 +127,10 @@ def test_what_changes_no_contents_is_no_error(
     bundle: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     live = Path(shutil.copytree(bundle, tmp_path / "live"))
-    with Pipeline.load(live, warmup=False) as pipe:
-        before = pipe.embed(PROMPT)
+    with Pipeline.load(bundle, warmup=False) as untouched, Pipeline.load(live, warmup=False) as pipe:
+        pipe.embed(PROMPT)
         change(live)
-        assert np.array_equal(pipe.embed(PROMPT), before)
+        assert np.array_equal(pipe.embed(NEW_PROMPT), untouched.embed(NEW_PROMPT))
 
 
 CUT_WHILE_READ = """

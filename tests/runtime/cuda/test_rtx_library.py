@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime.bundle import Bundle, load_bundle
+from runtime.bundle.files import Identity
 from runtime.bundle.weights_file import WeightsFile
 from runtime.cuda.engine import CudaEngine, constants
 from runtime.cuda.executor import CudaExecutor
@@ -93,13 +94,13 @@ def test_the_next_process_compiles_nothing_and_writes_nothing(
     engine = load(module)
     engine.warmup()
     engine.close()
-    written = cache_file(loaded, GPU).stat()
+    written = Identity.of(cache_file(loaded, GPU).stat())
     again = replaced(loaded, monkeypatch)
     engine = load(again)
     engine.warmup()
     engine.close()
     assert again.compiled == []
-    assert cache_file(loaded, GPU).stat() == written
+    assert Identity.of(cache_file(loaded, GPU).stat()) == written
     assert [path.name for path in loaded.root.parent.iterdir() if path.name.startswith(".")] == []
 
 
