@@ -22,6 +22,9 @@ SERVE_EXAMPLES := --example "a red circle on grey orbits clockwise from the top"
 # Where `make gpu` leaves its results.
 RESULTS := $(if $(OUT),$(OUT),build/gpu)
 
+# What runs on machines of any system.
+PRODUCT := runtime serving export plugins lightforcing_ref engines examples
+
 SITE := build/site
 
 .PHONY: help setup demo serve test lint quick docs slow wheels clean
@@ -51,6 +54,8 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@for platform in win32 darwin; do \
+		$(BIN)/mypy --no-error-summary --platform $$platform --cache-dir .mypy_cache/$$platform $(PRODUCT) || exit 1; done
 
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def memory() -> Memory:
     try:
         lines = _MEMINFO.read_text(encoding="ascii").splitlines()
     except OSError:
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-        return Memory(size, None)
+        return _elsewhere()
     fields = {
         key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines) if rest
     }
@@ -37,6 +37,19 @@ def memory() -> Memory:
     except (OSError, ValueError):  # none of a second version, or "max"
         return Memory(total, available)
     return Memory(_least(total, limit), _least(available, max(0, limit - used)))
+
+
+def _elsewhere() -> Memory:
+    """Where there is no /proc: what psutil says, if it is installed."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        size = None
+        if sys.platform != "win32":
+            size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Memory(size, None)
+    found = psutil.virtual_memory()
+    return Memory(int(found.total), int(found.available))
 
 
 def _least(known: int | None, limit: int) -> int:

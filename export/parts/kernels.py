@@ -11,6 +11,7 @@ from export.request.geometry import StepPlan
 from export.request.targets import Target
 from lightforcing_ref.config import CHUNK_FRAMES
 from plugins.compile import kernels as kernel_build
+from plugins.compile.prebuilt import write_prebuilt
 from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime import bundle
@@ -70,7 +71,8 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
 def write_kernels(
     folder: Path, target: Target, plan: StepPlan, progress: StepCallback = no_steps
 ) -> tuple[list[str], bundle.Kernels]:
-    """Compile the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`.
+    """Put the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`: those that came with this package,
+    or compiled now.
 
     Args:
         progress: called as kernels are compiled.
@@ -86,17 +88,20 @@ def write_kernels(
     def show(done: int, total: int) -> None:
         progress("compiling", done, total)
 
-    try:
-        built = kernel_build.build(
-            [arch], folder / FOLDER, only=lambda variant: variant.name in wanted, progress=show
-        )
-    except PluginError as error:
-        raise BuildError(f"the attention kernels cannot be built: {error}") from error
-    if spilled := kernel_build.spilling(built):
-        raise BuildError(
-            f"attention kernels run out of registers ({', '.join(spilled)}); use the Triton of the lock file"
-        )
-    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}", driver=built[arch].driver)
+    index = write_prebuilt(arch, wanted, folder / FOLDER)
+    if index is None:
+        try:
+            built = kernel_build.build(
+                [arch], folder / FOLDER, only=lambda variant: variant.name in wanted, progress=show
+            )
+        except PluginError as error:
+            raise BuildError(f"the attention kernels cannot be built: {error}") from error
+        if spilled := kernel_build.spilling(built):
+            raise BuildError(
+                f"attention kernels run out of registers ({', '.join(spilled)}); use the Triton of the lock file"
+            )
+        index = built[arch]
+    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}", driver=index.driver)
     stem = f"{FOLDER}/{section.arch}"
-    names: Sequence[str] = ["kernels.json", *(image.file for image in built[arch].images)]
+    names: Sequence[str] = ["kernels.json", *(image.file for image in index.images)]
     return [f"{stem}/{name}" for name in names], section

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Outcome", "Send", "peak_bytes", "progress_monitor", "run_worker", "serve"]
+__all__ = [
+    "Outcome",
+    "Send",
+    "ended_by",
+    "limit_memory",
+    "peak_bytes",
+    "progress_monitor",
+    "run_worker",
+    "serve",
+    "was_killed",
+]
+
+_KILLED = 9  # SIGKILL, which Windows has no name for
+_NTSTATUS_ERROR = 0xC0000000
 
 Send = Callable[[dict[str, Any]], None]
 """What a worker sends its messages with."""
@@ -85,13 +98,43 @@ def serve(work: Callable[[dict[str, Any], Send], None]) -> None:
             work(json.loads(sys.argv[1]), send)
 
 
+def was_killed(code: int) -> bool:
+    """Whether an exit code says that the system ended the process, as it does where memory runs out."""
+    return code == -_KILLED
+
+
+def ended_by(code: int) -> str | None:
+    """What ended a process that did not end by itself: a signal, or on Windows an exception; None where it did."""
+    if code < 0:
+        try:
+            return signal.Signals(-code).name
+        except ValueError:
+            return f"signal {-code}"
+    return f"exception {code:#x}" if code >= _NTSTATUS_ERROR else None
+
+
+def limit_memory(count: int) -> None:
+    """Let this process have at most so many bytes of address space; Windows has no such limit."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (count, count))
+
+
 def peak_bytes() -> int:
     """Largest resident memory of this program; the system's own figure counts the program that started it, too."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform != "win32":
+        import resource
+
+        # macOS counts bytes here, the others KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import psutil
+
+    return int(psutil.Process().memory_info().peak_wset)
 
 
 def progress_monitor(trt: Any, send: Send) -> Any:

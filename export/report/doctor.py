@@ -14,9 +14,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from export.machine import Gpu, GpuReport, find_gpus, installed_version
+from export.machine import Gpu, GpuReport, find_gpus, importable, installed_version
 from export.request.capability import BACKENDS, Backend, missing_modules
 from export.units import readable_size
+from plugins.compile.prebuilt import has_images
 from plugins.kernels import specs
 from runtime.host_memory import Memory, memory
 
@@ -209,6 +210,8 @@ def old_drivers(gpus: GpuReport) -> list[str]:
 def _status(backend: Backend, gpus: GpuReport) -> BackendStatus:
     device = [gpus.problem] if gpus.problem and backend.capabilities is not None else []
     build = (device if backend.on_target else []) + _missing(backend.build_modules)
+    if backend.kernels and not importable("triton") and not any(map(has_images, specs.ARCHS)):
+        build.append("triton not installed, and no kernel images in this package")
     run = device + _missing(backend.run_modules)
     return BackendStatus(backend.name, "; ".join(build) or None, "; ".join(run) or None)
 

@@ -65,6 +65,7 @@ class Backend:
         build_modules, run_modules: what must be importable to build and to run.
         library: what compiles its engines, beyond the export tools that all backends share.
         minimum: the first compute capability that computes in a precision; of precisions not named, all do.
+        kernels: whether a build needs kernel images: those that came with this package, or Triton to compile them.
     """
 
     name: BackendName
@@ -76,6 +77,7 @@ class Backend:
     run_modules: tuple[str, ...]
     library: Library | None = None
     minimum: Mapping[str, str] = field(default_factory=dict)
+    kernels: bool = False
 
     def computes(self, precision: str, compute_capability: str) -> bool:
         """Whether GPUs of a compute capability compute in a precision."""
@@ -106,10 +108,11 @@ BACKENDS: Mapping[BackendName, Backend] = MappingProxyType(
             precisions=_REDUCED,
             execution=("segmented",),
             on_target=False,
-            build_modules=(*_EXPORT, "tensorrt_rtx", "triton"),
+            build_modules=(*_EXPORT, "tensorrt_rtx"),
             run_modules=("tensorrt_rtx", "cuda.core"),
             library=Library(("tensorrt-rtx-cu13",), (1, 7)),
             minimum=MappingProxyType({"bf16": "8.0", "fp8": "8.9", "nvfp4": "12.0"}),
+            kernels=True,
         ),
         "tensorrt": Backend(
             name="tensorrt",
@@ -172,9 +175,19 @@ def build_problem(backend: Backend, target: Target, gpus: GpuReport) -> str | No
     ):
         here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in gpus.gpus) or gpus.problem
         problems.append(f"built on the target GPU itself only, and here there is {here}")
-    if missing := missing_modules(backend.build_modules):
+    missing = missing_modules(backend.build_modules)
+    if backend.kernels and not (importable("triton") or _has_images(target)):
+        missing.append("triton (there are no kernel images in this package)")
+    if missing:
         problems.append(f"needs {', '.join(missing)}, not installed")
     return ", ".join(problems) or None
+
+
+def _has_images(target: Target) -> bool:
+    from plugins.compile.prebuilt import has_images
+
+    capability = target.compute_capability
+    return capability is not None and has_images(int(capability.replace(".", "")))
 
 
 def choose_backend(

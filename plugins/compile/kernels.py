@@ -24,6 +24,8 @@ from plugins.kernels import specs
 from runtime.bundle import images
 from runtime.files import cache_folder, write_file
 
+from .prebuilt import source_hash
+
 __all__ = ["BuildError", "build", "default_cache", "needed_driver", "parse_archs", "spilling"]
 
 _POINTER_TYPES = {
@@ -83,16 +85,6 @@ def parse_archs(text: str) -> tuple[int, ...]:
             f"unknown architecture(s) {unknown} in {text!r}; expected some of {', '.join(known)}"
         )
     return tuple(dict.fromkeys(known[name] for name in names))
-
-
-def source_hash() -> str:
-    """SHA-256 over the kernel sources."""
-    digest = hashlib.sha256()
-    folder = Path(specs.__file__).parent
-    for path in sorted(path for ending in ("py", "cu", "cuh") for path in folder.glob(f"*.{ending}")):
-        if path.name not in ("__init__.py", "specs.py", "tuning.py", "variant.py"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def _cache_key(variant: specs.Variant, arch: int, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,16 @@ def test_a_container_may_use_what_is_left_of_its_limit(system: Path) -> None:
     assert memory() == module.Memory(8192 * MIB, 6144 * MIB)
 
 
-def test_a_system_without_meminfo_tells_its_size_only(system: Path) -> None:
+def test_a_system_without_meminfo_is_asked_through_psutil(system: Path) -> None:
+    psutil = pytest.importorskip("psutil")
     (system / "meminfo").unlink()
+    found = memory()
+    assert found.total == psutil.virtual_memory().total
+    assert found.available is not None and MIB < found.available <= found.total
+
+
+def test_without_psutil_it_tells_its_size_only(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (system / "meminfo").unlink()
+    monkeypatch.setitem(sys.modules, "psutil", None)
     found = memory()
     assert found.available is None and found.total is not None and found.total > MIB

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 
 from export.errors import BuildError, InputError
 from export.machine import Gpu, find_gpus
-from export.parts.worker import run_worker
+from export.parts.worker import ended_by, run_worker, was_killed
 from export.progress import StepCallback
 from export.request.capability import BACKENDS
 from runtime import bundle
@@ -268,7 +267,7 @@ def failure(component: str, stage: str, code: int, log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     said = "; ".join(lines[-_LOG_LINES:])[-_LOG_CHARACTERS:] or "it gives no reason"
     text = " ".join(lines).lower()
-    if code == -signal.SIGKILL or any(word in text for word in _OUT_OF_HOST_MEMORY):
+    if was_killed(code) or any(word in text for word in _OUT_OF_HOST_MEMORY):
         return (
             f"{component}: the build ran out of the machine's memory; close other programs, or use another machine. "
             f"TensorRT says: {said}"
@@ -278,6 +277,6 @@ def failure(component: str, stage: str, code: int, log: str) -> str:
             f"{component}: the build ran out of the GPU's memory; end other programs on the GPU, or build a lower "
             f"--resolution or a shorter --window. TensorRT says: {said}"
         )
-    if code < 0:
-        return f"{component}: TensorRT ended the process ({signal.Signals(-code).name}); it says: {said}"
+    if (by := ended_by(code)) is not None:
+        return f"{component}: TensorRT ended the process ({by}); it says: {said}"
     return f"{component}: {_STAGES[stage]}: {said}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import onnx_ir as ir
 from export.errors import BuildError, InputError
 from export.graph.components import precisions_of
 from export.graph.rewrites import prepare_for_rtx
-from export.parts.worker import run_worker
+from export.parts.worker import ended_by, run_worker, was_killed
 from export.progress import StepCallback
 from export.request.capability import BACKENDS, known_capabilities
 from export.units import readable_size
@@ -226,7 +225,7 @@ def _failure(component: str, request: dict[str, Any], result: dict[str, Any], co
     said = "; ".join(lines[-4:])[-1500:] or "it gives no reason"
     text = " ".join(lines).lower()
     starved = ("bad_alloc", "out of memory", "outofmemory", "cannot allocate", "memoryerror", "alloc_failed")
-    if code == -signal.SIGKILL or any(word in text for word in starved):
+    if was_killed(code) or any(word in text for word in starved):
         limit = request["memory_limit"]
         return (
             f"{component}: the build ran out of memory "
@@ -238,13 +237,13 @@ def _failure(component: str, request: dict[str, Any], result: dict[str, Any], co
             f"{component}: TensorRT-RTX cannot read the graph: {said}. Express the node in operators it knows, or cut "
             "the graph there"
         )
-    if code > 0 and "stage" not in result:
-        return f"{component}: TensorRT-RTX does not start on this machine: {said}. Install it again"
-    if code < 0:
+    if (by := ended_by(code)) is not None:
         return (
-            f"{component}: TensorRT-RTX ended the process that built it ({signal.Signals(-code).name}); it says: "
-            f"{said}. The other components are not affected"
+            f"{component}: TensorRT-RTX ended the process that built it ({by}); it says: {said}. The other components "
+            "are not affected"
         )
+    if code and "stage" not in result:
+        return f"{component}: TensorRT-RTX does not start on this machine: {said}. Install it again"
     return (
         f"{component}: TensorRT-RTX does not build it for compute capability {gpu}: {said}. A node without an "
         "implementation is one whose types or shapes that GPU has no kernel for: try --precision bf16"

@@ -8,19 +8,18 @@ It needs nothing but the standard library and TensorRT-RTX, so that it starts fa
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from export.parts.worker import Send, peak_bytes, progress_monitor, serve
+from export.parts.worker import Send, limit_memory, peak_bytes, progress_monitor, serve
 
 
 def _work(request: dict[str, Any], send: Send) -> None:
     """Build one engine; everything worth knowing goes through `send`."""
     if request["memory_limit"]:
-        resource.setrlimit(resource.RLIMIT_AS, (request["memory_limit"],) * 2)
+        limit_memory(request["memory_limit"])
     import tensorrt_rtx as trt
 
     errors: list[str] = []

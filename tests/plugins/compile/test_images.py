@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins.compile import kernels as builder
+from plugins.compile.prebuilt import source_hash
 from plugins.kernels import specs
 from runtime.bundle import images
 from runtime.errors import BundleIntegrityError, BundleSchemaError, EngineError
@@ -103,16 +104,16 @@ def test_second_build_comes_from_the_cache(built: Path, cache: Path, tmp_path: P
 def test_changed_sources_are_compiled_again(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = builder.source_hash()
+    before = source_hash()
     sources = Path(specs.__file__).parent
     copy = tmp_path / "kernels"
     copy.mkdir()
     for file in (path for ending in ("py", "cu", "cuh") for path in sources.glob(f"*.{ending}")):
         (copy / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(specs, "__file__", str(copy / "specs.py"))
-    assert builder.source_hash() == before
+    assert source_hash() == before
     (copy / "attend.py").write_text((copy / "attend.py").read_text() + "\n")
-    assert builder.source_hash() != before
+    assert source_hash() != before
     totals: list[int] = []
     builder.build(
         (90,),
