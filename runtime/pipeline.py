@@ -33,7 +33,7 @@ from .saved.lanes import revive
 from .scheduler import ChunkStarted, Lane, Scheduler
 from .session import Session
 from .text import TextEncoder, check_embedding
-from .verify import ensure_verified
+from .verify import ensure_verified, require_fit
 
 __all__ = ["Health", "LoadStage", "Pipeline", "TextEncoderMode"]
 
@@ -142,15 +142,16 @@ class Pipeline:
             )
         plan = plan_buffers(bundle.manifest, sessions)
         if engine is None:
+            require_fit(bundle, plan)
             free = _free_memory(bundle, device) if memory_limit is None else memory_limit
             check_memory(bundle, plan, free)
             stage("engines")
             engine = load_engine(bundle, plan, threads=threads, graphs=graphs, device=device)
+        encoder = None
         try:
             if verify:
                 stage("golden")
                 ensure_verified(bundle, engine, golden_progress)
-            encoder = None
             if text_encoder != "external":
                 encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
             if warmup:
@@ -158,6 +159,8 @@ class Pipeline:
                 engine.warmup()
             stage("ready")
         except BaseException:
+            if encoder is not None:
+                encoder.close()
             engine.close()
             raise
         return cls(bundle, plan, engine, encoder)

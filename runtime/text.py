@@ -27,7 +27,10 @@ from .errors import BundleError, ClosedError, EngineError, InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextEncoder", "check_embedding", "clean_prompt"]
+__all__ = ["MAX_PROMPT", "TextEncoder", "check_embedding", "clean_prompt"]
+
+MAX_PROMPT = 1 << 16
+"""Characters of a prompt; the model reads some hundred words of it. Longer ones are refused before any work is done."""
 
 CACHED_BYTES = 64 << 20
 """Size of the embeddings that an encoder keeps, by prompt: hundreds at full size, where a token's is 16 KiB."""
@@ -45,12 +48,15 @@ class _LayerEngine(Protocol):
 def clean_prompt(prompt: str) -> str:
     """Repair mojibake, unescape HTML twice, and collapse white space, as the text encoder was trained with.
 
-    Raises :class:`InputError` if ``prompt`` is not a string of valid Unicode. It may be empty.
+    Raises :class:`InputError` if ``prompt`` is not a string of valid Unicode, or longer than :data:`MAX_PROMPT`. It
+    may be empty.
     """
     import ftfy
 
     if not isinstance(prompt, str):
         raise InputError(f"prompt is a {type(prompt).__name__}; expected a string")
+    if len(prompt) > MAX_PROMPT:
+        raise InputError(f"the prompt has {len(prompt):,} characters; expected at most {MAX_PROMPT:,}")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -12,6 +12,7 @@ the tensor ``CASE/OUTPUT`` the expected samples of that case, float32.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -349,6 +350,27 @@ class GoldenVectors:
                 f"that the manifest does not list; rebuild the bundle"
             )
 
+    def require_complete(self) -> None:
+        """See that there is what every case needs, without running one.
+
+        Raises:
+            BundleError: an output has no samples, or an input no tensor, of the right size.
+        """
+        for case in self.cases:
+            component = self._bundle.component(case.component)
+            for spec in component.outputs:
+                expected, name = case.outputs[spec.name], f"{case.name}/{spec.name}"
+                size, samples = _elements(spec, case.slots), self._samples.get_required(name)
+                if expected.size != size or samples.shape != (min(size, SAMPLES),):
+                    raise BundleError(
+                        f"golden case {case.name!r} has {samples.size} samples of {expected.size} elements for the "
+                        f"output {spec.name!r}, which has {size}; rebuild the bundle"
+                    )
+            for spec in component.inputs:
+                recipe = case.inputs[spec.name]
+                if isinstance(recipe, Stored):
+                    generate(recipe, _elements(spec, case.slots), self._files)
+
     def inputs(self, case: GoldenCase) -> dict[str, NDArray[Any]]:
         """The inputs of a case, in the shapes and types of the bundle's component."""
         component = self._bundle.component(case.component)
@@ -368,6 +390,10 @@ class GoldenVectors:
                 float("inf") if output is None else error_of(output, case.outputs[spec.name], samples)
             )
         return found
+
+
+def _elements(spec: TensorSpec, slots: int) -> int:
+    return math.prod(slots if isinstance(dim, str) else dim for dim in spec.shape)
 
 
 def shaped(recipe: Recipe, spec: TensorSpec, slots: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:

@@ -149,6 +149,16 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
         """The tensor called ``name``; :class:`~runtime.errors.BundleError` if the file has none."""
         return self._read(self._entry(name))
 
+    def read_finite(self, name: str) -> NDArray[Any]:
+        """Like :meth:`get_required`, for a tensor of numbers that are finite; :class:`BundleError` if they are not."""
+        array = self.get_required(name)
+        if not _is_finite(array, self.tensors[name].dtype):
+            raise BundleError(
+                f"tensor {name!r} of {self.path} holds values that are not finite; build the bundle again from weights "
+                f"that are intact"
+            )
+        return array
+
     def _entry(self, name: str) -> StoredTensor:
         if name not in self.tensors:
             raise BundleError(f"the weights file {self.path} has no tensor {name!r}; rebuild the bundle")
@@ -178,3 +188,23 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_EXPONENTS: Final[Mapping[str, int]] = {
+    "float32": 0x7F800000,
+    "float16": 0x7C00,
+    "bfloat16": 0x7F80,
+    "float8_e4m3fn": 0x7F,
+}
+"""The bits of each type that are all set in what is not finite, and in nothing else."""
+_AT_ONCE: Final = 1 << 18
+"""Bytes that are looked at together, so that they stay in the caches."""
+
+
+def _is_finite(array: NDArray[Any], dtype: Dtype) -> bool:
+    mask = _EXPONENTS.get(dtype)
+    if mask is None:
+        return True
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
+    step = _AT_ONCE // array.itemsize
+    return all((bits[start : start + step] & mask).max() != mask for start in range(0, bits.size, step))

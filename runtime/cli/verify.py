@@ -20,7 +20,7 @@ from runtime.files import atomic_output
 from runtime.program.buffers import plan_buffers
 from runtime.terminal import console, write_out
 from runtime.verify import Verdict, VerificationError, judge
-from runtime.verify.dry_run import dry_run
+from runtime.verify.dry_run import dry_run, require_fit
 from runtime.verify.verdict import gpu_problem, record, refusal
 
 __all__ = ["run_verify"]
@@ -44,6 +44,7 @@ def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) 
         report = dry_run(bundle)
         _write(json.dumps(report.to_json(), indent=1), report, options.json, target, written)
         return
+    require_fit(bundle, plan_buffers(bundle.manifest, 1))
     with _runner(bundle, options.threads) as runner, notes.status("verifying") as status:
         verdict = judge(
             bundle,

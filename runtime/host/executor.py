@@ -184,7 +184,7 @@ def _read_weights(bundle: Bundle, program: Program) -> dict[int, NDArray[Any]]:
     if segments is None:
         return {}
     with WeightsFile(bundle.opened(segments.weights)) as file:
-        weights = {view.offset: file.get_required(name) for name, view in program.weights.items()}
+        weights = {view.offset: file.read_finite(name) for name, view in program.weights.items()}
         file.check()
     return weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import FLOATS, Bundle, Manifest, TensorSpec
+from runtime.bundle import FLOATS, Bundle, Dtype, Manifest, TensorSpec
 from runtime.bundle.weights_file import WeightsFile
 
 from .steps import Flaws
@@ -194,7 +194,20 @@ def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
     for name, shape in shapes.items():
         if name not in stored:
             flaws.add(f"{where}, tensor {name!r}", "it is missing")
+        elif not _widens(stored[name].dtype, specs.get(name.rpartition(".")[2])):
+            flaws.add(
+                f"{where}, tensor {name!r}",
+                f"it is {stored[name].dtype}, which would lose digits or is no float",
+            )
         elif [dim for dim in stored[name].shape if dim != 1] != [dim for dim in shape if dim != 1]:
             flaws.add(
                 f"{where}, tensor {name!r}", f"it is {list(stored[name].shape)}, expected {list(shape)}"
             )
+    for name in sorted(stored.keys() - shapes.keys()):
+        flaws.add(f"{where}, tensor {name!r}", f"an encoder of {text.layers} layers has no such tensor")
+
+
+def _widens(stored: Dtype, spec: TensorSpec | None) -> bool:
+    """Whether a float as it is stored is the same number in the type that takes it; without a ``spec`` in float32."""
+    wanted = "float32" if spec is None else spec.dtype
+    return stored in FLOATS and wanted in (stored, "float32")

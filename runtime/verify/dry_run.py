@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, LightForcingError
-from runtime.program.buffers import plan_buffers, runs_on_gpu
+from runtime.program.buffers import BufferPlan, plan_buffers, runs_on_gpu
 from runtime.program.builder import build_program
 from runtime.program.kernels import KernelLibrary
 from runtime.program.program import Copy, EngineRun, Fill, Forward, KernelLaunch, Operation, Program
 
+from .contents import check_contents
 from .contract import check_contract
 from .memory import MemoryChecker
 from .steps import Flaws, LaunchChecker, RunChecker
@@ -25,7 +26,7 @@ from .steps import Flaws, LaunchChecker, RunChecker
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DryRunError", "DryRunReport", "ForwardCost", "dry_run"]
+__all__ = ["DryRunError", "DryRunReport", "ForwardCost", "dry_run", "require_fit"]
 
 _SHOWN = 5
 
@@ -112,14 +113,41 @@ def dry_run(bundle: Bundle, *, sessions: int = 1) -> DryRunReport:
         DryRunError: something does not fit; all flaws are listed.
         BundleError: the manifest cannot be turned into an execution at all.
     """
-    program = build_program(bundle, plan_buffers(bundle.manifest, sessions))
-    return check_program(bundle, program)
-
-
-def check_program(bundle: Bundle, program: Program) -> DryRunReport:
-    """Hold a program against its bundle; see :func:`dry_run`."""
-    manifest = bundle.manifest
     flaws = Flaws()
+    check_contents(bundle, flaws)
+    program = build_program(bundle, plan_buffers(bundle.manifest, sessions))
+    return check_program(bundle, program, flaws)
+
+
+def require_fit(bundle: Bundle, plan: BufferPlan) -> None:
+    """The part of a dry run that costs next to nothing, before engines are loaded: what the manifest says of the model
+    and of each component's tensors, what is bound to them, and what the weights files hold.
+
+    Raises:
+        DryRunError: something does not fit; all flaws are listed.
+        BundleError: the manifest cannot be turned into an execution at all.
+    """
+    flaws = Flaws()
+    check_contract(bundle, flaws)
+    _require_none(bundle, flaws)
+    runs = RunChecker(bundle.manifest, flaws)
+    for forward, operation in build_program(bundle, plan).walk():
+        if isinstance(operation, EngineRun):
+            runs.check(operation, _where(forward, operation))
+        elif isinstance(operation, KernelLaunch):
+            runs.check_operator(operation, _where(forward, operation))
+    _require_none(bundle, flaws)
+
+
+def _require_none(bundle: Bundle, flaws: Flaws) -> None:
+    if flaws.found:
+        raise DryRunError(bundle, tuple(flaws.found))
+
+
+def check_program(bundle: Bundle, program: Program, flaws: Flaws | None = None) -> DryRunReport:
+    """Hold a program against its bundle; see :func:`dry_run`. ``flaws`` has what was found before."""
+    manifest = bundle.manifest
+    flaws = flaws or Flaws()
     check_contract(bundle, flaws)
     runs = RunChecker(manifest, flaws)
     launches = LaunchChecker(_library(bundle, flaws), flaws)
@@ -136,8 +164,7 @@ def check_program(bundle: Bundle, program: Program) -> DryRunReport:
                 runs.check_operator(operation, where)
                 launches.check(operation, where)
     memory.check_queues()
-    if flaws.found:
-        raise DryRunError(bundle, tuple(flaws.found))
+    _require_none(bundle, flaws)
     return DryRunReport(
         bundle=manifest.name,
         target=manifest.target.name,

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -44,6 +45,10 @@ def f32(name: str, *shape: int | str) -> dict[str, Any]:
 
 def i32(name: str, *shape: int) -> dict[str, Any]:
     return tensor(name, *shape, dtype="int32")
+
+
+def zeros(dtype: str, shape: Iterable[int]) -> np.ndarray:
+    return np.zeros(tuple(shape), dtype=getattr(ml_dtypes, dtype, dtype))
 
 
 def layer_weights() -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -146,11 +151,6 @@ def text_weights() -> list[dict[str, Any]]:
 
 def stored_weights(*, embedded: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The weights file's tensors, and the manifest's bindings."""
-    import ml_dtypes
-
-    def zeros(dtype: str, shape: Iterable[int]) -> np.ndarray:
-        return np.zeros(tuple(shape), dtype=getattr(ml_dtypes, dtype, dtype))
-
     tensors, prepare, layers = {}, [], []
     for i in range(LAYERS):
         for name, size in (("bias", 3 * DIM), ("norm_q", DIM), ("norm_k", DIM)):
@@ -202,6 +202,11 @@ def write_kernels(folder: Path, arch: int = 120) -> list[str]:
     return [f"{folder.name}/sm_{arch}/{path.name}" for path in sorted(target.iterdir())]
 
 
+def engine(content: str) -> bytes:
+    """What looks like an engine of TensorRT-RTX from outside: the letters it begins with, and its size."""
+    return b"vtrt".ljust(16, b"\0") + (24 + len(content)).to_bytes(8, "little") + content.encode()
+
+
 def build_device_bundle(
     folder: Path,
     *,
@@ -216,12 +221,12 @@ def build_device_bundle(
     tensors, segments = stored_weights(embedded=embedded)
     save_file(tensors, folder / "transformer.safetensors")
     text = {
-        "token_embedding": np.zeros((VOCAB, TEXT_DIM), np.float16),
-        "norm": np.zeros(TEXT_DIM, np.float16),
+        "token_embedding": zeros("bfloat16", (VOCAB, TEXT_DIM)),
+        "norm": zeros("bfloat16", (TEXT_DIM,)),
     }
     for layer in range(TEXT_LAYERS):
         for spec in text_weights():
-            text[f"layers.{layer}.{spec['name']}"] = np.zeros(spec["shape"], np.float16)
+            text[f"layers.{layer}.{spec['name']}"] = zeros("bfloat16", tuple(spec["shape"]))
     save_file(text, folder / "text.safetensors")
     (folder / "tokenizer.json").write_text("{}")
     parts = components(past, embedded=embedded)
@@ -233,7 +238,7 @@ def build_device_bundle(
     files = ["transformer.safetensors", "text.safetensors", "tokenizer.json"]
     for part in parts.values():
         if part["file"] is not None:
-            (folder / part["file"]).write_bytes(part["file"].encode())
+            (folder / part["file"]).write_bytes(engine(part["file"]))
             files.append(part["file"])
     files += write_kernels(folder / "kernels")
     sigmas = (1.0, 0.9375, 0.8333, 0.625, 0.0)

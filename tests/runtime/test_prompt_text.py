@@ -127,11 +127,8 @@ def test_weights_that_lack_a_tensor(bundle: Path, tmp_path: Path) -> None:
     del weights["layers.1.gate"]
     save_file(weights, copy / "text_encoder.safetensors")
     reseal(copy, "text_encoder.safetensors")
-    with (
-        Pipeline.load(copy, threads=1, warmup=False) as pipe,
-        pytest.raises(BundleError, match=r"layers\.1\.gate"),
-    ):
-        pipe.embed("a")
+    with pytest.raises(BundleError, match=r"layers\.1\.gate"):
+        Pipeline.load(copy, threads=1, warmup=False)
 
 
 def test_tokenizer_that_is_none(bundle: Path, tmp_path: Path) -> None:
@@ -177,3 +174,11 @@ def test_the_vocabulary_of_these_tests() -> None:
         9,
         10,
     ]
+
+
+def test_a_prompt_of_any_length_is_refused_at_once(bundle: Path) -> None:
+    with Pipeline.load(bundle, threads=1, warmup=False) as pipe:
+        with pytest.raises(InputError, match=r"has 50,000,000 characters; expected at most 65,536"):
+            pipe.session("x" * 50_000_000)
+        with pytest.warns(UserWarning, match="the rest was cut off"):
+            pipe.embed("a " * (1 << 15))

@@ -56,7 +56,9 @@ class StandIn:
 
     def _engine(self, blob: bytes) -> Engine | None:
         parts = self.bundle.manifest.components
-        return next((Engine(self, name) for name, part in parts.items() if part.file == blob.decode()), None)
+        return next(
+            (Engine(self, name) for name, part in parts.items() if part.file == blob[24:].decode()), None
+        )
 
 
 class Engine:
