@@ -98,7 +98,7 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     memory = check_target_memory(request)
     check_memory(request, plan)
     check_disk(request, plan)
-    request.weights.check()
+    request.weights.check(with_encoder=request.with_encoder)
     return CheckedBuild(request, memory, quantization)
 
 

@@ -144,6 +144,13 @@ class Rollout:
         self.next_chunk += 1
         return x
 
+    def give_chunk(self, latents: Tensor) -> None:
+        """Take the next chunk's clean latents `[channels, CHUNK_FRAMES, h, w]` as they are, in place of denoising."""
+        self._commit_pending()
+        self.cache.make_room(CHUNK_FRAMES)
+        self._pending = latents
+        self.next_chunk += 1
+
     def stream(self, chunks: int) -> Iterator[Tensor]:
         """Generate `chunks` more chunks."""
         for _ in range(chunks):

@@ -70,6 +70,9 @@ class Engine(Protocol):
         before each further forward. ``None`` if only the clean forward follows.
         """
 
+    def encode(self, session: int, frames: NDArray[np.uint8], latents: Sequence[int]) -> float:
+        """Encode the clip ``frames`` ``[N, H, W, 3]`` into latent slots, a chunk each. Only where a bundle can."""
+
     def denoise(self, session: int, step: int) -> float:
         """One denoising forward. The steps of a chunk run in order, starting with 0."""
 

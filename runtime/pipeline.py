@@ -27,7 +27,7 @@ from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
 from .noise import NoiseSource, check_seed
-from .rollout import PromptSwitch, Rollout
+from .rollout import PromptSwitch, Rollout, start_clip
 from .saved.file import SavedSession
 from .saved.lanes import revive
 from .scheduler import ChunkStarted, Lane, Scheduler
@@ -191,6 +191,7 @@ class Pipeline:
         on_start: Callable[[ChunkStarted], None] | None = None,
         noise: ArrayLike | NoiseSource | None = None,
         latents: bool = False,
+        start: ArrayLike | None = None,
     ) -> Session:
         """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
 
@@ -205,6 +206,11 @@ class Pipeline:
         latent, and step s > 0 what re-noises it before forward s. A rollout that is longer than the array fails.
         ``latents`` keeps each chunk's clean latent as :attr:`Chunk.latent`.
 
+        ``start`` is an image, uint8 ``[H, W, 3]`` of the bundle's size, or a video ``[N, H, W, 3]``, of which the last
+        frames count; the bundle must have been built ``--with-encoder``. The rollout goes on from there: its first
+        chunks are the given frames (an image counts as a still of one chunk) and are not delivered, so that the first
+        chunk of the stream has the index behind them. See docs/start.md.
+
         Raises:
             CapacityError: all sessions that the pipeline was loaded for are open.
             InputError: neither or both of prompt and embedding, or an argument that is not usable.
@@ -217,10 +223,18 @@ class Pipeline:
                 f"frames is {frames!r}; expected 'host', or 'device' with a bundle that runs on a GPU (this one: "
                 f"{self.manifest.backend} on {self.manifest.target.name})"
             )
+        clip = None if start is None else start_clip(self.manifest, start)
         with self._place() as number:
             first = PromptSwitch(self.embed(prompt, embedding), "none", label)
-            rollout = partial(Rollout, seed=seed, on_device=on_device, noise=noise, latents=latents)
-            return self._admit(number, rollout, lambda made: Lane(made, on_start, switches=[(0, first)]))
+
+            def new_lane(rollout: Rollout) -> Lane:
+                given = rollout.given
+                return Lane(rollout, on_start, delivered=given, flushed=given, switches=[(0, first)])
+
+            rollout = partial(
+                Rollout, seed=seed, on_device=on_device, noise=noise, latents=latents, start=clip
+            )
+            return self._admit(number, rollout, new_lane)
 
     @contextmanager
     def _place(self) -> Iterator[int]:

@@ -14,13 +14,23 @@ from typing import Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Manifest
+from .bundle import ENCODER_COMPONENTS, Manifest
 from .engine import Engine, Placement
 from .errors import InputError, SessionCancelledError
 from .frame_table import FrameTable, LatentRing, TableState
 from .noise import NoiseSource, check_noise, fill_noise
 
-__all__ = ["RECACHE_MODES", "PromptSwitch", "Recache", "Rollout", "chunk_first_frame", "chunk_pixel_frames"]
+__all__ = [
+    "RECACHE_MODES",
+    "PromptSwitch",
+    "Recache",
+    "Rollout",
+    "chunk_first_frame",
+    "chunk_pixel_frames",
+    "given_chunks",
+    "most_start_frames",
+    "start_clip",
+]
 
 Recache = Literal["window", "all", "none"]
 RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
@@ -52,6 +62,46 @@ def chunk_first_frame(manifest: Manifest, chunk: int) -> int:
     return chunk_pixel_frames(manifest, 0) + (chunk - 1) * chunk_pixel_frames(manifest, 1)
 
 
+def given_chunks(manifest: Manifest, frames: int) -> int:
+    """Whole chunks at the beginning of a rollout that ``frames`` pixel frames fill."""
+    first, following = chunk_pixel_frames(manifest, 0), chunk_pixel_frames(manifest, 1)
+    return 1 + (frames - first) // following
+
+
+def most_start_frames(manifest: Manifest) -> int:
+    """Pixel frames of as many chunks as attention can look back on: a rollout starts from no more."""
+    chunks = max(1, manifest.cache.max_past_frames // manifest.model.chunk_frames)
+    return chunk_first_frame(manifest, chunks)
+
+
+def start_clip(manifest: Manifest, start: ArrayLike) -> NDArray[np.uint8]:
+    """The frames ``[N, H, W, 3]`` that a rollout starts from: the last ones that fill whole chunks.
+
+    ``start`` is an image ``[H, W, 3]`` or a video. At most as many chunks are taken as attention can look back on.
+    Where there are too few frames for one chunk, the first is repeated in front: one image becomes a still.
+
+    Raises :class:`InputError` if the bundle has no encoder, or these are no frames of its size.
+    """
+    if ENCODER_COMPONENTS[0] not in manifest.components:
+        raise InputError(
+            f"bundle {manifest.name!r} has no video encoder, so it cannot start from frames; build it again "
+            "--with-encoder"
+        )
+    frames = np.asarray(start)
+    size = (manifest.model.video_height, manifest.model.video_width, 3)
+    if frames.dtype != np.uint8 or frames.shape[-3:] != size or frames.ndim not in (3, 4) or not len(frames):
+        raise InputError(
+            f"start is {frames.dtype} {list(frames.shape)}; expected uint8 {list(size)}, an image, or [N, "
+            f"{', '.join(map(str, size))}], a video"
+        )
+    frames = frames.reshape(-1, *size)
+    first = chunk_pixel_frames(manifest, 0)
+    if len(frames) < first:
+        return np.concatenate([np.repeat(frames[:1], first - len(frames), axis=0), frames])
+    chunks = given_chunks(manifest, min(len(frames), most_start_frames(manifest)))
+    return frames[-chunk_first_frame(manifest, chunks) :]
+
+
 class Rollout:
     """One session's rollout. :meth:`advance` and :meth:`decode` may run at once, on two threads."""
 
@@ -65,10 +115,12 @@ class Rollout:
         on_device: bool = False,
         noise: ArrayLike | NoiseSource | None = None,
         latents: bool = False,
+        start: NDArray[np.uint8] | None = None,
     ) -> None:
         """``on_device``: frames stay on the engine's device; ``noise`` takes the place of the seed's.
 
-        ``latents`` says whether :meth:`latent` will be asked for each chunk.
+        ``latents`` says whether :meth:`latent` will be asked for each chunk; ``start`` are the frames of the first,
+        given chunks.
         """
         model, cache = manifest.model, manifest.cache
         past = cache.max_past_frames
@@ -88,6 +140,9 @@ class Rollout:
         self._source = None if noise is None else check_noise(noise, self._noise.shape)
         self._keeps_latents = latents
         self._warned = False
+        self._start = start
+        self.given = 0 if start is None else given_chunks(manifest, len(start))
+        """Chunks at the beginning that are not denoised but encoded from frames."""
         engine.reset(session)
 
     @property
@@ -125,6 +180,13 @@ class Rollout:
         seconds = self._finish_last(switch, cancelled)
         chunk = self._table.begin()
         self._warn_past_table(chunk)
+        if self._start is not None:
+            _check(cancelled)
+            latents = [self._latents.slot(given) for given in range(self.given)]
+            seconds += self._engine.encode(self._session, self._start, latents)
+            self._start = None
+        if chunk < self.given:
+            return seconds
         for step in range(len(self._noise)):
             if self._source is None:
                 fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)

@@ -232,12 +232,21 @@ class Session:
         if not Path(path).parent.is_dir():
             raise InputError(f"folder {str(Path(path).parent)!r} does not exist; create it first")
         with self._scheduler.standing_still(lane):
+            if lane.started < lane.rollout.given:
+                raise InputError(
+                    "the session has not taken in the frames that it starts from; take its first chunk, then save it"
+                )
             saved = capture(lane, bundle_digest(self._manifest))
         saved.write(path)
 
     def first_frame(self, chunk: int) -> int:
         """Number of the first pixel frame of a chunk, from the start of the rollout."""
         return chunk_first_frame(self._manifest, chunk)
+
+    @property
+    def given(self) -> int:
+        """Chunks at the beginning that are frames the session was started from; they are not delivered."""
+        return self._lane.rollout.given
 
     @property
     def index(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -24,6 +25,7 @@ __all__ = [
     "VideoWriter",
     "check_output",
     "open_video",
+    "read_frames",
     "write_contact_sheet",
 ]
 
@@ -104,6 +106,39 @@ def _translated() -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise OSError(error.errno, f"the video cannot be encoded: {error.strerror}") from error
+
+
+def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: int) -> NDArray[np.uint8]:
+    """The ``last`` frames of a video, or an image, uint8 ``[N, height, width, 3]``.
+
+    Pictures of another size are scaled until they cover this one, and what is too much is cut off on both sides.
+    Raises :class:`InputError` if the file cannot be read, or holds no picture.
+    """
+    import av
+    from PIL import Image, ImageOps
+
+    frames: deque[av.VideoFrame] = deque(maxlen=last)
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{os.fspath(path)!r} holds no video; expected an image or a video file")
+            for frame in container.decode(video=0):
+                frames.append(frame)
+    except (OSError, ValueError) as error:  # PyAV's errors are among these
+        raise InputError(
+            f"{os.fspath(path)!r} cannot be read: {error}; expected an image or a video file"
+        ) from error
+    if not frames:
+        raise InputError(f"{os.fspath(path)!r} holds no picture; expected an image or a video file")
+    pictures = [
+        ImageOps.fit(
+            Image.fromarray(frame.to_ndarray(format="rgb24")),
+            (width, height),
+            method=Image.Resampling.LANCZOS,
+        )
+        for frame in frames
+    ]
+    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in pictures])
 
 
 def write_contact_sheet(

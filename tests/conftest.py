@@ -46,8 +46,10 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Pa
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny` with random weights, variant `short`, with a specialised graph per chunk. Do not write into it."""
-    return shared(tmp_path_factory, "tiny", lambda out: build(out, "short", per_chunk=True))
+    """`tiny` with random weights, variant `short`: a graph per chunk, a video encoder. Do not write into it."""
+    return shared(
+        tmp_path_factory, "tiny", lambda out: build(out, "short", per_chunk=True, with_encoder=True)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
         per_chunk=args.per_chunk,
         execution=execution,
         embedded=embedded,
+        with_encoder=getattr(args, "with_encoder", False) or getattr(args, "encoder", None) is not None,
         quantization=QuantizationRequest(
             static=getattr(args, "fp8_activations", "dynamic") == "static",
             calibration=getattr(args, "calibration", None),
@@ -104,6 +105,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             checkpoint=args.checkpoint,
             lora=args.lora,
             vae=vae,
+            encoder=getattr(args, "encoder", None),
             text_encoder=getattr(args, "text_encoder", None),
             tokenizer=getattr(args, "tokenizer", None),
             any_values=args.allow_values,

@@ -49,6 +49,11 @@ class Build(Command):
             help="segments take their weights as inputs, one engine for all layers, or hold them, an engine per layer "
             "(default: inputs)",
         )
+        parser.add_argument(
+            "--with-encoder",
+            action="store_true",
+            help="add the video encoder, so that a session can start from an image or a video",
+        )
         quantized = parser.add_argument_group("quantization, for fp8 and nvfp4")
         quantized.add_argument(
             "--fp8-activations",

@@ -74,6 +74,9 @@ def add_decoder_and_text_files(parser: argparse._ActionsContainer) -> None:
         metavar="FILE",
         help="decoder: Wan2.1_VAE, lightvaew2_1, taew2_1, lighttaew2_1; also a reference",
     )
+    parser.add_argument(
+        "--encoder", type=source, metavar="FILE", help="video encoder, where it is not in the decoder's file"
+    )
     add_text_files(parser)
 
 
@@ -91,6 +94,10 @@ def check_sources(args: argparse.Namespace) -> None:
         raise InputError(f"{first} and random weights exclude each other; drop --init and --seed, or {first}")
     if given and missing:
         raise InputError(f"{', '.join(given)} without {', '.join(missing)}; give all of them, or none")
+    if getattr(args, "encoder", None) and not args.checkpoint:
+        raise InputError(
+            "--encoder is a file, and the other weights come from none; give --checkpoint and its files"
+        )
     if args.lora and not args.checkpoint:
         raise InputError("--lora needs the --checkpoint it belongs to")
 

@@ -25,7 +25,7 @@ from export.graph.modules import LAYER_STEMS, ConditionerModule, StepModule
 from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
 from runtime.backends import runs_on_host
-from runtime.bundle import Bundle, Component, load_bundle
+from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, load_bundle
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.host.runner import HostRunner
 from runtime.pipeline import Pipeline
@@ -291,6 +291,28 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
     yield _run(bundle, "vae_first", run_first, [{"latent": latent}], pixels).row
     feed = {"latent": latent, **{cache.name: normal(*cache.shape) for cache in specs}}
     yield _run(bundle, "vae_next", run_next, [feed], pixels).row
+    if ENCODER_COMPONENTS[0] in manifest.components:
+        yield from _encoder_rows(bundle, reference, normal, tolerance)
+
+
+def _encoder_rows(
+    bundle: Bundle, reference: Reference, normal: Callable[..., NDArray[np.float32]], tolerance: float
+) -> Iterator[Row]:
+    model, encoder = bundle.manifest.model, reference.encoder
+    specs = encoder.cache_specs(model.latent_height, model.latent_width)
+    outputs = ["latent", *(cache.name.replace("cache.", "cache_out.") for cache in specs)]
+
+    def run(feed: Feed) -> dict[str, Tensor]:
+        video, *caches = (torch.from_numpy(value) for value in feed.values())
+        latent, written = encoder.encode_next(video, caches) if caches else encoder.encode_first(video)
+        return _named(outputs, [latent, *written])
+
+    first, following = ENCODER_COMPONENTS
+    size = (3, model.video_height, model.video_width)
+    yield _run(bundle, first, run, [{"video": normal(1, *size)}], tolerance).row
+    feed = {"video": normal(encoder.config.temporal_factor, *size)}
+    feed |= {cache.name: normal(*cache.shape) for cache in specs}
+    yield _run(bundle, following, run, [feed], tolerance).row
 
 
 def _reference_steps(

@@ -21,6 +21,7 @@ from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
 from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
+from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
@@ -129,6 +130,10 @@ class Reference:
     @cached_property
     def decoder(self) -> VideoDecoder:
         return self.weights.vae_decoder()
+
+    @cached_property
+    def encoder(self) -> VAEEncoder:
+        return self.weights.vae_encoder()
 
     @cached_property
     def text_weights(self) -> dict[str, Tensor]:

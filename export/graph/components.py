@@ -30,10 +30,12 @@ from .variants import clean_graph, per_chunk_graph
 __all__ = [
     "TEXT_WEIGHTS",
     "TOKENIZER",
+    "TRACING",
     "ScaleByWeights",
     "VAEFirst",
     "VAENext",
     "attention_form",
+    "cache_out",
     "component_of",
     "per_chunk_name",
     "precisions_of",
@@ -268,14 +270,14 @@ def write_vae(
             VAENext(decoder),
             (latent, [torch.zeros(cache.shape, dtype=dtype) for cache in caches]),
             input_names=["latent", *(cache.name for cache in caches)],
-            output_names=["frames", *(_out(cache) for cache in caches)],
+            output_names=["frames", *(cache_out(cache) for cache in caches)],
             metadata={"lightforcing.component": "vae_next"},
         )
         first = trace(
             VAEFirst(decoder, caches),
             (latent,),
             input_names=["latent"],
-            output_names=["frames", *(_out(cache) for cache in caches if cache.written_by_first)],
+            output_names=["frames", *(cache_out(cache) for cache in caches if cache.written_by_first)],
             metadata={"lightforcing.component": "vae_first"},
         )
     finally:
@@ -286,5 +288,6 @@ def write_vae(
     return ["vae_next.onnx", "vae_next.weights", "vae_first.onnx", "vae_first.weights"]
 
 
-def _out(cache: CacheSpec) -> str:
+def cache_out(cache: CacheSpec) -> str:
+    """The name of a streaming cache as an output."""
     return cache.name.replace("cache.", "cache_out.")

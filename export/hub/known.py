@@ -29,12 +29,12 @@ __all__ = [
     "load_model",
 ]
 
-Role = Literal["checkpoint", "lora", "vae", "text-encoder", "tokenizer"]
+Role = Literal["checkpoint", "lora", "vae", "encoder", "text-encoder", "tokenizer"]
 Products = Literal["allowed", "forbidden", "unstated"]
 Source = Path | HubReference
 """Where a file is: here, or on the hub."""
 
-ROLES: tuple[Role, ...] = ("checkpoint", "lora", "vae", "text-encoder", "tokenizer")
+ROLES: tuple[Role, ...] = ("checkpoint", "lora", "vae", "encoder", "text-encoder", "tokenizer")
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -64,6 +64,7 @@ class _Model(_Spec):
     checkpoint: str
     lora: str | None = None
     vae: str
+    encoder: str | None = None
     text_encoder: str
     tokenizer: str
     unsupported: str | None = None

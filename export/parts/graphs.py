@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export.graph import components
+from export.graph.encoder import write_vae_encoder
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from runtime import bundle
@@ -19,8 +20,15 @@ __all__ = ["export_graphs", "graph_parts", "tokenizer_part"]
 
 def graph_parts(request: BuildRequest) -> Mapping[str, float]:
     """The parts that `export_graphs` makes, with their efforts."""
-    del request
-    return {"tokenizer": 1, "text encoder": 60, "video decoder": 8, "conditioner": 8, "transformer": 20}
+    encoder = {"video encoder": 8} if request.with_encoder else {}
+    return {
+        "tokenizer": 1,
+        "text encoder": 60,
+        "video decoder": 8,
+        **encoder,
+        "conditioner": 8,
+        "transformer": 20,
+    }
 
 
 def tokenizer_part(run: Run) -> list[bundle.FileEntry]:
@@ -53,6 +61,14 @@ def export_graphs(run: Run) -> dict[str, list[bundle.FileEntry]]:
         lambda folder: components.write_vae(folder, models.decoder(types.decoder), plan, run.within),
         key=run.keys.model,
     )
+    if run.request.with_encoder:
+        parts["video encoder"] = run.part(
+            "video encoder",
+            lambda folder: write_vae_encoder(
+                folder, models.weights.vae_encoder(types.decoder), plan, run.within
+            ),
+            key=run.keys.model,
+        )
     parts["conditioner"] = run.part(
         "conditioner",
         lambda folder: components.write_conditioner(folder, models.dit(types.transformer), run.within),

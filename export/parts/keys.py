@@ -81,6 +81,7 @@ class BuildKeys:
             request.precision,
             request.execution,
             request.embedded,
+            request.with_encoder,
             quantization.static,
             quantization.skip,
             None if calibration is None else bundle.hash_file(calibration),

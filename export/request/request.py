@@ -42,6 +42,7 @@ class BuildRequest:
         weights: the model, and where its weights come from.
         per_chunk: also write a step graph for each chunk.
         execution: the step as one graph, or cut into segments.
+        with_encoder: the bundle can start from an image or a video.
         embedded: segments hold their weights, an engine per layer; otherwise weights are inputs of one engine.
         command: command line, for the manifest.
     """
@@ -58,6 +59,7 @@ class BuildRequest:
     per_chunk: bool = False
     execution: Execution = "whole"
     embedded: bool = False
+    with_encoder: bool = False
     quantization: QuantizationRequest = QuantizationRequest()
     command: str = ""
 

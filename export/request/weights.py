@@ -18,6 +18,7 @@ from lightforcing_ref.checkpoint import (
     load_dit_state,
     load_lora,
     load_umt5_state,
+    load_vae_encoder_state,
     load_vae_state,
     vae_config_of,
 )
@@ -25,7 +26,8 @@ from lightforcing_ref.checkpoint.lora import lora_sha256
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
-from lightforcing_ref.dimensions import DecoderConfig
+from lightforcing_ref.decoders.vae_encoder import VAEEncoder
+from lightforcing_ref.dimensions import LIGHT_VAE, DecoderConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
 from lightforcing_ref.text import byte_tokenizer, check_tokenizer, load_tokenizer
@@ -42,6 +44,7 @@ class Weights:
     Args:
         seed: draws all weights; None = from the files.
         checkpoint, lora: transformer, and a LoRA to merge into it.
+        encoder: file of the video encoder where that is not `vae`.
         any_values: take values that no trained model holds, too.
         named: references to the hub that files were fetched by, by role; a manifest names those files so.
     """
@@ -51,6 +54,7 @@ class Weights:
     checkpoint: Path | None = None
     lora: Path | None = None
     vae: Path | None = None
+    encoder: Path | None = None
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     any_values: bool = False
@@ -90,11 +94,15 @@ class Weights:
         lora = "" if self.lora is None else f" with {self.named.get('lora', self.lora)}"
         return f"{self.named.get('checkpoint', self.checkpoint)}{lora}"
 
-    def check(self) -> None:
+    def check(self, *, with_encoder: bool = False) -> None:
         """Hold every file's tensors, and their values, against the models they are for.
+
+        Args:
+            with_encoder: the video encoder's, too.
 
         Raises:
             CheckpointError: a file cannot be read, or holds something else.
+            InputError: the video encoder's file is none of Wan's.
         """
         if self.checkpoint is not None:
             load_dit_state(self.checkpoint, self.preset.dit, any_values=self.any_values)
@@ -102,6 +110,8 @@ class Weights:
             load_lora(self.lora, self.preset.dit, any_values=self.any_values)
         if self.vae is not None:
             load_vae_state(self.vae, vae_config_of(self.vae), any_values=self.any_values)
+        if with_encoder and (encoder := self.encoder or self.vae) is not None:
+            load_vae_encoder_state(encoder, self.vae_encoder_config(), any_values=self.any_values)
         if self.text_encoder is not None:
             load_umt5_state(self.text_encoder, self.preset.text, any_values=self.any_values)
         if self.tokenizer is not None:
@@ -141,6 +151,36 @@ class Weights:
         """The video decoder's kind and widths: the checkpoint's, or the preset's where weights are drawn."""
         return self.preset.vae if self.vae is None else vae_config_of(self.vae)
 
+    def vae_encoder(self, dtype: torch.dtype = torch.float32) -> VAEEncoder:
+        """The video encoder, out of `encoder` or of `vae`.
+
+        Raises:
+            CheckpointError: the file holds no encoder.
+            InputError: it holds a tiny autoencoder, whose latents are only nearly those of the transformer.
+        """
+        config, path = self.vae_encoder_config(), self.encoder or self.vae
+        if path is None:
+            model = self._drawn(lambda: VAEEncoder(config), dtype)
+        else:
+            with torch.device("meta"):
+                model = VAEEncoder(config)
+            state = load_vae_encoder_state(path, config, dtype=dtype, any_values=self.any_values)
+            model.load_state_dict(state, strict=True, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def vae_encoder_config(self) -> VAEConfig:
+        """The video encoder's widths: those of its file; see `vae_encoder` for the errors."""
+        path = self.encoder or self.vae
+        if path is None:
+            return self.preset.vae if isinstance(self.preset.vae, VAEConfig) else LIGHT_VAE
+        config = vae_config_of(path)
+        if not isinstance(config, VAEConfig):
+            raise InputError(
+                f"{path} is a tiny autoencoder, and videos are encoded by Wan's; name a file that has its encoder: "
+                "--with-encoder Wan2.1_VAE.pth, or lightvaew2_1.pth"
+            )
+        return config
+
     def text_tensors(self) -> dict[str, Callable[[], Tensor]]:
         """The text encoder's weights under the names of the bundle's weights file, each made when it is called for.
 
@@ -166,7 +206,7 @@ class Weights:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file in use, by role."""
-        roles = ("checkpoint", "vae", "text_encoder")
+        roles = ("checkpoint", "vae", "encoder", "text_encoder")
         digests = {
             role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
         }

@@ -197,7 +197,7 @@ def load_vae_encoder_state(
     if kind_of(state) == CheckpointKind.VAE and not any(key.startswith(_VAE_ENCODER) for key in state):
         raise CheckpointError(
             f"{path} holds a decoder and no encoder; pass a file that has both, as Wan2.1_VAE.pth and "
-            "lightvaew2_1.pth do, or build without --with-encoder"
+            "lightvaew2_1.pth do; --encoder takes it from a file of its own"
         )
     state = _without(state, _VAE_DECODER, CheckpointKind.VAE)
     model = f"a Wan video encoder of width {config.dim}"

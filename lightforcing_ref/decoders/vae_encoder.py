@@ -110,9 +110,9 @@ class VAEEncoder(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
 
     @property
-    def entry(self) -> nn.Module:
-        """The first layer with weights: what comes before it is computed in float32."""
-        return self.encoder.conv1
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in, up to the normalisation."""
+        return self.encoder.conv1.weight.dtype
 
     def encode(self, video: Tensor) -> Tensor:
         """Encode a whole clip `[1 + 4 (F - 1), 3, 8h, 8w]` at once to `[F, 16, h, w]`."""

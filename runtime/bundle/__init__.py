@@ -16,6 +16,7 @@ from .dtypes import (
 )
 from .files import BundleFile, Identity, OpenFile
 from .load import (
+    ENCODER_COMPONENTS,
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
     REQUIRED_COMPONENTS,
@@ -58,6 +59,7 @@ from .manifest import (
 
 __all__ = [
     "ELEMENT_TYPES",
+    "ENCODER_COMPONENTS",
     "FLOATS",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",

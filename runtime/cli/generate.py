@@ -26,14 +26,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from runtime.bundle import Model
+from runtime.bundle import Manifest, Model
 from runtime.errors import InputError
 from runtime.files import atomic_output
 from runtime.pipeline import Pipeline
+from runtime.rollout import most_start_frames
 from runtime.scheduler import ChunkTimes
 from runtime.session import ChunkStream, Session
 from runtime.terminal import console
-from runtime.video import VIDEO_SUFFIXES, check_output, open_video, write_contact_sheet
+from runtime.video import VIDEO_SUFFIXES, check_output, open_video, read_frames, write_contact_sheet
 
 __all__ = ["parse_switch", "read_prompt", "run_generate"]
 
@@ -96,6 +97,8 @@ def run_generate(options: argparse.Namespace, notes: Console, written: list[str]
         with Pipeline.load(options.bundle, threads=options.threads, golden_progress=verified) as pipeline:
             progress.update(loading, description="load bundle", completed=1, total=1)
             keeps = options.latents is not None
+            if options.start is not None:
+                prompt["start"] = _read_start(options.start, pipeline.manifest)
             with pipeline.session(seed=options.seed, noise=noise, latents=keeps, **prompt) as session:
                 stream = session.stream(seconds=options.seconds)
                 if noise is not None and stream.chunks is not None and stream.chunks > len(noise):
@@ -124,6 +127,12 @@ def _show_verified(progress: Progress, task: TaskID, case: str, done: int, total
     progress.update(task, description=f"verify {case}", completed=done, total=total)
 
 
+def _read_start(path: str, manifest: Manifest) -> NDArray[np.uint8]:
+    model = manifest.model
+    most = most_start_frames(manifest)
+    return read_frames(path, height=model.video_height, width=model.video_width, last=most)
+
+
 def _schedule_switch(
     session: Session, stream: ChunkStream, index: int, text: str, options: argparse.Namespace
 ) -> None:
@@ -133,7 +142,7 @@ def _schedule_switch(
             f"--switch names chunk {index}, but {options.seconds:g} s are {stream.chunks} chunks, "
             f"0 to {stream.chunks - 1}"
         )
-    session.set_prompt(text, recache=options.recache, at=index)
+    session.set_prompt(text, recache=options.recache, at=session.given + index)
 
 
 @contextmanager

@@ -32,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--out", required=True, metavar="FILE", help="video file to write (.mp4, .mov, .mkv)"
     )
+    generate.add_argument(
+        "--start", metavar="FILE", help="go on from this image or video (a bundle built --with-encoder)"
+    )
     generate.add_argument("--contact-sheet", metavar="FILE", help="also write a PNG with frames of the clip")
     generate.add_argument(
         "--switch",

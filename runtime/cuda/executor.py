@@ -50,7 +50,9 @@ _RING: Final = 8
 """Feeds that may be under way: a chunk takes four, a prompt switch two more for each resident chunk."""
 _PIECE: Final = 16 << 20
 """Bytes of each of the two pinned pieces that weights pass through."""
-_EAGER: Final = ("load", "reset", "encode_text_layer")
+_SENT: Final = ("load", "encode_text_layer", "encode_first", "encode_next.a", "encode_next.b")
+"""Fed with large arrays, in pieces."""
+_EAGER: Final = ("reset", *_SENT)
 """Run too seldom to be worth a graph."""
 
 
@@ -421,7 +423,7 @@ def _chunk_bytes(program: Program) -> int:
 
 
 def _is_fed(forward: Any) -> bool:
-    return forward.name not in _EAGER
+    return forward.name not in _SENT
 
 
 def _aligned(nbytes: int) -> int:

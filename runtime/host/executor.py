@@ -81,7 +81,11 @@ class HostExecutor:
         yield {view.buffer: self.array(view, session) for view in self._program.forwards[forward].feeds}
 
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
-        """See :meth:`Executor.send <runtime.program.engine.Executor.send>`. Nothing is copied."""
+        """See :meth:`Executor.send <runtime.program.engine.Executor.send>`. Of the text encoder, nothing is copied."""
+        if forward != "encode_text_layer":
+            for view in self._program.forwards[forward].feeds:
+                np.copyto(self.array(view, session), values[view.buffer], casting="unsafe")
+            return
         self._text = {
             view.buffer: np.ascontiguousarray(values[view.buffer], dtype=numpy_dtype(view.dtype))
             for view in self._program.forwards[forward].feeds

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec, nbytes
+from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Dtype, Manifest, TensorSpec, nbytes
 from runtime.errors import BundleError, CapacityError, InputError
 from runtime.frame_table import LatentRing
 
@@ -112,6 +112,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         _renamed(_require(_named(vae_first.outputs), "frames", vae_first), "frames_first"),
         _renamed(_require(_named(vae_next.outputs), "frames", vae_next), "frames_next"),
     ]
+    shared += _encoder_buffers(manifest)
     _require(outputs, "next_latent", step)
     _require(_named(clean.inputs), "latent", clean)
     session = [
@@ -143,6 +144,25 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
             if runs_on_gpu(manifest) or not buffer.name.startswith("encoder.")
         ),
     )
+
+
+def _encoder_buffers(manifest: Manifest) -> list[Buffer]:
+    """What the video encoder reads, writes and keeps while a session starts from frames; its caches have two sides."""
+    if ENCODER_COMPONENTS[0] not in manifest.components:
+        return []
+    first, following = (manifest.components[name] for name in ENCODER_COMPONENTS)
+    inputs = _named(following.inputs)
+    return [
+        _renamed(_require(_named(first.inputs), "video", first), "video_first"),
+        _renamed(_require(inputs, "video", following), "video_next"),
+        _renamed(_require(_named(following.outputs), "latent", following), "encoded"),
+        *(
+            _renamed(spec, f"encode_{name}.{side}")
+            for side in ("a", "b")
+            for name, spec in inputs.items()
+            if name.startswith("cache.")
+        ),
+    ]
 
 
 def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:

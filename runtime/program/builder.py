@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from runtime.bundle import Bundle, Component, Dtype, Manifest, TensorSpec
+from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Dtype, Manifest, TensorSpec
 from runtime.bundle.images import KernelProblem
 from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
@@ -102,6 +102,7 @@ class _Builder:
             self._load(),
             Forward("reset", "decode", (), tuple(Fill(view) for side in sides.values() for view in side)),
             self._forward("condition", ("text",), [self._whole("conditioner", self._outside("conditioner"))]),
+            *self._encode_video(),
             self._forward("begin", (*_PLACEMENT, "noise"), []),
             *(self._forward(f"denoise.{step}", (), self._step(step)) for step in range(self.steps)),
             self._forward("begin_clean", _PLACEMENT, []),
@@ -373,6 +374,27 @@ class _Builder:
             **self._outside(name),
         }
         return self._forward(forward, (), [self._run(name, tensors.get, queue="decode")], "decode")
+
+    def _encode_video(self) -> list[Forward]:
+        """The video encoder on the first frame of a clip and on the frames after it, for a bundle that has one."""
+        if "encoded" not in self.placed:
+            return []
+        first, following = ENCODER_COMPONENTS
+        names = [spec.name for spec in self.manifest.components[following].inputs]
+        caches = [name for name in names if name.startswith("cache.")]
+
+        def encode(forward: str, name: str, video: str, reads: str, writes: str) -> Forward:
+            tensors = {"video": self.view(video), "latent": self.view("encoded"), **self._outside(name)}
+            for cache in caches:
+                tensors[cache] = self.view(f"encode_{cache}.{reads}")
+                tensors[cache.replace("cache.", "cache_out.")] = self.view(f"encode_{cache}.{writes}")
+            return self._forward(forward, (video,), [self._run(name, tensors.get)])
+
+        return [
+            encode("encode_first", first, "video_first", "b", "a"),
+            encode("encode_next.a", following, "video_next", "a", "b"),
+            encode("encode_next.b", following, "video_next", "b", "a"),
+        ]
 
     def _encode(self) -> Forward:
         component: Component = self.manifest.components["text_encoder"]

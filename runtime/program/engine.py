@@ -85,6 +85,7 @@ class ProgramEngine:
         self._latent = [0] * program.sessions
         self._side = [0] * program.sessions
         self._encoding = threading.Lock()
+        self._sending = threading.Lock()  # what is sent passes through memory that all lanes share
 
     @property
     def program(self) -> Program:
@@ -101,6 +102,11 @@ class ProgramEngine:
         shapes = {name: placed.buffer.shape for name, placed in self._program.buffers.items()}
         placement = Placement(0, 0, (ABSENT,) * shapes["frame_slots"][0], 0)
         self.condition(0, np.zeros(shapes["text"], dtype=np.float32))
+        if "encoded" in shapes:
+            factor = shapes["video_next"][0]
+            size = shapes["video_first"][2:]
+            count = 1 + factor * (self._chunk_frames - 1)
+            self.encode(0, np.zeros((count, *size, 3), dtype=np.uint8), (0,))
         self.begin(0, placement, np.zeros(shapes["noise"], dtype=np.float32))
         for step in range(self._steps):
             self.denoise(0, step)
@@ -139,6 +145,25 @@ class ProgramEngine:
         self._latent[session] = placement.latent
         if noise is None:
             self._executor.copy(session, self._program.load_latent(placement.latent), "forward")
+
+    def encode(self, session: int, frames: NDArray[np.uint8], latents: Sequence[int]) -> float:
+        """See :meth:`Engine.encode <runtime.engine.Engine.encode>`."""
+        seconds, begun, side = 0.0, 0, 0
+        for number in range(len(latents) * self._chunk_frames):
+            name = "video_next" if number else "video_first"
+            forward = f"encode_next.{'ab'[side]}" if number else "encode_first"
+            side ^= number > 0
+            count = self._program.buffers[name].buffer.shape[0]
+            pixels = frames[begun : begun + count].transpose(0, 3, 1, 2)
+            begun += count
+            with self._sending:
+                self._executor.send(session, forward, {name: pixels.astype(np.float32) / 127.5 - 1})
+            seconds += self._executor.run(session, forward)
+            slot, frame = latents[number // self._chunk_frames], number % self._chunk_frames
+            self._executor.copy(session, self._program.store_encoded(slot, frame), "forward")
+        for slot in latents:
+            self._executor.signal(session, slot)
+        return seconds
 
     def denoise(self, session: int, step: int) -> float:
         """See :meth:`Engine.denoise <runtime.engine.Engine.denoise>`."""
@@ -212,9 +237,10 @@ class ProgramEngine:
         """See :meth:`Engine.encode_text_layer <runtime.engine.Engine.encode_text_layer>`."""
         with self._encoding:
             values = {"hidden": hidden, "mask": mask, **weights}
-            self._executor.send(
-                0, "encode_text_layer", {f"encoder.{name}": value for name, value in values.items()}
-            )
+            with self._sending:
+                self._executor.send(
+                    0, "encode_text_layer", {f"encoder.{name}": value for name, value in values.items()}
+                )
             self._executor.run(0, "encode_text_layer")
             out = np.empty(hidden.shape, dtype=np.float32)
             self._executor.fetch(0, self._program.buffers["encoder.hidden_out"].view, "text").into(out)

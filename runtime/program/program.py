@@ -188,9 +188,10 @@ class Program:
     """Buffers, forwards, and where the weights go.
 
     ``forwards`` has, in the order a rollout first needs them: ``load`` (once), ``reset`` (once per rollout),
-    ``condition``, ``begin``, ``denoise.0`` and on, ``begin_clean``, ``clean``, ``commit``, ``keep_sinks.0`` and on
-    (copies of the sinks that chunk holds) and ``place_sinks`` where sinks move, ``decode_first``, ``decode_next.a`` and
-    ``decode_next.b`` (reading the decoder's caches of that side, writing the other's), ``encode_text_layer``.
+    ``condition``; ``encode_first``, ``encode_next.a`` and ``encode_next.b`` where a rollout can start from frames;
+    ``begin``, ``denoise.0`` and on, ``begin_clean``, ``clean``, ``commit``; ``keep_sinks.0`` and on (copies of the
+    sinks that chunk holds) and ``place_sinks`` where sinks move; ``decode_first``, ``decode_next.a`` and
+    ``decode_next.b``, ``encode_text_layer``. What ends in a side reads the caches of that side and writes the other's.
 
     ``weights`` maps tensors of the segments' weights file to where they are kept.
     """
@@ -222,15 +223,21 @@ class Program:
         """Hand a kept latent to the clean forward."""
         return Copy(self.buffers["latents"].view.index(slot), self.buffers["clean_latent"].view)
 
+    def store_encoded(self, slot: int, frame: int) -> Copy:
+        """Keep what the encoder made of the frames that ``frame`` of a latent stands for."""
+        return Copy(self.buffers["encoded"].view, self._latent_frame(slot, frame))
+
     def decode_latent(self, slot: int, frame: int) -> Copy:
         """Hand one frame of a kept latent to the decoder."""
+        return Copy(self._latent_frame(slot, frame), self.buffers["vae_latent"].view)
+
+    def _latent_frame(self, slot: int, frame: int) -> View:
         chunk = self.buffers["latents"].view.index(slot)  # [channels, frames, h, w]
         channels, frames, *size = chunk.shape
         row = chunk.nbytes // (channels * frames)
-        source = replace(
+        return replace(
             chunk, shape=(channels, 1, *size), offset=chunk.offset + frame * row, pitch=frames * row
         )
-        return Copy(source, self.buffers["vae_latent"].view)
 
     def walk(self) -> Iterator[tuple[Forward, Operation]]:
         """Every operation of every forward."""

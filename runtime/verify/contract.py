@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import FLOATS, Bundle, Dtype, Manifest, TensorSpec
+from runtime.bundle import ENCODER_COMPONENTS, FLOATS, Bundle, Dtype, Manifest, TensorSpec
 from runtime.bundle.weights_file import WeightsFile
 
 from .steps import Flaws
@@ -37,6 +37,7 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "text_encoder": (("hidden", "mask", *_TEXT_WEIGHTS), ("hidden_out",)),
     "vae_first": (("latent",), ("frames",)),
     "vae_next": (("latent",), ("frames",)),
+    **dict.fromkeys(ENCODER_COMPONENTS, (("video",), ("latent",))),
 }
 """Inputs and outputs without which a component does not do its part. Layers' and caches' are checked apart."""
 
@@ -51,11 +52,12 @@ def check_contract(bundle: Bundle, flaws: Flaws) -> None:
             for spec in specs:
                 where = f"component {name!r}, {kind} {spec.name!r}"
                 stem, _, index = spec.name.partition(".")
-                if stem in ("cache", "cache_out"):
+                if stem in ("cache", "cache_out") and name not in ENCODER_COMPONENTS:
                     _check_cache(manifest, spec, index, where, flaws)
                 elif stem in tensors:
                     _check(spec, tensors[stem], _TYPES.get(stem, FLOATS), where, flaws)
     _check_needed(manifest, flaws)
+    _check_encoder(manifest, flaws)
     _check_layers(manifest, flaws)
     _check_text_weights(bundle, flaws)
 
@@ -104,6 +106,12 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         "vae_first": {**decoded, "frames": (1, *pixels)},
         "vae_next": {**decoded, "frames": (vae.temporal_factor, *pixels)},
     }
+    if ENCODER_COMPONENTS[0] in manifest.components:
+        for name, count in zip(ENCODER_COMPONENTS, (1, vae.temporal_factor), strict=True):
+            shapes[name] = {
+                "video": (count, 3, *pixels[:2]),
+                "latent": (model.latent_channels, 1, *size),
+            }
     if manifest.segments is not None:
         width = (model.dim,)
         shapes["qk_prepare"] = {
@@ -148,6 +156,33 @@ def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
         ):
             for missing in sorted(set(wanted) - {spec.name for spec in specs}):
                 flaws.add(f"component {name!r}, {kind} {missing!r}", "it is missing")
+
+
+def _check_encoder(manifest: Manifest, flaws: Flaws) -> None:
+    """Every cache that the video encoder reads for later frames is one that both of its graphs write."""
+    if ENCODER_COMPONENTS[0] not in manifest.components:
+        return
+
+    def caches(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+        return {
+            spec.name.partition(".")[2]: spec
+            for spec in specs
+            if spec.name.startswith(("cache.", "cache_out."))
+        }
+
+    read = caches(manifest.components[ENCODER_COMPONENTS[1]].inputs)
+    for name in ENCODER_COMPONENTS:
+        written = caches(manifest.components[name].outputs)
+        for index in sorted(read.keys() ^ written.keys()):
+            kind = "missing" if index in read else "read by nothing"
+            flaws.add(f"component {name!r}, output 'cache_out.{index}'", f"it is {kind}")
+        for index in sorted(read.keys() & written.keys()):
+            if (read[index].dtype, read[index].shape) != (written[index].dtype, written[index].shape):
+                flaws.add(
+                    f"component {name!r}, output 'cache_out.{index}'",
+                    f"it is {written[index].dtype} {list(written[index].shape)}, and read as {read[index].dtype} "
+                    f"{list(read[index].shape)}",
+                )
 
 
 def _check_layers(manifest: Manifest, flaws: Flaws) -> None:

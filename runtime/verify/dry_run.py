@@ -209,6 +209,10 @@ def _rollout(program: Program) -> Iterator[Forward]:
         if name == last_denoise:
             for slot in range(program.latent_slots):
                 yield between(f"store_latent.{slot}", program.store_latent(slot))
+        elif name == "encode_next.b":
+            for slot in range(program.latent_slots):
+                for frame in range(program.buffers["latents"].buffer.shape[2]):
+                    yield between(f"store_encoded.{slot}.{frame}", program.store_encoded(slot, frame))
         elif name == "begin_clean":
             for slot in range(program.latent_slots):
                 yield between(f"load_latent.{slot}", program.load_latent(slot))

@@ -222,6 +222,22 @@ def decoder(*, first: bool) -> Graph:
     return g
 
 
+def encoder(*, first: bool) -> Graph:
+    """A latent from the mean of pixels and, after the first frame, from the latent before it."""
+    g = Graph()
+    count = 1 if first else 4
+    video = g.input("video", count, 3, PIXELS, PIXELS)
+    gray = g.mean(g.shape(video, count * 3, SIZE, 8, SIZE, 8), 0, 2, 4, keep=0)
+    latent = g.op(
+        "Mul", g.shape(gray, 1, 1, SIZE, SIZE), g.const(np.linspace(1, 2, CHANNELS)[:, None, None, None])
+    )
+    if not first:
+        latent = g.op("Sub", latent, g.op("Mul", g.input("cache.0", CHANNELS, 1, SIZE, SIZE), g.const(0.25)))
+    g.output("latent", latent, CHANNELS, 1, SIZE, SIZE)
+    g.output("cache_out.0", latent, CHANNELS, 1, SIZE, SIZE)
+    return g
+
+
 def text_weights(layers: int = 2) -> dict[str, np.ndarray]:
     """Weights of the text encoder, float32."""
     rng = np.random.default_rng(3)
@@ -240,6 +256,7 @@ def build_bundle(
     sink_positions: str = "window",
     table_frames: int = 21,
     fail_at_chunk: int | None = None,
+    with_encoder: bool = False,
 ) -> Manifest:
     """Write a complete bundle into ``folder`` and return its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +269,8 @@ def build_bundle(
         "vae_first": decoder(first=True),
         "vae_next": decoder(first=False),
     }
+    if with_encoder:
+        graphs |= {"vae_encode_first": encoder(first=True), "vae_encode_next": encoder(first=False)}
     components = {name: graph.save(folder / f"{name}.onnx") for name, graph in graphs.items()}
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

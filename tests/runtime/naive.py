@@ -176,6 +176,28 @@ class NaiveRollout:
         self.chunk += 1
         return np.concatenate([self.decode(out["x0"][:, i : i + 1]) for i in range(self.per_chunk)])
 
+    def give(self, frames: np.ndarray) -> None:
+        """Take whole chunks from a clip, uint8 ``[N, H, W, 3]``, in place of denoising them; nothing is shown."""
+        video = (frames.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
+        out = self.run("vae_encode_first", {"video": video[:1]})
+        latents = [out["latent"]]
+        factor = self.manifest["vae"]["temporal_factor"]
+        for start in range(1, len(video), factor):
+            caches = {
+                name.replace("cache_out.", "cache."): value
+                for name, value in out.items()
+                if "cache_out" in name
+            }
+            out = self.run("vae_encode_next", {"video": video[start : start + factor], **caches})
+            latents.append(out["latent"])
+        clip = np.concatenate(latents, axis=1)
+        for chunk in np.split(clip, clip.shape[1] // self.per_chunk, axis=1):
+            self.commit()
+            self.latents[self.chunk] = chunk
+            self.chunk += 1
+            for index in range(self.per_chunk):
+                self.decode(chunk[:, index : index + 1])
+
     def decode(self, latent: np.ndarray) -> np.ndarray:
         specs = self.manifest["vae"]["caches"]
         if self.vae_caches is None:

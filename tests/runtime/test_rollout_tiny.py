@@ -11,12 +11,19 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from export.compare.reference import Reference
+from lightforcing_ref.decoders.vae import to_uint8
+from lightforcing_ref.decoders.vae_encoder import from_uint8
 from runtime import Pipeline
+from runtime.bundle import load_bundle
 from runtime.cli.bench import measure
 from runtime.cli.main import main
 from runtime.session import Session
+from runtime.verify.dry_run import dry_run
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.naive import NaiveRollout
 
@@ -65,6 +72,34 @@ def test_against_the_plain_rollout_with_a_prompt_switch(
         session.set_prompt(PROMPTS[1], at=CHUNKS - 1)
         assert take(session) == expected
     assert expected[-1] != alone[0][-1]
+
+
+def test_starting_from_a_video_equals_the_reference(pipe: Pipeline, tiny_bundle: Path) -> None:
+    """Encoder, committed frames, the chunks behind them and the decoder's past: PyTorch and the bundle agree."""
+    manifest = pipe.manifest
+    model = manifest.model
+    rng = np.random.default_rng(3)
+    ramp = rng.integers(0, 256, (21, 4, 4, 3)).astype(np.uint8)
+    start = ramp.repeat(model.video_height // 4, axis=1).repeat(model.video_width // 4, axis=2)
+    with pipe.session(PROMPTS[0], seed=2, start=start) as session:
+        found = np.concatenate([chunk.frames for chunk in session.stream(chunks=2)])
+    reference = Reference.of(manifest)
+    rollout = reference.rollout(manifest, torch.from_numpy(pipe.embed(PROMPTS[0])), seed=2)
+    encoder = reference.weights.vae_encoder()
+    latents = encoder.encode(from_uint8(torch.from_numpy(start))).transpose(0, 1)
+    for given in latents.split(model.chunk_frames, dim=1):
+        rollout.give_chunk(given)
+    whole = torch.cat([latents, *rollout.stream(2)], dim=1)
+    video = to_uint8(reference.decoder.decode(whole.transpose(0, 1)))[len(start) :].numpy()
+    assert found.shape == video.shape
+    assert np.abs(found.astype(int) - video.astype(int)).max() <= 1  # a value on the edge between two levels
+    assert found.std() > 5
+
+
+def test_the_dry_run_walks_the_encoder(tiny_bundle: Path) -> None:
+    names = [forward.name for forward in dry_run(load_bundle(tiny_bundle)).forwards]
+    encoding = [name for name in names if name.startswith("encode_") and name != "encode_text_layer"]
+    assert encoding == ["encode_first", "encode_next.a", "encode_next.b"]
 
 
 def test_overhead_is_at_most_3_percent(pipe: Pipeline) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from runtime.errors import InputError
 from runtime.files import atomic_output
-from runtime.video import open_video, write_contact_sheet
+from runtime.video import open_video, read_frames, write_contact_sheet
 
 
 def ramp(count: int, height: int, width: int) -> np.ndarray:
@@ -163,3 +163,48 @@ def test_atomic_output_replaces_no_device(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no file"), open_video(fifo, fps=16, height=32, width=32):
         pass
     assert list(tmp_path.iterdir()) == [fifo]
+
+
+def test_the_last_frames_of_a_video_are_read_in_its_colours(tmp_path: Path) -> None:
+    frames = ramp(10, 64, 96)
+    with open_video(tmp_path / "clip.mp4", fps=16, height=64, width=96) as video:
+        video.write(frames)
+    found = read_frames(tmp_path / "clip.mp4", height=64, width=96, last=4)
+    assert found.shape == (4, 64, 96, 3) and found.dtype == np.uint8
+    difference = np.abs(found.astype(int) - frames[-4:])
+    assert difference.mean() < 3 and difference.max() < 25
+
+
+@pytest.mark.parametrize(("size", "kept"), [((40, 120), "width"), ((120, 40), "height")])
+def test_an_image_covers_the_frame_and_is_cut_in_the_middle(
+    tmp_path: Path, size: tuple[int, int], kept: str
+) -> None:
+    """Red in the middle, blue at both ends of the longer side."""
+    height, width = size
+    image = np.zeros((height, width, 3), np.uint8)
+    image[...] = (0, 0, 255)
+    long = np.s_[:, 40:80] if width > height else np.s_[40:80]
+    image[long] = (255, 0, 0)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    found = read_frames(tmp_path / "image.png", height=40, width=40, last=8)
+    assert found.shape == (1, 40, 40, 3)
+    assert (found == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None], ids=["empty", "text", "missing"])
+def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "start.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="expected an image or a video file"):
+        read_frames(path, height=8, width=8, last=1)
+
+
+def test_sound_is_no_picture(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "tone.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(InputError, match="holds no video"):
+        read_frames(tmp_path / "tone.wav", height=8, width=8, last=1)

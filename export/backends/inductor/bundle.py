@@ -77,6 +77,8 @@ _GOLDEN_SECTION = "golden.json"
 
 
 def _check(request: BuildRequest, plan: StepPlan) -> None:
+    if request.with_encoder:
+        raise InputError("the inductor backend has no package for a video encoder; drop --with-encoder")
     if request.per_chunk:
         raise InputError("the inductor backend has no graph per chunk; leave --per-chunk out")
     if request.embedded:

@@ -67,6 +67,10 @@ def _machine(request: BuildRequest) -> TrtMachine:
 def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
     if request.execution != "whole":
         raise InputError("the tensorrt backend builds the step as one engine; use --execution whole")
+    if request.with_encoder:
+        raise InputError(
+            "the tensorrt backend builds no video encoder; drop --with-encoder, or use --backend tensorrt-rtx"
+        )
     if request.per_chunk:
         raise InputError("--per-chunk writes graphs for onnxruntime; drop it, or use --backend onnxruntime")
     _machine(request)

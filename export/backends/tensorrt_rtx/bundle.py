@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,9 +42,9 @@ _SEGMENTS, _KERNELS, _QUANTIZATION = "segments.json", "kernels.json", "quantizat
 _PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: "bf16"}
 """Formats of linears -> operand types of the products in plans."""
 
-_NEVER_QUANTIZED = frozenset({"text_encoder", "vae_first", "vae_next"})
+_NEVER_QUANTIZED = frozenset({"text_encoder", "vae_first", "vae_next", *bundle.ENCODER_COMPONENTS})
 
-_EFFORT = {"conditioner": 5.0, "vae_first": 2.5, "vae_next": 2.5}
+_EFFORT = {"conditioner": 5.0, **dict.fromkeys(("vae_first", "vae_next", *bundle.ENCODER_COMPONENTS), 2.5)}
 _SMALL_EFFORT = 1.0
 
 
@@ -75,7 +75,8 @@ def _engines(request: BuildRequest, plan: StepPlan) -> list[str]:
     """The components that become engines, cheap ones that fail early first."""
     layers = plan.preset.dit.layers
     segments = [f"layer.{index}" for index in range(layers - 1)] if request.embedded else ["layer"]
-    return ["first", *segments, "last", "conditioner", "text_encoder", "vae_first", "vae_next"]
+    engines = ["first", *segments, "last", "conditioner", "text_encoder", "vae_first", "vae_next"]
+    return [*engines, *(bundle.ENCODER_COMPONENTS if request.with_encoder else ())]
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
@@ -111,7 +112,11 @@ def _build(run: Run) -> Built:
     for name, graph in graphs.items():
         moved = _moved(plan, quantized.formats, _linears_of(name, run.plan.preset.dit.layers))
         kind = decoder_kind(name, run.plan.preset.vae)
-        check = partial(_check_plan, expectations, kind, structure, moved)
+        sizes = structure
+        if name in bundle.ENCODER_COMPONENTS:
+            width = request.weights.vae_encoder_config().dim
+            sizes = replace(structure, pixels=request.height * request.width * width)
+        check = partial(_check_plan, expectations, kind, sizes, moved)
         written = run.part(
             _engine(name),
             partial(_write_engine, run=run, name=name, graph=graph, check=check),

@@ -227,7 +227,8 @@ class Expectations(_Data):
 
 def decoder_kind(component: str, decoder: DecoderConfig) -> str:
     """What a component's expectations are called: a tiny decoder has its own."""
-    return component.replace("vae_", "tae_") if isinstance(decoder, TAEConfig) else component
+    is_tiny = isinstance(decoder, TAEConfig) and component in ("vae_first", "vae_next")
+    return component.replace("vae_", "tae_") if is_tiny else component
 
 
 def load_expectations(precision: str) -> Expectations:

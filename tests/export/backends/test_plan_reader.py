@@ -196,7 +196,7 @@ def test_the_shipped_expectations_cover_every_component(precision):
     assert expectations.precision == precision
     assert set(expectations.components) == {
         *("first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next"),
-        *("tae_first", "tae_next"),
+        *("tae_first", "tae_next", "vae_encode_first", "vae_encode_next"),
     }
 
 

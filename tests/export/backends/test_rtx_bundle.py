@@ -162,7 +162,7 @@ def test_the_manifest_records_the_attention(bundles, variant, frames, window, pa
 
 
 def embedded(bundles: Bundles) -> Path:
-    return bundles.build("fp8", name="embedded", embedded=True)
+    return bundles.build("fp8", name="embedded", embedded=True, with_encoder=True)
 
 
 @pytest.mark.parametrize("variant", ["short", "long", "embedded"])
@@ -172,6 +172,16 @@ def test_the_dry_run_finds_nothing(bundles, variant):
     denoise = next(cost for cost in report.forwards if cost.name == "denoise.2")
     assert (denoise.engine_runs, denoise.kernel_launches) == (LAYERS + 1, 4 * LAYERS)
     assert report.unbound == ()
+
+
+def test_the_video_encoder_is_two_engines_with_caches_in_half_precision(bundles):
+    components = manifest(embedded(bundles)).components
+    for name, frames in (("vae_encode_first", 1), ("vae_encode_next", 4)):
+        specs = {spec.name: (spec.dtype, spec.shape) for spec in components[name].inputs}
+        assert specs["video"] == ("float32", (frames, 3, 128, 128))
+        outputs = {spec.name: (spec.dtype, spec.shape) for spec in components[name].outputs}
+        assert outputs["latent"] == ("float32", (16, 1, 16, 16))
+        assert {dtype for other, (dtype, _) in outputs.items() if other != "latent"} == {"float16"}
 
 
 def test_the_dry_run_of_the_command_line_passes(bundles, capsys):

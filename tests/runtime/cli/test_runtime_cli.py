@@ -58,6 +58,19 @@ def test_generate_switches_prompts_where_told(bundle: Path, tmp_path: Path) -> N
     assert np.abs(plain[21:].astype(int) - switched[21:]).mean() > 10
 
 
+def test_generate_goes_on_from_a_video(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    bundle = make_bundle(with_encoder=True)
+    base = ["generate", str(bundle), "--prompt", "a", "--seconds", "1.5", "--threads", "1"]
+    first, more, still = (tmp_path / name for name in ("first.mp4", "more.mp4", "still.mp4"))
+    assert main([*base, "--out", str(first)]) == 0
+    assert main([*base, "--out", str(more), "--start", str(first), "--switch", "1: snow"]) == 0
+    assert main([*base, "--out", str(still), "--start", str(first)]) == 0
+    # Two new chunks of 12 frames; the switch counts from the first of them.
+    assert len(frames_of(more)) == len(frames_of(still)) == 24
+    assert np.abs(frames_of(more)[:11].astype(int) - frames_of(still)[:11]).mean() < 5
+    assert np.abs(frames_of(more)[12:].astype(int) - frames_of(still)[12:]).mean() > 5
+
+
 def test_generate_from_an_embedding(bundle: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "prompt.npy", np.ones((TEXT_LEN, TEXT_DIM)))
     embedding = ["--embedding", str(tmp_path / "prompt.npy")]
