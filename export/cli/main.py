@@ -20,7 +20,7 @@ from .calibrate import Calibrate
 from .command import Command, CommandParser
 from .compare import Compare
 from .doctor import Doctor
-from .hub import Models
+from .hub import Models, Pull, Push
 from .inspection import Inspect
 from .onnx import Onnx
 from .plan import Plan
@@ -36,6 +36,8 @@ COMMANDS: tuple[Command, ...] = (
     Inspect(),
     Compare(),
     Models(),
+    Push(),
+    Pull(),
     Targets(),
     Doctor(),
 )

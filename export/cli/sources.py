@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from export.errors import InputError
 from export.hub.reference import FORM, HubReference
+from runtime.terminal import console
 
 if TYPE_CHECKING:
     from export.hub.known import KnownFile, KnownModel, Role, Source
@@ -238,6 +239,4 @@ def fetch_sources(args: argparse.Namespace, known: KnownModel | None = None) -> 
 
 
 def _say(text: str, style: str | None = None) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 __all__ = ["LocalHub", "local_hub"]
 
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{oid}", "commitOid": oid, "success": True}
             )
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/.+", path):
-            return self._json([self._info(match[1], p) for p in json.loads(body)["paths"]])
+            return self._json([self._info(match[1], p) for p in parse_qs(body.decode())["paths"]])
         return self._error(404, "NotFound")
 
     def _info(self, repo: str, path: str) -> dict[str, Any]:
