@@ -20,6 +20,7 @@ from runtime.bundle import (
     Bundle,
     Component,
     Cost,
+    Library,
     Manifest,
     load_bundle,
 )
@@ -184,6 +185,13 @@ def _verdict(bundle: Bundle) -> Verdict | None:
 # ---- in tables ----
 
 
+def _library(library: Library) -> str:
+    text = f"{library.name} {library.version}, this version and no other"
+    if library.triton:
+        text += f"; kernels by Triton {library.triton}"
+    return f"{text}; driver {library.driver} or newer" if library.driver else text
+
+
 def _summary(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     model, cache, attention = manifest.model, manifest.cache, manifest.attention
@@ -193,7 +201,7 @@ def _summary(bundle: Bundle) -> Table:
     rows = {
         "target": manifest.target.name + (f" ({capability})" if capability else ""),
         "backend": f"{manifest.backend} in {manifest.precision}",
-        "library": f"{library.name} {library.version}, this version and no other" if library else None,
+        "library": _library(library) if library else None,
         "status": manifest.status,
         "verdict": _judgement(_verdict(bundle)) if manifest.golden else None,
         "execution": _execution(manifest),

@@ -334,10 +334,16 @@ class Segments(Part):
 
 
 class Library(Part):
-    """The library that built the engines. They run with this version and no other."""
+    """The library that built the engines. They run with this version and no other.
+
+    Of PyTorch's packages for a GPU, ``triton`` is the version that compiled their kernels, and ``driver`` the branch of
+    the oldest driver that runs them (580).
+    """
 
     name: Literal["tensorrt-rtx", "tensorrt", "torch"]
     version: str
+    triton: str | None = None
+    driver: Positive | None = None
 
 
 class Kernels(Part):

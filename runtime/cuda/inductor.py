@@ -163,9 +163,11 @@ class InductorLibrary:
         import torch
 
         if not torch.cuda.is_available():
+            library = bundle.manifest.library
+            needed = f" whose driver is {library.driver} or newer" if library and library.driver else ""
             raise EngineError(
                 f"bundle {bundle.manifest.name!r} runs on a GPU, and PyTorch {torch.__version__} sees none; install a "
-                f"CUDA build of it, or run the bundle where there is a GPU"
+                f"CUDA build of it, or run the bundle where there is a GPU{needed}"
             )
         torch.cuda.init()  # type: ignore[no-untyped-call]  # packages and streams do not see to it themselves
         self._bundle = bundle
