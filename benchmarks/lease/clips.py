@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from benchmarks.rollout.bundles import BundleRollout
 
 REPEATS = 3
+_FILL = "Memset"
+"""How the profiler's names of fills begin."""
 
 
 def kernel_table(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What ran on the device in a profiler's trace: launches and microseconds by name, and gaps by what they follow."""
+    """What ran on the device in a profiler's trace: launches and microseconds by name, gaps by what they follow.
+
+    Fills of memory (`fills`) are counted by the kernel that they come before, which is whose they are.
+    """
     spans = sorted(
         (float(event["ts"]), float(event["dur"]), str(event["name"]))
         for event in events
@@ -31,10 +36,17 @@ def kernel_table(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     )
     totals: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     gaps: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    fills: Counter[str] = Counter()
+    filled = 0
     reached, last = None, ""
     for start, duration, name in spans:
         totals[name][0] += 1
         totals[name][1] += duration
+        if name.startswith(_FILL):
+            filled += 1
+        else:
+            fills[name] += filled
+            filled = 0
         if reached is not None and start > reached:
             gaps[last][0] += 1
             gaps[last][1] += start - reached
@@ -48,7 +60,8 @@ def kernel_table(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     wall = (reached or 0.0) - spans[0][0] if spans else 0.0
     busy = sum(us for _, us in totals.values())
     summary = {"launches": len(spans), "wall_us": round(wall, 1), "summed_us": round(busy, 1)}
-    return {**summary, "kernels": table(totals, 80), "gaps": table(gaps, 12)}
+    own = [{"name": name[:160], "count": count} for name, count in fills.most_common(12) if count]
+    return {**summary, "kernels": table(totals, 80), "gaps": table(gaps, 12), "fills": own}
 
 
 def _chunk(runner: BundleRollout, chunks: int, *, overlap: bool) -> dict[str, Any]:

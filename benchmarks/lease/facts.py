@@ -96,7 +96,7 @@ def main() -> int:
 
     def keep(name: str, measure: Callable[[], float]) -> None:
         try:
-            result[name] = round(measure(), 2)
+            result[name] = round(measure(), 4)
         except Exception as error:  # one ceiling that cannot be measured must not cost the others
             result[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         write_json(args.out / "facts.json", result)

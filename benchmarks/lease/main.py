@@ -5,6 +5,7 @@ what was measured is on disk after each. At the end there is `lease-CALL.json` w
 
     python -m benchmarks.lease --call first          # at most 470 s
     python -m benchmarks.lease --call second         # at most 170 s
+    python -m benchmarks.lease --call third          # at most 175 s, where time is left
     python -m benchmarks.lease --device cpu          # the rehearsal, where there is no GPU
 """
 
@@ -154,6 +155,17 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
         elif stem == "packages":
             parts = {name: part for name, part in content.items() if isinstance(part, dict)}
             found += [f"{name} {part.get('us') or part.get('problem')}" for name, part in parts.items()]
+        elif stem == "convolutions":
+            found += [f"{form} {us / 1000:.1f} ms a latent frame" for form, us in content["frame_us"].items()]
+        elif stem == "native":
+            for name, part in content.items():
+                if isinstance(part, dict) and "timed" in part:
+                    times = [
+                        part[kind].get("us") or part[kind].get("problem") for kind in ("by rule", "timed")
+                    ]
+                    found.append(
+                        f"{name} by rule {times[0]}, timed {times[1]}, {len(part['kernels'])} kernels otherwise"
+                    )
         elif stem == "golden":
             found += [
                 f"{name} {part['error']}"

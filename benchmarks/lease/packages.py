@@ -25,17 +25,21 @@ LIMIT = 60.0
 SUFFIX = ".pt2"
 
 
-def measure(bundle: Path, name: str) -> dict[str, Any]:
-    """Run component `name` on random inputs: microseconds in a CUDA graph, and whether every output is finite."""
+def measure(bundle: Path, name: str, packages: Path | None = None) -> dict[str, Any]:
+    """Run component `name` on random inputs: microseconds in a CUDA graph, and whether every output is finite.
+
+    Args:
+        packages: folder of the packages, where it is not the bundle's own.
+    """
     import torch
 
     from benchmarks.timing import microseconds
-    from runtime.bundle import MANIFEST_NAME, Bundle, Manifest
-    from runtime.host.inductor import load_package
+    from runtime.bundle import MANIFEST_NAME, Manifest
+    from runtime.host.inductor import load_package_file
 
     # Without looking for the weights, which may not be there.
-    opened = Bundle(bundle, Manifest.model_validate_json((bundle / MANIFEST_NAME).read_bytes()))
-    component = opened.component(name)
+    manifest = Manifest.model_validate_json((bundle / MANIFEST_NAME).read_bytes())
+    component = manifest.components[name]
     torch.cuda.init()
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -49,7 +53,7 @@ def measure(bundle: Path, name: str) -> dict[str, Any]:
 
     tensors = [tensor(spec.dtype, spec.shape) for spec in (*component.inputs, *component.outputs)]
     outputs = tensors[len(component.inputs) :]
-    loader = load_package(opened, name, device_index=0)
+    loader = load_package_file((packages or bundle) / f"{name}{SUFFIX}", name, 0)
     loader.run(tensors)
     torch.cuda.synchronize()
     found: dict[str, Any] = {"finite": all(bool(torch.isfinite(t.float()).all()) for t in outputs)}
@@ -57,8 +61,12 @@ def measure(bundle: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _child(bundle: Path, name: str, *, debugger: str | None = None) -> dict[str, Any]:
-    command = [sys.executable, "-X", "faulthandler", "-m", __spec__.name, str(bundle), "--component", name]
+def measure_apart(
+    bundle: Path, name: str, *, packages: Path | None = None, debugger: str | None = None
+) -> dict[str, Any]:
+    """`measure` in a process of its own; a process that dies is a `problem`, with what it said."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "benchmarks.lease.packages"]
+    command += [str(bundle), "--component", name, *(["--packages", str(packages)] if packages else [])]
     if debugger:
         command = [debugger, "-batch", "-ex", "run", "-ex", "bt 40", "--args", *command]
     try:
@@ -81,18 +89,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lease.packages", description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--component", help="this one, in this process")
+    parser.add_argument("--packages", type=Path, help="folder of the packages; default: the bundle")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
     if args.component:
-        print(json.dumps(measure(args.bundle, args.component)))
+        print(json.dumps(measure(args.bundle, args.component, args.packages)))
         return 0
     debugger = shutil.which("cuda-gdb", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
     results: dict[str, Any] = {"bundle": args.bundle.name}
     for path in sorted(args.bundle.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_size):
-        found = _child(args.bundle, path.stem)
+        found = measure_apart(args.bundle, path.stem)
         results[path.stem] = found
         if found.get("problem", "").startswith("SIG") and debugger:
-            found |= _child(args.bundle, path.stem, debugger=debugger)
+            found |= measure_apart(args.bundle, path.stem, debugger=debugger)
         write_json(args.out / "packages.json", results)
         print(f"{path.stem}: {found.get('problem') or found}", flush=True)
     return 1 if any("problem" in found for found in results.values() if isinstance(found, dict)) else 0

@@ -133,6 +133,12 @@ _FIRST_CUDA = (
 
 _SECOND_CUDA = (
     Stage(
+        "convolutions",
+        _module("benchmarks.lease.convolutions", "--out", "{results}"),
+        40,
+        "which form of the decoder's convolutions the library does fastest",
+    ),
+    Stage(
         "windows",
         _module(
             "benchmarks.attention",
@@ -165,6 +171,15 @@ _SECOND_CUDA = (
         _pytest("tests/gpu/test_kernels_gpu.py", "sanitizer and memcheck"),
         60,
         "reads and writes outside of buffers",
+    ),
+)
+
+_THIRD_CUDA = (
+    Stage(
+        "native",
+        _module("benchmarks.lease.native", "{build}/ladder/" + BUNDLE, "--out", "{results}"),
+        170,
+        "what timing chooses for kernels that were compiled by rule, and what that gains",
     ),
 )
 
@@ -209,9 +224,21 @@ _FIRST_CPU = (
     ),
 )
 
+_SECOND_CPU = (
+    Stage(
+        "convolutions",
+        _module(
+            "benchmarks.lease.convolutions", "--device", "cpu", "--latent", "4", "4", "--out", "{results}"
+        ),
+        120,
+        "that every form of every convolution gives the same result",
+    ),
+)
+
 CALLS: dict[str, Call] = {
     "first": Call("first", 470, _FIRST_CUDA, _FIRST_CPU),
-    "second": Call("second", 170, _SECOND_CUDA, ()),
+    "second": Call("second", 170, _SECOND_CUDA, _SECOND_CPU),
+    "third": Call("third", 175, _THIRD_CUDA, ()),
 }
 
 

@@ -9,9 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .ladder import LADDER, Case, Platform, Rung, bundle_spec
 from .measure import ChunkRecord
+
+if TYPE_CHECKING:
+    from export.request.request import BuildRequest
 
 __all__ = ["BundleRollout", "build_bundles", "build_here", "bundle_folder", "compile_packages"]
 
@@ -35,6 +39,18 @@ def build_here(arguments: Sequence[str]) -> None:
     build_bundle(bundle_spec(LADDER[int(rung)], platform).request(case, platform, folder))
 
 
+def request_for(case: Case, rung: Rung, target: str, folder: Path) -> BuildRequest:
+    """What is asked for to build the rung's compiled bundle for a GPU that need not be here.
+
+    Raises:
+        InputError: there is no such target.
+    """
+    from export.request.targets import load_target
+
+    platform = Platform("cuda", load_target(target), "inductor", "bf16")
+    return bundle_spec(rung, platform).request(case, platform, folder)
+
+
 def compile_packages(case: Case, rung: Rung, target: str, folder: Path) -> Path:
     """Compile what holds no weights of the rung's bundle for a GPU that need not be here; the build resumes from it.
 
@@ -42,10 +58,8 @@ def compile_packages(case: Case, rung: Rung, target: str, folder: Path) -> Path:
         BuildError, InputError: it cannot be compiled; there is no such target.
     """
     from export.build import compile_bundle
-    from export.request.targets import load_target
 
-    platform = Platform("cuda", load_target(target), "inductor", "bf16")
-    return compile_bundle(bundle_spec(rung, platform).request(case, platform, folder))
+    return compile_bundle(request_for(case, rung, target, folder))
 
 
 def build_bundles(

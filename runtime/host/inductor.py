@@ -21,7 +21,7 @@ from runtime.errors import BundleError, EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SUFFIX", "InductorGraph", "load_package", "require_torch"]
+__all__ = ["SUFFIX", "InductorGraph", "load_package", "load_package_file", "require_torch"]
 
 SUFFIX = ".pt2"
 """Files of this kind are packages."""
@@ -66,12 +66,17 @@ def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
         BundleError: the component has no package, or its file is another one than was verified.
     """
     with bundle.opened(_file(bundle, name)) as file:
-        loader = _load(file.path, name, device_index)
+        loader = load_package_file(file.path, name, device_index)
         file.check_name()
     return loader
 
 
-def _load(path: Path, name: str, device_index: int) -> Any:
+def load_package_file(path: Path, name: str, device_index: int) -> Any:
+    """The package of component ``name`` in a file that may be of no bundle, loaded; see :func:`load_package`.
+
+    Raises:
+        EngineError: it does not load.
+    """
     import torch
 
     try:

@@ -192,6 +192,24 @@ def test_kernels_and_gaps_are_added_up_by_name() -> None:
     assert (found["launches"], found["wall_us"], found["summed_us"]) == (4, 31, 26)
     assert found["kernels"][0] == {"name": "a", "count": 2, "us": 20}
     assert found["gaps"] == [{"name": "a", "count": 1, "us": 5}, {"name": "b", "count": 1, "us": 5}]
+    assert found["fills"] == []
+
+
+def test_fills_of_memory_belong_to_the_kernel_behind_them() -> None:
+    names = (
+        "Memset (Unknown)",
+        "product",
+        "norm",
+        "Memset (Device)",
+        "Memset (Unknown)",
+        "product",
+        "Memset (Device)",
+    )
+    events = [
+        {"name": name, "ts": 10 * place, "dur": 5, "cat": "gpu_memset" if "Memset" in name else "kernel"}
+        for place, name in enumerate(names)
+    ]
+    assert kernel_table(events)["fills"] == [{"name": "product", "count": 3}]
 
 
 def test_the_page_names_every_stage_with_its_limit() -> None:
