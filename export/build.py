@@ -196,7 +196,8 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
     request, plan, weights = run.request, run.plan, run.request.weights
     text, dit = plan.preset.text, plan.preset.dit
     decoder = run.models.decoder(graph_types(request).decoder)
-    caches = decoder.cache_specs(*plan.latent_size)
+    lying = {spec.name: spec for spec in built.components["vae_next"].inputs}
+    caches = [lying[cache.name] for cache in decoder.cache_specs(*plan.latent_size)]
     if weights.checkpoint is None:
         origin: bundle.RandomInit | bundle.Checkpoint = bundle.RandomInit(random=weights.seed or 0)
     else:
@@ -228,7 +229,10 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
             eos_id=text.eos_id,
         ),
         vae=bundle.Vae(
-            caches=tuple(bundle.VaeCache(name=c.name, shape=c.shape, dtype=built.vae_dtype) for c in caches),
+            caches=tuple(
+                bundle.VaeCache(name=c.name, shape=tuple(int(dim) for dim in c.shape), dtype=c.dtype)
+                for c in caches
+            ),
             temporal_factor=decoder.config.temporal_factor,
             spatial_factor=decoder.config.spatial_factor,
             **_decoder_kind(decoder.config),

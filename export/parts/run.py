@@ -131,7 +131,6 @@ class Built:
         components: the manifest's entries.
         files: of the bundle; what else lies in the workspace is dropped.
         graphs: component -> ONNX file that its engine was built from, for reference results.
-        vae_dtype: of the decoder's caches.
         status: "built", or what is still to be shown.
         segments, library, kernels, quantization, golden: the manifest's sections.
     """
@@ -139,7 +138,6 @@ class Built:
     components: Mapping[str, bundle.Component]
     files: Sequence[bundle.FileEntry]
     graphs: Mapping[str, Path]
-    vae_dtype: bundle.Dtype = "float32"
     status: str = "built"
     segments: bundle.Segments | None = None
     library: bundle.Library | None = None

@@ -50,18 +50,11 @@ from runtime import bundle
 from runtime.bundle import images
 
 from .components import OPERATORS, describe, operator_components
+from .decoder import LATENT_STATISTICS, channels_last, vae_first, vae_next
 from .golden import golden_graphs
-from .modules import (
-    LATENT_STATISTICS,
-    Compiled,
-    conditioner,
-    step_segments,
-    tensor_name,
-    vae_first,
-    vae_next,
-)
+from .modules import Compiled, conditioner, step_segments, tensor_name
 from .null_gpu import GPUS
-from .packages import EFFORT, compile_packages, device_of, fp8_linears, is_cross
+from .packages import EFFORT, compile_packages, device_of, fp8_linears, is_cross, needed_drivers
 
 __all__ = ["BUILDER"]
 
@@ -130,7 +123,7 @@ def _weight_tensors(
     """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
-    state |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    state |= {f"decoder.{name}": channels_last(tensor) for name, tensor in decoder.state_dict().items()}
     state |= {f"decoder.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
     section = _section(plan, decoder.config, linears)
     rows = (section.first, *section.layers, section.last, *section.prepare, *section.outside.values())
@@ -262,7 +255,9 @@ def _compile(run: Run) -> list[bundle.FileEntry]:
 
 def _packages_key(request: BuildRequest, plan: StepPlan) -> str:
     """What decides packages: no weights, of the libraries PyTorch and Triton alone, and the code that is compiled."""
-    own = [Path(__file__).with_name(name) for name in ("modules.py", "packages.py")]
+    own = [
+        Path(__file__).with_name(name) for name in ("decoder.py", "lowering.py", "modules.py", "packages.py")
+    ]
     code = [*_code(lightforcing_ref), *_code(graph), *own, Path(numerics.__file__)]
     preset = replace(plan.preset, vae=request.weights.vae_config())
     model = (preset, plan.height, plan.width, plan.fingerprint(), graph_types(request))
@@ -317,14 +312,23 @@ def _build(run: Run) -> Built:
         components=components,
         files=[*entries, *written],
         graphs={},
-        vae_dtype=bundle.dtype_name(types.decoder),
         status="built, not executed" if is_cross(request) else "built",
         segments=section,
-        library=bundle.Library(name="torch", version=torch.__version__),
+        library=_library(run),
         kernels=kernels,
         quantization=_quantization(plan, linears) if linears else None,
         golden=golden,
     )
+
+
+def _library(run: Run) -> bundle.Library:
+    """PyTorch, and for a GPU what else its packages depend on."""
+    torch_alone = bundle.Library(name="torch", version=torch.__version__)
+    if device_of(run.request) == "cpu":
+        return torch_alone
+    arch = kernel_arch(run.request.target)
+    driver = needed_drivers([run.folder / f"{name}.pt2" for name in EFFORT], arch)
+    return torch_alone.model_copy(update={"triton": _triton(), "driver": driver})
 
 
 def _golden(

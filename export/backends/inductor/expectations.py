@@ -32,6 +32,7 @@ class PackageExpectation(BaseModel):
         kernels: launches of kernels that Inductor generated.
         libraries: calls of libraries, by operator.
         wide_per_token: elements of the largest float32 tensor between kernels, per token; None where it is not held.
+        moved_per_token: bytes that Inductor's kernels move at most, per token, of the tiny model.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,7 @@ class PackageExpectation(BaseModel):
     kernels: Annotated[int, Field(gt=0)]
     libraries: dict[str, int]
     wide_per_token: Annotated[int, Field(ge=0)] | None = None
+    moved_per_token: Annotated[int, Field(gt=0)]
 
     def problems(self, path: Path, component: Component, tokens: int) -> list[str]:
         """In what the package `path` differs; empty if it is as expected.
@@ -63,6 +65,10 @@ class PackageExpectation(BaseModel):
             default=0,
         )
         found = []
+        if copies := sum(launch.copies_images for launch in launches):
+            found.append(
+                f"{copies} convolutions of images whose channels do not lie last, which the library copies"
+            )
         if kernels != self.kernels:
             found.append(f"{kernels} kernels of Inductor's, expected {self.kernels}")
         if libraries != self.libraries:
@@ -71,6 +77,8 @@ class PackageExpectation(BaseModel):
             found.append(
                 f"a float32 tensor of {wide} elements between kernels, expected at most {self.wide_per_token * tokens}"
             )
+        if (moved := sum(launch.nbytes for launch in launches)) > self.moved_per_token * tokens:
+            found.append(f"{moved} bytes moved, expected at most {self.moved_per_token * tokens}")
         with zipfile.ZipFile(path) as package:
             for name in package.namelist():
                 if name.endswith(".cubin") and (stack := read_cubin(package.read(name)).stack):

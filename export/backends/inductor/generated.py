@@ -17,7 +17,16 @@ from typing import Final
 from export.errors import BuildError
 from runtime.bundle import Component, Dtype, dtypes_by, nbytes
 
-__all__ = ["GeneratedCodeError", "Launch", "Operand", "parse_wrapper", "read_package"]
+__all__ = [
+    "Configuration",
+    "GeneratedCodeError",
+    "Launch",
+    "Operand",
+    "parse_configurations",
+    "parse_wrapper",
+    "read_package",
+    "wrapper_code",
+]
 
 _WRAPPER: Final = ".wrapper.cpp"
 _BODY: Final = "::run_impl("
@@ -31,8 +40,20 @@ _POINTER: Final = re.compile(r"'(\w+_ptr\d+)': '\*(\w+)'")
 _CONSTANT: Final = re.compile(r'constants_info_\[\d+\]\.name = "(\w+)";')
 _ARRAY: Final = re.compile(r"static constexpr int64_t (int_array_\d+)\[\] = \{([^}]*)\};")
 _INPUT: Final = re.compile(r"auto (\w+) = std::move\(inputs\[(\d+)\]\);")
-_EMPTY: Final = re.compile(r"aoti_torch_empty_strided\(\d+, (\w+), .*&(\w+)_handle\)\)")
-_VIEW: Final = re.compile(r"auto (\w+) = .*reinterpret_tensor_wrapper\((\w+), \d+, (\w+),")
+_EMPTY: Final = re.compile(r"aoti_torch_empty_strided\(\d+, (\w+), (\w+), .*&(\w+)_handle\)\)")
+_VIEW: Final = re.compile(r"auto (\w+) = .*reinterpret_tensor_wrapper\((\w+), \d+, (\w+), (\w+),")
+_CONVOLUTION: Final = re.compile(
+    r"convolution\((?:(\w+)|wrap\w+\(reinterpret_tensor_wrapper\(\w+, \d+, \w+, (\w+), [^)]*\)\)), "
+    r"(?:(\w+)|wrap\w+\(reinterpret_tensor_wrapper\(\w+, \d+, \w+, (\w+), [^)]*\)\)), "
+)
+"""A convolution with its image and its weight: each a tensor, or a view with the name of its strides."""
+_LAUNCHER: Final = re.compile(
+    r"static inline void call_(triton_\w+)\(\n(?:.(?!static inline void))*?"
+    r"uint32_t grid_0 = ([^\n]*);\n(?:.(?!static inline void))*?"
+    r"launchKernel\([^,]*, grid_0, grid_1, grid_2, (\d+), (\d+),",
+    re.DOTALL,
+)
+_BLOCK: Final = re.compile(r"\((\d+) - 1\)")
 _NUMEL: Final = re.compile(r"(\d+)L")
 _MOVED: Final = re.compile(r"auto (\w+) = std::move\((\w+)\);")
 _RESULT: Final = re.compile(r"RAIIAtenTensorHandle (\w+)\(\w+_handle\);")
@@ -64,17 +85,34 @@ class Launch:
     Attributes:
         name: the kernel's name, or the operator's.
         is_generated: whether it is Inductor's own; of a library's call the tensors are not told.
+        copies_images: whether it is a convolution whose image or weight does not have its channels last, so that the
+            library makes copies that have.
     """
 
     name: str
     is_generated: bool
     inputs: tuple[Operand, ...] = ()
     outputs: tuple[Operand, ...] = ()
+    copies_images: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes that it moves if every element is read or written once."""
         return sum(operand.nbytes for operand in (*self.inputs, *self.outputs))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was chosen for a kernel among what Triton could make of it.
+
+    Attributes:
+        block: elements of a block along the axis that the grid divides.
+        shared: bytes of shared memory.
+    """
+
+    block: int
+    warps: int
+    shared: int
 
 
 def read_package(path: Path, component: Component) -> tuple[Launch, ...]:
@@ -83,17 +121,35 @@ def read_package(path: Path, component: Component) -> tuple[Launch, ...]:
     Raises:
         GeneratedCodeError: see `parse_wrapper`; names the file.
     """
+    code = wrapper_code(path)
+    try:
+        return parse_wrapper(code, component)
+    except GeneratedCodeError as error:
+        raise GeneratedCodeError(f"{path.name}: {error}") from error
+
+
+def wrapper_code(path: Path) -> str:
+    """The C++ that a package for a GPU was compiled from.
+
+    Raises:
+        GeneratedCodeError: it holds none.
+    """
     with zipfile.ZipFile(path) as package:
         names = [name for name in package.namelist() if name.endswith(_WRAPPER)]
         if len(names) != 1:
             raise GeneratedCodeError(
                 f"{path.name} holds {len(names)} wrappers; expected one, as packages for a GPU do"
             )
-        code = package.read(names[0]).decode()
-    try:
-        return parse_wrapper(code, component)
-    except GeneratedCodeError as error:
-        raise GeneratedCodeError(f"{path.name}: {error}") from error
+        return package.read(names[0]).decode()
+
+
+def parse_configurations(code: str) -> dict[str, Configuration]:
+    """What was chosen for each kernel of Inductor's, by name; a kernel without blocks along its grid has one of 1."""
+    found = {}
+    for name, grid, warps, shared in _LAUNCHER.findall(code):
+        block = _BLOCK.search(grid)
+        found[name] = Configuration(int(block[1]) if block else 1, int(warps), int(shared))
+    return found
 
 
 def parse_wrapper(code: str, component: Component) -> tuple[Launch, ...]:
@@ -125,6 +181,8 @@ class _Reader:
         self._arrays: dict[str, tuple[int, ...]] = {}
         self._sizes: dict[str, int | None] = dict.fromkeys(constants)
         """Elements of each tensor; None of constants and of what a library made, whose shapes the code does not say."""
+        self._strides: dict[str, str] = {}
+        """The array of each tensor's strides, where the code says it."""
         self.launches: list[Launch] = []
 
     def line(self, line: str) -> None:
@@ -134,17 +192,29 @@ class _Reader:
         elif found := _INPUT.search(line):
             self._sizes[found[1]] = prod(int(dim) for dim in self._specs[int(found[2])].shape)
         elif found := _EMPTY.search(line):
-            self._sizes[found[2]] = self._elements(found[1])
+            self._sizes[found[3]] = self._elements(found[1])
+            self._strides[found[3]] = found[2]
         elif found := _KERNEL.search(line):
             self._generated(found[1], [value.strip() for value in found[2].split(", ")])
         elif found := _LIBRARY.search(line):
-            self.launches.append(Launch(found[1], is_generated=False))
+            self.launches.append(Launch(found[1], is_generated=False, copies_images=self._copies(line)))
         elif found := _VIEW.search(line):
             self._sizes[found[1]] = self._elements(found[3])
+            self._strides[found[1]] = found[4]
         elif (found := _MOVED.search(line)) and found[2] in self._sizes:
             self._sizes[found[1]] = self._sizes[found[2]]
+            if found[2] in self._strides:
+                self._strides[found[1]] = self._strides[found[2]]
         elif found := _RESULT.search(line):
             self._sizes.setdefault(found[1], None)
+
+    def _copies(self, line: str) -> bool:
+        """Whether a library's call is a convolution of tensors whose channels, the second axis, do not lie last."""
+        if (found := _CONVOLUTION.search(line)) is None:
+            return False
+        image, of_image, weight, of_weight = found.groups()
+        strides = [of_image or self._strides.get(image, ""), of_weight or self._strides.get(weight, "")]
+        return any(self._arrays.get(name, (0, 0))[1] != 1 for name in strides)
 
     def _elements(self, array: str) -> int:
         if array not in self._arrays:

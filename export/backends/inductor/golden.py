@@ -23,7 +23,8 @@ from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from runtime import bundle
 
-from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer, vae_first, vae_next
+from .decoder import vae_first, vae_next
+from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer
 
 __all__ = ["golden_graphs"]
 

@@ -11,41 +11,31 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from export.graph.components import ScaleByWeights, VAEFirst, VAENext
 from export.graph.modules import ConditionerModule
 from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
-from lightforcing_ref.decoders.layers import LATENT_MEAN, LATENT_STD, CacheSpec
-from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
-from lightforcing_ref.decoders.vae import LatentScale
-from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
 from runtime.bundle import Component, TensorSpec, dtype_name
 
 __all__ = [
-    "LATENT_STATISTICS",
     "Compiled",
     "Fp8Linear",
     "StepSegments",
     "conditioner",
     "step_segments",
     "tensor_name",
+    "tensor_spec",
     "text_layer",
-    "vae_first",
-    "vae_next",
+    "weights_of",
 ]
-
-LATENT_STATISTICS = {"scale.mean": LATENT_MEAN, "scale.std": LATENT_STD}
-"""Weights of the compiled decoder that are no weights of the model's."""
 
 
 class Compiled(nn.Module):
@@ -72,7 +62,7 @@ class Compiled(nn.Module):
         self.inputs = (
             *inputs,
             *(
-                _spec(name, parameters[key].shape, parameters[key].dtype)
+                tensor_spec(name, parameters[key].shape, parameters[key].dtype)
                 for key, name in self.weights.items()
             ),
         )
@@ -97,7 +87,8 @@ class Compiled(nn.Module):
         return Component(file=file, inputs=self.inputs, outputs=self.outputs)
 
 
-def _spec(name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:
+def tensor_spec(name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:
+    """An input or output as the manifest describes it."""
     return TensorSpec(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
 
 
@@ -414,9 +405,9 @@ def text_layer(plan: StepPlan, dtype: torch.dtype) -> Compiled:
     """One layer of the text encoder; all its weights are inputs, in `dtype`."""
     config, length = plan.preset.text, plan.preset.dit.text_len
     shapes = umt5_shapes(config)
-    hidden = _spec("hidden", (length, config.d_model), torch.float32)
-    inputs = [hidden, _spec("mask", (length,), torch.float32)]
-    inputs += [_spec(name, shapes[f"layers.0.{name}"], dtype) for name in LAYER_WEIGHTS]
+    hidden = tensor_spec("hidden", (length, config.d_model), torch.float32)
+    inputs = [hidden, tensor_spec("mask", (length,), torch.float32)]
+    inputs += [tensor_spec(name, shapes[f"layers.0.{name}"], dtype) for name in LAYER_WEIGHTS]
     outputs = [hidden.model_copy(update={"name": "hidden_out"})]
     return Compiled(_TextLayer(config, length), inputs, outputs)
 
@@ -436,68 +427,17 @@ def conditioner(config: DiTConfig, dtype: torch.dtype) -> Compiled:
     with torch.device("meta"):
         model = CausalWanModel(config).to(dtype).requires_grad_(False)
     body = _Condition(ConditionerModule(model))
-    inputs = [_spec("text", (config.text_len, config.text_dim), torch.float32)]
+    inputs = [tensor_spec("text", (config.text_len, config.text_dim), torch.float32)]
     shape = (config.text_len, config.heads, config.head_dim)
-    outputs = [_spec(name, shape, dtype) for name in body.module.output_names]
-    return Compiled(body, inputs, outputs, _without(body, "module.", _CONDITIONED))
+    outputs = [tensor_spec(name, shape, dtype) for name in body.module.output_names]
+    return Compiled(body, inputs, outputs, weights_of(body, "module.", _CONDITIONED))
 
 
 _CONDITIONED = re.compile(r"model\.(text_embedding\..*|blocks\.\d+\.cross_attn\.(k|v|norm_k)\..*)")
 """The transformer's weights that the conditioner reads."""
 
 
-def _without(body: nn.Module, prefix: str, wanted: re.Pattern[str]) -> dict[str, str]:
-    """Parameters of `body` -> their names without `prefix`, of those that are wanted."""
+def weights_of(body: nn.Module, prefix: str, wanted: re.Pattern[str]) -> dict[str, str]:
+    """Parameters of `body` -> their names without `prefix`, as `Compiled` takes them; of those that are wanted."""
     names = {key: key.removeprefix(prefix) for key, _ in body.named_parameters()}
     return {key: name for key, name in names.items() if wanted.fullmatch(name)}
-
-
-class _Decode(nn.Module):
-    """The decoder in the type of its weights, from float32 latents, which are denormalised in float32."""
-
-    def __init__(self, decoder: VideoDecoder, caches: Sequence[CacheSpec] | None) -> None:
-        super().__init__()
-        self.decode = VAENext(decoder) if caches is None else VAEFirst(decoder, caches)
-        decoder.entry.register_forward_pre_hook(_narrow)
-
-    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        history = (list(caches),) if caches else ()
-        frames, written = self.decode(latent, *history)
-        return (frames, *written)
-
-
-def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].to(cast(Tensor, module.weight).dtype), *args[1:])
-
-
-def _decoder(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan, *, first: bool) -> Compiled:
-    with torch.device("meta"):
-        decoder = video_decoder(config).to(dtype)
-        if isinstance(decoder.scale, LatentScale):
-            decoder.scale = ScaleByWeights(config.z_dim)
-        decoder.requires_grad_(False)
-    height, width = plan.latent_size
-    caches = decoder.cache_specs(height, width)
-    latent = _spec("latent", (config.z_dim, 1, height, width), torch.float32)
-    count = 1 if first else config.temporal_factor
-    frames = _spec("frames", (count, plan.height, plan.width, 3), torch.uint8)
-    outputs = [
-        _spec(cache.name.replace("cache.", "cache_out."), cache.shape, dtype)
-        for cache in caches
-        if cache.written_by_first or not first
-    ]
-    inputs = [] if first else [_spec(cache.name, cache.shape, dtype) for cache in caches]
-    body = _Decode(decoder, caches if first else None)
-    # Time is not upsampled in the first frame.
-    wanted = re.compile(r"(?!.*\.time_conv\.).*" if first else ".*")
-    return Compiled(body, [latent, *inputs], [frames, *outputs], _without(body, "decode.", wanted))
-
-
-def vae_first(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
-    """Decoding of the first latent frame."""
-    return _decoder(config, dtype, plan, first=True)
-
-
-def vae_next(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:
-    """Decoding of a later latent frame."""
-    return _decoder(config, dtype, plan, first=False)

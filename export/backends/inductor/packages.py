@@ -11,6 +11,7 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -32,10 +33,13 @@ from export.quantize.graph import KINDS
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
+from plugins.compile.kernels import needed_driver
 from runtime.host_memory import memory
 
+from .decoder import vae_first, vae_next
 from .link import cuda_toolchain
-from .modules import Compiled, conditioner, step_segments, text_layer, vae_first, vae_next
+from .lowering import package_lowerings
+from .modules import Compiled, conditioner, step_segments, text_layer
 from .null_gpu import compile_library, environment
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "device_of",
     "fp8_linears",
     "is_cross",
+    "needed_drivers",
     "package_modules",
 ]
 
@@ -125,6 +130,30 @@ def _same(module: Compiled) -> Compiled:
     return module
 
 
+_CUDA_DRIVERS = {12: 525, 13: 580}
+"""Major versions of CUDA that PyTorch is built with, and the branch of the oldest driver that each runs on."""
+
+
+def needed_drivers(packages: Sequence[Path], arch: int) -> int:
+    """The branch of the oldest driver that runs all of `packages`, on compute capability `arch` (times ten).
+
+    Raises:
+        BuildError: PyTorch is built with a CUDA that is not known, or a kernel is none of a compiler that is.
+    """
+    major = int((torch.version.cuda or "0").partition(".")[0])
+    if major not in _CUDA_DRIVERS:
+        raise BuildError(
+            f"PyTorch {torch.__version__} is built with CUDA {torch.version.cuda}; the drivers that run packages are "
+            f"known for CUDA {' and '.join(map(str, _CUDA_DRIVERS))}"
+        )
+    found = [_CUDA_DRIVERS[major]]
+    for path in packages:
+        with zipfile.ZipFile(path) as package:
+            cubins = [name for name in package.namelist() if name.endswith(".cubin")]
+            found += [needed_driver(package.read(name), arch) for name in cubins]
+    return max(found)
+
+
 class _Choices(InductorChoices):
     """Inductor's choices, but for rows that are reduced without a loop.
 
@@ -159,7 +188,13 @@ def compile_package(module: Compiled, path: Path, device: str) -> None:
         options["joint_graph_constant_folding"] = False
     try:
         toolchain = cuda_toolchain() if device == "cuda" else nullcontext()
-        with warnings.catch_warnings(), torch.no_grad(), toolchain, V.set_choices_handler(_Choices()):
+        with (
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            toolchain,
+            V.set_choices_handler(_Choices()),
+            package_lowerings(),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(module.eval(), module.examples(device), strict=False)
             torch._inductor.aoti_compile_and_package(
@@ -173,10 +208,19 @@ def compile_package(module: Compiled, path: Path, device: str) -> None:
         gc.collect()
 
 
-def compile_packages(request: BuildRequest, folder: Path, key: str, progress: StepCallback) -> list[str]:
-    """Compile all packages of a request into `folder`, side by side as cores and memory allow.
+def compile_packages(
+    request: BuildRequest,
+    folder: Path,
+    key: str,
+    progress: StepCallback,
+    names: Sequence[str] = tuple(EFFORT),
+) -> list[str]:
+    """Compile packages of a request into `folder`, side by side as cores and memory allow.
 
     Those that an interrupted call finished under the same `key` are taken over.
+
+    Args:
+        names: which ones; all by default.
 
     Returns:
         the files, relative to `folder`.
@@ -186,18 +230,18 @@ def compile_packages(request: BuildRequest, folder: Path, key: str, progress: St
     """
     kept = folder / f".packages-{key[:16]}"
     kept.mkdir(exist_ok=True)
-    missing = [name for name in EFFORT if not (kept / f"{name}.pt2").is_file()]
+    missing = [name for name in names if not (kept / f"{name}.pt2").is_file()]
     available = memory().available or _MEMORY
     jobs = max(1, min(len(missing), os.cpu_count() or 1, available // _MEMORY))
-    done, lock = len(EFFORT) - len(missing), Lock()
+    done, lock = len(names) - len(missing), Lock()
 
     def finished(name: str, _: int, __: int) -> None:
         nonlocal done
         with lock:
             done += 1
-            progress(f"{name} compiled", done, len(EFFORT))
+            progress(f"{name} compiled", done, len(names))
 
-    progress(f"compiling {', '.join(missing)}", done, len(EFFORT))
+    progress(f"compiling {', '.join(missing)}", done, len(names))
     with tempfile.TemporaryDirectory(prefix="packages-") as scratch:
         Path(scratch, "request").write_bytes(pickle.dumps(request))
         job = {"device": device_of(request), "null_gpu": is_cross(request), "request": f"{scratch}/request"}
@@ -205,8 +249,8 @@ def compile_packages(request: BuildRequest, folder: Path, key: str, progress: St
         if job["null_gpu"]:
             variables |= environment(compile_library(Path(scratch)), request.target.name)
 
-        def compile_group(names: Sequence[str]) -> str | None:
-            packages = {name: str(kept / f"{name}.pt2") for name in names}
+        def compile_group(group: Sequence[str]) -> str | None:
+            packages = {name: str(kept / f"{name}.pt2") for name in group}
             found = run_worker(f"{__package__}.worker", {**job, "packages": packages}, variables, finished)
             if not found.code:
                 return None
@@ -219,10 +263,10 @@ def compile_packages(request: BuildRequest, folder: Path, key: str, progress: St
             problems = [problem for problem in pool.map(compile_group, _groups(missing, jobs)) if problem]
     if problems:
         raise BuildError("; ".join(problems))
-    for name in EFFORT:
+    for name in names:
         os.replace(kept / f"{name}.pt2", folder / f"{name}.pt2")
     kept.rmdir()
-    return [f"{name}.pt2" for name in EFFORT]
+    return [f"{name}.pt2" for name in names]
 
 
 def _groups(names: Sequence[str], jobs: int) -> list[list[str]]:

@@ -127,7 +127,6 @@ def _build(run: Run) -> Built:
         entries,
         files,
         graphs,
-        vae_dtype="float16",
         status=f"built and verified on {machine.gpu.name}",
         library=bundle.Library(name="tensorrt", version=version),
         kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),

@@ -137,7 +137,6 @@ def _build(run: Run) -> Built:
         entries,
         files,
         graphs,
-        vae_dtype="float16",
         status=STATUS,
         segments=section,
         library=library,

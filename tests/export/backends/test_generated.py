@@ -105,6 +105,38 @@ def test_a_package_without_its_code_is_refused(tmp_path: Path, component: Compon
         read_package(tmp_path / "b.pt2", component)
 
 
+def convolution(image_strides: str, weight_strides: str) -> str:
+    """As PyTorch 2.11 writes it: the image in a buffer, the weight a view of an input."""
+    view = (
+        "wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper(arg0_1, 5, int_array_1, int_array_4, 0L))"
+    )
+    return f"""void AOTInductorModel::run_impl(
+    static constexpr int64_t int_array_1[] = {{24L, 24L, 3L, 3L, 3L}};
+    static constexpr int64_t int_array_2[] = {{1L, 24L, 6L, 512L, 768L}};
+    static constexpr int64_t int_array_3[] = {{{image_strides}}};
+    static constexpr int64_t int_array_4[] = {{{weight_strides}}};
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(5, int_array_2, int_array_3, cached_torch_dtype_float16, \
+cached_torch_device_type_cuda, this->device_idx_, &buf1_handle));
+    auto buf2 = std::move(buf1);  // reuse
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_convolution(buf2, {view}, nullptr, 0, &buf3_handle));
+"""
+
+
+LAST, SECOND = "56623104L, 1L, 9437184L, 18432L, 24L", "56623104L, 2359296L, 393216L, 768L, 1L"
+WEIGHT_LAST, WEIGHT_SECOND = "648L, 1L, 216L, 72L, 24L", "648L, 27L, 9L, 3L, 1L"
+
+
+@pytest.mark.parametrize(
+    ("image", "weight", "copies"),
+    [(LAST, WEIGHT_LAST, False), (SECOND, WEIGHT_LAST, True), (LAST, WEIGHT_SECOND, True)],
+)
+def test_a_convolution_tells_whether_the_library_copies_for_it(
+    image: str, weight: str, copies: bool, component: Component
+) -> None:
+    (launch,) = parse_wrapper(convolution(image, weight), component)
+    assert (launch.name, launch.is_generated, launch.copies_images) == ("convolution", False, copies)
+
+
 def test_a_bundles_traffic_is_its_packages(tmp_path: Path, tiny_bundle: Path, component: Component) -> None:
     bundle = load_bundle(tiny_bundle, verify=False)
     changes = {

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ import torch
 from export.backends.inductor.expectations import load_package_expectations
 from export.backends.inductor.modules import _TextLayer
 from export.backends.inductor.null_gpu import GPUS, compile_library, environment
+from export.backends.inductor.packages import needed_drivers
 from export.backends.inductor.pretend import best_config
-from export.errors import InputError
+from export.errors import BuildError, InputError
 from export.request.targets import load_target
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import CHUNK_FRAMES, PRESETS
@@ -113,12 +115,40 @@ def test_buckets_of_positions_need_no_table(length: int) -> None:
     assert torch.equal(reference(hidden, mask, *weights), compiled(hidden, mask, *weights)[0])
 
 
+def test_packages_need_the_driver_of_pytorch_and_of_each_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ABI versions in the header of a kernel's file: 7 is CUDA 12's assembler, 8 with the newer ABI is CUDA 13's."""
+
+    def package(name: str, *abis: tuple[int, int]) -> Path:
+        path = tmp_path / name
+        with zipfile.ZipFile(path, "w") as archive:
+            for index, abi in enumerate(abis):
+                archive.writestr(f"model/{index}.cubin", b"\x7fELF\x02\x01\x01" + bytes(abi) + bytes(55))
+        return path
+
+    older = package("a.pt2", (51, 7))
+    mixed = package("b.pt2", (51, 7), (65, 8))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert needed_drivers([older], 90) == 525
+    assert needed_drivers([older, mixed], 90) == 580
+    assert needed_drivers([mixed], 100) == 570
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert needed_drivers([older], 90) == 580
+    monkeypatch.setattr(torch.version, "cuda", "14.0")
+    with pytest.raises(BuildError, match="the drivers that run packages are known for CUDA 12 and 13"):
+        needed_drivers([older], 90)
+
+
 def check_bundle(bundle: Path) -> None:
     """A bundle for an H200, as far as it can be judged without one."""
     opened = load_bundle(bundle)
     manifest = opened.manifest
     assert manifest.status == "built, not executed"
-    assert manifest.target.compute_capability == "9.0"
+    assert manifest.target.compute_capability == load_target(manifest.target.name).compute_capability
+    library, kernels = manifest.library, manifest.kernels
+    assert library is not None and library.name == "torch" and library.triton
+    assert kernels is not None and library.driver is not None and library.driver >= kernels.driver
     assert not dry_run(opened, sessions=2).unbound
     tokens = {"text_encoder": manifest.text.text_len}
     chunk = CHUNK_FRAMES * manifest.model.frame_tokens
