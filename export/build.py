@@ -16,6 +16,7 @@ from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
 from export.quantize.decision import QuantizationPlan
 from export.request.graph_types import graph_types
+from export.request.methods import check_backend
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
@@ -94,6 +95,7 @@ def check_build(request: BuildRequest) -> CheckedBuild:
         As `build_bundle`.
     """
     plan = request.plan
+    check_backend(request.variant.attention, request.backend, request.execution)
     quantization = _BUILDERS[request.backend]().check(request, plan)
     memory = check_target_memory(request)
     check_memory(request, plan)
@@ -142,6 +144,7 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
         As `build_bundle`; InputError also where the backend has no such parts.
     """
     plan, builder = request.plan, _BUILDERS[request.backend]()
+    check_backend(request.variant.attention, request.backend, request.execution)
     if builder.compile is None:
         raise InputError(
             f"the {request.backend} backend has no parts that do without weights; build the bundle"

@@ -1,18 +1,21 @@
-"""The contract of both operators: names, attributes and shapes. No dependencies.
+"""The contract of the operators: names, attributes and shapes. No dependencies.
 
-The meaning of every input, output and attribute is defined in docs/operators.md.
+The meaning of every input, output and attribute is defined in docs/operators.md, and in docs/policies.md for the
+methods of other authors: each is an operator with the inputs and the output of hierarchical sparse attention, and
+attributes of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
 from .errors import ContractError
 
 __all__ = [
+    "ATTENTION_OPERATORS",
     "DENSE_Q20",
     "DOMAIN",
     "HIERARCHICAL_SPARSE_ATTENTION",
@@ -23,21 +26,36 @@ __all__ = [
     "QK_PREPARE_ATTRIBUTES",
     "QK_PREPARE_INPUTS",
     "QK_PREPARE_OUTPUTS",
+    "RADIAL",
+    "SLIDING_TILE",
+    "SPARGE",
     "VERSION",
+    "VMOBA",
+    "AttentionAttributes",
+    "AttributeKind",
     "HSAAttributes",
     "QKPrepareAttributes",
+    "RadialAttributes",
+    "SlidingTileAttributes",
+    "SpargeAttributes",
+    "VMoBAAttributes",
+    "attribute_kinds",
     "hsa_output_shapes",
     "qk_prepare_output_shapes",
 ]
 
 DOMAIN: Final = "lightforcing"
-"""ONNX domain and PyTorch namespace of both operators."""
+"""ONNX domain and PyTorch namespace of the operators."""
 
 VERSION: Final = 1
 """Version of the domain; it changes when the meaning of an existing graph would."""
 
 HIERARCHICAL_SPARSE_ATTENTION: Final = "HierarchicalSparseAttention"
 QK_PREPARE: Final = "QKPrepare"
+SLIDING_TILE: Final = "SlidingTileAttention"
+RADIAL: Final = "RadialAttention"
+SPARGE: Final = "SpargeAttention"
+VMOBA: Final = "VMoBAAttention"
 
 HSA_INPUTS: Final[tuple[str, ...]] = (
     "q",
@@ -87,9 +105,32 @@ def _require_positive(owner: str, name: str, value: object) -> None:
         raise ContractError(f"{owner}: {name} is {value!r}; expected a positive finite number")
 
 
+def _require_grid(owner: str, frame_tokens: int, columns: int) -> None:
+    _require_int(owner, "columns", columns, 1)
+    if frame_tokens % columns:
+        raise ContractError(
+            f"{owner}: columns is {columns}; expected a divisor of frame_tokens = {frame_tokens}, the columns of a "
+            "frame's tokens"
+        )
+
+
+def _require_table(owner: str, table: tuple[int, ...]) -> None:
+    if not table:
+        raise ContractError(
+            f"{owner}: keep_q20 is empty; expected one entry per chunk (one entry of {DENSE_Q20} is dense)"
+        )
+    for index, entry in enumerate(table):
+        _require_int(owner, f"keep_q20[{index}]", entry, 0)
+        if entry > DENSE_Q20:
+            raise ContractError(
+                f"{owner}: keep_q20[{index}] is {entry}; expected a kept fraction times 2^20, at most "
+                f"{DENSE_Q20} (every block)"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _BlockAttributes:
-    """Geometry that both operators share: frames of `frame_tokens` tokens, cut into frame-aligned blocks."""
+    """Geometry that all operators share: frames of `frame_tokens` tokens, cut into frame-aligned blocks."""
 
     frame_tokens: int
     block_q: int
@@ -108,6 +149,10 @@ class _BlockAttributes:
     def _check_geometry(self, owner: str) -> None:
         for name in ("frame_tokens", "block_q", "block_k"):
             _require_int(owner, name, getattr(self, name), 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Attribute name -> value, in the order of the operator's schema."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +191,7 @@ class HSAAttributes(_BlockAttributes):
                 f"{self.sink_frames} + {self.near_frames}; raise keep_frames or lower the other two"
             )
         _require_positive(owner, "scale", self.scale)
-        if not self.keep_q20:
-            raise ContractError(
-                f"{owner}: keep_q20 is empty; expected one entry per chunk (one entry of {DENSE_Q20} is dense)"
-            )
-        for index, entry in enumerate(self.keep_q20):
-            _require_int(owner, f"keep_q20[{index}]", entry, 0)
-            if entry > DENSE_Q20:
-                raise ContractError(
-                    f"{owner}: keep_q20[{index}] is {entry}; expected a kept fraction times 2^20, at most "
-                    f"{DENSE_Q20} (every block)"
-                )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Attribute name -> value, in the order of the operator's schema."""
-        return {name: getattr(self, name) for name in HSA_ATTRIBUTES}
+        _require_table(owner, self.keep_q20)
 
     def kept_blocks(self, chunk: int, past_frames: int, chunk_frames: int) -> int:
         """Key blocks that each query block may see, before eligibility; integer arithmetic only."""
@@ -194,8 +225,163 @@ class QKPrepareAttributes(_BlockAttributes):
         _require_positive(QK_PREPARE, "eps", self.eps)
 
     def as_dict(self) -> dict[str, Any]:
-        """Attribute name -> value, in the order of the operator's schema."""
         return {name: getattr(self, name) for name in QK_PREPARE_ATTRIBUTES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingTileAttributes(_BlockAttributes):
+    """Attributes of `SlidingTileAttention`.
+
+    Attributes:
+        scale: factor on the logits of the softmax.
+        columns: tokens of a frame's row.
+        tile: rows and columns of a tile, which is one frame deep.
+        windows: odd numbers of tiles in (time, height, width), one triple for all heads or one for each, in a row.
+        sink_frames: oldest resident frames that everybody sees.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    columns: int
+    tile: tuple[int, ...]
+    windows: tuple[int, ...]
+    sink_frames: int
+
+    def __post_init__(self) -> None:
+        owner = SLIDING_TILE
+        object.__setattr__(self, "tile", tuple(self.tile))
+        object.__setattr__(self, "windows", tuple(self.windows))
+        self._check_geometry(owner)
+        _require_positive(owner, "scale", self.scale)
+        _require_grid(owner, self.frame_tokens, self.columns)
+        _require_int(owner, "sink_frames", self.sink_frames, 0)
+        if len(self.tile) != 2 or min(self.tile) < 1:
+            raise ContractError(f"{owner}: tile is {self.tile}; expected positive (rows, columns)")
+        if (
+            not self.windows
+            or len(self.windows) % 3
+            or not all(size > 0 and size % 2 for size in self.windows)
+        ):
+            raise ContractError(
+                f"{owner}: windows are {self.windows}; expected triples of odd, positive numbers of tiles"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RadialAttributes(_BlockAttributes):
+    """Attributes of `RadialAttention`.
+
+    Attributes:
+        scale: factor on the logits of the softmax.
+        decay: factor on the width of the bands.
+        sink_frames: oldest resident frames that everybody sees whole.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    decay: float
+    sink_frames: int
+
+    def __post_init__(self) -> None:
+        self._check_geometry(RADIAL)
+        _require_positive(RADIAL, "scale", self.scale)
+        _require_positive(RADIAL, "decay", self.decay)
+        _require_int(RADIAL, "sink_frames", self.sink_frames, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpargeAttributes(_BlockAttributes):
+    """Attributes of `SpargeAttention`.
+
+    Attributes:
+        scale: factor on the logits of the softmax.
+        similarity: a block whose mean cosine of all pairs of tokens is not above it is always seen, or sees everything.
+        cumulative: keep the fewest blocks whose weights exceed this share; 0 = as many as `keep_q20` says.
+        smooth: 1 = subtract the mean of all resident keys first, 0 = do not.
+        keep_q20: per chunk, the kept fraction of the resident key blocks times 2^20.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    similarity: float
+    cumulative: float
+    smooth: int
+    keep_q20: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
+        self._check_geometry(SPARGE)
+        _require_positive(SPARGE, "scale", self.scale)
+        _require_table(SPARGE, self.keep_q20)
+        if not 0 <= self.cumulative <= 1 or self.smooth not in (0, 1) or not abs(self.similarity) <= 1:
+            raise ContractError(
+                f"{SPARGE}: cumulative, smooth and similarity are {self.cumulative}, {self.smooth} and "
+                f"{self.similarity}; expected values in [0, 1], 0 or 1, and [-1, 1]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMoBAAttributes(_BlockAttributes):
+    """Attributes of `VMoBAAttention`.
+
+    Attributes:
+        scale: factor on the logits of the softmax.
+        columns: tokens of a frame's row.
+        extent: frames, rows and columns of a block; 0 = all there are.
+        top: blocks that each token keeps, its own among them; 0 = until `threshold` is reached.
+        threshold: share of the stretched scores.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    columns: int
+    extent: tuple[int, ...]
+    top: int
+    threshold: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", tuple(self.extent))
+        self._check_geometry(VMOBA)
+        _require_positive(VMOBA, "scale", self.scale)
+        _require_grid(VMOBA, self.frame_tokens, self.columns)
+        _require_int(VMOBA, "top", self.top, 0)
+        if len(self.extent) != 3 or min(self.extent) < 0:
+            raise ContractError(
+                f"{VMOBA}: extent is {self.extent}; expected (frames, rows, columns), 0 for all of an axis"
+            )
+        if not 0 < self.threshold <= 1:
+            raise ContractError(f"{VMOBA}: threshold is {self.threshold}; expected a share in (0, 1]")
+
+
+AttentionAttributes = (
+    HSAAttributes | SlidingTileAttributes | RadialAttributes | SpargeAttributes | VMoBAAttributes
+)
+
+ATTENTION_OPERATORS: Final[Mapping[str, type[AttentionAttributes]]] = {
+    HIERARCHICAL_SPARSE_ATTENTION: HSAAttributes,
+    SLIDING_TILE: SlidingTileAttributes,
+    RADIAL: RadialAttributes,
+    SPARGE: SpargeAttributes,
+    VMOBA: VMoBAAttributes,
+}
+"""Operators in the place of attention, all with `HSA_INPUTS` and `HSA_OUTPUTS`, and their attributes."""
+
+AttributeKind = Literal["int", "float", "ints"]
+
+_KINDS: Final[Mapping[str, AttributeKind]] = {"int": "int", "float": "float", "tuple[int, ...]": "ints"}
+
+
+def attribute_kinds(attributes: type[AttentionAttributes | QKPrepareAttributes]) -> dict[str, AttributeKind]:
+    """Attribute name -> kind, in the order of the operator's schema."""
+    return {field.name: _KINDS[str(field.type)] for field in fields(attributes)}
 
 
 def _expect(owner: str, shapes: Mapping[str, Shape], name: str, expected: Sequence[Dim | str]) -> None:
@@ -218,8 +404,10 @@ def _frames(owner: str, name: str, tokens: Dim, frame_tokens: int) -> Dim:
     return tokens // frame_tokens
 
 
-def hsa_output_shapes(attributes: HSAAttributes, shapes: Mapping[str, Shape]) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of `HierarchicalSparseAttention` and derive its output shapes.
+def hsa_output_shapes(
+    attributes: AttentionAttributes, shapes: Mapping[str, Shape]
+) -> dict[str, tuple[Dim, ...]]:
+    """Check the input shapes of an attention operator and derive its output shapes.
 
     The number of slots may be symbolic and is not compared between the three caches.
 
@@ -229,7 +417,7 @@ def hsa_output_shapes(attributes: HSAAttributes, shapes: Mapping[str, Shape]) ->
     Raises:
         ContractError: a shape does not fit; the message names the input and both shapes.
     """
-    owner = HIERARCHICAL_SPARSE_ATTENTION
+    owner = next(name for name, kind in ATTENTION_OPERATORS.items() if isinstance(attributes, kind))
     _expect(owner, shapes, "q", ("tokens", "heads", "head_dim"))
     tokens, heads, dim = shapes["q"]
     frames = _frames(owner, "q", tokens, attributes.frame_tokens)

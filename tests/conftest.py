@@ -10,8 +10,8 @@ import pytest
 from filelock import FileLock
 
 
-def build(out: Path, variant: str, **changes: object) -> Path:
-    """Build a `tiny` bundle for the CPU through the code path of the command line."""
+def build(out: Path, name: str, **changes: object) -> Path:
+    """Build a `tiny` bundle for the CPU, of the variant `name`, through the code path of the command line."""
     from export.build import BuildRequest, build_bundle
     from export.request.targets import load_target, load_variant
     from export.request.weights import Weights
@@ -20,16 +20,17 @@ def build(out: Path, variant: str, **changes: object) -> Path:
     preset = PRESETS["tiny"]
     settings: dict[str, object] = {
         "target": load_target("cpu"),
-        "variant": load_variant(variant),
         "weights": Weights(preset, seed=0),
         "height": preset.height,
         "width": preset.width,
         "backend": "onnxruntime",
         "precision": "fp32",
         "out": out,
-        "name": variant,
-    }
-    return build_bundle(BuildRequest(**settings | changes))
+        "name": name,
+    } | changes
+    if "variant" not in settings:
+        settings["variant"] = load_variant(name)
+    return build_bundle(BuildRequest(**settings))
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:

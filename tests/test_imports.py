@@ -80,7 +80,14 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "settings",
         "__init__ errors",
     ),
-    "plugins": ("__main__ eager", "compile nodes", "contract kernels", "__init__ errors"),
+    "plugins": (
+        "__main__ eager",
+        "compile nodes",
+        "nodes/bodies",
+        "maps",
+        "contract kernels",
+        "__init__ errors",
+    ),
     "benchmarks": ("lease", "attention quality rollout serving", "__init__ kernel_classes timing"),
 }
 """What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""

@@ -112,7 +112,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             named=named,
         )
     if not args.init and args.seed is None and getattr(args, "decoder", None) is None:
-        shipped = shipped_weights(model, dense=not variant.sparsity.target)
+        shipped = shipped_weights(model, dense=variant.is_dense)
         if shipped is not None:
             return shipped
     return Weights(model, seed=args.seed or 0)
@@ -128,6 +128,8 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
     name = usual_variant(args, args.known, target)
     variant = load_variant(name)
     check_pairing(args, args.known, name)
+    if args.policy is not None:
+        variant = variant.with_policy(args.policy)
     changed = variant.changed(
         target=args.sparsity,
         base=args.sparsity_base,

@@ -81,6 +81,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     sparse = parser.add_argument_group("attention")
     sparse.add_argument("--variant", metavar="NAME", help="name or TOML file (default: the target's)")
     sparse.add_argument(
+        "--policy",
+        metavar="NAME",
+        help="how attention selects, with the method's defaults: hsa, dense, sta, radial, sparge, sla or vmoba",
+    )
+    sparse.add_argument(
         "--sparsity", type=fraction, metavar="S", help="average fraction of key blocks to skip"
     )
     sparse.add_argument(

@@ -45,7 +45,6 @@ from export.quantize.graph import KINDS, is_block_linear
 from export.quantize.numerics import Format
 from export.quantize.trial import Trial, block_linears
 from export.request.geometry import StepPlan
-from export.request.targets import CachePolicy, SparsityPolicy, Variant
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from runtime.bundle import Bundle, Component, Manifest, load_bundle
@@ -63,7 +62,7 @@ from .against_reference import (
     step_function,
     step_plot,
 )
-from .reference import GraphRollout, Reference, step_feeds
+from .reference import GraphRollout, Reference, step_feeds, variant_of
 from .result import Comparison, Film, Plot, Row, Series, difference
 
 __all__ = ["LIMITS", "QuantPrecision", "compare_precisions"]
@@ -330,28 +329,10 @@ def _run_of(session: ort.InferenceSession) -> Run:
 
 def _plan(manifest: Manifest, reference: Reference) -> StepPlan:
     """The plan that the bundle's manifest was written from."""
-    sparsity, attention, cache, model = manifest.sparsity, manifest.attention, manifest.cache, manifest.model
-    variant = Variant(
-        schema_version=1,
-        name="compared",
-        title=manifest.variant,
-        sparsity=SparsityPolicy(
-            target=sparsity.target,
-            base=sparsity.base,
-            table_frames=sparsity.table_frames,
-            keep_frames=attention.keep_frames,
-            sink_frames=attention.sink_frames,
-            near_frames=attention.near_frames,
-        ),
-        cache=CachePolicy(
-            window_frames=cache.window_frames,
-            sink_frames=cache.sink_frames,
-            sink_positions=cache.sink_positions,
-        ),
-    )
+    sparsity, attention, model = manifest.sparsity, manifest.attention, manifest.model
     plan = StepPlan.of(
         reference.preset,
-        variant,
+        variant_of(manifest),
         model.video_height,
         model.video_width,
         block_q=attention.block_q,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from export.errors import ComparisonError
 from export.graph.modules import CACHE_STEMS, LAYER_STEMS, StepModule
+from export.graph.oracles import ORACLES
+from export.request.methods import attends
+from export.request.targets import CachePolicy, SparsityPolicy, Variant
 from export.request.weights import Weights, shipped_weights
-from lightforcing_ref.attention import hsa_attention, qk_prepare
+from lightforcing_ref.attention import qk_prepare
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
@@ -29,9 +32,10 @@ from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
 from runtime.bundle import Manifest, RandomInit, Vae
+from runtime.bundle.policies import keeps_everything
 from runtime.noise import fill_noise
 
-__all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds"]
+__all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds", "variant_of"]
 
 Feed = dict[str, NDArray[Any]]
 
@@ -46,6 +50,38 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         hsa=HSAConfig(attention.keep_frames, attention.sink_frames, attention.near_frames),
         keep_q20=manifest.sparsity.keep_q20,
         scale=attention.scale,
+    )
+
+
+def _attends(
+    manifest: Manifest, kernels: Mapping[str, Callable[..., Tensor]] = ORACLES
+) -> list[Callable[..., Tensor]]:
+    """The oracle of every layer's attention."""
+    model = manifest.model
+    return attends(manifest.attention.method, model.layers, model.token_grid[1], kernels)
+
+
+def variant_of(manifest: Manifest) -> Variant:
+    """The variant that a bundle's manifest was written from."""
+    sparsity, attention, cache = manifest.sparsity, manifest.attention, manifest.cache
+    return Variant(
+        schema_version=1,
+        name="compared",
+        title=manifest.variant,
+        attention=attention.method,
+        sparsity=SparsityPolicy(
+            target=sparsity.target,
+            base=sparsity.base,
+            table_frames=sparsity.table_frames,
+            keep_frames=attention.keep_frames,
+            sink_frames=attention.sink_frames,
+            near_frames=attention.near_frames,
+        ),
+        cache=CachePolicy(
+            window_frames=cache.window_frames,
+            sink_frames=cache.sink_frames,
+            sink_positions=cache.sink_positions,
+        ),
     )
 
 
@@ -78,7 +114,9 @@ class Reference:
         origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
         if isinstance(origin, RandomInit):
             return cls(Weights(replace(model, vae=_decoder(manifest.vae, model.vae)), seed=origin.random))
-        shipped = shipped_weights(model, dense=manifest.sparsity.target == 0)
+        shipped = shipped_weights(
+            model, dense=keeps_everything(manifest.attention.method, manifest.sparsity.target)
+        )
         if shipped is not None and shipped.source == origin.source and origin.lora is None:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:
                 return cls(shipped)
@@ -148,10 +186,23 @@ class Reference:
         spec = _spec(manifest)
         if chunk is not None:
             spec = replace(spec, keep_q20=(spec.keep_q20[min(chunk, len(spec.keep_q20) - 1)],))
-        return StepModule(self.model, spec, _schedule(manifest), prepare=qk_prepare, attend=hsa_attention)
+        return StepModule(
+            self.model, spec, _schedule(manifest), prepare=qk_prepare, attend=_attends(manifest)
+        )
 
-    def rollout(self, manifest: Manifest, embedding: Tensor, seed: int) -> Rollout:
-        """A reference rollout with the bundle's settings and the runtime's noise."""
+    def rollout(
+        self,
+        manifest: Manifest,
+        embedding: Tensor,
+        seed: int,
+        *,
+        kernels: Mapping[str, Callable[..., Tensor]] = ORACLES,
+    ) -> Rollout:
+        """A reference rollout with the bundle's settings and the runtime's noise.
+
+        Args:
+            kernels: attention operator -> what executes it.
+        """
         model, cache = manifest.model, manifest.cache
         shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
 
@@ -170,6 +221,7 @@ class Reference:
             sink_frames=cache.sink_frames,
             sink_positions=cache.sink_positions,
             schedule=_schedule(manifest),
+            attend=_attends(manifest, kernels),
         )
 
 

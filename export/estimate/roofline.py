@@ -24,6 +24,7 @@ from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 
 from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
 from .memory import Planned
+from .selection import Share, own_share
 
 __all__ = [
     "DECODER",
@@ -148,7 +149,16 @@ class Workload:
         total = resident * per_frame
         if resident == CHUNK_FRAMES:
             return total, total
+        share = self.own_share(chunk)
+        if share is not None:
+            return max(1, round(share.value * total)), total
         return kept_blocks(self._keep_q20, chunk, total), total
+
+    def own_share(self, chunk: int) -> Share | None:
+        """What a query of `chunk` sees under a method with a rule of its own; None where a budget of blocks decides."""
+        request, past = self.request, self.resident_frames(chunk) - CHUNK_FRAMES
+        grid = request.preset.token_grid(request.height, request.width)
+        return own_share(request.variant.attention, self.geometry, grid, past, CHUNK_FRAMES)
 
     def attention(self, chunk: int, *, dense: bool = False) -> Work:
         """Self-attention of one layer in one forward of `chunk`."""

@@ -24,7 +24,7 @@ from runtime.bundle import ELEMENT_TYPES, Component, TensorSpec, dtypes_by
 from .modules import ConditionerModule, StepModule, merge_qkv
 from .rewrites import sink_uint8
 from .tensor_files import store, write_tensors
-from .tracing import attend, prepare, save_model, trace
+from .tracing import OPERATORS, prepare, save_model, trace
 from .variants import clean_graph, per_chunk_graph
 
 __all__ = [
@@ -100,7 +100,7 @@ def write_step(
     """
     progress(TRACING, 0, 1)
     merge_qkv(model)
-    module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
+    module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=plan.attends(OPERATORS))
     layers = plan.preset.dit.layers
     slots = torch.export.Dim("slots", min=1)
     cache: list[object] = [[{0: slots}] * layers] * 3
@@ -133,7 +133,7 @@ def attention_form(plan: StepPlan) -> AttentionForm:
     queries = CHUNK_FRAMES * plan.geometry.frame_tokens
     keys = plan.variant.window_frames * plan.geometry.frame_tokens
     fits = 4 * plan.spec.heads * queries * keys <= DENSE_SCORE_BYTES
-    return "dense" if fits and not any(plan.table.values) else "scan"
+    return "dense" if fits and plan.variant.is_dense else "scan"
 
 
 def _name_dimension(model: ir.Model, name: str) -> None:

@@ -45,7 +45,7 @@ class StepModule(nn.Module):
 
     Args:
         model: with merged projections; its time embedding is evaluated here and not exported.
-        prepare, attend: the two operators, usually the exportable ones.
+        prepare, attend: the operators, usually the exportable ones; `attend` is one for all layers, or one for each.
     """
 
     model: CausalWanModel
@@ -59,7 +59,7 @@ class StepModule(nn.Module):
         schedule: FlowSchedule,
         *,
         prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
-        attend: Callable[..., Tensor],
+        attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
     ) -> None:
         super().__init__()
         self.model = model

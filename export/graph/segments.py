@@ -151,14 +151,15 @@ def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
     """The two operators of every layer."""
     prepare, attend = [], []
     for stage in cut.kernels:
-        by_type = {node.op_type: node for node in stage}
-        if len(stage) != 2 or set(by_type) != {contract.QK_PREPARE, contract.HIERARCHICAL_SPARSE_ATTENTION}:
+        prepares = [node for node in stage if node.op_type == contract.QK_PREPARE]
+        attends = [node for node in stage if node.op_type in contract.ATTENTION_OPERATORS]
+        if (len(stage), len(prepares), len(attends)) != (2, 1, 1):
             raise ExportError(
                 f"a layer has the operators {', '.join(node.op_type for node in stage)}; expected one "
-                f"{contract.QK_PREPARE} and one {contract.HIERARCHICAL_SPARSE_ATTENTION}"
+                f"{contract.QK_PREPARE} and one of {', '.join(contract.ATTENTION_OPERATORS)}"
             )
-        prepare.append(by_type[contract.QK_PREPARE])
-        attend.append(by_type[contract.HIERARCHICAL_SPARSE_ATTENTION])
+        prepare += prepares
+        attend += attends
     return prepare, attend
 
 
@@ -215,7 +216,7 @@ def _operator_model(model: ir.Model, node: ir.Node, attention: functions.Attenti
     """A model of one operator node, with its function body, under the operator's own tensor names."""
     input_names: Sequence[str] = contract.QK_PREPARE_INPUTS
     output_names: Sequence[str] = contract.QK_PREPARE_OUTPUTS
-    if node.op_type == contract.HIERARCHICAL_SPARSE_ATTENTION:
+    if node.op_type in contract.ATTENTION_OPERATORS:
         input_names, output_names = contract.HSA_INPUTS, contract.HSA_OUTPUTS
     inputs = [
         ir.Value(name=name, shape=value.shape, type=value.type)

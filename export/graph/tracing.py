@@ -18,10 +18,13 @@ from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 
 from export.progress import StepCallback, no_steps
-from lightforcing_ref.attention import hsa_attention, qk_prepare
+from lightforcing_ref.attention import qk_prepare
+from plugins import contract
 from plugins.nodes import functions, ops
 
-__all__ = ["OPSET", "attend", "prepare", "save_model", "trace"]
+from .oracles import ORACLES
+
+__all__ = ["OPERATORS", "OPSET", "attend", "prepare", "save_model", "trace"]
 
 OPSET = 23
 """ONNX opset of every graph: the first with Attention, RMSNormalization and RotaryEmbedding."""
@@ -29,10 +32,20 @@ OPSET = 23
 EXTERNAL_BYTES = 1024
 """Initializers of at least this size go into the weights file; smaller ones (shapes, scales) stay in the graph."""
 
-ops.bind("cpu", hsa=hsa_attention, qk_prepare=qk_prepare)
+ops.bind(
+    "cpu",
+    hsa=ORACLES[contract.HIERARCHICAL_SPARSE_ATTENTION],
+    qk_prepare=qk_prepare,
+    methods={name: ORACLES[name] for name in ORACLES if name != contract.HIERARCHICAL_SPARSE_ATTENTION},
+)
 
 prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = torch.ops.lightforcing.qk_prepare
 attend: Callable[..., Tensor] = torch.ops.lightforcing.hierarchical_sparse_attention
+
+OPERATORS: Mapping[str, Callable[..., Tensor]] = {
+    operator: getattr(torch.ops.lightforcing, name) for operator, name in ops.OPS.items()
+}
+"""Attention operator -> the op that is traced for it."""
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def per_chunk_graph(step: ir.Model, chunk: int, past_frames: int) -> ir.Model:
     graph = step.graph
     constant_input(step, "chunk", np.array(0, dtype=np.int32))
     for node in graph:
-        if node.op_type == "HierarchicalSparseAttention":
+        if "keep_q20" in node.attributes:
             table = node.attributes["keep_q20"].as_ints()
             entry = table[min(chunk, len(table) - 1)]
             node.attributes["keep_q20"] = ir.AttrInt64s("keep_q20", [entry])

@@ -16,7 +16,7 @@ from export.graph.components import precisions_of, tensor_specs
 from export.graph.float32_twin import float32_twin
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import ORT_SESSION_CONFIG
-from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
+from plugins.contract import ATTENTION_OPERATORS
 from runtime.bundle import TensorSpec
 
 __all__ = ["GoldenGraph", "ReferenceGraph"]
@@ -70,7 +70,7 @@ class ReferenceGraph:
         self.outputs = tensor_specs(model.graph.outputs)
         found = precisions_of(model)
         self.precision = next((name for name in _COARSEST if name in found), "fp32")
-        self.layers = sum(node.op_type == HIERARCHICAL_SPARSE_ATTENTION for node in model.graph)
+        self.layers = sum(node.op_type in ATTENTION_OPERATORS for node in model.graph)
         if found & {"nvfp4", "bf16", "fp16"}:
             path = scratch / _TWIN
             emulate_fp4(float32_twin(model))

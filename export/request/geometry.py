@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.errors import ConfigError
 from lightforcing_ref.rope import rope_axes
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig, SparsityTable
 from runtime import bundle
+from runtime.bundle.policies import StaPolicy
 
+from .methods import attends
 from .targets import Variant
 
 __all__ = ["StepPlan"]
@@ -38,15 +41,21 @@ class StepPlan:
         """Resolve a variant for a preset.
 
         Raises:
-            ConfigError: the resolution does not divide, or the sparsity has no exact fixed-point form.
+            ConfigError: the resolution does not divide, the sparsity has no exact fixed-point form, or the method
+                does not fit the model's heads.
         """
         geometry = BlockGeometry(preset.frame_tokens(height, width), block_q, block_k)
-        policy, table = variant.sparsity, variant.table()
+        table, method = variant.table(), variant.attention
+        if isinstance(method, StaPolicy) and len(method.windows) not in (1, preset.dit.heads):
+            raise ConfigError(
+                f"the variant {variant.name} has {len(method.windows)} windows; expected one, or one for each of the "
+                f"{preset.dit.heads} heads of {preset.name}"
+            )
         resident = range(CHUNK_FRAMES, variant.window_frames + 1)
         spec = AttentionSpec(
             heads=preset.dit.heads,
             geometry=geometry,
-            hsa=HSAConfig(variant.keep_frames, policy.sink_frames, policy.near_frames),
+            hsa=HSAConfig(*variant.frame_choice),
             keep_q20=table.keep_q20(frames * geometry.k_blocks for frames in resident),
             scale=preset.dit.head_dim**-0.5,
         )
@@ -65,6 +74,11 @@ class StepPlan:
     def past_frames(self, chunk: int) -> int:
         """Past frames that are resident when `chunk` runs."""
         return min(chunk * CHUNK_FRAMES, self.max_past_frames)
+
+    def attends(self, kernels: Mapping[str, Callable[..., Any]]) -> list[Callable[..., Any]]:
+        """The attention of every layer, made of one kernel for each attention operator."""
+        columns = self.preset.token_grid(self.height, self.width)[1]
+        return attends(self.variant.attention, self.preset.dit.layers, columns, kernels)
 
     @property
     def planned_chunks(self) -> int:
@@ -102,6 +116,7 @@ class StepPlan:
                 near_frames=self.spec.hsa.near_frames,
                 scale=self.spec.scale,
                 eps=self.preset.dit.eps,
+                method=self.variant.attention,
             ),
             "sparsity": bundle.Sparsity(
                 table_frames=policy.table_frames,

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from export.errors import InputError
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import SparsityTable
-from runtime.bundle import BackendName, Precision
+from runtime.bundle import AttentionPolicy, BackendName, Precision
+from runtime.bundle.policies import POLICIES, HsaPolicy, SlaPolicy, SpargePolicy, keeps_everything
 
 __all__ = [
     "BackendName",
@@ -188,12 +189,14 @@ class Variant(_Spec):
 
     Attributes:
         block: tokens of a block, where the variant's weights were trained with one size; None = the target's.
+        attention: the method that selects, with its parameters (docs/policies.md).
     """
 
     schema_version: Literal[1]
     name: _Name
     title: str
     block: _Tokens | None = None
+    attention: AttentionPolicy = HsaPolicy()
     sparsity: SparsityPolicy
     cache: CachePolicy
 
@@ -217,10 +220,25 @@ class Variant(_Spec):
         return self.window_frames - CHUNK_FRAMES
 
     @property
+    def frame_choice(self) -> tuple[int, int, int]:
+        """Past frames that stay eligible in the attention's first stage, and how many first and last ones always do.
+
+        All of them where the variant states none, or its method has no such stage.
+        """
+        if not isinstance(self.attention, HsaPolicy):
+            return max(1, self.max_past_frames), 0, 0
+        sink, near = self.sparsity.sink_frames, self.sparsity.near_frames
+        return self.sparsity.keep_frames or max(1, self.max_past_frames, sink + near), sink, near
+
+    @property
     def keep_frames(self) -> int:
-        """Past frames that stay eligible in the attention's first stage; all of them where the variant states none."""
-        reserved = self.sparsity.sink_frames + self.sparsity.near_frames
-        return self.sparsity.keep_frames or max(1, self.max_past_frames, reserved)
+        """The first of `frame_choice`."""
+        return self.frame_choice[0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every token sees everything, so that weights that were never finetuned for sparsity suit it."""
+        return keeps_everything(self.attention, self.sparsity.target)
 
     def blocks(self, target: Target, preset_block: int) -> Blocks:
         """Attention blocks: the variant's own, else the target's, else what suits the preset's frames."""
@@ -229,11 +247,19 @@ class Variant(_Spec):
         return target.blocks or Blocks(query=preset_block, key=preset_block)
 
     def table(self) -> SparsityTable:
-        """Sparsity of every chunk.
+        """Sparsity of every chunk: what the method's budget says. Methods without a budget have rules of their own,
+        and a table that keeps everything.
 
         Raises:
             ConfigError: target and base are so far apart that a chunk's sparsity would be negative.
         """
+        method = self.attention
+        if not isinstance(method, HsaPolicy | SlaPolicy | SpargePolicy):
+            return SparsityTable.dense()
+        if not isinstance(method.budget, str):
+            return SparsityTable((0.0, 1 - method.budget) if method.budget < 1 else (0.0,))
+        if method.budget == "uniform":
+            return SparsityTable((0.0, self.sparsity.target) if self.sparsity.target else (0.0,))
         return SparsityTable.chunk_aware(
             self.sparsity.target,
             self.sparsity.base,
@@ -241,6 +267,19 @@ class Variant(_Spec):
             chunk_frames=CHUNK_FRAMES,
             window_frames=self.cache.window_frames,
         )
+
+    def with_policy(self, name: str) -> Variant:
+        """This variant with another method at its defaults, called `NAME-METHOD`; itself where it has that method.
+
+        Raises:
+            InputError: no such method.
+        """
+        if name not in POLICIES:
+            raise unknown_name("policy", name, POLICIES)
+        if self.attention.policy == name:
+            return self
+        document = self.model_dump() | {"attention": {"policy": name}, "name": f"{self.name}-{name}"}
+        return _validated(Variant, document, f"variant {self.name!r} with the policy {name}")
 
     def changed(self, **changes: int | float | None) -> Variant:
         """This variant with other values, called `NAME-custom`; itself where every value is None.

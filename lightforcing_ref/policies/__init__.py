@@ -5,6 +5,13 @@ Light Forcing's own selection is part of the operator (`lightforcing_ref.attenti
 """
 
 from .attention import PolicyAttention
+from .operators import (
+    MethodOperator,
+    radial_attention,
+    sliding_tile_attention,
+    sparge_attention,
+    vmoba_attention,
+)
 from .radial import Radial
 from .sla import SLA
 from .sparge import SpargeAttention
@@ -12,4 +19,18 @@ from .sta import SlidingTile
 from .view import Policy, View
 from .vmoba import VMoBA
 
-__all__ = ["SLA", "Policy", "PolicyAttention", "Radial", "SlidingTile", "SpargeAttention", "VMoBA", "View"]
+__all__ = [
+    "SLA",
+    "MethodOperator",
+    "Policy",
+    "PolicyAttention",
+    "Radial",
+    "SlidingTile",
+    "SpargeAttention",
+    "VMoBA",
+    "View",
+    "radial_attention",
+    "sliding_tile_attention",
+    "sparge_attention",
+    "vmoba_attention",
+]

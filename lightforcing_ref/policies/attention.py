@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,21 @@ class PolicyAttention:
     policy: Policy
     grid: tuple[int, int]
 
-    def __call__(
+    def __call__(self, *tensors: Tensor, scale: float, **attributes: Any) -> Tensor:
+        """As `hsa_attention`; the attributes of its two stages (`keep_frames` and so on) are not looked at.
+
+        Raises:
+            ConfigError: the grid does not hold `frame_tokens` tokens.
+        """
+        q, k, v, _, _, past_k, past_v, _, frame_slots, _ = tensors
+        slots = frame_slots[frame_slots >= 0].long()
+        keys = torch.cat((past_k[slots].flatten(0, 1), k))
+        values = torch.cat((past_v[slots].flatten(0, 1), v))
+        if slots.numel() == 0:
+            return dense_attention(q, keys, values, scale)
+        return dense_attention(q, keys, values, scale, self.visible(*tensors, **attributes))
+
+    def visible(
         self,
         q: Tensor,
         k: Tensor,
@@ -46,15 +61,10 @@ class PolicyAttention:
         frame_tokens: int,
         block_q: int,
         block_k: int,
-        scale: float,
         keep_q20: Sequence[int],
         **_: object,
     ) -> Tensor:
-        """As `hsa_attention`; the attributes of its two stages (`keep_frames` and so on) are not looked at.
-
-        Raises:
-            ConfigError: the grid does not hold `frame_tokens` tokens.
-        """
+        """What each query sees of the resident keys, bool `[H, T, K]`; arguments and errors as for a call."""
         if self.grid[0] * self.grid[1] != frame_tokens:
             raise ConfigError(
                 f"the grid {self.grid[0]}x{self.grid[1]} holds {self.grid[0] * self.grid[1]} tokens; expected the "
@@ -62,9 +72,8 @@ class PolicyAttention:
             )
         slots = frame_slots[frame_slots >= 0].long()
         keys = torch.cat((past_k[slots].flatten(0, 1), k))
-        values = torch.cat((past_v[slots].flatten(0, 1), v))
         if slots.numel() == 0:
-            return dense_attention(q, keys, values, scale)
+            return torch.ones(q.shape[1], q.shape[0], len(keys), dtype=torch.bool, device=q.device)
         view = View(
             q=q,
             k=keys,
@@ -76,5 +85,4 @@ class PolicyAttention:
             geometry=BlockGeometry(frame_tokens, block_q, block_k),
             keep_q20=tuple(keep_q20),
         )
-        mask = self.policy.visible(view).expand(q.shape[1], -1, -1)
-        return dense_attention(q, keys, values, scale, mask)
+        return self.policy.visible(view).expand(q.shape[1], -1, -1)

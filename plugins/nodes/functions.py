@@ -1,4 +1,4 @@
-"""Both operators in ONNX models: opaque nodes at export, function bodies attached afterwards.
+"""The operators in ONNX models: opaque nodes at export, function bodies attached afterwards.
 
 The exporter of PyTorch inlines every function it is given, so a graph keeps one node per operator only in this order:
 export with `export_table()`, which emits opaque nodes, then `attach` the bodies. The result runs in any ONNX runtime;
@@ -7,7 +7,8 @@ a runtime with kernels of its own overrides the bodies by the operators' names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import onnx
@@ -16,7 +17,7 @@ import torch
 from onnxscript import values
 
 from plugins import contract
-from plugins.contract import HSAAttributes, QKPrepareAttributes
+from plugins.contract import AttentionAttributes, QKPrepareAttributes
 from plugins.errors import ContractError, PluginError
 from runtime.bundle import ELEMENT_TYPES, FLOATS
 
@@ -24,14 +25,19 @@ from . import bodies as onnx_bodies
 from . import ops
 from .bodies import OPSET, AttentionForm
 
-__all__ = ["OPSET", "AttentionForm", "attach", "body", "export_table"]
+__all__ = ["OPSET", "AttentionForm", "attach", "export_table"]
 
 _FORMS: Final = ("dense", "scan")
 
-_ATTRIBUTE_TYPES: Final = {
-    "scale": onnx.defs.OpSchema.AttrType.FLOAT,
-    "eps": onnx.defs.OpSchema.AttrType.FLOAT,
-    "keep_q20": onnx.defs.OpSchema.AttrType.INTS,
+_ATTRIBUTE_TYPES: Final[Mapping[contract.AttributeKind, Any]] = {
+    "int": onnx.defs.OpSchema.AttrType.INT,
+    "float": onnx.defs.OpSchema.AttrType.FLOAT,
+    "ints": onnx.defs.OpSchema.AttrType.INTS,
+}
+_PYTHON_TYPES: Final[Mapping[contract.AttributeKind, Any]] = {
+    "int": int,
+    "float": float,
+    "ints": Sequence[int],
 }
 _COMPUTE_TYPES: Final = [ELEMENT_TYPES[dtype].onnxruntime for dtype in FLOATS]
 _OTHER_TYPES: Final = {"frame_slots": "tensor(int32)", "chunk": "tensor(int32)"} | dict.fromkeys(
@@ -39,64 +45,66 @@ _OTHER_TYPES: Final = {"frame_slots": "tensor(int32)", "chunk": "tensor(int32)"}
 )
 
 
-def body(op_type: str, form: AttentionForm = "scan") -> ir.Function:
-    """The function body of one operator.
+def attach(model: ir.Model, form: AttentionForm = "scan") -> None:
+    """Give the operators that a model has their bodies, in place; bodies that are there already are replaced.
 
     Args:
-        op_type: `"HierarchicalSparseAttention"` or `"QKPrepare"`.
         form: how attention computes; `QKPrepare` has one form.
 
     Raises:
-        PluginError: an unknown operator or form.
+        PluginError: the model's opset is not the bodies', or `form` is unknown.
+        ContractError: a node of an operator has missing, unknown or invalid attributes, or the wrong number of inputs
+            or outputs; or two nodes of one operator need different bodies.
     """
     if form not in _FORMS:
         raise PluginError(f"unknown attention form {form!r}; expected one of {', '.join(_FORMS)}")
-    if op_type == contract.HIERARCHICAL_SPARSE_ATTENTION:
-        return onnx_bodies.hierarchical_sparse_attention(form)
-    if op_type == contract.QK_PREPARE:
-        return onnx_bodies.qk_prepare()
-    raise PluginError(
-        f"unknown operator {op_type!r}; expected {contract.HIERARCHICAL_SPARSE_ATTENTION} or {contract.QK_PREPARE}"
-    )
-
-
-def attach(model: ir.Model, form: AttentionForm = "scan") -> None:
-    """Give both operators their bodies, in place; bodies that are there already are replaced.
-
-    Raises:
-        PluginError: the model's opset is not the bodies', or `form` is unknown.
-        ContractError: a node of either operator has missing, unknown or invalid attributes, or the wrong number of
-            inputs or outputs.
-    """
     found = model.opset_imports.get("")
     if found != OPSET:
         raise PluginError(
             f"the model uses ONNX opset {found}, the operators' bodies opset {OPSET}, and both must be the same; "
             f"export the model with opset_version={OPSET}"
         )
+    found_attributes: dict[str, list[AttentionAttributes | QKPrepareAttributes]] = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain == contract.DOMAIN:
-            _check_node(node)
-    for op_type in (contract.HIERARCHICAL_SPARSE_ATTENTION, contract.QK_PREPARE):
-        function = body(op_type, form)
+            found_attributes.setdefault(node.op_type, []).append(_checked(node))
+    for op_type, attributes in found_attributes.items():
+        function = _body(op_type, attributes, form)
         model.functions[function.identifier()] = function
     model.opset_imports[contract.DOMAIN] = contract.VERSION
 
 
-def _check_node(node: ir.Node) -> None:
-    """Hold a node to the contract."""
-    attributes: type[HSAAttributes] | type[QKPrepareAttributes]
-    if node.op_type == contract.HIERARCHICAL_SPARSE_ATTENTION:
-        attributes, names = HSAAttributes, contract.HSA_ATTRIBUTES
+def _body(
+    op_type: str, found: Sequence[AttentionAttributes | QKPrepareAttributes], form: AttentionForm
+) -> ir.Function:
+    if op_type == contract.QK_PREPARE:
+        return onnx_bodies.qk_prepare()
+    first = found[0]
+    for other in found:
+        if onnx_bodies.fixed_attributes(other) != onnx_bodies.fixed_attributes(first):
+            raise ContractError(
+                f"nodes of {op_type} differ in what its body is made for: {first} and {other}; expected the same in "
+                "every layer"
+            )
+    assert not isinstance(first, QKPrepareAttributes)
+    return onnx_bodies.attention(first, form)
+
+
+def _checked(node: ir.Node) -> AttentionAttributes | QKPrepareAttributes:
+    """Hold a node to the contract; its attributes."""
+    attributes: type[AttentionAttributes | QKPrepareAttributes]
+    if node.op_type in contract.ATTENTION_OPERATORS:
+        attributes = contract.ATTENTION_OPERATORS[node.op_type]
         inputs, outputs = contract.HSA_INPUTS, contract.HSA_OUTPUTS
     elif node.op_type == contract.QK_PREPARE:
-        attributes, names = QKPrepareAttributes, contract.QK_PREPARE_ATTRIBUTES
+        attributes = QKPrepareAttributes
         inputs, outputs = contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS
     else:
         raise ContractError(
             f"node {node.name!r} is {node.domain}::{node.op_type}, which has no body; expected "
-            f"{contract.HIERARCHICAL_SPARSE_ATTENTION} or {contract.QK_PREPARE}"
+            f"{', '.join(contract.ATTENTION_OPERATORS)} or {contract.QK_PREPARE}"
         )
+    names = contract.attribute_kinds(attributes)
     who = f"{node.op_type} node {node.name!r}"
     if len(node.inputs) != len(inputs) or None in node.inputs:
         raise ContractError(f"{who} has {len(node.inputs)} inputs; expected {', '.join(inputs)}")
@@ -105,11 +113,14 @@ def _check_node(node: ir.Node) -> None:
     given = {name: value.value for name, value in node.attributes.items() if name != "plugin_namespace"}
     if set(given) != set(names):
         raise ContractError(f"{who} has attributes {sorted(given)}; expected {sorted(names)}")
-    attributes(**given)
+    return attributes(**given)
 
 
 def _schema(
-    op_type: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str]
+    op_type: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    attributes: Mapping[str, contract.AttributeKind],
 ) -> onnx.defs.OpSchema:
     """The operator's schema; it stays unregistered, so importing this module changes nothing for other users."""
     schema = onnx.defs.OpSchema
@@ -124,8 +135,7 @@ def _schema(
         inputs=[parameter(name) for name in inputs],
         outputs=[parameter(name) for name in outputs],
         attributes=[
-            schema.Attribute(name, _ATTRIBUTE_TYPES.get(name, schema.AttrType.INT), required=True)
-            for name in attributes
+            schema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in attributes.items()
         ],
         type_constraints=[("T", _COMPUTE_TYPES, "the compute type")],
     )
@@ -136,99 +146,46 @@ def export_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Pass the exported model to `attach` afterwards. For node creation any compute type will do, bfloat16 included.
     """
-    opset = values.Opset(contract.DOMAIN, contract.VERSION)
-    attention = values.Op(
-        opset,
-        contract.HIERARCHICAL_SPARSE_ATTENTION,
-        _schema(
-            contract.HIERARCHICAL_SPARSE_ATTENTION,
+    namespace = getattr(torch.ops, contract.DOMAIN)
+    table = {
+        getattr(namespace, name).default: _translation(
+            operator,
             contract.HSA_INPUTS,
             contract.HSA_OUTPUTS,
-            contract.HSA_ATTRIBUTES,
-        ),
-    )
-    prepare = values.Op(
-        opset,
-        contract.QK_PREPARE,
-        _schema(
-            contract.QK_PREPARE,
-            contract.QK_PREPARE_INPUTS,
-            contract.QK_PREPARE_OUTPUTS,
-            contract.QK_PREPARE_ATTRIBUTES,
-        ),
-    )
-
-    # The exporter reads these signatures: annotated parameters become attributes, the others inputs.
-    def translate_attention(  # type: ignore[no-untyped-def]
-        q,
-        k,
-        v,
-        q_mean,
-        k_mean,
-        past_k,
-        past_v,
-        past_kmean,
-        frame_slots,
-        chunk,
-        frame_tokens: int,
-        block_q: int,
-        block_k: int,
-        keep_frames: int,
-        sink_frames: int,
-        near_frames: int,
-        scale: float,
-        keep_q20: Sequence[int],
-    ):
-        return attention(
-            q,
-            k,
-            v,
-            q_mean,
-            k_mean,
-            past_k,
-            past_v,
-            past_kmean,
-            frame_slots,
-            chunk,
-            frame_tokens=frame_tokens,
-            block_q=block_q,
-            block_k=block_k,
-            keep_frames=keep_frames,
-            sink_frames=sink_frames,
-            near_frames=near_frames,
-            scale=scale,
-            keep_q20=keep_q20,
+            contract.attribute_kinds(contract.ATTENTION_OPERATORS[operator]),
         )
-
-    def translate_prepare(  # type: ignore[no-untyped-def]
-        qkv,
-        bias,
-        norm_q,
-        norm_k,
-        cos,
-        sin,
-        heads: int,
-        frame_tokens: int,
-        block_q: int,
-        block_k: int,
-        eps: float,
-    ):
-        return prepare(
-            qkv,
-            bias,
-            norm_q,
-            norm_k,
-            cos,
-            sin,
-            heads=heads,
-            frame_tokens=frame_tokens,
-            block_q=block_q,
-            block_k=block_k,
-            eps=eps,
-        )
-
-    namespace = getattr(torch.ops, contract.DOMAIN)
-    return {
-        getattr(namespace, ops.HIERARCHICAL_SPARSE_ATTENTION).default: translate_attention,
-        getattr(namespace, ops.QK_PREPARE).default: translate_prepare,
+        for operator, name in ops.OPS.items()
     }
+    kinds = contract.attribute_kinds(QKPrepareAttributes)
+    table[getattr(namespace, ops.QK_PREPARE).default] = _translation(
+        contract.QK_PREPARE,
+        contract.QK_PREPARE_INPUTS,
+        contract.QK_PREPARE_OUTPUTS,
+        {name: kinds[name] for name in contract.QK_PREPARE_ATTRIBUTES},
+    )
+    return table
+
+
+def _translation(
+    op_type: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    attributes: Mapping[str, contract.AttributeKind],
+) -> Callable[..., Any]:
+    """What the exporter calls for one op: it makes the node."""
+    opset = values.Opset(contract.DOMAIN, contract.VERSION)
+    operator = values.Op(opset, op_type, _schema(op_type, inputs, outputs, attributes))
+
+    def translate(*args: Any, **given: Any) -> Any:
+        called = signature.bind(*args, **given).arguments
+        return operator(*(called[name] for name in inputs), **{name: called[name] for name in attributes})
+
+    # The exporter reads the signature: annotated parameters become attributes, the others inputs.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    types = {name: _PYTHON_TYPES[attributes[name]] for name in attributes}
+    parameters = [inspect.Parameter(name, kind) for name in inputs]
+    parameters += [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in types.items()]
+    signature = inspect.Signature(parameters)
+    translate.__signature__ = signature  # type: ignore[attr-defined]
+    translate.__annotations__ = types
+    return translate

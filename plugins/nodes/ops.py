@@ -1,12 +1,14 @@
-"""PyTorch custom ops of both operators: schemas and shape inference, without a computation of their own.
+"""PyTorch custom ops of the operators: schemas and shape inference, without a computation of their own.
 
-`torch.ops.lightforcing.hierarchical_sparse_attention` and `torch.ops.lightforcing.qk_prepare` exist once this
-module is imported, and can be traced and exported then. `bind` gives them a kernel per device.
+`torch.ops.lightforcing.hierarchical_sparse_attention`, `torch.ops.lightforcing.qk_prepare` and one op for each other
+method (`OPS`) exist once this module is imported, and can be traced and exported then. `bind` gives them a kernel per
+device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -14,37 +16,55 @@ from torch import Tensor
 from torch.library import Library
 
 from plugins import contract
-from plugins.contract import HSAAttributes, QKPrepareAttributes
+from plugins.contract import AttentionAttributes, QKPrepareAttributes
 from plugins.errors import PluginError, UnboundOperatorError
 
-__all__ = ["HIERARCHICAL_SPARSE_ATTENTION", "QK_PREPARE", "bind"]
+__all__ = ["HIERARCHICAL_SPARSE_ATTENTION", "OPS", "QK_PREPARE", "bind"]
 
 HIERARCHICAL_SPARSE_ATTENTION: Final = "hierarchical_sparse_attention"
 QK_PREPARE: Final = "qk_prepare"
 
+OPS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        contract.HIERARCHICAL_SPARSE_ATTENTION: HIERARCHICAL_SPARSE_ATTENTION,
+        contract.SLIDING_TILE: "sliding_tile_attention",
+        contract.RADIAL: "radial_attention",
+        contract.SPARGE: "sparge_attention",
+        contract.VMOBA: "vmoba_attention",
+    }
+)
+"""Attention operator -> its op."""
+
+_TYPES: Final[Mapping[contract.AttributeKind, str]] = {"int": "int", "float": "float", "ints": "int[]"}
+
+
+def _attention_schema(operator: str) -> str:
+    kinds = contract.attribute_kinds(contract.ATTENTION_OPERATORS[operator])
+    tensors = [f"Tensor {name}" for name in contract.HSA_INPUTS]
+    return f"({', '.join([*tensors, *(f'{_TYPES[kind]} {name}' for name, kind in kinds.items())])}) -> Tensor"
+
+
 _SCHEMAS: Final = {
-    HIERARCHICAL_SPARSE_ATTENTION: (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_mean, Tensor k_mean, Tensor past_k, Tensor past_v, "
-        "Tensor past_kmean, Tensor frame_slots, Tensor chunk, int frame_tokens, int block_q, int block_k, "
-        "int keep_frames, int sink_frames, int near_frames, float scale, int[] keep_q20) -> Tensor"
-    ),
+    **{name: _attention_schema(operator) for operator, name in OPS.items()},
     QK_PREPARE: (
         "(Tensor qkv, Tensor bias, Tensor norm_q, Tensor norm_k, Tensor cos, Tensor sin, int heads, "
         "int frame_tokens, int block_q, int block_k, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
-HSAKernel = Callable[..., Tensor]
+AttentionKernel = Callable[..., Tensor]
 QKPrepareKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 # A reload must not drop what is bound: the registrations live as long as these objects.
 _bound: dict[str, Library] = globals().get("_bound", {})
 
 
-def _hsa_arguments(args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], HSAAttributes, torch.Size]:
+def _attention_arguments(
+    operator: str, args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], AttentionAttributes, torch.Size]:
     """Split positional arguments into tensors and attributes, validated; also the output's shape."""
-    count = len(contract.HSA_INPUTS)
+    count, kind = len(contract.HSA_INPUTS), contract.ATTENTION_OPERATORS[operator]
     tensors = args[:count]
-    attributes = HSAAttributes(**dict(zip(contract.HSA_ATTRIBUTES, args[count:], strict=True)))
+    attributes = kind(**dict(zip(contract.attribute_kinds(kind), args[count:], strict=True)))
     shapes = {name: tensor.shape for name, tensor in zip(contract.HSA_INPUTS, tensors, strict=True)}
     return tensors, attributes, torch.Size(contract.hsa_output_shapes(attributes, shapes)["out"])
 
@@ -59,9 +79,12 @@ def _qk_prepare_arguments(
     return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes)
 
 
-def _fake_hsa(*args: Any) -> Tensor:
-    tensors, _, shape = _hsa_arguments(args)
-    return tensors[0].new_empty(shape)
+def _fake_attention(operator: str) -> Callable[..., Tensor]:
+    def fake(*args: Any) -> Tensor:
+        tensors, _, shape = _attention_arguments(operator, args)
+        return tensors[0].new_empty(shape)
+
+    return fake
 
 
 def _fake_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
@@ -85,7 +108,8 @@ def _unbound(name: str) -> Callable[..., Any]:
 
 
 def _define() -> None:
-    fakes = {HIERARCHICAL_SPARSE_ATTENTION: _fake_hsa, QK_PREPARE: _fake_qk_prepare}
+    fakes: dict[str, Callable[..., Any]] = {name: _fake_attention(operator) for operator, name in OPS.items()}
+    fakes[QK_PREPARE] = _fake_qk_prepare
     for name, schema in _SCHEMAS.items():
         if hasattr(getattr(torch.ops, contract.DOMAIN), name):
             continue  # this module was reloaded, or another copy of it was imported before
@@ -95,8 +119,14 @@ def _define() -> None:
         torch.library.register_fake(qualified, fakes[name])
 
 
-def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
-    """Make both ops callable on one type of device; binding again replaces the kernels.
+def bind(
+    device: str,
+    *,
+    hsa: AttentionKernel,
+    qk_prepare: QKPrepareKernel,
+    methods: Mapping[str, AttentionKernel] = MappingProxyType({}),
+) -> None:
+    """Make the ops callable on one type of device; binding again replaces the kernels.
 
     The kernels get the op's tensors by position and its attributes by keyword. Shapes and attributes have been
     checked before they are called, and their results are made contiguous, as the ops' schemas promise.
@@ -105,6 +135,7 @@ def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
         device: `"cpu"` or `"cuda"`.
         hsa: kernel of `hierarchical_sparse_attention`.
         qk_prepare: kernel of `qk_prepare`.
+        methods: kernels of other methods, by operator; one that is not named raises `UnboundOperatorError`.
 
     Raises:
         PluginError: another device.
@@ -112,9 +143,12 @@ def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
     if device not in ("cpu", "cuda"):
         raise PluginError(f"cannot bind kernels for device {device!r}; expected 'cpu' or 'cuda'")
 
-    def run_hsa(*args: Any) -> Tensor:
-        tensors, attributes, _ = _hsa_arguments(args)
-        return hsa(*tensors, **attributes.as_dict()).contiguous()
+    def attention(operator: str, kernel: AttentionKernel) -> Callable[..., Tensor]:
+        def run(*args: Any) -> Tensor:
+            tensors, attributes, _ = _attention_arguments(operator, args)
+            return kernel(*tensors, **attributes.as_dict()).contiguous()
+
+        return run
 
     def run_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
         tensors, attributes, _ = _qk_prepare_arguments(args)
@@ -122,7 +156,11 @@ def bind(device: str, *, hsa: HSAKernel, qk_prepare: QKPrepareKernel) -> None:
 
     _bound.pop(device, None)  # dropping the library withdraws its kernels
     library = Library(contract.DOMAIN, "IMPL")
-    for name, run in ((HIERARCHICAL_SPARSE_ATTENTION, run_hsa), (QK_PREPARE, run_qk_prepare)):
+    kernels = {contract.HIERARCHICAL_SPARSE_ATTENTION: hsa, **methods}
+    runs: dict[str, Callable[..., Any]] = {
+        OPS[operator]: attention(operator, kernel) for operator, kernel in kernels.items()
+    }
+    for name, run in (runs | {QK_PREPARE: run_qk_prepare}).items():
         library.impl(
             name, run, device.upper(), allow_override=True
         )  # another copy of this module may have bound one

@@ -56,6 +56,7 @@ from .manifest import (
     Vae,
     VaeCache,
 )
+from .policies import AttentionPolicy
 
 __all__ = [
     "ELEMENT_TYPES",
@@ -67,6 +68,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AnyDtype",
     "Attention",
+    "AttentionPolicy",
     "BackendName",
     "Bundle",
     "BundleFile",

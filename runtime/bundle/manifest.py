@@ -27,6 +27,7 @@ from .fields import (
     Steps,
     Tolerance,
 )
+from .policies import AttentionPolicy, HsaPolicy
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -152,9 +153,11 @@ class Schedule(Part):
 
 
 class Attention(Part):
-    """Attributes of the sparse attention operator. Block sizes in tokens, the rest in frames.
+    """The sparse attention: its operator's attributes, and what it selects by. Blocks in tokens, the rest in frames.
 
-    ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default.
+    ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default, and
+    hierarchical selection. ``keep_frames`` and the two after it belong to the methods that the operator of
+    hierarchical sparse attention executes.
     """
 
     block_q: Positive
@@ -164,6 +167,7 @@ class Attention(Part):
     near_frames: NonNegative
     scale: PositiveFloat
     eps: PositiveFloat = 1e-6
+    method: AttentionPolicy = HsaPolicy()
 
     @model_validator(mode="after")
     def _consistent(self) -> Attention:

@@ -40,10 +40,8 @@ ATTRIBUTES: tuple[dict[str, Any], ...] = tuple(
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def attention_model(
-    attributes: dict[str, Any], form: AttentionForm, dtype: ir.DataType = ir.DataType.FLOAT
-) -> ir.Model:
-    """One node whose every dimension is symbolic."""
+def attention_inputs(dtype: ir.DataType) -> list[ir.Value]:
+    """Inputs of an attention operator whose every dimension is symbolic."""
     wide = ir.DataType.FLOAT
     shapes: dict[str, tuple[ir.DataType, list[str]]] = {
         "q": (dtype, ["tokens", "heads", "dim"]),
@@ -57,10 +55,17 @@ def attention_model(
         "frame_slots": (ir.DataType.INT32, ["past"]),
         "chunk": (ir.DataType.INT32, []),
     }
-    inputs = [
+    return [
         ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(dims))
         for name, (kind, dims) in shapes.items()
     ]
+
+
+def attention_model(
+    attributes: dict[str, Any], form: AttentionForm, dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Model:
+    """One node whose every dimension is symbolic."""
+    inputs = attention_inputs(dtype)
     node = ir.node(
         contract.HIERARCHICAL_SPARSE_ATTENTION,
         inputs,
@@ -407,10 +412,8 @@ def test_attach_checks_the_nodes(change: dict[str, ir.Attr | None], message: str
 
 def test_attach_refuses_operators_without_a_body() -> None:
     model = attention_model(ATTRIBUTES[0], "dense")
-    model.graph[0].op_type = "SlidingTileAttention"
-    with pytest.raises(
-        ContractError, match="lightforcing::SlidingTileAttention, which has no body; expected"
-    ):
+    model.graph[0].op_type = "MonarchAttention"
+    with pytest.raises(ContractError, match="lightforcing::MonarchAttention, which has no body; expected"):
         functions.attach(model)
 
 

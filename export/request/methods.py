@@ -1,0 +1,116 @@
+"""Which operator executes a method of selection, and with what attributes. Light: planning needs no PyTorch.
+
+Methods that keep the best blocks and nothing else are hierarchical sparse attention in one stage, on every backend; the
+others are operators of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from export.errors import InputError
+from plugins import contract
+from runtime.bundle import AttentionPolicy, BackendName
+from runtime.bundle.policies import DensePolicy, HsaPolicy, RadialPolicy, SlaPolicy, SpargePolicy, StaPolicy
+
+__all__ = ["attends", "check_backend", "differs_by_layer", "method_attributes", "operator_of"]
+
+_EVERYWHERE = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
+_OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
+    "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
+    "tensorrt-rtx": _EVERYWHERE,
+    "tensorrt": _EVERYWHERE,
+    "inductor": _EVERYWHERE,
+}
+"""Attention operators that each backend executes."""
+
+
+def operator_of(method: AttentionPolicy) -> str:
+    """The operator that executes `method`."""
+    if isinstance(method, HsaPolicy | DensePolicy | SlaPolicy):
+        return contract.HIERARCHICAL_SPARSE_ATTENTION
+    if isinstance(method, SpargePolicy):
+        return contract.HIERARCHICAL_SPARSE_ATTENTION if method.plain else contract.SPARGE
+    if isinstance(method, StaPolicy):
+        return contract.SLIDING_TILE
+    return contract.RADIAL if isinstance(method, RadialPolicy) else contract.VMOBA
+
+
+def method_attributes(method: AttentionPolicy, layer: int, columns: int) -> dict[str, Any]:
+    """The attributes of one layer's operator that `method` says; the others follow from geometry and budget.
+
+    Args:
+        columns: tokens of a frame's row.
+    """
+    if operator_of(method) == contract.HIERARCHICAL_SPARSE_ATTENTION:
+        return {}
+    if isinstance(method, StaPolicy):
+        windows = [size for window in method.windows for size in window]
+        return {
+            "columns": columns,
+            "tile": list(method.tile),
+            "windows": windows,
+            "sink_frames": method.sink_frames,
+        }
+    if isinstance(method, RadialPolicy):
+        return {"decay": method.decay, "sink_frames": method.sink_frames}
+    if isinstance(method, SpargePolicy):
+        cumulative = method.cumulative if method.mode == "cdf" else 0.0
+        return {"similarity": method.similarity, "cumulative": cumulative, "smooth": int(method.smooth)}
+    assert not isinstance(method, HsaPolicy | DensePolicy | SlaPolicy)
+    turn = layer % len(method.blocks)
+    return {
+        "columns": columns,
+        "extent": list(method.blocks[turn]),
+        "top": method.tops[turn] if method.mode == "top-k" else 0,
+        "threshold": method.threshold,
+    }
+
+
+def attends(
+    method: AttentionPolicy, layers: int, columns: int, kernels: Mapping[str, Callable[..., Any]]
+) -> list[Callable[..., Any]]:
+    """The attention of every layer, as `lightforcing_ref.cache.CachedAttention` calls it.
+
+    Args:
+        kernels: operator -> what executes it, with the operator's inputs by position and attributes by name.
+    """
+    operator = operator_of(method)
+    names = contract.attribute_kinds(contract.ATTENTION_OPERATORS[operator])
+
+    def attend(layer: int) -> Callable[..., Any]:
+        own = method_attributes(method, layer, columns)
+
+        def call(*tensors: Any, **given: Any) -> Any:
+            merged = {**given, **own}
+            return kernels[operator](*tensors, **{name: merged[name] for name in names})
+
+        return call
+
+    return [attend(layer) for layer in range(layers)]
+
+
+def differs_by_layer(method: AttentionPolicy) -> bool:
+    """Whether layers do not all select alike, so that one graph of the operator cannot serve them."""
+    return any(method_attributes(method, layer, 1) != method_attributes(method, 0, 1) for layer in (1, 2, 3))
+
+
+def check_backend(method: AttentionPolicy, backend: BackendName, execution: str) -> None:
+    """Refuse a method that a backend does not execute.
+
+    Raises:
+        InputError: it does not.
+    """
+    operator = operator_of(method)
+    if operator not in _OPERATORS[backend]:
+        able = ", ".join(name for name, operators in _OPERATORS.items() if operator in operators)
+        raise InputError(
+            f"{backend} has no kernel for the policy {method.policy}; use --backend {able}, or one of the policies "
+            "hsa, dense, sla and sparge (top-k with similarity below 0), which every backend executes"
+        )
+    if execution == "segmented" and differs_by_layer(method):
+        raise InputError(
+            f"layers select in turns under the policy {method.policy}, and segments have one attention for all of "
+            "them; use --execution whole"
+        )

@@ -1,0 +1,63 @@
+"""The function bodies of the operators, written in standard ONNX operators."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from plugins import contract
+from plugins.contract import (
+    AttentionAttributes,
+    QKPrepareAttributes,
+    RadialAttributes,
+    SpargeAttributes,
+    VMoBAAttributes,
+)
+
+from .attention import AttentionForm
+from .hsa import HierarchicalBody
+from .methods import RadialBody, SlidingTileBody, SpargeBody, VMoBABody
+from .prepare import qk_prepare
+from .tape import OPSET, function
+
+__all__ = ["OPSET", "AttentionForm", "attention", "fixed_attributes", "qk_prepare"]
+
+
+def fixed_attributes(attributes: AttentionAttributes | QKPrepareAttributes) -> object:
+    """The attributes that an operator's body is made for; a body reads the others from its node."""
+    match attributes:
+        case RadialAttributes():
+            return attributes
+        case SpargeAttributes():
+            return attributes.cumulative > 0
+        case VMoBAAttributes():
+            return attributes.top > 0
+    return None
+
+
+def attention(attributes: AttentionAttributes, form: AttentionForm) -> ir.Function:
+    """The body of an attention operator in one of its forms; both compute the same."""
+    body: HierarchicalBody | RadialBody | SlidingTileBody | SpargeBody | VMoBABody
+    match attributes:
+        case RadialAttributes():
+            body = RadialBody(attributes)
+        case SpargeAttributes():
+            body = SpargeBody(cumulative=attributes.cumulative > 0)
+        case VMoBAAttributes():
+            body = VMoBABody(by_count=attributes.top > 0)
+        case contract.SlidingTileAttributes():
+            body = SlidingTileBody()
+        case contract.HSAAttributes():
+            body = HierarchicalBody()
+    name = next(name for name, kind in contract.ATTENTION_OPERATORS.items() if isinstance(attributes, kind))
+    kinds = {
+        "int": ir.AttributeType.INT,
+        "float": ir.AttributeType.FLOAT,
+        "ints": ir.AttributeType.INTS,
+    }
+    return function(
+        body.b,
+        name,
+        body.inputs,
+        dict(zip(contract.HSA_OUTPUTS, [body.emit(form)], strict=True)),
+        {attribute: kinds[kind] for attribute, kind in contract.attribute_kinds(type(attributes)).items()},
+    )

@@ -1,0 +1,160 @@
+"""How attention chooses what it looks at, as data: the table ``[attention]`` of a variant, and a field of the manifest.
+
+docs/policies.md says what each method does and where its parameters come from.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, model_validator
+
+from .fields import Part
+
+__all__ = [
+    "POLICIES",
+    "AttentionPolicy",
+    "Budget",
+    "DensePolicy",
+    "HsaPolicy",
+    "RadialPolicy",
+    "SlaPolicy",
+    "SpargePolicy",
+    "StaPolicy",
+    "VmobaPolicy",
+    "keeps_everything",
+]
+
+Budget = Literal["growth", "uniform"] | Annotated[float, Field(gt=0, le=1)]
+"""How many key blocks a method keeps after the first chunk: by the chunk-aware table, the table's average in every
+chunk, or a fraction of its own."""
+
+_Count = Annotated[int, Field(ge=0, le=4096)]
+_Positive = Annotated[int, Field(ge=1, le=4096)]
+_Odd = Annotated[int, Field(ge=1, le=4095)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class HsaPolicy(Part):
+    """Hierarchical sparse attention: the best frames, and of these the best blocks (``[sparsity]`` says how many)."""
+
+    policy: Literal["hsa"] = "hsa"
+    budget: Budget = "growth"
+
+
+class DensePolicy(Part):
+    """Everything."""
+
+    policy: Literal["dense"] = "dense"
+
+
+class SlaPolicy(Part):
+    """The sparse branch of SLA: the best blocks of all frames."""
+
+    policy: Literal["sla"] = "sla"
+    budget: Budget = "growth"
+
+
+class SpargePolicy(Part):
+    """SpargeAttn: the best blocks of all frames, and those that their means do not stand for.
+
+    ``mode``: ``"top-k"`` keeps ``budget``, ``"cdf"`` as many as make up ``cumulative`` of the weights. A block is
+    similar if the mean cosine of its tokens exceeds ``similarity``; below 0 all are. ``smooth`` subtracts the mean key.
+    """
+
+    policy: Literal["sparge"] = "sparge"
+    mode: Literal["top-k", "cdf"] = "top-k"
+    budget: Budget = "growth"
+    cumulative: _Share = 0.98
+    similarity: Annotated[float, Field(ge=-1, le=1)] = -0.1
+    smooth: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether it keeps the best blocks and nothing else: every block is similar."""
+        return self.mode == "top-k" and self.similarity < 0
+
+
+class StaPolicy(Part):
+    """Sliding tiles: ``windows`` of (time, height, width) in tiles, one or one for each head.
+
+    A ``tile`` is one frame deep, and (rows, columns) of tokens.
+    """
+
+    policy: Literal["sta"] = "sta"
+    windows: Annotated[tuple[tuple[_Odd, _Odd, _Odd], ...], Field(min_length=1, max_length=4096)] = (
+        (5, 3, 3),
+    )
+    tile: tuple[_Positive, _Positive] = (8, 8)
+    sink_frames: _Count = 0
+
+    @model_validator(mode="after")
+    def _odd(self) -> StaPolicy:
+        even = [window for window in self.windows if not all(size % 2 for size in window)]
+        if even:
+            raise ValueError(f"windows has {even[0]}; expected odd numbers of tiles in (time, height, width)")
+        return self
+
+
+class RadialPolicy(Part):
+    """Bands that narrow with the distance of frames."""
+
+    policy: Literal["radial"] = "radial"
+    decay: Annotated[float, Field(gt=0, le=1e6)] = 0.2
+    sink_frames: _Count = 1
+
+
+class VmobaPolicy(Part):
+    """VMoBA: layers take ``blocks`` of (frames, rows, columns) in turns, 0 for all of an axis.
+
+    ``mode``: ``"top-k"`` keeps ``tops[i]`` blocks where ``blocks[i]`` is in turn, ``"threshold"`` blocks up to a share
+    of the stretched scores.
+    """
+
+    policy: Literal["vmoba"] = "vmoba"
+    blocks: Annotated[tuple[tuple[_Count, _Count, _Count], ...], Field(min_length=1, max_length=4096)] = (
+        (2, 0, 0),
+        (0, 3, 4),
+        (4, 6, 4),
+    )
+    mode: Literal["top-k", "threshold"] = "threshold"
+    tops: Annotated[tuple[_Positive, ...], Field(min_length=1, max_length=4096)] = (3, 20, 15)
+    threshold: _Share = 0.25
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VmobaPolicy:
+        if self.mode == "top-k" and len(self.tops) != len(self.blocks):
+            raise ValueError(
+                f"there are {len(self.tops)} tops for {len(self.blocks)} blocks; expected one for each"
+            )
+        return self
+
+
+AttentionPolicy = Annotated[
+    HsaPolicy | DensePolicy | SlaPolicy | SpargePolicy | StaPolicy | RadialPolicy | VmobaPolicy,
+    Field(discriminator="policy"),
+]
+
+POLICIES: Final[dict[str, type[Part]]] = {
+    "hsa": HsaPolicy,
+    "dense": DensePolicy,
+    "sla": SlaPolicy,
+    "sparge": SpargePolicy,
+    "sta": StaPolicy,
+    "radial": RadialPolicy,
+    "vmoba": VmobaPolicy,
+}
+"""By name."""
+
+
+def keeps_everything(method: AttentionPolicy, target: float) -> bool:
+    """Whether every token sees everything, so that weights that were never finetuned for sparsity suit it.
+
+    Args:
+        target: average sparsity of the chunk-aware table.
+    """
+    if isinstance(method, DensePolicy):
+        return True
+    if not isinstance(method, HsaPolicy | SlaPolicy | SpargePolicy):
+        return False
+    return method.budget == 1 or (isinstance(method.budget, str) and target == 0)

@@ -1,0 +1,199 @@
+"""Bundles of every sparse method on the CPU: forwards and whole rollouts are the reference's."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from export.cli.main import main
+from export.compare.against_reference import (
+    PIXELS,
+    SEED,
+    decoded,
+    frames_row,
+    open_bundle,
+    play,
+    reference_embedding,
+)
+from export.compare.reference import Reference
+from export.compare.result import Film
+from export.errors import InputError
+from export.estimate.selection import Share, own_share
+from export.graph.oracles import ORACLES
+from export.request.geometry import StepPlan
+from export.request.methods import check_backend, method_attributes, operator_of
+from export.request.targets import Variant, load_variant
+from lightforcing_ref.config import PRESETS
+from lightforcing_ref.errors import ConfigError
+from lightforcing_ref.policies import MethodOperator
+from lightforcing_ref.sparsity import BlockGeometry
+from plugins import contract
+from tests import brute_force
+from tests.conftest import build, shared
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "sla": {"budget": 0.3},
+    "sparge": {"mode": "cdf", "cumulative": 0.7, "similarity": 0.2},
+    "sta": {"windows": ((3, 1, 3), (5, 3, 1)), "tile": (4, 2), "sink_frames": 1},
+    "radial": {"decay": 0.5},
+    "vmoba": {"blocks": ((1, 0, 0), (0, 2, 4), (2, 4, 4)), "threshold": 0.4},
+}
+
+CHUNKS = 5
+"""A window of 12 frames: the fifth chunk evicts."""
+
+
+def variant_of(policy: str, base: str = "long", **parameters: Any) -> Variant:
+    document = load_variant(base).model_dump()
+    return Variant.model_validate(document | {"attention": {"policy": policy, **parameters}})
+
+
+QUICK = ("sta", "vmoba")
+"""A bundle in segments and one that is whole."""
+
+
+@pytest.fixture(
+    params=[policy if policy in QUICK else pytest.param(policy, marks=pytest.mark.slow) for policy in METHODS]
+)
+def method_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` with the window of the long variant, so that frames are evicted and sinks move."""
+    policy = request.param
+    variant = variant_of(policy, **METHODS[policy])
+    execution = "segmented" if policy in ("sla", "sta") else "whole"
+    return shared(
+        tmp_path_factory,
+        f"tiny-{policy}",
+        lambda out: build(out, policy, variant=variant, execution=execution),
+    )
+
+
+def test_a_bundle_rolls_out_as_the_reference(method_bundle: Path) -> None:
+    """Prompt to pixels through the runtime, past the first eviction."""
+    bundle = open_bundle(method_bundle)
+    reference = Reference.of(bundle.manifest)
+    method = bundle.manifest.attention.method
+    assert method.model_dump() == variant_of(method.policy, **METHODS[method.policy]).attention.model_dump()
+    embedding = reference_embedding(bundle, reference)
+    latents = torch.cat(list(reference.rollout(bundle.manifest, embedding, SEED).stream(CHUNKS)), dim=1)
+    films = Film("bundle", play(bundle, CHUNKS)), Film("PyTorch", decoded(reference, latents))
+    row = frames_row(method.policy, *films, allowed=PIXELS)
+    assert row.passed, row
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters", "operator"),
+    [
+        ("dense", {}, contract.HIERARCHICAL_SPARSE_ATTENTION),
+        ("sla", {}, contract.HIERARCHICAL_SPARSE_ATTENTION),
+        ("sparge", {}, contract.HIERARCHICAL_SPARSE_ATTENTION),
+        ("sparge", {"similarity": 0.0}, contract.SPARGE),
+        ("sparge", {"mode": "cdf"}, contract.SPARGE),
+        ("vmoba", {}, contract.VMOBA),
+    ],
+)
+def test_plain_top_k_needs_no_operator_of_its_own(
+    policy: str, parameters: dict[str, Any], operator: str
+) -> None:
+    method = variant_of(policy, **parameters).attention
+    assert operator_of(method) == operator
+    if operator == contract.HIERARCHICAL_SPARSE_ATTENTION:
+        check_backend(method, "tensorrt-rtx", "segmented")
+    else:
+        with pytest.raises(
+            InputError, match=f"tensorrt-rtx has no kernel for the policy {policy}.*onnxruntime"
+        ):
+            check_backend(method, "tensorrt-rtx", "segmented")
+
+
+def test_layers_that_take_turns_are_no_segments() -> None:
+    check_backend(variant_of("vmoba").attention, "onnxruntime", "whole")
+    check_backend(variant_of("vmoba", blocks=((1, 2, 2),), tops=(4,)).attention, "onnxruntime", "segmented")
+    with pytest.raises(InputError, match="use --execution whole"):
+        check_backend(variant_of("vmoba").attention, "onnxruntime", "segmented")
+
+
+@pytest.mark.parametrize(
+    ("budget", "values"), [("uniform", (0.0, 0.85)), (0.25, (0.0, 0.75)), (1, (0.0,)), ("growth", None)]
+)
+def test_budgets(budget: str | float, values: tuple[float, ...] | None) -> None:
+    found = variant_of("sla", budget=budget).table().values
+    assert found == (load_variant("long").table().values if values is None else values)
+
+
+def test_one_stage_has_no_choice_of_frames() -> None:
+    assert load_variant("long").frame_choice == (3, 1, 1)
+    assert variant_of("sla").frame_choice == (9, 0, 0)
+
+
+def test_windows_fit_the_heads() -> None:
+    plan = functools.partial(StepPlan.of, PRESETS["tiny"], height=128, width=128, block_q=32, block_k=32)
+    with pytest.raises(ConfigError, match="3 windows; expected one, or one for each of the 2 heads of tiny"):
+        plan(variant_of("sta", windows=((1, 1, 1),) * 3))
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"policy": "monarch"}, "monarch"),
+        ({"policy": "sta", "windows": ((2, 1, 1),)}, "expected odd numbers of tiles"),
+        ({"policy": "sta", "decay": 0.2}, "decay"),
+        ({"policy": "radial", "decay": 0}, "decay"),
+        ({"policy": "sparge", "mode": "top-p"}, "mode"),
+        ({"policy": "sla", "budget": 0}, "budget"),
+        ({"policy": "vmoba", "mode": "top-k", "tops": (3,)}, "1 tops for 3 blocks"),
+    ],
+)
+def test_bad_methods_are_refused_by_name(document: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Variant.model_validate(load_variant("short").model_dump() | {"attention": document})
+
+
+def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.toml"
+    lines = [
+        'schema_version = 1\nname = "mine"\ntitle = "Tiles"',
+        '[attention]\npolicy = "sta"\nwindows = [[3, 3, 3]]\ntile = [4, 4]',
+        "[sparsity]\ntarget = 0.88\nbase = 0.98\ntable_frames = 21",
+        "[cache]\nsink_frames = 1",
+    ]
+    path.write_text("\n".join(lines))
+    method = load_variant(str(path)).attention
+    assert (method.policy, method.windows, method.tile) == ("sta", ((3, 3, 3),), (4, 4))
+    arguments = ["build", "--gpu", "rtx5090", "--variant", str(path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "tensorrt-rtx has no kernel for the policy sta" in capsys.readouterr().err
+    assert main([*arguments, "--policy", "monarch"]) == 2
+    assert "unknown policy 'monarch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [
+        ("sta", {"windows": ((3, 1, 3), (5, 3, 1)), "tile": (3, 2), "sink_frames": 1}),
+        ("sta", {"windows": ((99, 3, 1),), "tile": (4, 5)}),
+        ("radial", {"decay": 0.7, "sink_frames": 0}),
+        ("radial", {"sink_frames": 2}),
+    ],
+)
+@pytest.mark.parametrize("past", [0, 1, 4, 9])
+def test_planned_shares_are_what_the_oracle_sees(policy: str, parameters: dict[str, Any], past: int) -> None:
+    """On frames of 6 x 10 tokens: no multiple of tiles or blocks."""
+    method, geometry = variant_of(policy, **parameters).attention, BlockGeometry(60, 8, 7)
+    share = own_share(method, geometry, (6, 10), past, 3)
+    case = brute_force.random_case(
+        np.random.default_rng(0), frame_tokens=60, block_q=8, block_k=7, past=past, poison=False
+    )
+    oracle = ORACLES[operator_of(method)]
+    assert isinstance(oracle, MethodOperator)
+    attributes = {"frame_tokens": 60, "block_q": 8, "block_k": 7, "scale": 1.0}
+    seen = oracle.visible(
+        *map(torch.from_numpy, case.inputs.values()), **attributes, **method_attributes(method, 0, 10)
+    )
+    assert share == Share(pytest.approx(float(seen.float().mean()), rel=1e-6))
