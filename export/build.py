@@ -19,6 +19,7 @@ from export.request.graph_types import graph_types
 from export.request.methods import check_backend
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
+from export.request.weights import Weights
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 from runtime import bundle
 
@@ -230,6 +231,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
             weights=components.TEXT_WEIGHTS,
             pad_id=text.pad_id,
             eos_id=text.eos_id,
+            words=weights.words,
         ),
         vae=bundle.Vae(
             caches=tuple(
@@ -246,8 +248,21 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         quantization=built.quantization,
         golden=built.golden,
         files=tuple(built.files),
-        provenance=bundle.Provenance(checkpoint=origin, tools=tool_versions(), command=request.command),
+        provenance=bundle.Provenance(
+            checkpoint=origin,
+            files=_sources(weights, digests),
+            tools=tool_versions(),
+            command=request.command,
+        ),
     )
+
+
+def _sources(weights: Weights, digests: Mapping[str, str]) -> dict[Any, bundle.SourceFile]:
+    """What the decoder, the text encoder and the tokenizer were made from, by role."""
+    return {
+        role: bundle.SourceFile(source=name, sha256=digests[role])
+        for role, name in weights.other_sources.items()
+    }
 
 
 def _decoder_kind(config: DecoderConfig) -> dict[str, Any]:

@@ -6,12 +6,59 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ASSETS", "CAPTIONS", "Shipped", "shipped"]
+__all__ = ["ASSETS", "CAPTIONS", "WORDS", "Shipped", "shipped"]
 
 ASSETS = Path(__file__).parent / "assets"
 
 CAPTIONS: Mapping[str, str] = {"tiny": "a yellow square on black moves right from the top left"}
 """By preset, a prompt of the form that its weights were trained on; they know no others."""
+
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "tiny": (
+        *(
+            "a",
+            "and",
+            "anticlockwise",
+            "at",
+            "black",
+            "blue",
+            "bottom",
+            "bounces",
+            "brown",
+            "centre",
+            "circle",
+        ),
+        *(
+            "clockwise",
+            "cross",
+            "cyan",
+            "down",
+            "from",
+            "green",
+            "grey",
+            "grows",
+            "leaves",
+            "left",
+            "moves",
+            "on",
+        ),
+        *(
+            "orbits",
+            "pink",
+            "red",
+            "returns",
+            "right",
+            "square",
+            "the",
+            "top",
+            "triangle",
+            "up",
+            "white",
+            "yellow",
+        ),
+    )
+}
+"""By preset, the words of the captions that its weights were trained on, where these are few."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,14 @@ class TextEncoder:
     def tokenize(self, prompt: str) -> list[int]:
         """Token ids of a prompt, cleaned, ended by the end token, cut to ``text_len`` with a warning."""
         limit = self._text.text_len
-        ids = list(self._tokenizer.encode(clean_prompt(prompt), add_special_tokens=False).ids)
+        cleaned = clean_prompt(prompt)
+        if self._text.words and (unknown := set(cleaned.split()).difference(self._text.words)):
+            warnings.warn(
+                f"the model was never shown {', '.join(sorted(map(repr, unknown)))}; it knows captions of these words: "
+                f"{' '.join(self._text.words)}",
+                stacklevel=2,
+            )
+        ids = list(self._tokenizer.encode(cleaned, add_special_tokens=False).ids)
         if len(ids) > limit - 1:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, the model reads {limit - 1}: the rest was cut off; shorten it",

@@ -42,7 +42,6 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
 
     model = chosen_preset(args)
     height, width = args.resolution or (model.height, model.width)
-    suffix = "" if choice.precision == "fp32" else f"-{choice.precision}"
     request = BuildRequest(
         target=target,
         variant=variant,
@@ -61,10 +60,18 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
             skip=tuple(getattr(args, "skip", ())),
         ),
         out=args.out,
-        name=getattr(args, "name", None) or f"{target.name}-{model.name}-{variant.name}{suffix}",
+        name=getattr(args, "name", None) or _default_name(target, model, variant, choice),
         command=args.command_line,
     )
     return request, choice
+
+
+def _default_name(target: Target, model: Preset, variant: Variant, choice: BackendChoice) -> str:
+    """What a bundle is called: precision and backend are in it where they are not what the target gives by itself."""
+    parts = [target.name, model.name, variant.name]
+    parts += [] if choice.precision == "fp32" else [choice.precision]
+    parts += [] if choice.backend == target.backends[0] else [choice.backend]
+    return "-".join(parts)
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:

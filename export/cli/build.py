@@ -74,7 +74,8 @@ class Build(Command):
         parser.add_argument(
             "--name",
             type=bundle_name,
-            help="of the bundle (default: TARGET-PRESET-VARIANT, with the precision if it is reduced)",
+            help="of the bundle (default: TARGET-PRESET-VARIANT, with a precision that is reduced and a backend that "
+            "is not the target's first)",
         )
 
     def run(self, args: argparse.Namespace) -> int:

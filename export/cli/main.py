@@ -12,6 +12,7 @@ import inspect
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from runtime.terminal import OutputError, TerminatedError, command_line, exit_code, printable
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser().parse_args(arguments)
-        args.command_line = shlex.join(["python", "-m", "export", *arguments])
+        args.command_line = shlex.join(["python", "-m", "export", *map(_portable, arguments)])
         command: Command = args.command
         with command_line():
             return command.run(args)
@@ -59,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         return _report(error)
+
+
+def _portable(argument: str) -> str:
+    """An argument as a manifest may hold it: absolute paths, which say where on whose machine, as names alone."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{PurePath(value).name}" if PurePath(value).is_absolute() else argument
 
 
 def _report(error: Exception) -> int:

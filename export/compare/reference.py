@@ -155,6 +155,14 @@ class Reference:
                 f"{manifest.name} was built from {origin.described}; give --lora the same file, or leave it out if "
                 "there is none"
             )
+        digests = weights.digests()
+        for role, file in manifest.provenance.files.items():
+            if digests.get(role) != file.sha256:
+                option = f"--{role.replace('_', '-')}"
+                raise ComparisonError(
+                    f"{manifest.name} was built with {file.described} as {option}, and another file is given; pass "
+                    "that one"
+                )
         return cls(weights)
 
     @property

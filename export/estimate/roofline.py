@@ -31,6 +31,11 @@ __all__ = [
     "ELEMENT_WISE",
     "KINDS",
     "PUBLISHED",
+    "PUBLISHED_CHUNKS",
+    "PUBLISHED_PRECISION",
+    "PUBLISHED_PRESET",
+    "PUBLISHED_SIZE",
+    "PUBLISHED_VARIANT",
     "ChunkPrediction",
     "ClipPrediction",
     "Format",
@@ -72,6 +77,9 @@ PUBLISHED: Mapping[str, Published] = {
 }
 PUBLISHED_CHUNKS = 7
 PUBLISHED_PRESET = "wan-1.3b"
+PUBLISHED_VARIANT = "short"
+PUBLISHED_SIZE = (512, 768)
+PUBLISHED_PRECISION = "fp8"
 
 
 @dataclass(frozen=True)

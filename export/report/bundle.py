@@ -195,7 +195,7 @@ def _library(library: Library) -> str:
 def _summary(bundle: Bundle) -> Table:
     manifest = bundle.manifest
     model, cache, attention = manifest.model, manifest.cache, manifest.attention
-    size = f"{model.video_width}x{model.video_height}, {model.fps} FPS"
+    size = f"{model.video_height}x{model.video_width}, {model.fps} FPS"
     capability = manifest.target.compute_capability
     library, launches = manifest.library, _launches(manifest)
     rows = {
@@ -219,6 +219,7 @@ def _summary(bundle: Bundle) -> Table:
         ),
         "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
         "weights": manifest.provenance.checkpoint.described,
+        **{name.replace("_", " "): file.described for name, file in manifest.provenance.files.items()},
         "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",
         "tools": ", ".join(f"{name} {version}" for name, version in manifest.provenance.tools.items()),
     }

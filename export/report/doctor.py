@@ -114,8 +114,8 @@ def examine(out: Path) -> Report:
     problems = [f"{library.name}: {library.problem}" for library in libraries if library.problem]
     if {"onnxruntime", "onnxruntime-gpu"} <= {library.name for library in libraries}:
         problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "uninstall both, then install the one you want (extra 'cpu' or 'cuda')"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; uninstall both, then install "
+            "onnxruntime (extra 'cpu'): ONNX Runtime is used on the processor only"
         )
     if all(status.build for status in backends):
         problems.append(

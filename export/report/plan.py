@@ -18,7 +18,10 @@ from export.estimate.roofline import (
     KINDS,
     PUBLISHED,
     PUBLISHED_CHUNKS,
+    PUBLISHED_PRECISION,
     PUBLISHED_PRESET,
+    PUBLISHED_SIZE,
+    PUBLISHED_VARIANT,
     ClipPrediction,
     Kind,
     Part,
@@ -28,9 +31,9 @@ from export.estimate.roofline import (
     rate_of,
 )
 from export.request.plan import PlanRequest
-from export.request.targets import Peak
+from export.request.targets import Peak, load_variant
 from export.units import readable_size
-from lightforcing_ref.dimensions import DECODERS
+from lightforcing_ref.dimensions import DECODERS, LIGHT_VAE
 
 __all__ = ["memory_table", "plan_document", "plan_tables"]
 
@@ -288,7 +291,10 @@ def _conclusions(request: Planned, clip: ClipPrediction) -> Iterator[str]:
     figures = "; ".join(f"{entry.title} {entry.seconds} s, {entry.fps} FPS" for entry in PUBLISHED.values())
     yield f"Published by the authors (measured; 81 frames, 512x768, fp8, LightVAE): {figures}."
     published = PUBLISHED.get(request.target.name)
-    if published is None or request.preset.name != PUBLISHED_PRESET or len(clip.chunks) < PUBLISHED_CHUNKS:
+    if published is None or request.preset.name != PUBLISHED_PRESET:
+        return
+    if differences := ", ".join(_unlike_published(request, clip)):
+        yield f"They are not compared with this floor, which is that of something else: {differences}."
         return
     short = clip.first(PUBLISHED_CHUNKS)
     # A cache may keep what passes read; no cache helps a product.
@@ -299,6 +305,22 @@ def _conclusions(request: Planned, clip: ClipPrediction) -> Iterator[str]:
         f"({published.seconds / _GOAL:.2f} s) would take {share:.0%} of the peak rates in {request.precision} for what "
         f"computes alone{', which no program reaches' if share > TOP else ''}."
     )
+
+
+def _unlike_published(request: Planned, clip: ClipPrediction) -> Iterator[str]:
+    """What keeps a plan from being compared with the authors' figures."""
+    if (request.height, request.width) != PUBLISHED_SIZE:
+        yield f"{request.height}x{request.width}"
+    if request.precision != PUBLISHED_PRECISION:
+        yield request.precision
+    if request.variant.sparsity != (usual := load_variant(PUBLISHED_VARIANT)).sparsity:
+        yield f"another sparsity than that of {usual.name}"
+    elif request.variant.cache != usual.cache:
+        yield f"another cache than that of {usual.name}"
+    if request.preset.vae != LIGHT_VAE:
+        yield "another decoder"
+    if len(clip.chunks) < PUBLISHED_CHUNKS:
+        yield f"{len(clip.chunks)} chunks"
 
 
 TOP = 0.9

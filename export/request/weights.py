@@ -29,7 +29,7 @@ from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
 from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import LIGHT_VAE, DecoderConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.shipped import ASSETS, CAPTIONS, shipped
+from lightforcing_ref.shipped import ASSETS, CAPTIONS, WORDS, shipped
 from lightforcing_ref.text import byte_tokenizer, check_tokenizer, load_tokenizer
 
 __all__ = ["Weights", "shipped_weights"]
@@ -75,6 +75,21 @@ class Weights:
     def lora_source(self) -> str | None:
         """What a merged LoRA is called in a manifest."""
         return None if self.lora is None else self._name("lora", self.lora)
+
+    @property
+    def other_sources(self) -> dict[str, str]:
+        """What the decoder's, the text encoder's and the tokenizer's files are called in a manifest, by role."""
+        files = {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        return {
+            role: self.source if self._shipped else self._name(role, path)
+            for role, path in files.items()
+            if path is not None
+        }
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words that these weights were trained on, where they are few; empty where they are not."""
+        return WORDS.get(self.preset.name, ()) if self._shipped else ()
 
     def _name(self, role: str, path: Path) -> str:
         return self.named.get(role, path.name)

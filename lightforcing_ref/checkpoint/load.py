@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.config import PRESETS, DiTConfig
 from lightforcing_ref.decoders.tae import TAEConfig
 from lightforcing_ref.dimensions import WAN_VAE, DecoderConfig, VAEConfig
 from lightforcing_ref.errors import CheckpointError
@@ -107,7 +107,8 @@ def load_dit_state(
     """
     state = _read_state(path)
     model = f"a causal Wan transformer of dim {config.dim} with {config.layers} layers"
-    expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config))
+    others = {name: dit_shapes(preset.dit) for name, preset in PRESETS.items() if preset.dit != config}
+    expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config), others)
     check_state(state, expected, str(path))
     if not any_values:
         _judge(state, path)
@@ -132,14 +133,12 @@ def load_lora(path: str | Path, config: DiTConfig, *, any_values: bool = False) 
         for target in keys
         if (key := f"{target.removesuffix('.weight')}.alpha") in state
     }
-    shapes: Shapes = {}
-    for target, (out_dim, in_dim) in lora_targets(config).items():
-        key_a, key_b = keys[target]
-        known = state[key_a].shape[:1] if key_a in state else state[key_b].shape[1:] if key_b in state else ()
-        rank = known[0] if known else 0
-        shapes |= {key_a: (rank, in_dim), key_b: (out_dim, rank)}
+    others = {
+        name: _lora_shapes(state, preset.dit) for name, preset in PRESETS.items() if preset.dit != config
+    }
     model = f"a LoRA for a causal Wan transformer of dim {config.dim} with {config.layers} layers"
-    check_state(state, Expectation(CheckpointKind.LORA, model, shapes), str(path))
+    expected = Expectation(CheckpointKind.LORA, model, _lora_shapes(state, config), others)
+    check_state(state, expected, str(path))
     if not any_values:
         check_values(state | alphas, str(path), zeros=True)
     stated = lora_scale(path, content)
@@ -149,6 +148,17 @@ def load_lora(path: str | Path, config: DiTConfig, *, any_values: bool = False) 
         scale = float(alphas[target]) / len(a) if target in alphas else stated.of(len(a))
         lora[target] = (a, b if scale == 1 else b.to(torch.promote_types(b.dtype, torch.float32)) * scale)
     return lora
+
+
+def _lora_shapes(state: Mapping[str, Tensor], config: DiTConfig) -> Shapes:
+    """The shapes of a LoRA for `config`, of the rank that each pair of `state` has."""
+    shapes: Shapes = {}
+    for target, (out_dim, in_dim) in lora_targets(config).items():
+        key_a, key_b = _lora_keys(target)
+        known = state[key_a].shape[:1] if key_a in state else state[key_b].shape[1:] if key_b in state else ()
+        rank = known[0] if known else 0
+        shapes |= {key_a: (rank, in_dim), key_b: (out_dim, rank)}
+    return shapes
 
 
 def _lora_keys(target: str) -> tuple[str, str]:
@@ -256,16 +266,22 @@ def load_umt5_state(
         tied = state.pop("encoder.embed_tokens.weight", None)
         if tied is not None:
             state.setdefault("shared.weight", tied)
-    shapes = umt5_shapes(config)
     names = {key.wan if is_wan else key.hf: key.name for key in umt5_keys(config.layers)}
     model = f"a UMT5 encoder of dim {config.d_model} with {config.layers} layers"
-    expected = Expectation(
-        CheckpointKind.UMT5, model, {public: shapes[name] for public, name in names.items()}
-    )
+    others = {
+        name: _public_shapes(preset.text, is_wan) for name, preset in PRESETS.items() if preset.text != config
+    }
+    expected = Expectation(CheckpointKind.UMT5, model, _public_shapes(config, is_wan), others)
     check_state(state, expected, str(path))
     if not any_values:
         _judge(state, path)
     return {names[public]: value for public, value in _arrange(state, expected, dtype).items()}
+
+
+def _public_shapes(config: UMT5Config, is_wan: bool) -> Shapes:
+    """The text encoder's shapes under the names that Wan's or Transformers' files have."""
+    shapes = umt5_shapes(config)
+    return {key.wan if is_wan else key.hf: shapes[key.name] for key in umt5_keys(config.layers)}
 
 
 def _judge(state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -6,7 +6,7 @@ Source: the published state dicts of Self-Forcing, LongLive, Light Forcing, Wan2
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -242,6 +242,8 @@ class Expectation:
     kind: CheckpointKind
     model: str
     shapes: Shapes
+    others: Mapping[str, Shapes] = field(default_factory=dict)
+    """The same for other presets, by name: what is one of these is called so."""
 
 
 def check_state(state: Mapping[str, Tensor], expected: Expectation, source: str) -> None:
@@ -274,6 +276,13 @@ def check_state(state: Mapping[str, Tensor], expected: Expectation, source: str)
     ]
     if not any(differences):
         return
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    for name, shapes in expected.others.items():
+        if found == shapes:
+            raise CheckpointError(
+                f"{source} does not hold {expected.model}: it is that of the preset {name}; use --preset {name}, or "
+                "the file of the preset that was asked for"
+            )
     kind = kind_of(state)
     noun, advice = _KINDS[kind]
     if kind == expected.kind:

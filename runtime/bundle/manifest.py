@@ -220,7 +220,7 @@ class Cache(Part):
 
 
 class Text(Part):
-    """Text encoder. ``tokenizer`` and ``weights`` are files of the bundle."""
+    """Text encoder. ``tokenizer`` and ``weights`` are files of the bundle; ``words``, if any, all that it has seen."""
 
     encoder: Literal["umt5"]
     text_len: Annotated[int, Field(gt=0, le=1 << 16)]
@@ -233,6 +233,7 @@ class Text(Part):
     weights: BundlePath
     pad_id: NonNegative
     eos_id: NonNegative
+    words: Annotated[tuple[str, ...], Field(max_length=1000)] = ()
 
     @model_validator(mode="after")
     def _in_vocabulary(self) -> Text:
@@ -444,6 +445,7 @@ class Provenance(Part):
     """Where a bundle came from."""
 
     checkpoint: Checkpoint | RandomInit
+    files: dict[Literal["vae", "text_encoder", "tokenizer"], SourceFile] = Field(default_factory=dict)
     tools: dict[str, str]
     command: str
 

@@ -101,8 +101,45 @@ def test_prompt_that_just_fits_does_not_warn(pipe: Pipeline) -> None:
 
 def test_resident_weights_give_the_same(pipe: Pipeline, bundle: Path) -> None:
     with Pipeline.load(bundle, threads=1, warmup=False, text_encoder="resident") as resident:
-        for _ in range(2):
-            np.testing.assert_array_equal(resident.embed("a red fox"), pipe.embed("a red fox"))
+        for prompt in ("a red fox", "a fox"):
+            np.testing.assert_array_equal(resident.embed(prompt), pipe.embed(prompt))
+
+
+def test_prompts_with_words_that_a_model_never_saw_are_told_what_it_knows(
+    bundle: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    edit_manifest(copy, lambda raw: raw["text"].update(words=["a", "red", "fox"]))
+    with Pipeline.load(copy, threads=1, warmup=False) as pipe:
+        with pytest.warns(UserWarning, match=r"never shown 'Red', 'snow'; it knows .*: a red fox"):
+            pipe.embed("a Red fox &amp;amp; snow".replace("&amp;amp; ", ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe.embed("a  red\nfox")
+            pipe.embed("")
+
+
+def test_a_prompt_that_comes_back_is_not_encoded_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pipeline.load(bundle, threads=1, warmup=False) as pipe:
+        layers, encode_layer = [], pipe.engine.encode_text_layer
+
+        def counted(*arguments: object) -> np.ndarray:
+            layers.append(arguments)
+            return encode_layer(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(pipe.engine, "encode_text_layer", counted)
+        first = pipe.embed("a red fox")
+        expected, count = first.copy(), len(layers)
+        first[:] = 7  # the caller's own
+        np.testing.assert_array_equal(pipe.embed(" a red  fox "), expected)
+        assert len(layers) == count == 2
+        row = first[: len(["a", "red", "fox"]) + 1].nbytes
+        monkeypatch.setattr("runtime.text.CACHED_BYTES", 2 * row)
+        pipe.embed("fox a red")
+        pipe.embed("red a fox")  # no room for the first any more
+        assert len(layers) == 6
+        np.testing.assert_array_equal(pipe.embed("a red fox"), expected)
+        assert len(layers) == 8
 
 
 def reseal(folder: Path, name: str) -> None:

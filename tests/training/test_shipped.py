@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from benchmarks.quality import main as quality
 from lightforcing_ref.checkpoint import load_vae_state
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.decoders.vae import VAEDecoder, to_uint8
+from lightforcing_ref.shipped import CAPTIONS, WORDS
 from training.cli import ASSETS
-from training.data.clips import random_clip
+from training.data.clips import COLOURS, GROUNDS, MOTIONS, SHAPES, Clip, random_clip
 from training.data.latents import PatchPCA
 from training.ship import FILES
 
@@ -25,6 +27,15 @@ TARGETS = {"colour": 0.95, "shape": 0.85, "motion": 0.80, "held_out_all": 0.60}
 ROWS = ("dense", "finetuned-dense", "finetuned-hsa")
 GAP = 0.05
 """By how much finetuned sparse may be behind dense."""
+
+
+def test_the_words_that_bundles_name_are_those_of_the_captions() -> None:
+    captions = (
+        Clip(colour, shape, ground, motion).caption
+        for colour, shape, ground, motion in product(COLOURS, SHAPES, GROUNDS, MOTIONS)
+    )
+    assert set(WORDS["tiny"]) == {word for caption in captions for word in caption.split()}
+    assert CAPTIONS["tiny"].split() == [word for word in CAPTIONS["tiny"].split() if word in WORDS["tiny"]]
 
 
 def needs(part: str) -> pytest.MarkDecorator:

@@ -15,7 +15,7 @@ import pytest
 
 from export.cli.arguments import build_request
 from export.cli.build import _next_commands
-from export.cli.main import COMMANDS, _parser, main
+from export.cli.main import COMMANDS, _parser, _portable, main
 from export.cli.onnx import graph_request
 from export.machine import importable
 from lightforcing_ref.dimensions import TINY_VAE
@@ -285,6 +285,35 @@ def test_compare_exits_with_1_past_its_tolerance(
     assert main(command) == 1
     assert json.loads(table.read_text())["passed"] is False
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "cpu-tiny-short"),
+        (["--backend", "onnxruntime", "--variant", "dense"], "cpu-tiny-dense"),
+        (["--backend", "inductor"], "cpu-tiny-short-inductor"),
+        (["--backend", "inductor", "--name", "mine"], "mine"),
+    ],
+)
+def test_names_tell_backends_apart(options: list[str], name: str) -> None:
+    args = _parser().parse_args(["build", "--init", "random", *options])
+    args.command_line = ""
+    assert build_request(args)[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("/home/someone/weights/short.pt", "short.pt"),
+        ("--checkpoint=/home/someone/short.pt", "--checkpoint=short.pt"),
+        ("weights/short.pt", "weights/short.pt"),
+        ("org/repo:file.pt@main", "org/repo:file.pt@main"),
+        ("--sparsity=0.5", "--sparsity=0.5"),
+    ],
+)
+def test_a_manifest_says_not_where_on_whose_machine(argument: str, kept: str) -> None:
+    assert _portable(argument) == kept
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

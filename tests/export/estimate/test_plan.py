@@ -12,6 +12,7 @@ from export.estimate.efficiency import assumed
 from export.estimate.elementwise import decoder_passes
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import ELEMENT_WISE, KINDS, Workload, predict
+from export.report.plan import plan_tables
 from export.request.plan import PlanRequest
 from export.request.sizes import (
     decoder_convs,
@@ -37,6 +38,29 @@ def planned(target="rtx5090", variant="short", model="wan-1.3b", size=None, prec
 
 def total(shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+# ---- what the authors measured ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({}, None),
+        ({"size": (480, 832)}, "480x832"),
+        ({"precision": "bf16"}, "bf16"),
+        ({"variant": "dense"}, "another sparsity than that of short"),
+        ({"variant": "long"}, "another sparsity than that of short"),
+        ({"target": "rtx4090"}, "nothing"),
+    ],
+)
+def test_published_figures_are_compared_with_their_own_case_only(changes, difference):
+    request = planned(**{"precision": "fp8", **changes})
+    text = "\n".join(part for part in plan_tables(request, 1, assumed(0.6)) if isinstance(part, str))
+    assert ("The release runs at" in text) == (difference is None)
+    assert ("not compared with this floor" in text) == (difference not in (None, "nothing"))
+    if difference not in (None, "nothing"):
+        assert difference in text
 
 
 # ---- sizes ----

@@ -20,11 +20,13 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
-from lightforcing_ref.config import DiTConfig
+from lightforcing_ref.checkpoint.spec import lora_targets
+from lightforcing_ref.config import PRESETS, DiTConfig
 from lightforcing_ref.decoders.vae import VAEDecoder
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.shipped import shipped
 from lightforcing_ref.text import UMT5_TINY
 from tests.lightforcing_ref.checkpoint import fixtures
 
@@ -375,3 +377,22 @@ def test_a_lora_that_does_not_fit_is_refused(
     torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
     with pytest.raises(CheckpointError, match=message):
         load_dit_state(wan_file(tmp_path, dit_state()), DIT, lora=tmp_path / "lora.pt")
+
+
+@pytest.mark.parametrize("kind", ["transformer", "text encoder", "LoRA"])
+def test_a_file_of_another_preset_is_answered_with_its_name(kind: str, tmp_path: Path) -> None:
+    files, wan = shipped("tiny"), PRESETS["wan-1.3b"]
+    assert files is not None
+    with pytest.raises(CheckpointError, match=r"it is that of the preset tiny; use --preset tiny"):
+        if kind == "transformer":
+            load_dit_state(files.transformer, wan.dit)
+        elif kind == "text encoder":
+            load_umt5_state(files.text_encoder, wan.text)
+        else:
+            tensors = {}
+            for key, (out, inner) in lora_targets(PRESETS["tiny"].dit).items():
+                stem = key.removesuffix(".weight")
+                tensors[f"{stem}.lora_A.weight"] = torch.ones(4, inner)
+                tensors[f"{stem}.lora_B.weight"] = torch.ones(out, 4)
+            save_file(tensors, tmp_path / "lora.safetensors")
+            load_lora(tmp_path / "lora.safetensors", wan.dit)
