@@ -127,11 +127,12 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
 
 def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
     """The target, and the variant with the command line's changes."""
+    from export.request.detect import detected_target
     from export.request.targets import load_target, load_variant
     from lightforcing_ref.config import planned_latents
 
     args.known = fill_model(args)
-    target = load_target(args.gpu)
+    target = detected_target() if args.gpu == "auto" else load_target(args.gpu)
     name = usual_variant(args, args.known, target)
     variant = load_variant(name)
     check_pairing(args, args.known, name)

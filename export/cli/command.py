@@ -59,7 +59,10 @@ class Command(ABC):
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """What model, for what target, in which variant."""
     parser.add_argument(
-        "--gpu", default="cpu", metavar="TARGET", help="target name or TOML file (default: cpu)"
+        "--gpu",
+        default="cpu",
+        metavar="TARGET",
+        help="target name or TOML file, or auto for the GPU of this machine (default: cpu)",
     )
     parser.add_argument("--preset", help="model size: tiny or wan-1.3b (default: tiny, or the model's)")
     parser.add_argument(

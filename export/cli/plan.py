@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from export.errors import InputError
 from runtime.terminal import console, write_out
 
 from .arguments import chosen_preset, chosen_variant
@@ -60,6 +61,9 @@ class Plan(Command):
             metavar="BUNDLE",
             help="count element-wise work as the engines of this built bundle do it, not pass by pass",
         )
+        parser.add_argument(
+            "--all", action="store_true", help="every GPU in one table; --gpu is not looked at"
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -67,6 +71,8 @@ class Plan(Command):
         from export.estimate.memory import plan_memory
         from export.report.plan import plan_document, plan_tables
 
+        if args.all:
+            return _every_card(args)
         request = _planned(args)
         share = measured(args.measured, request.target) if args.measured else assumed(args.efficiency)
         memory, built = plan_memory(request, args.sessions), None
@@ -82,6 +88,28 @@ class Plan(Command):
             if memory.fits is False:  # the last word, too: the tables are longer than a screen
                 console().print(memory.verdict, style="red", markup=False)
         return 1 if memory.fits is False else 0
+
+
+def _every_card(args: argparse.Namespace) -> int:
+    from export.estimate.efficiency import assumed
+    from export.report.cards import Card, cards_document, cards_table
+    from export.request.targets import list_targets
+
+    if args.measured or args.bundle:
+        raise InputError("--all is about every GPU, --measured and --bundle about one; drop one of them")
+    share = assumed(args.efficiency)
+    cards: list[Card] = []
+    for target in list_targets():
+        if target.compute_capability is None:
+            continue
+        args.gpu = target.name
+        able = args.precision is None or args.precision in target.precisions
+        cards.append((target, _planned(args) if able else None))
+    if args.json:
+        write_out(json.dumps(cards_document(cards, args.sessions, share), indent=1) + "\n")
+    else:
+        console().print(cards_table(cards, args.sessions, share))
+    return 0
 
 
 def efficiency(text: str) -> float:

@@ -6,6 +6,7 @@ The shipped ones are data of the `engines` package; a path to a file of one's ow
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from importlib import resources
@@ -111,6 +112,7 @@ class Target(_Spec):
 
     Attributes:
         compute_capability: of the GPU, as "major.minor"; None on a CPU.
+        driver_names: what the driver calls such a GPU, without "NVIDIA"; by default its title.
         memory_gib: device memory in GiB as the driver reports it, rounded; None = the machine's own.
         blocks: what the target's attention kernels are fastest with; None = what suits the preset's frames.
         precisions: what the hardware computes in.
@@ -123,6 +125,7 @@ class Target(_Spec):
     name: _Name
     title: str
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None = None
+    driver_names: tuple[str, ...] = ()
     memory_gib: Annotated[float, Field(gt=0)] | None = None
     blocks: Blocks | None = None
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
@@ -354,6 +357,11 @@ def _names(kind: str) -> list[str]:
 
 def _load(model: type[_SpecT], kind: str, name: str) -> _SpecT:
     known = _names(kind)
+    if kind == "target" and re.fullmatch(r"(?:rtx20[5-8]0|gtx|titan)[a-z0-9-]*", name):
+        raise InputError(
+            f"{name} is older than compute capability 8.0: it does not compute in bf16, and there are no attention "
+            "kernels for it; use --gpu cpu, or an RTX 30 card or newer"
+        )
     if name in known:
         source: Traversable = _folder(kind).joinpath(f"{name}.toml")
     elif name.endswith(".toml") or "/" in name or "\\" in name:

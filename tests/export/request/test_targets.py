@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from export.errors import InputError
+from export.machine import Gpu, GpuReport
+from export.request.detect import detected_target
 from export.request.targets import (
     Blocks,
     Target,
@@ -52,7 +55,7 @@ backends = ["onnxruntime"]
 
 
 def test_shipped_names() -> None:
-    assert {target.name for target in list_targets()} == {*PUBLISHED, "cpu"}
+    assert {target.name for target in list_targets()} >= {*PUBLISHED, "cpu"}
     assert {variant.name for variant in list_variants()} == set(PUBLISHED_VARIANTS)
 
 
@@ -88,6 +91,86 @@ def test_every_rate_has_a_source() -> None:
         if target.peak is not None:
             sources = [target.peak.memory_source, *(rate.source for rate in target.peak.rates)]
             assert all("white paper" in source or "data sheet" in source for source in sources), target.name
+
+
+# name: GiB and GB/s as the vendor's pages state them, and the cores that 128 a multiprocessor make.
+CARDS = {
+    "rtx3060": (12, 360, 3584),
+    "rtx3080": (10, 760, 8704),
+    "rtx3090ti": (24, 1008, 10752),
+    "rtx4060ti-16gb": (16, 288, 4352),
+    "rtx4070super": (12, 504, 7168),
+    "rtx4080super": (16, 736, 10240),
+    "rtx5060ti": (8, 448, 4608),
+    "rtx5070": (12, 672, 6144),
+    "rtx5070ti": (16, 896, 8960),
+    "rtx4090-laptop": (16, 576, 9728),
+    "rtx5090-laptop": (24, 896, 10496),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards_have_the_vendors_figures(name: str) -> None:
+    target, (gib, bandwidth, cores) = load_target(name), CARDS[name]
+    assert target.memory_gib == gib
+    assert target.peak is not None
+    assert target.peak.memory_gb_s == bandwidth
+    assert f"{cores // 128} SMs" in target.peak.rates[0].source
+
+
+def test_rates_are_what_their_sources_multiply_to() -> None:
+    checked = 0
+    for target in list_targets():
+        for rate in target.peak.rates if target.peak else ():
+            if match := re.search(r"(\d+) SMs x (\d+) FLOP per clock x ([\d.]+) GHz", rate.source):
+                product = int(match[1]) * int(match[2]) * float(match[3]) / 1000
+                assert rate.tflops == pytest.approx(product, abs=0.051), f"{target.name} {rate.operands}"
+                checked += 1
+    assert checked > 60
+
+
+def test_workstation_cards_hold_fp32_sums_at_the_full_rate() -> None:
+    """Half of what the data sheets print, which count sparse products."""
+    for name, sparse_fp8 in (("rtx6000ada", 1457.0), ("l4", 485.0)):
+        peak = load_target(name).peak
+        assert peak is not None and peak.tflops("fp8") == pytest.approx(sparse_fp8 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rtx2080ti", "gtx1080", "titan-rtx"])
+def test_older_cards_are_told_why_not(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is older than compute capability 8.0"):
+        load_target(name)
+
+
+def gpu(name: str, capability: str, gib: float) -> GpuReport:
+    return GpuReport((Gpu(name, capability, int(gib * 2**30)),), "13.0")
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        (gpu("NVIDIA GeForce RTX 5090", "12.0", 31.4), "rtx5090"),
+        (gpu("NVIDIA GeForce RTX 4060 Ti", "8.9", 7.6), "rtx4060ti"),
+        (gpu("NVIDIA GeForce RTX 4060 Ti", "8.9", 15.6), "rtx4060ti-16gb"),
+        (gpu("NVIDIA GeForce RTX 3080", "8.6", 9.8), "rtx3080"),
+        (gpu("NVIDIA GeForce RTX 3080", "8.6", 11.8), "rtx3080-12gb"),
+        (gpu("NVIDIA GeForce RTX 4090 Laptop GPU", "8.9", 15.7), "rtx4090-laptop"),
+        (gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.3), "a100"),
+        (gpu("NVIDIA H200", "9.0", 139.8), "h200"),
+        (gpu("NVIDIA L4", "8.9", 22.0), "l4"),
+    ],
+)
+def test_a_gpu_that_is_here_is_recognised(report: GpuReport, expected: str) -> None:
+    assert detected_target(report).name == expected
+
+
+def test_a_gpu_that_is_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"needs a GPU, and here is none: no driver; name a target"):
+        detected_target(GpuReport(problem="no driver"))
+    with pytest.raises(InputError, match=r"GeForce RTX 5999 .* is no target .* nearest are rtx50"):
+        detected_target(gpu("NVIDIA GeForce RTX 5999", "12.0", 16.2))
+    with pytest.raises(InputError, match="none has its compute capability"):
+        detected_target(gpu("NVIDIA Thing", "7.0", 16))
 
 
 def test_a_rate_is_stated_once(tmp_path: Path) -> None:
