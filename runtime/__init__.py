@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .scheduler import Chunk, ChunkStarted, SessionStatistics
     from .session import ChunkStream, Session
     from .verify import VerificationError
-    from .video import open_video
+    from .video import open_video, read_image
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -67,6 +67,7 @@ __all__ = [
     "atomic_output",
     "load_bundle",
     "open_video",
+    "read_image",
 ]
 
 _MODULES = {
@@ -76,7 +77,7 @@ _MODULES = {
     "session": ("ChunkStream", "Session"),
     "verify": ("VerificationError",),
     "files": ("atomic_output",),
-    "video": ("open_video",),
+    "video": ("open_video", "read_image"),
 }
 
 

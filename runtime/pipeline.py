@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from runtime.program.buffers import BufferPlan, check_memory, plan_buffers
 
 from .backends import load_engine, runs_on_host
-from .bundle import Bundle, Manifest, load_bundle
+from .bundle import ENCODER_COMPONENTS, Bundle, Manifest, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
@@ -169,6 +169,11 @@ class Pipeline:
     def manifest(self) -> Manifest:
         """What the bundle says about itself."""
         return self._bundle.manifest
+
+    @property
+    def starts_from_frames(self) -> bool:
+        """Whether a session may be given ``start``: the bundle was built ``--with-encoder``."""
+        return ENCODER_COMPONENTS[0] in self.manifest.components
 
     @property
     def engine(self) -> Engine:

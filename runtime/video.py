@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from .files import atomic_output
 if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.video.stream import VideoStream
+    from PIL.Image import Image
 
 __all__ = [
     "VIDEO_SUFFIXES",
@@ -26,6 +27,7 @@ __all__ = [
     "check_output",
     "open_video",
     "read_frames",
+    "read_image",
     "write_contact_sheet",
 ]
 
@@ -35,6 +37,7 @@ _CRF = "18"
 _BT709 = 1
 """FFmpeg's number of BT.709, the same for matrix, primaries and transfer."""
 _LIMITED_RANGE = 1
+_MOST_PIXELS = 1 << 26
 _SHEET_COLUMNS = 6
 _SHEET_GAP = 4
 
@@ -115,11 +118,12 @@ def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: 
     Raises :class:`InputError` if the file cannot be read, or holds no picture.
     """
     import av
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     frames: deque[av.VideoFrame] = deque(maxlen=last)
     try:
-        with av.open(os.fspath(path)) as container:
+        # A playlist must not make a file of the network's out of this one.
+        with av.open(os.fspath(path), options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
                 raise InputError(f"{os.fspath(path)!r} holds no video; expected an image or a video file")
             for frame in container.decode(video=0):
@@ -130,15 +134,36 @@ def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: 
         ) from error
     if not frames:
         raise InputError(f"{os.fspath(path)!r} holds no picture; expected an image or a video file")
-    pictures = [
-        ImageOps.fit(
-            Image.fromarray(frame.to_ndarray(format="rgb24")),
-            (width, height),
-            method=Image.Resampling.LANCZOS,
-        )
-        for frame in frames
-    ]
-    return np.stack([np.asarray(picture, dtype=np.uint8) for picture in pictures])
+    pictures = [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in frames]
+    return np.stack([_fitted(picture, height, width) for picture in pictures])
+
+
+def read_image(file: str | os.PathLike[str] | IO[bytes], *, height: int, width: int) -> NDArray[np.uint8]:
+    """A PNG, JPEG or WebP image of whatever origin, uint8 ``[height, width, 3]``; scaled and cut as by `read_frames`.
+
+    Nothing but these formats is tried, and no image of more than 64 million pixels is unpacked. Raises
+    :class:`InputError` if it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(
+                    f"the image has {image.width} x {image.height} pixels; expected at most 64 million"
+                )
+            return _fitted(image.convert("RGB"), height, width)
+    except InputError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them Pillow's
+        raise InputError("the image cannot be read; expected a PNG, JPEG or WebP file") from error
+
+
+def _fitted(picture: Image, height: int, width: int) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
+    return np.asarray(fitted, dtype=np.uint8)
 
 
 def write_contact_sheet(

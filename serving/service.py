@@ -169,6 +169,7 @@ class Service:
             "examples": list(self.settings.examples),
             "places": self.places.total,
             "formats": ["h264", "jpeg"],
+            "input_reference": self.pipeline.starts_from_frames,
             "webrtc": find_spec("aiortc") is not None,
             "ice_servers": list(self.settings.ice_servers),
             "h264_codec": h264_codec(shape)[1],

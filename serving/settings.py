@@ -21,6 +21,8 @@ class Limits:
 
     message_bytes: int = 64 * 1024
     """Largest control message and request body."""
+    reference_bytes: int = 8 << 20
+    """Largest image that a clip may start from."""
     prompt_chars: int = 2000
     schedule_prompts: int = 64
     seconds: float = 600.0

@@ -21,6 +21,7 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 _ID = "video_"
 _RECORD = ".json"
 _VIDEO = ".mp4"
+_REFERENCE = ".reference"
 
 
 class CreateVideo(BaseModel):
@@ -107,8 +108,11 @@ class JobStore:
                 self.fail(job, "file_lost", "the clip's file is gone; ask for it again")
         self.jobs = dict(sorted(self.jobs.items(), key=lambda item: item[1].created_at))
 
-    def add(self, request: CreateVideo, *, model: str, size: str) -> Job:
-        """A new job, recorded. Raises :class:`RequestError` if it cannot be."""
+    def add(self, request: CreateVideo, *, model: str, size: str, reference: bytes | None) -> Job:
+        """A new job, recorded, with the file of the image that it starts from, if there is one.
+
+        Raises :class:`RequestError` if it cannot be.
+        """
         job = Job(
             id=_ID + secrets.token_hex(12),
             request=request,
@@ -117,8 +121,12 @@ class JobStore:
             created_at=int(time.time()),
         )
         try:
+            if reference is not None:
+                self.reference(job).write_bytes(reference)
             self.save(job)
         except OSError as error:
+            with suppress(OSError):
+                self.reference(job).unlink(missing_ok=True)
             raise RequestError("storage", "the clip cannot be recorded: no room", status=507) from error
         self.jobs[job.id] = job
         self._forget_old()
@@ -150,12 +158,16 @@ class JobStore:
     def delete(self, job: Job) -> None:
         """Remove a job, its record and its file."""
         self.jobs.pop(job.id, None)
-        for path in (self.video(job), self._folder / f"{job.id}{_RECORD}"):
+        for path in (self.video(job), self.reference(job), self._folder / f"{job.id}{_RECORD}"):
             path.unlink(missing_ok=True)
 
     def video(self, job: Job) -> Path:
         """Where the clip's file is, or will be. The id is one that this server made."""
         return self._folder / f"{os.path.basename(job.id)}{_VIDEO}"
+
+    def reference(self, job: Job) -> Path:
+        """Where the image is that the clip starts from, if it starts from one."""
+        return self.video(job).with_suffix(_REFERENCE)
 
     def _forget_old(self) -> None:
         done = [job for job in self.jobs.values() if job.status in ("completed", "failed")]

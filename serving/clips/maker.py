@@ -8,7 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime import InputError, LightForcingError, Pipeline, Session, SessionCancelledError, open_video
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import (
+    InputError,
+    LightForcingError,
+    Pipeline,
+    Session,
+    SessionCancelledError,
+    open_video,
+    read_image,
+)
 from serving.errors import BusyError, RequestError
 from serving.live.session import check_prompts
 from serving.metrics import Metrics
@@ -43,8 +54,11 @@ class Clips:
         """Read what earlier servers recorded."""
         self.store.open()
 
-    def create(self, request: CreateVideo, *, model: str, size: str) -> Job:
-        """Queue a clip. Raises :class:`RequestError` if it cannot be made here, or too many wait."""
+    def create(self, request: CreateVideo, *, model: str, size: str, reference: bytes | None = None) -> Job:
+        """Queue a clip, which may start from an image (the bytes of its file).
+
+        Raises :class:`RequestError` if it cannot be made here, or too many wait.
+        """
         if request.seconds > self._limits.seconds:
             raise RequestError(
                 "too_long", f"seconds is {request.seconds:g}; at most {self._limits.seconds:g} are made"
@@ -59,7 +73,7 @@ class Clips:
         waiting = sum(job.status == "queued" for job in self.store.jobs.values())
         if waiting >= self._limits.jobs:
             raise BusyError(f"{waiting} clips wait already; try again later", retry_after=10)
-        job = self.store.add(request, model=model, size=size)
+        job = self.store.add(request, model=model, size=size, reference=reference)
         self._queue.put_nowait(job)
         return job
 
@@ -104,10 +118,11 @@ class Clips:
         job.status = "in_progress"
         try:
             self.store.save(job)
-            with pipeline.session(request.prompt, seed=request.seed) as session:
+            start = self._start(pipeline, job)
+            with pipeline.session(request.prompt, seed=request.seed, start=start) as session:
                 self._running[job.id] = session
                 for at, prompt in sorted(request.schedule.items()):
-                    session.set_prompt(prompt, at=at)
+                    session.set_prompt(prompt, at=session.given + at)
                 self._write(pipeline, job, session)
             job.status, job.progress, job.seconds_left = "completed", 100, 0.0
             job.completed_at = int(time.time())
@@ -130,6 +145,12 @@ class Clips:
             self._running.pop(job.id, None)
             if job.id not in self.store.jobs:  # deleted meanwhile
                 self.store.delete(job)
+
+    def _start(self, pipeline: Pipeline, job: Job) -> NDArray[np.uint8] | None:
+        path, model = self.store.reference(job), pipeline.manifest.model
+        if not path.is_file():
+            return None
+        return read_image(path, height=model.video_height, width=model.video_width)
 
     def _write(self, pipeline: Pipeline, job: Job, session: Session) -> None:
         model = pipeline.manifest.model

@@ -47,7 +47,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
 
-        left = self._service.settings.limits.message_bytes
+        left = self._most(scope, headers)
 
         async def bounded() -> Message:
             nonlocal left
@@ -77,10 +77,16 @@ class Gate:
         if scope["path"] not in _OPEN:
             service.guard.check_token(bearer_of(headers))
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > service.settings.limits.message_bytes:
-            raise RequestError(
-                "too_large", f"the body has at most {service.settings.limits.message_bytes} bytes", status=413
-            )
+        most = self._most(scope, headers)
+        if not length.isdigit() or int(length) > most:
+            raise RequestError("too_large", f"the body has at most {most} bytes", status=413)
+
+    def _most(self, scope: Scope, headers: Headers) -> int:
+        """Bytes that a body may have: the form of a clip may come with an image."""
+        limits = self._service.settings.limits
+        is_form = headers.get("content-type", "").strip().lower().startswith("multipart/form-data")
+        with_image = is_form and (scope.get("method"), scope["path"]) == ("POST", "/v1/videos")
+        return limits.message_bytes + (limits.reference_bytes if with_image else 0)
 
 
 def error_response(error: RequestError) -> JSONResponse:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from io import BytesIO
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 
+from runtime import InputError, read_image
 from serving.clips.jobs import CreateVideo
 from serving.errors import RequestError
 from serving.service import Service
@@ -36,11 +40,17 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:
-        """Queue a clip: ``prompt``, and optionally ``seconds``, ``size``, ``model``, ``seed``, ``schedule``."""
+        """Queue a clip: ``prompt``, and optionally ``seconds``, ``size``, ``model``, ``seed``, ``schedule``.
+
+        A form may bring an image as ``input_reference``, from which the clip goes on.
+        """
         manifest = service.manifest
         model = manifest.model
         size = f"{model.video_width}x{model.video_height}"
-        return service.clips.create(await _read(request), model=manifest.name, size=size).public()
+        wanted, image = await _read(request)
+        if image is not None:
+            await asyncio.to_thread(_check_image, service, image)
+        return service.clips.create(wanted, model=manifest.name, size=size, reference=image).public()
 
     @routes.get("/v1/videos")
     async def catalogue(limit: int = _PAGE, after: str | None = None, order: str = "desc") -> dict[str, Any]:
@@ -88,19 +98,38 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _read(request: Request) -> CreateVideo:
-    """The body, JSON or a form, as OpenAI's clients send it."""
+def _check_image(service: Service, image: bytes) -> None:
+    """Refuse now what would fail when the clip's turn comes."""
+    model = service.manifest.model
+    if not service.pipeline.starts_from_frames:
+        raise RequestError(
+            "no_encoder",
+            "this bundle cannot start from an image; it was built without a video encoder",
+            status=422,
+        )
+    try:
+        read_image(BytesIO(image), height=model.video_height, width=model.video_width)
+    except InputError as error:
+        raise RequestError("bad_request", f"input_reference: {error}", status=422) from None
+
+
+async def _read(request: Request) -> tuple[CreateVideo, bytes | None]:
+    """The body, JSON or a form, as OpenAI's clients send it, and the image in it."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "application/json":
-            return CreateVideo.model_validate_json(await request.body())
+            return CreateVideo.model_validate_json(await request.body()), None
         if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
             raise RequestError("bad_request", "expected application/json or multipart/form-data", status=415)
-        async with request.form(max_files=0, max_fields=16) as form:
+        async with request.form(max_files=1, max_fields=16) as form:
             fields: dict[str, Any] = dict(form)
+            upload = fields.pop("input_reference", None)
+            image = await upload.read() if isinstance(upload, UploadFile) else None
+        if upload is not None and image is None:
+            raise RequestError("bad_request", "input_reference is text; expected an image's file", status=422)
         if "schedule" in fields:
             fields["schedule"] = json.loads(fields["schedule"])
-        return CreateVideo.model_validate(fields)
+        return CreateVideo.model_validate(fields), image
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"

@@ -72,6 +72,14 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def starting_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with a video encoder, at the usual rate. Do not change its files."""
+    folder = tmp_path_factory.mktemp("starting") / "handmade"
+    handmade.build_bundle(folder, with_encoder=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's bundle: `tiny` with its trained weights, which paints what captions say. Do not change its files."""
     from export.request.weights import shipped_weights

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from runtime import Pipeline
 from tests.serving.client import Answer, StreamClient, http, wait_until
@@ -75,6 +77,78 @@ def test_a_form_is_taken_as_openai_clients_send_it(server: RunningServer) -> Non
     )
     assert answer.status == 200 and answer.json["seconds"] == "1"
     assert finish(server, answer.json["id"])["status"] == "completed"
+
+
+def form(fields: dict[str, str], image: bytes | None = None) -> dict[str, Any]:
+    """Body and header of a form, with a file named as OpenAI's clients name it."""
+    parts = [
+        f'--b0undary\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode()
+        for k, v in fields.items()
+    ]
+    if image is not None:
+        head = 'Content-Disposition: form-data; name="input_reference"; filename="a.png"\r\nContent-Type: image/png'
+        parts.append(f"--b0undary\r\n{head}\r\n\r\n".encode() + image + b"\r\n")
+    body = b"".join([*parts, b"--b0undary--\r\n"])
+    return {"body": body, "headers": {"Content-Type": "multipart/form-data; boundary=b0undary"}}
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", size, colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_a_clip_goes_on_from_an_image(
+    start_server: StartServer, starting_bundle: Path, tmp_path: Path
+) -> None:
+    server = start_server(bundle=starting_bundle)
+    assert http(f"{server.url}/v1/bundle").json["input_reference"] is True
+    url = f"{server.url}/v1/videos"
+    answer = http(url, method="POST", **form({"prompt": "a", "seconds": "0.5"}, png((250, 10, 10))))
+    assert answer.status == 200
+    assert finish(server, answer.json["id"])["status"] == "completed"
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(http(f"{url}/{answer.json['id']}/content").body)
+    with av.open(str(path)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    still = np.full((32, 32, 3), (250, 10, 10), np.uint8)
+    with (
+        Pipeline.load(server.service.settings.bundle, threads=1) as pipe,
+        pipe.session("a", start=still) as session,
+    ):
+        expected = np.concatenate([chunk.frames for chunk in session.stream(seconds=0.5)])
+    assert frames.shape == expected.shape
+    assert np.abs(frames.mean((1, 2)) - expected.mean((1, 2))).max() < 8
+    folder = server.service.settings.videos
+    assert len(list(folder.glob("*.reference"))) == 1
+    assert http(f"{url}/{answer.json['id']}", method="DELETE").status == 200
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "image",
+    [b"no image", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n", png((1, 2, 3))[:60], b""],
+    ids=["text", "playlist", "cut", "empty"],
+)
+def test_what_is_no_image_is_refused_at_once(
+    start_server: StartServer, starting_bundle: Path, image: bytes
+) -> None:
+    server = start_server(bundle=starting_bundle)
+    answer = http(f"{server.url}/v1/videos", method="POST", **form({"prompt": "a"}, image))
+    assert (answer.status, answer.json["error"]["code"]) == (422, "bad_request")
+    assert "PNG, JPEG or WebP" in answer.json["error"]["message"]
+    assert not list(server.service.settings.videos.iterdir())
+
+
+def test_images_are_bounded_and_need_an_encoder(start_server: StartServer) -> None:
+    server = start_server(limits={"reference_bytes": 1000})
+    url = f"{server.url}/v1/videos"
+    answer = http(url, method="POST", **form({"prompt": "a"}, png((1, 2, 3))))
+    assert (answer.status, answer.json["error"]["code"]) == (422, "no_encoder")
+    answer = http(url, method="POST", **form({"prompt": "a"}, bytes(70_000)))
+    assert answer.status == 413
+    answer = http(url, method="POST", **form({"prompt": "a", "input_reference": "photo.png"}))
+    assert answer.status == 422 and "expected an image's file" in answer.json["error"]["message"]
 
 
 def test_list_and_delete(start_server: StartServer) -> None:
