@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from export.compare.reference import Reference
     from export.compare.result import Comparison
 
-__all__ = ["Compare"]
+__all__ = ["Compare", "reference_of"]
 
 
 class Compare(Command):
-    """Compare a bundle with the reference model, with another bundle, or its model's precisions with one another.
+    """Compare a bundle with the reference model or another bundle, or its model's precisions or methods of selection.
 
     Per component, per step and over a whole rollout; `--report` writes a page with curves and frames. Exit code 1
     where a result is past its tolerance.
@@ -50,6 +50,12 @@ class Compare(Command):
             metavar="LIST",
             help="what bf16, fp8, nvfp4 cost, e.g. bf16,fp8; runs on any machine, whatever the bundle's target",
         )
+        against.add_argument(
+            "--policies",
+            type=policies,
+            metavar="LIST",
+            help="what methods of selection cost against full attention, e.g. hsa,sta,vmoba, or all; on any machine",
+        )
         parser.add_argument("--chunks", type=positive, default=3, help="length of the rollout (default: 3)")
         parser.add_argument(
             "--tolerance", type=tolerance, help="largest relative L2 error (default: the precision's)"
@@ -65,17 +71,16 @@ class Compare(Command):
         add_decoder_and_text_files(files)
 
     def run(self, args: argparse.Namespace) -> int:
-        args.known = fill_model(args)
-        check_sources(args)
+        reference = reference_of(args)
         if args.other is not None and args.checkpoint:
             raise InputError(
                 "--with compares two bundles and needs no weights; drop --checkpoint and the like"
             )
-        comparison = _comparison(args)
+        comparison = _comparison(args, reference)
+        if args.policies is None:
+            from export.compare.result import comparison_table
 
-        from export.compare.result import comparison_table
-
-        console().print(comparison_table(comparison.title, comparison.rows))
+            console().print(comparison_table(comparison.title, comparison.rows))
         if args.json is not None:
             comparison.write_json(args.json)
         if args.report is not None:
@@ -85,13 +90,14 @@ class Compare(Command):
         return 0 if comparison.passed else 1
 
 
-def _comparison(args: argparse.Namespace) -> Comparison:
+def _comparison(args: argparse.Namespace, reference: Reference | None) -> Comparison:
     """What `compare` was asked for."""
     if args.other is not None:
         from export.compare.against_bundle import against_bundle
 
         return against_bundle(args.bundle, args.other, chunks=args.chunks, tolerance=args.tolerance)
-    reference = _reference(args) if args.checkpoint else None
+    if args.policies is not None:
+        return _policies(args, reference)
     if args.precisions is not None:
         from export.compare.against_precisions import compare_precisions
 
@@ -101,6 +107,50 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     from export.compare.against_reference import against_reference
 
     return against_reference(args.bundle, chunks=args.chunks, tolerance=args.tolerance, reference=reference)
+
+
+def _policies(args: argparse.Namespace, reference: Reference | None) -> Comparison:
+    """Methods of selection; prints their table."""
+    from export.compare.against_policies import compare_policies, policy_table
+    from export.estimate.roofline import predict
+    from export.request.plan import PlanRequest, planned_precision
+    from export.request.targets import Variant, load_target
+    from lightforcing_ref.config import preset
+    from runtime.bundle import load_bundle
+
+    manifest = load_bundle(args.bundle, verify=False).manifest
+    model, target = manifest.model, load_target(manifest.target.name)
+    asked = manifest.precision if manifest.precision in target.precisions else None
+
+    def predicted(variant: Variant) -> float | None:
+        request = PlanRequest(
+            target,
+            variant,
+            preset(model.preset),
+            model.video_height,
+            model.video_width,
+            planned_precision(target, asked),
+        )
+        clip = predict(request)
+        return None if clip is None else clip.seconds
+
+    results, comparison = compare_policies(
+        args.bundle, args.policies, chunks=args.chunks, predicted=predicted, reference=reference
+    )
+    console().print(policy_table(results, comparison.title))
+    return comparison
+
+
+def policies(text: str) -> list[str]:
+    from runtime.bundle.policies import POLICIES
+
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(POLICIES)}, all")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names a policy twice")
+    return names
 
 
 def precisions(text: str) -> list[str]:
@@ -115,8 +165,13 @@ def precisions(text: str) -> list[str]:
     return names
 
 
-def _reference(args: argparse.Namespace) -> Reference:
-    """The reference model of a bundle that was built from files."""
+def reference_of(args: argparse.Namespace) -> Reference | None:
+    """The reference model of a bundle that was built from files; None where no files are given."""
+    args.known = fill_model(args)
+    check_sources(args)
+    if not args.checkpoint or getattr(args, "other", None) is not None:
+        return None
+
     from export.compare.reference import Reference
     from export.request.weights import Weights
     from lightforcing_ref.config import preset

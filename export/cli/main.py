@@ -16,6 +16,7 @@ from pathlib import PurePath
 
 from runtime.terminal import OutputError, TerminatedError, command_line, exit_code, printable
 
+from .attention_map import AttentionMap
 from .build import Build
 from .calibrate import Calibrate
 from .command import Command, CommandParser
@@ -36,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     Calibrate(),
     Inspect(),
     Compare(),
+    AttentionMap(),
     Models(),
     Push(),
     Pull(),
