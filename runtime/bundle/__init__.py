@@ -32,7 +32,6 @@ from .manifest import (
     BackendName,
     Cache,
     Calibration,
-    Checkpoint,
     Component,
     Cost,
     FileEntry,
@@ -42,13 +41,10 @@ from .manifest import (
     Manifest,
     Model,
     Precision,
-    Provenance,
     Quantization,
-    RandomInit,
     Rope,
     Schedule,
     Segments,
-    SourceFile,
     Sparsity,
     Target,
     TensorSpec,
@@ -57,6 +53,7 @@ from .manifest import (
     VaeCache,
 )
 from .policies import AttentionPolicy
+from .provenance import Checkpoint, Provenance, RandomInit, SourceFile
 
 __all__ = [
     "ELEMENT_TYPES",
