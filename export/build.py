@@ -162,7 +162,9 @@ def _with_golden(run: Run, built: Built) -> Built:
     """What was built, with the golden vectors of its components."""
 
     def write(folder: Path) -> list[str]:
-        files, section = write_golden(folder, built.graphs, segments=built.segments, progress=run.within)
+        files, section = write_golden(
+            folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within
+        )
         (folder / _GOLDEN_SECTION).write_text(section.model_dump_json())
         return [*files, _GOLDEN_SECTION]
 

@@ -130,7 +130,7 @@ def video_frames(latent_frames: int) -> int:
     return 0 if latent_frames == 0 else 4 * latent_frames - 3
 
 
-def planned_latents(frames: int) -> int:
+def planned_latents(frames: int, chunk_frames: int = CHUNK_FRAMES) -> int:
     """Latent frames of the whole chunks that give at least `frames` frames of video."""
     latents = 1 + -(-(frames - 1) // 4)
-    return -(-latents // CHUNK_FRAMES) * CHUNK_FRAMES
+    return -(-latents // chunk_frames) * chunk_frames

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .attention import hsa_attention
 from .cache import AttentionSpec, CachedAttention, FrameCache, LayerKV, SinkPositions
-from .config import CHUNK_FRAMES
 from .model import CausalWanModel, CrossKV
 from .rope import rope_tables
 from .schedule import FlowSchedule
@@ -33,7 +32,8 @@ class Rollout:
         text: text-encoder output `[text_len, text_dim]`.
         window_frames: attention window in latent frames, sink and current chunk included; None = unlimited.
 
-    The clean pass of a chunk runs when the next chunk is asked for, never after the last.
+    The clean pass of a chunk runs when the next chunk is asked for, never after the last. A schedule without one caches
+    what the last denoising forward leaves.
     """
 
     model: CausalWanModel
@@ -72,11 +72,11 @@ class Rollout:
         self.cross = self._condition(text)
         if recache == "none" or self.next_chunk == 0:
             return self.next_chunk
-        self.cache.make_room(CHUNK_FRAMES)
+        self.cache.make_room(self.schedule.chunk_frames)
         resident = self.cache.resident()
         renewed = [frame for frame in resident if recache == "all" or frame >= self.sink_frames]
-        for chunk in sorted({frame // CHUNK_FRAMES for frame in renewed}):
-            first = chunk * CHUNK_FRAMES
+        for chunk in sorted({frame // self.schedule.chunk_frames for frame in renewed}):
+            first = chunk * self.schedule.chunk_frames
             older = [frame for frame in resident if frame < first]
             _, new = self.forward(self.latents[chunk], self.schedule.clean_step, chunk, older)
             self.cache.commit(first, new, only=renewed)
@@ -86,16 +86,18 @@ class Rollout:
         """Keys, values and block means that `chunk` sees in `layer`: those of `frames`, by default all resident."""
         resident = self.cache.resident()
         recent = [frame for frame in resident if frame >= self.sink_frames]
-        first_recent = recent[0] if recent else chunk * CHUNK_FRAMES
+        # A sink that is recomputed does not push those before it out of the way.
+        first_recent = recent[0] if recent else max(chunk * self.schedule.chunk_frames, len(resident))
         return self.cache.past(layer, resident if frames is None else frames, first_recent)
 
     def forward(
-        self, x: Tensor, step: int, chunk: int, past_frames: list[int] | None = None
+        self, x: Tensor, row: int, chunk: int, past_frames: list[int] | None = None
     ) -> tuple[Tensor, list[LayerKV]]:
-        """One forward of one chunk: (flow `[channels, frames, h, w]`, new keys and values per layer)."""
+        """The forward of a chunk in a row of the schedule: (flow `[channels, frames, h, w]`, new keys and values per
+        layer)."""
         frames = self.cache.resident() if past_frames is None else past_frames
         config = self.model.config
-        positions = torch.arange(chunk * CHUNK_FRAMES, (chunk + 1) * CHUNK_FRAMES)
+        positions = torch.arange(chunk * self.schedule.chunk_frames, (chunk + 1) * self.schedule.chunk_frames)
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
         core = CachedAttention(
             self.spec,
@@ -106,19 +108,24 @@ class Rollout:
             chunk,
             attend=self.attend,
         )
-        t = torch.full((1, CHUNK_FRAMES), self.schedule.timesteps[step], dtype=torch.float64)
+        t = torch.full((1, self.schedule.chunk_frames), self.schedule.row_timesteps[row], dtype=torch.float64)
         with torch.no_grad():
             flow = self.model(x[None], t, self.cross, core)[0]
         return flow, core.new
 
-    def step(self, x: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor]:
-        """One denoising forward and scheduler step: (next latent, x0), float32; x0 in float64 inside."""
-        flow, _ = self.forward(x, step, chunk)
-        x0 = (x.double() - self.schedule.sigmas[step] * flow.double()).float()
-        sigma = self.schedule.sigmas[step + 1]
-        if step + 1 == self.schedule.clean_step:
-            return x0, x0
-        return (1 - sigma) * x0 + sigma * self.noise(chunk, step + 1), x0
+    def following_noise(self, chunk: int, row: int) -> Tensor:
+        """What the prediction of a denoising forward is re-noised with; zeros behind the last."""
+        position = self.schedule.rows(chunk).index(row)
+        is_last = row == self.schedule.rows(chunk)[-1]
+        return torch.zeros_like(self.noise(chunk, 0)) if is_last else self.noise(chunk, position + 1)
+
+    def step(self, x: Tensor, row: int, chunk: int) -> tuple[Tensor, Tensor, list[LayerKV]]:
+        """One denoising forward and scheduler step: (next latent, x0, new keys and values per layer), latents float32;
+        x0 in float64 inside."""
+        flow, new = self.forward(x, row, chunk)
+        x0 = (x.double() - self.schedule.row_sigmas[row] * flow.double()).float()
+        sigma = self.schedule.row_following[row]
+        return (1 - sigma) * x0 + sigma * self.following_noise(chunk, row), x0, new
 
     def _commit_pending(self) -> None:
         if self._pending is None:
@@ -129,25 +136,32 @@ class Rollout:
     def commit(self, x0: Tensor, chunk: int) -> None:
         """Run the clean pass of `chunk` on its latents and cache what it leaves."""
         _, new = self.forward(x0, self.schedule.clean_step, chunk)
-        self.cache.commit(chunk * CHUNK_FRAMES, new)
+        self.keep(x0, chunk, new)
+
+    def keep(self, x0: Tensor, chunk: int, new: list[LayerKV]) -> None:
+        """Cache keys and values of `chunk`, whose clean latents are `x0`."""
+        self.cache.commit(chunk * self.schedule.chunk_frames, new)
         self.latents[chunk] = x0
 
     def generate_chunk(self) -> Tensor:
-        """Clean latents of the next chunk, `[channels, CHUNK_FRAMES, h, w]` float32."""
+        """Clean latents of the next chunk, `[channels, chunk_frames, h, w]` float32."""
         self._commit_pending()
-        self.cache.make_room(CHUNK_FRAMES)
+        self.cache.make_room(self.schedule.chunk_frames)
         chunk = self.next_chunk
         x = self.noise(chunk, 0)
-        for step in range(self.schedule.denoise_steps):
-            x, _ = self.step(x, step, chunk)
-        self._pending = x
+        for row in self.schedule.rows(chunk):
+            x, _, new = self.step(x, row, chunk)
+        if self.schedule.clean_forward:
+            self._pending = x
+        else:
+            self.keep(x, chunk, new)
         self.next_chunk += 1
         return x
 
     def give_chunk(self, latents: Tensor) -> None:
-        """Take the next chunk's clean latents `[channels, CHUNK_FRAMES, h, w]` as they are, in place of denoising."""
+        """Take the next chunk's clean latents `[channels, chunk_frames, h, w]` as they are, in place of denoising."""
         self._commit_pending()
-        self.cache.make_room(CHUNK_FRAMES)
+        self.cache.make_room(self.schedule.chunk_frames)
         self._pending = latents
         self.next_chunk += 1
 

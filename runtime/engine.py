@@ -66,21 +66,22 @@ class Engine(Protocol):
     def begin(self, session: int, placement: Placement, noise: NDArray[np.float32] | None) -> None:
         """Set what the next forwards of ``session`` work on.
 
-        ``noise`` is ``[denoising steps, channels, frames, h, w]``: the initial latent, then what re-noises it
-        before each further forward. ``None`` if only the clean forward follows.
+        ``noise`` is ``[noises, channels, frames, h, w]``: the initial latent, then what re-noises it
+        before each further forward; what a chunk of fewer steps leaves over is not read. ``None`` if only the clean
+        forward follows.
         """
 
     def encode(self, session: int, frames: NDArray[np.uint8], latents: Sequence[int]) -> float:
         """Encode the clip ``frames`` ``[N, H, W, 3]`` into latent slots, a chunk each. Only where a bundle can."""
 
-    def denoise(self, session: int, step: int) -> float:
-        """One denoising forward. The steps of a chunk run in order, starting with 0."""
+    def denoise(self, session: int, row: int) -> float:
+        """One denoising forward, by its row of the schedule. Those of a chunk run in order."""
 
     def clean(self, session: int) -> float:
         """The forward on the clean latent whose only results are the chunk's keys and values."""
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:
-        """Copy keys, values and block means of the last clean forward into the pool."""
+        """Copy keys, values and block means of the last forward into the pool."""
 
     def place_sinks(self, session: int, slots: Sequence[int], shift: int) -> None:
         """Rewrite the sink frames' keys in ``slots``, moved by ``shift`` frames from where they were committed."""

@@ -1,7 +1,8 @@
 """The order of one session's forwards: clean and commit the last chunk, switch the prompt, denoise the next.
 
 The clean forward of a chunk runs when the next chunk is asked for, never after the last, so a chunk's latent
-leaves one forward earlier.
+leaves one forward earlier. Where a bundle's schedule has none, a chunk is committed as its last denoising forward
+leaves it.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class Rollout:
             chunk_frames=model.chunk_frames, sink_frames=cache.sink_frames, past_frames=past
         )
         shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
-        self._noise = np.empty((manifest.schedule.denoise_steps, *shape), dtype=np.float32)
-        self._source = None if noise is None else check_noise(noise, self._noise.shape)
+        self._noise = np.zeros((manifest.schedule.noises, *shape), dtype=np.float32)
+        self._source = None if noise is None else check_noise(noise, (manifest.schedule.most_steps, *shape))
         self._keeps_latents = latents
         self._warned = False
         self._start = start
@@ -187,15 +188,20 @@ class Rollout:
             self._start = None
         if chunk < self.given:
             return seconds
-        for step in range(len(self._noise)):
+        rows = self._manifest.schedule.rows(chunk)
+        for step in range(len(rows)):
             if self._source is None:
                 fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)
             else:
                 self._noise[step] = self._source(chunk, step)
         self._engine.begin(self._session, self._placement(chunk), self._noise)
-        for step in range(len(self._noise)):
+        for row in rows:
             _check(cancelled)
-            seconds += self._engine.denoise(self._session, step)
+            seconds += self._engine.denoise(self._session, row)
+        if not self._manifest.schedule.clean_forward:
+            # Now, because the next chunk that is computed, maybe another session's, overwrites keys and values.
+            self._engine.commit(self._session, self._table.commit())
+            self._place_sinks()
         return seconds
 
     def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:

@@ -26,9 +26,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "lightforcing_ref": (
         "checkpoint rollout",
         "cache decoders policies text",
-        "model",
+        "model schedule",
         "attention config",
-        "dimensions rope schedule shipped sparsity",
+        "dimensions rope shipped sparsity",
         "__init__ errors",
     ),
     "training": (

@@ -145,7 +145,9 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
         sink_frames=args.sink,
         near_frames=args.near,
         window_frames=args.window,
-        table_frames=None if args.frames is None else planned_latents(args.frames),
+        table_frames=(
+            None if args.frames is None else planned_latents(args.frames, variant.schedule.chunk_frames)
+        ),
     )
     changed.table()
     return target, changed

@@ -28,7 +28,7 @@ DEFAULT_FILE = Path("calibration.json")
 class Calibrate(Command):
     """Observe the transformer over rollouts, and save what quantization needs to know.
 
-    Every prompt is rolled out for some chunks with all five timesteps of each. The file holds the range of every
+    Every prompt is rolled out for some chunks with all timesteps of each. The file holds the range of every
     linear's input, and what each format costs; `build --calibration FILE` takes it up, for this model only.
     """
 

@@ -69,9 +69,9 @@ def against_bundle(path: Path, other: Path, *, chunks: int = 3, tolerance: float
     _require_alike(bundle, right)
     manifest = bundle.manifest
     limit = max(tolerance_of(bundle, tolerance), tolerance_of(right, tolerance))
-    clean_step = manifest.schedule.denoise_steps
+    clean_step = manifest.schedule.clean_step
     feeds = list(synthetic_feeds(manifest, chunks))
-    denoising = [feed for _, step, feed in feeds if step < clean_step]
+    denoising = [feed for _, step, feed in feeds if step != clean_step]
     cleaning = [feed for _, step, feed in feeds if step == clean_step]
     measured = {
         name: measure(

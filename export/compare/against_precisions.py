@@ -141,8 +141,8 @@ class _Study:
 
     def compare(self, precisions: Sequence[QuantPrecision]) -> Comparison:
         reference, manifest = self.reference, self.manifest
-        clean_step = manifest.schedule.denoise_steps
-        feeds = [f for _, step, f in step_feeds(reference, manifest, self.chunks) if step < clean_step]
+        clean_step = manifest.schedule.clean_step
+        feeds = [f for _, step, f in step_feeds(reference, manifest, self.chunks) if step != clean_step]
         expected = self._latents(reference.rollout(manifest, self.embedding, SEED))
         films = [Film("float32 (reference)", decoded(reference, expected))]
         latents: dict[QuantPrecision, Tensor] = {}

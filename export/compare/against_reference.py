@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def _reference_steps(
     bundle: Bundle, reference: Reference, chunks: int, tolerance: float
 ) -> tuple[list[Row], list[Plot]]:
     """Every forward of a reference rollout, each from the reference's own state."""
-    clean = bundle.manifest.schedule.denoise_steps
+    clean = bundle.manifest.schedule.clean_step
     wanted = {
         name: {spec.name for spec in component.inputs}
         for name, component in bundle.manifest.components.items()
@@ -332,7 +333,7 @@ def _reference_steps(
             continue
         denoising.append(feed)
         name = per_chunk_name(chunk)
-        if name in wanted and step == 0:
+        if name in wanted and step == bundle.manifest.schedule.rows(chunk)[0]:
             exact = exact_length(feed)
             by_chunk[chunk] = {key: exact[key] for key in wanted[name]}
     module = reference.step_module(bundle.manifest)
@@ -348,9 +349,9 @@ def _reference_steps(
 
 def step_plot(bundle: Bundle, measured: Mapping[str, Measured]) -> Plot:
     """Error of the clean latent that each denoising forward predicts, a curve for each entry."""
-    steps = bundle.manifest.schedule.denoise_steps
-    runs = len(next(iter(measured.values())).runs)
-    labels = tuple(f"{index // steps}.{index % steps}" for index in range(runs))
+    runs, schedule = len(next(iter(measured.values())).runs), bundle.manifest.schedule
+    every = (f"{chunk}.{step}" for chunk in count() for step in range(len(schedule.rows(chunk))))
+    labels = tuple(islice(every, runs))
     series = tuple(
         Series(name, tuple(_figure(run["x0"].relative) for run in entry.runs))
         for name, entry in measured.items()

@@ -19,7 +19,7 @@ from export.request.methods import attends
 from export.request.targets import CachePolicy, SparsityPolicy, Variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.attention import qk_prepare
-from lightforcing_ref.cache import AttentionSpec
+from lightforcing_ref.cache import AttentionSpec, LayerKV
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
 from lightforcing_ref.decoders.layers import CacheSpec
@@ -95,7 +95,15 @@ def _decoder(vae: Vae, usual: DecoderConfig) -> DecoderConfig:
 
 
 def _schedule(manifest: Manifest) -> FlowSchedule:
-    return FlowSchedule(manifest.schedule.timesteps, manifest.schedule.sigmas)
+    schedule = manifest.schedule
+    return FlowSchedule(
+        schedule.timesteps,
+        schedule.sigmas,
+        schedule.first_timesteps,
+        schedule.first_sigmas,
+        manifest.model.chunk_frames,
+        schedule.clean_forward,
+    )
 
 
 @dataclass(frozen=True)
@@ -236,33 +244,40 @@ class Reference:
 def step_feeds(
     reference: Reference, manifest: Manifest, chunks: int, *, seed: int = 5
 ) -> Iterator[tuple[int, int, Feed]]:
-    """Every forward of a reference rollout as inputs of the `step` component: (chunk, step, inputs).
+    """Every forward of a reference rollout as inputs of the `step` component: (chunk, row, inputs).
 
-    The last step of a chunk is the clean forward. Cached frames lie in shuffled slots of a pool that is larger than
-    needed and otherwise full of NaN, so that a graph which looks anywhere else is found out.
+    Rows are those of the schedule; the last forward of a chunk is the clean one. Cached frames lie in shuffled slots of
+    a pool that is larger than needed and otherwise full of NaN, so that a graph which looks anywhere else is found out.
     """
     rng = np.random.default_rng(seed)
     text = rng.standard_normal((manifest.text.text_len, manifest.text.dim), dtype=np.float32)
     rollout = reference.rollout(manifest, torch.from_numpy(text), seed)
-    frames, steps = manifest.model.chunk_frames, manifest.schedule.denoise_steps
+    schedule = rollout.schedule
     for chunk in range(chunks):
-        rollout.cache.make_room(frames)
+        rollout.cache.make_room(schedule.chunk_frames)
         x = rollout.noise(chunk, 0)
-        for step in range(steps):
-            following = rollout.noise(chunk, step + 1) if step + 1 < steps else torch.zeros_like(x)
-            yield chunk, step, _feed(rollout, manifest, x, following, step, chunk, rng)
-            x, _ = rollout.step(x, step, chunk)
-        yield chunk, steps, _feed(rollout, manifest, x, torch.zeros_like(x), steps, chunk, rng)
-        rollout.commit(x, chunk)
+        for row in schedule.rows(chunk):
+            yield (
+                chunk,
+                row,
+                _feed(rollout, manifest, x, rollout.following_noise(chunk, row), row, chunk, rng),
+            )
+            x, _, new = rollout.step(x, row, chunk)
+        clean = schedule.clean_step
+        yield chunk, clean, _feed(rollout, manifest, x, torch.zeros_like(x), clean, chunk, rng)
+        if schedule.clean_forward:
+            rollout.commit(x, chunk)
+        else:
+            rollout.keep(x, chunk, new)
 
 
 def synthetic_feeds(manifest: Manifest, chunks: int, *, seed: int = 5) -> Iterator[tuple[int, int, Feed]]:
-    """Inputs of the `step` component for every forward of a rollout, without a model: (chunk, step, inputs).
+    """Inputs of the `step` component for every forward of a rollout, without a model: (chunk, row, inputs).
 
     Latents, prompt and cached frames are drawn from the seed. Cached frames lie as in `step_feeds`.
     """
     rng = np.random.default_rng(seed)
-    model, text, steps = manifest.model, manifest.text, manifest.schedule.denoise_steps
+    model, text, schedule = manifest.model, manifest.text, manifest.schedule
     per_head = (model.heads, model.head_dim)
     latent = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
 
@@ -283,9 +298,9 @@ def synthetic_feeds(manifest: Manifest, chunks: int, *, seed: int = 5) -> Iterat
             k, v = (normal(resident, model.frame_tokens, *per_head) for _ in range(2))
             means = np.stack([k[:, rows].mean(axis=1) for rows in blocks], axis=1)
             past.append((k, v, means))
-        for step in range(steps + 1):
+        for row in (*schedule.rows(chunk), schedule.clean_step):
             x, noise = normal(*latent), normal(*latent)
-            yield chunk, step, _inputs(manifest, x, noise, step, chunk, past, rng) | cross
+            yield chunk, row, _inputs(manifest, x, noise, row, chunk, past, rng) | cross
 
 
 class GraphRollout(Rollout):
@@ -313,21 +328,24 @@ class GraphRollout(Rollout):
             for i in layers
         ]
 
-    def step(self, x: Tensor, step: int, chunk: int) -> tuple[Tensor, Tensor]:
-        last = step + 1 == self.schedule.clean_step
-        noise = torch.zeros_like(x) if last else self.noise(chunk, step + 1)
-        out = self._step(_feed(self, self._manifest, x, noise, step, chunk, self._rng))
-        return torch.from_numpy(out["next_latent"]), torch.from_numpy(out["x0"])
+    def step(self, x: Tensor, row: int, chunk: int) -> tuple[Tensor, Tensor, list[LayerKV]]:
+        noise = self.following_noise(chunk, row)
+        out = self._step(_feed(self, self._manifest, x, noise, row, chunk, self._rng))
+        return torch.from_numpy(out["next_latent"]), torch.from_numpy(out["x0"]), self._new(out)
+
+    def _new(self, out: Feed) -> list[LayerKV]:
+        def stem(name: str, layer: int) -> Tensor:
+            return torch.from_numpy(out[f"{name}.{layer}"])
+
+        return [
+            (stem("k", layer), stem("v", layer), stem("kmean", layer))
+            for layer in range(self._manifest.model.layers)
+        ]
 
     def commit(self, x0: Tensor, chunk: int) -> None:
         clean = self.schedule.clean_step
         out = self._clean(_feed(self, self._manifest, x0, torch.zeros_like(x0), clean, chunk, self._rng))
-        new = [
-            tuple(torch.from_numpy(out[f"{stem}.{i}"]) for stem in ("k", "v", "kmean"))
-            for i in range(self._manifest.model.layers)
-        ]
-        self.cache.commit(chunk * self._manifest.model.chunk_frames, [(k, v, means) for k, v, means in new])
-        self.latents[chunk] = x0
+        self.keep(x0, chunk, self._new(out))
 
 
 def _feed(

@@ -13,7 +13,6 @@ from math import prod
 from typing import Any, Literal, Protocol
 
 from export.request.sizes import (
-    STEPS,
     Sized,
     conditioner_parameters,
     decoder_convs,
@@ -24,9 +23,8 @@ from export.request.sizes import (
     text_layer_parameters,
     text_outer_parameters,
 )
-from export.request.targets import Precision, Target, Variant
+from export.request.targets import Precision, Target
 from export.units import readable_size
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.sparsity import BlockGeometry
 from runtime.host_memory import memory
 
@@ -46,8 +44,6 @@ class Planned(Sized, Protocol):
 
     @property
     def target(self) -> Target: ...
-    @property
-    def variant(self) -> Variant: ...
     @property
     def precision(self) -> Precision: ...
 
@@ -174,7 +170,10 @@ class _Planner:
         blocks = request.variant.blocks(request.target, request.preset.block)
         frame_tokens = request.preset.frame_tokens(request.height, request.width)
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
-        self.tokens = CHUNK_FRAMES * frame_tokens
+        self.schedule = request.variant.schedule.resolved()
+        self.chunk_frames = self.schedule.chunk_frames
+        self.rows = len(self.schedule.row_timesteps)
+        self.tokens = self.chunk_frames * frame_tokens
         self.past = request.variant.max_past_frames
 
     def weights(self) -> Iterator[MemoryItem]:
@@ -184,7 +183,9 @@ class _Planner:
         linears = layers * sum(linear.bytes(precision) for linear in step)
         yield MemoryItem("weights", "transformer, block linears", linears)
         yield MemoryItem(
-            "weights", "transformer, everything else", self.item * step_parameters(dit) + 4 * 2 * STEPS
+            "weights",
+            "transformer, everything else",
+            self.item * step_parameters(dit, self.rows) + 4 * 2 * self.rows,
         )
         conditioner = layers * (k.bytes(precision) + v.bytes(precision))
         yield MemoryItem("weights", "conditioner", conditioner + self.item * conditioner_parameters(dit))
@@ -224,39 +225,41 @@ class _Planner:
     @property
     def _latent(self) -> int:
         """Bytes of a chunk's latent."""
-        return 4 * self.dit.channels * CHUNK_FRAMES * prod(self.latent_size)
+        return 4 * self.dit.channels * self.chunk_frames * prod(self.latent_size)
 
     def _latent_slots(self) -> int:
         """Chunks whose latents are kept: those of sinks, those that recent frames can touch, and two in flight."""
         sinks = self.request.variant.cache.sink_frames
         recent = self.past - sinks
-        return -(-sinks // CHUNK_FRAMES) + (-(-recent // CHUNK_FRAMES) + 1 if recent else 0) + 2
+        return -(-sinks // self.chunk_frames) + (-(-recent // self.chunk_frames) + 1 if recent else 0) + 2
 
     def buffers(self) -> Iterator[MemoryItem]:
         """What passes between the parts of a chunk's work."""
         dit, tokens = self.dit, self.tokens
-        keys, means = self._frames(CHUNK_FRAMES)
+        keys, means = self._frames(self.chunk_frames)
         yield MemoryItem("buffers", "keys and values of the chunk", 2 * keys + means)
         # noise and denoised latents per denoising step, the clean one, x0; one latent frame for the decoder
-        latents = (2 * (STEPS - 1) + 2) * self._latent + self._latent // CHUNK_FRAMES
+        latents = (
+            self.schedule.noises + self.schedule.most_steps + 2
+        ) * self._latent + self._latent // self.chunk_frames
         yield MemoryItem("buffers", "latents and noise", latents)
         rope = 2 * 4 * tokens * (dit.head_dim // 2)
         prompt = 4 * dit.text_len * dit.text_dim
-        slots = 4 * (1 + self.past + CHUNK_FRAMES)  # chunk, past frames, where its own go
+        slots = 4 * (1 + self.past + self.chunk_frames)  # chunk, past frames, where its own go
         yield MemoryItem("buffers", "rotary tables, prompt, slot table", rope + prompt + slots)
         cache = self.request.variant.cache
         sinks = cache.sink_frames if cache.sink_positions == "window" else 0
         pairs = dit.head_dim // 2 - 2 * (dit.head_dim // 6)  # of rotary angles along time
         turn = 4 * sinks * (1 + 2 * pairs)
-        yield MemoryItem("buffers", "step numbers, turn of the sinks", 4 * STEPS + turn)
+        yield MemoryItem("buffers", "step numbers, turn of the sinks", 4 * self.rows + turn)
         frames = (1 + self.vae.temporal_factor) * self.request.height * self.request.width * 3
         yield MemoryItem("buffers", "pixels", frames)
         if not self.on_gpu:
             return
         # Residual stream twice, projection, queries, attention output; then what the selection kernels share.
         between = (2 + 3 + 1 + 1) * tokens * dit.dim * self.item
-        q_blocks = CHUNK_FRAMES * self.geometry.q_blocks
-        key_blocks = (self.past + CHUNK_FRAMES) * self.geometry.k_blocks
+        q_blocks = self.chunk_frames * self.geometry.q_blocks
+        key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
         selection = dit.heads * q_blocks * (8 * key_blocks + 4) + 4 * q_blocks * dit.dim
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
         text = 4 * dit.text_len * (2 * self.request.preset.text.d_model + 1)

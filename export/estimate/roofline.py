@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from export.errors import InputError
-from export.request.sizes import STEPS, decoder_convs, format_of, item_bytes, layer_linears
+from export.request.sizes import decoder_convs, format_of, item_bytes, layer_linears
 from export.request.targets import Operands, Peak
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 
@@ -31,7 +31,7 @@ __all__ = [
     "ELEMENT_WISE",
     "KINDS",
     "PUBLISHED",
-    "PUBLISHED_CHUNKS",
+    "PUBLISHED_FRAMES",
     "PUBLISHED_PRECISION",
     "PUBLISHED_PRESET",
     "PUBLISHED_SIZE",
@@ -75,7 +75,7 @@ PUBLISHED: Mapping[str, Published] = {
     "rtx5090": Published("RTX 5090", 2.96, 27.4),
     "h100": Published("H100", 2.39, 33.9),
 }
-PUBLISHED_CHUNKS = 7
+PUBLISHED_FRAMES = 81
 PUBLISHED_PRESET = "wan-1.3b"
 PUBLISHED_VARIANT = "short"
 PUBLISHED_SIZE = (512, 768)
@@ -128,13 +128,14 @@ class Workload:
         blocks = request.variant.blocks(request.target, request.preset.block)
         frame_tokens = request.preset.frame_tokens(request.height, request.width)
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
-        self.tokens = CHUNK_FRAMES * frame_tokens
+        self.schedule = request.variant.schedule.resolved()
+        self.tokens = self.schedule.chunk_frames * frame_tokens
         self.passes = StepPasses(self.dit, self.geometry, self.tokens, request.precision)
 
     @property
     def planned_chunks(self) -> int:
         """Chunks of the clip that the sparsity table was planned for."""
-        return self.request.variant.sparsity.table_frames // CHUNK_FRAMES
+        return self.request.variant.sparsity.table_frames // self.schedule.chunk_frames
 
     @property
     def formats(self) -> set[Format]:
@@ -144,18 +145,21 @@ class Workload:
 
     @cached_property
     def _keep_q20(self) -> tuple[int, ...]:
-        resident = range(CHUNK_FRAMES, self.request.variant.window_frames + 1)
+        resident = range(self.schedule.chunk_frames, self.request.variant.window_frames + 1)
         return self.request.variant.table().keep_q20(frames * self.geometry.k_blocks for frames in resident)
 
     def resident_frames(self, chunk: int) -> int:
         """Latent frames in the cache and the chunk."""
-        return min(chunk * CHUNK_FRAMES, self.request.variant.max_past_frames) + CHUNK_FRAMES
+        return (
+            min(chunk * self.schedule.chunk_frames, self.request.variant.max_past_frames)
+            + self.schedule.chunk_frames
+        )
 
     def visible_blocks(self, chunk: int) -> tuple[int, int]:
         """Key blocks that each query block of `chunk` sees, and how many there are."""
         resident, per_frame = self.resident_frames(chunk), self.geometry.k_blocks
         total = resident * per_frame
-        if resident == CHUNK_FRAMES:
+        if resident == self.schedule.chunk_frames:
             return total, total
         share = self.own_share(chunk)
         if share is not None:
@@ -164,9 +168,10 @@ class Workload:
 
     def own_share(self, chunk: int) -> Share | None:
         """What a query of `chunk` sees under a method with a rule of its own; None where a budget of blocks decides."""
-        request, past = self.request, self.resident_frames(chunk) - CHUNK_FRAMES
+        request, past = self.request, self.resident_frames(chunk) - self.schedule.chunk_frames
         grid = request.preset.token_grid(request.height, request.width)
-        return own_share(request.variant.attention, self.geometry, grid, past, CHUNK_FRAMES)
+        frames = self.schedule.chunk_frames
+        return own_share(request.variant.attention, self.geometry, grid, past, frames)
 
     def attention(self, chunk: int, *, dense: bool = False) -> Work:
         """Self-attention of one layer in one forward of `chunk`."""
@@ -250,17 +255,17 @@ class Workload:
     def chunk(self, chunk: int) -> Iterator[Work]:
         """Everything between asking for a chunk and having its frames: the clean forward of the chunk before, the
         denoising forwards, and the decoding."""
-        if chunk:
+        if chunk and self.schedule.clean_forward:
             yield from self.forward(chunk - 1, clean=True)
-        for _ in range(STEPS - 1):
+        for _ in self.schedule.rows(chunk):
             yield from self.forward(chunk)
-        for frame in range(CHUNK_FRAMES):
+        for frame in range(self.schedule.chunk_frames):
             yield from self.decode(first=chunk == 0 and frame == 0)
 
     def pixel_frames(self, chunk: int) -> int:
         """Frames of video that a chunk gives: the first latent frame of a clip gives one."""
         factor = self.request.preset.vae.temporal_factor
-        return CHUNK_FRAMES * factor - (factor - 1 if chunk == 0 else 0)
+        return self.schedule.chunk_frames * factor - (factor - 1 if chunk == 0 else 0)
 
 
 @dataclass(frozen=True)
@@ -304,9 +309,12 @@ class ClipPrediction:
 
     chunks: tuple[ChunkPrediction, ...]
 
-    def first(self, chunks: int) -> ClipPrediction:
-        """The clip's beginning."""
-        return ClipPrediction(self.chunks[:chunks])
+    def first(self, frames: int) -> ClipPrediction:
+        """The clip's beginning: the whole chunks that give at most so many frames of video."""
+        ends = accumulate(chunk.frames for chunk in self.chunks)
+        return ClipPrediction(
+            tuple(chunk for chunk, end in zip(self.chunks, ends, strict=True) if end <= frames)
+        )
 
     @property
     def frames(self) -> int:

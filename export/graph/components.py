@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from export.progress import StepCallback, no_steps
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
 from lightforcing_ref.decoders.vae import to_uint8
@@ -106,7 +105,7 @@ def write_step(
     cache: list[object] = [[{0: slots}] * layers] * 3
     step = trace(
         module,
-        module.example_inputs(plan.latent_size, plan.max_past_frames),
+        module.example_inputs(plan.latent_size, plan.max_past_frames, plan.chunk_frames),
         input_names=module.input_names,
         output_names=module.output_names,
         dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
@@ -130,9 +129,8 @@ DENSE_SCORE_BYTES = 1 << 28
 
 def attention_form(plan: StepPlan) -> AttentionForm:
     """The function body that suits a plan: scanning wins as soon as blocks are skipped, and where memory is short."""
-    queries = CHUNK_FRAMES * plan.geometry.frame_tokens
     keys = plan.variant.window_frames * plan.geometry.frame_tokens
-    fits = 4 * plan.spec.heads * queries * keys <= DENSE_SCORE_BYTES
+    fits = 4 * plan.spec.heads * plan.chunk_tokens * keys <= DENSE_SCORE_BYTES
     return "dense" if fits and plan.variant.is_dense else "scan"
 
 

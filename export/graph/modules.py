@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightforcing_ref.cache import AttentionSpec, CachedAttention
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 
@@ -66,12 +65,12 @@ class StepModule(nn.Module):
         self.spec = spec
         self.prepare, self.attend = prepare, attend
         with torch.no_grad():
-            e, e0 = model.modulations(torch.tensor(schedule.timesteps, dtype=torch.float64))
+            e, e0 = model.modulations(torch.tensor(schedule.row_timesteps, dtype=torch.float64))
             for layer, block in enumerate(model.layers):
                 self.register_buffer(f"modulation_{layer}", block.modulation + e0)
             self.register_buffer("head_modulation", model.head.modulation + e[:, None])
-        following = [*schedule.sigmas[1:-1], 0.0, 0.0]
-        self.register_buffer("sigmas", torch.tensor([schedule.sigmas, following], dtype=torch.float32))
+        sigmas = torch.tensor([schedule.row_sigmas, schedule.row_following], dtype=torch.float32)
+        self.register_buffer("sigmas", sigmas)
 
     def forward(
         self,
@@ -107,7 +106,7 @@ class StepModule(nn.Module):
             cross = cross_k[layer][None], cross_v[layer][None]
             tokens = block(tokens, modulation, cross, layer, core)
         out = model.head(tokens, self.head_modulation.index_select(0, index).chunk(2, dim=1))
-        flow = model.latents(out, CHUNK_FRAMES, latent.shape[-2], latent.shape[-1])[0].float()
+        flow = model.latents(out, *latent.shape[1:])[0].float()
         sigma, following = self.sigmas.index_select(1, index).chunk(2, dim=0)
         x0 = latent - sigma * flow
         following_latent = (1 - following) * x0 + following * noise
@@ -130,18 +129,20 @@ class StepModule(nn.Module):
             names += layer_names(stem, layers)
         return names
 
-    def example_inputs(self, latent_size: tuple[int, int], past_frames: int) -> tuple[Any, ...]:
+    def example_inputs(
+        self, latent_size: tuple[int, int], past_frames: int, chunk_frames: int
+    ) -> tuple[Any, ...]:
         """Inputs with the right shapes and types, for tracing."""
         slots = 2  # a size of its own, which stands for any number of slots and costs little memory
         config, geometry = self.model.config, self.spec.geometry
         dtype = self.model.dtype
         heads, head_dim, layers = config.heads, config.head_dim, config.layers
-        tokens = CHUNK_FRAMES * geometry.frame_tokens
+        tokens = chunk_frames * geometry.frame_tokens
 
         def per_layer(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype) for _ in range(layers)]
 
-        latent = torch.zeros(config.channels, CHUNK_FRAMES, *latent_size)
+        latent = torch.zeros(config.channels, chunk_frames, *latent_size)
         scalar = torch.zeros((), dtype=torch.int32)
         rope = torch.zeros(tokens, head_dim // 2)
         return (

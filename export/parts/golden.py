@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 from export.errors import ExportError
 from export.graph.components import TEXT_WEIGHTS
 from export.progress import StepCallback, no_steps
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.text import LAYER_WEIGHTS
 from runtime import bundle
@@ -84,6 +83,7 @@ class _Scenario:
 def write_golden(
     folder: Path,
     parts: Mapping[str, Path],
+    schedule: FlowSchedule,
     *,
     segments: bundle.Segments | None = None,
     progress: StepCallback = no_steps,
@@ -95,6 +95,7 @@ def write_golden(
         parts: component -> the ONNX file it was built from, in the inputs and outputs that the component has (shapes
             may differ where the number of elements does not). An operator that a kernel executes is given with its
             function body.
+        schedule: of the bundle's chunks.
         segments: the manifest's section, for a bundle whose step is cut into segments.
         progress: called with the component, the components done, and their number.
 
@@ -108,7 +109,9 @@ def write_golden(
         raise ExportError(
             "golden vectors of a segmented bundle need the manifest's section on segments, which binds the weights"
         )
-    return write_vectors(folder, _opened(folder, parts), segments, progress=progress, total=len(parts))
+    return write_vectors(
+        folder, _opened(folder, parts), schedule, segments, progress=progress, total=len(parts)
+    )
 
 
 def _opened(folder: Path, parts: Mapping[str, Path]) -> Iterator[tuple[str, GoldenGraph]]:
@@ -121,6 +124,7 @@ def _opened(folder: Path, parts: Mapping[str, Path]) -> Iterator[tuple[str, Gold
 def write_vectors(
     folder: Path,
     graphs: Iterable[tuple[str, GoldenGraph]],
+    schedule: FlowSchedule,
     segments: bundle.Segments | None,
     *,
     progress: StepCallback = no_steps,
@@ -139,8 +143,8 @@ def write_vectors(
     for done, (name, graph) in enumerate(graphs):
         progress(name, done, total)
         tolerances[name] = _tolerance(graph)
-        for scenario in _scenarios(name, graph, segments, folder):
-            case, found = _run(name, graph, scenario, folder, files)
+        for scenario in _scenarios(name, graph, schedule, segments, folder):
+            case, found = _run(name, graph, scenario, schedule.chunk_frames, folder, files)
             cases.append(case)
             samples |= found
     document = GoldenCases(cases=tuple(cases)).model_dump_json()
@@ -159,9 +163,9 @@ def _tolerance(graph: GoldenGraph) -> float:
 
 
 def _scenarios(
-    name: str, graph: GoldenGraph, segments: bundle.Segments | None, folder: Path
+    name: str, graph: GoldenGraph, schedule: FlowSchedule, segments: bundle.Segments | None, folder: Path
 ) -> Iterator[_Scenario]:
-    last_step = FlowSchedule.warped().denoise_steps - 1
+    last_step = max(schedule.rows(0))  # the first chunk's own rows lie behind those of the others
     inputs = {spec.name for spec in graph.inputs}
     if name == "text_encoder":
         with WeightsFile(folder / TEXT_WEIGHTS) as weights:
@@ -180,8 +184,8 @@ def _scenarios(
     elif "frame_slots" in inputs:
         yield _Scenario(f"{name}@empty", past=0)
         if "q" in inputs:
-            yield _Scenario(f"{name}@chunk1", past=CHUNK_FRAMES)
-        yield _Scenario(f"{name}@full", step=1)
+            yield _Scenario(f"{name}@chunk1", past=schedule.chunk_frames)
+        yield _Scenario(f"{name}@full", step=min(1, schedule.denoise_steps - 1))
     else:
         yield _Scenario(name)
 
@@ -214,7 +218,7 @@ def _bindings(name: str, segments: bundle.Segments | None) -> list[_Bindings]:
 # ---- what goes in ----
 
 
-def _recipes(graph: GoldenGraph, scenario: _Scenario) -> tuple[dict[str, Recipe], int]:
+def _recipes(graph: GoldenGraph, scenario: _Scenario, chunk_frames: int) -> tuple[dict[str, Recipe], int]:
     """The recipe of every input, and the number of slots."""
     shapes = {spec.name: spec.shape for spec in graph.inputs}
     (most,) = shapes.get("frame_slots", (0,))
@@ -222,7 +226,7 @@ def _recipes(graph: GoldenGraph, scenario: _Scenario) -> tuple[dict[str, Recipe]
     past = most if scenario.past is None else min(scenario.past, most)
     integers = {
         "step": (scenario.step,),
-        "chunk": (-(-past // CHUNK_FRAMES),),
+        "chunk": (-(-past // chunk_frames),),
         "frame_slots": _slots(scenario.label, past, most),
     }
     recipes: dict[str, Recipe] = {}
@@ -266,10 +270,11 @@ def _run(
     component: str,
     graph: GoldenGraph,
     scenario: _Scenario,
+    chunk_frames: int,
     folder: Path,
     files: dict[str, WeightsFile],
 ) -> tuple[GoldenCase, dict[str, NDArray[np.float32]]]:
-    recipes, slots = _recipes(graph, scenario)
+    recipes, slots = _recipes(graph, scenario, chunk_frames)
     for recipe in recipes.values():
         if isinstance(recipe, Stored) and recipe.file not in files:
             files[recipe.file] = WeightsFile(folder / recipe.file)

@@ -9,7 +9,6 @@ from export.errors import BuildError, InputError
 from export.progress import StepCallback, no_steps
 from export.request.geometry import StepPlan
 from export.request.targets import Target
-from lightforcing_ref.config import CHUNK_FRAMES
 from plugins.compile import kernels as kernel_build
 from plugins.compile.prebuilt import write_prebuilt
 from plugins.errors import PluginError
@@ -53,7 +52,7 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
         heads=plan.preset.dit.heads,
         head_dim=plan.preset.dit.head_dim,
         frame_tokens=geometry.frame_tokens,
-        chunk_frames=CHUNK_FRAMES,
+        chunk_frames=plan.chunk_frames,
         past_frames=plan.max_past_frames,
         block_q=geometry.block_q,
         block_k=geometry.block_k,

@@ -193,7 +193,7 @@ def calibrate(model: CausalWanModel, trial: Trial, *, weights: Mapping[str, str]
         weights=dict(weights),
         prompts=len(trial.embeddings),
         chunks=trial.chunks,
-        steps=plan.schedule.denoise_steps + 1,
+        steps=len(plan.schedule.row_timesteps),
         height=plan.height,
         width=plan.width,
         variant=plan.variant.name,

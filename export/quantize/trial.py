@@ -91,7 +91,7 @@ class Trial:
         plan = self.plan
         height, width = plan.latent_size
         _, ph, pw = plan.preset.dit.patch
-        shape = (plan.preset.dit.channels, 3, height, width)
+        shape = (plan.preset.dit.channels, plan.chunk_frames, height, width)
 
         def noise(chunk: int, step: int) -> Tensor:
             key = ((self.seed * 1009 + prompt) * 1009 + chunk) * 8 + step
@@ -111,5 +111,6 @@ class Trial:
         )
         latents = list(rollout.stream(self.chunks))
         # A rollout never runs the clean pass of its last chunk; here it counts like the others.
-        rollout.commit(latents[-1], self.chunks - 1)
+        if plan.schedule.clean_forward:
+            rollout.commit(latents[-1], self.chunks - 1)
         return torch.cat(latents, dim=1)

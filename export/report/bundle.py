@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,7 @@ def _summary(bundle: Bundle) -> Table:
         "model": f"{model.preset}: {model.layers} layers of {model.heads} x {model.head_dim}",
         "video": f"{size}, {model.frame_tokens} tokens per latent frame",
         "variant": manifest.variant,
+        "schedule": _schedule(manifest),
         "attention": (
             f"blocks of {attention.block_q} x {attention.block_k}, keep {attention.keep_frames} frames "
             f"(sink {attention.sink_frames}, near {attention.near_frames})"
@@ -228,6 +229,18 @@ def _summary(bundle: Bundle) -> Table:
         if value is not None:
             table.add_row(f"[bold]{name}[/]", escape(value))
     return table
+
+
+def _schedule(manifest: Manifest) -> str:
+    schedule, frames = manifest.schedule, manifest.model.chunk_frames
+
+    def listed(timesteps: Sequence[float]) -> str:
+        return ", ".join(f"{timestep:g}" for timestep in timesteps)
+
+    first = f", {listed(schedule.first_timesteps)} for the first" if schedule.first_timesteps else ""
+    clean = "then a clean forward" if schedule.clean_forward else "no clean forward"
+    steps = listed(schedule.timesteps[:-1])
+    return f"{frames} latent frame{'s' if frames > 1 else ''} a chunk at timesteps {steps}{first}; {clean}"
 
 
 def _judgement(verdict: Verdict | None) -> str:

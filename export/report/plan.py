@@ -17,7 +17,7 @@ from export.estimate.roofline import (
     ELEMENT_WISE,
     KINDS,
     PUBLISHED,
-    PUBLISHED_CHUNKS,
+    PUBLISHED_FRAMES,
     PUBLISHED_PRECISION,
     PUBLISHED_PRESET,
     PUBLISHED_SIZE,
@@ -94,7 +94,8 @@ def _heading(request: Planned) -> str:
     return (
         f"[bold]{escape(request.preset.name)}[/] {request.height}x{request.width}, variant "
         f"{escape(request.variant.name)}, {request.precision}, on {escape(request.target.title)}: "
-        f"{blocks.frame_tokens} tokens per latent frame, blocks of {blocks.block_q} x {blocks.block_k}"
+        f"{blocks.frame_tokens} tokens per latent frame, blocks of {blocks.block_q} x {blocks.block_k}; "
+        f"{request.variant.schedule.described}"
     )
 
 
@@ -174,7 +175,7 @@ def _shares(clip: ClipPrediction) -> Table:
 
 def _totals(clip: ClipPrediction) -> list[ClipPrediction]:
     """The whole clip, and before it the 81 frames of a short one if it is longer."""
-    return [clip.first(PUBLISHED_CHUNKS), clip] if len(clip.chunks) > PUBLISHED_CHUNKS else [clip]
+    return [clip.first(PUBLISHED_FRAMES), clip] if clip.frames > PUBLISHED_FRAMES else [clip]
 
 
 def _built(request: Planned, built: Mapping[str, int]) -> Table:
@@ -296,7 +297,7 @@ def _conclusions(request: Planned, clip: ClipPrediction) -> Iterator[str]:
     if differences := ", ".join(_unlike_published(request, clip)):
         yield f"They are not compared with this floor, which is that of something else: {differences}."
         return
-    short = clip.first(PUBLISHED_CHUNKS)
+    short = clip.first(PUBLISHED_FRAMES)
     # A cache may keep what passes read; no cache helps a product.
     products = _GOAL * sum(short.part(kind).seconds for kind in KINDS if kind not in ELEMENT_WISE)
     share = products / published.seconds
@@ -319,8 +320,10 @@ def _unlike_published(request: Planned, clip: ClipPrediction) -> Iterator[str]:
         yield f"another cache than that of {usual.name}"
     if request.preset.vae != LIGHT_VAE:
         yield "another decoder"
-    if len(clip.chunks) < PUBLISHED_CHUNKS:
+    if clip.frames < PUBLISHED_FRAMES:
         yield f"{len(clip.chunks)} chunks"
+    if request.variant.schedule != usual.schedule:
+        yield f"another schedule than that of {usual.name}"
 
 
 TOP = 0.9

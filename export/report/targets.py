@@ -39,8 +39,12 @@ def target_table(targets: Iterable[Target]) -> Table:
 
 def variant_table(variants: Iterable[Variant]) -> Table:
     """One line per variant."""
-    table = titled_table("Variants", "name", "sparsity", "planned", "keep", "window", "sinks", "block", "for")
-    table.caption = "sparsity average/limit; latent frames; keep: in all/first/latest"
+    table = titled_table(
+        "Variants", "name", "sparsity", "planned", "keep", "window", "sinks", "block", "steps", "for"
+    )
+    table.caption = (
+        "sparsity average/limit; latent frames; keep: all/first/latest; steps (of the first chunk) x frames"
+    )
     for variant in variants:
         sparsity, cache = variant.sparsity, variant.cache
         keep = "all" if sparsity.keep_frames is None else sparsity.keep_frames
@@ -52,6 +56,13 @@ def variant_table(variants: Iterable[Variant]) -> Table:
             str(variant.window_frames),
             f"{cache.sink_frames} {cache.sink_positions}",
             str(variant.block or "any"),
+            _steps(variant),
             variant.title,
         )
     return table
+
+
+def _steps(variant: Variant) -> str:
+    schedule = variant.schedule
+    first = f" ({len(schedule.first_steps)})" if schedule.first_steps else ""
+    return f"{len(schedule.steps)}{first} x {schedule.chunk_frames}"

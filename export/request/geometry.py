@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightforcing_ref.cache import AttentionSpec
-from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.config import Preset
 from lightforcing_ref.errors import ConfigError
 from lightforcing_ref.rope import rope_axes
 from lightforcing_ref.schedule import FlowSchedule
@@ -51,7 +51,8 @@ class StepPlan:
                 f"the variant {variant.name} has {len(method.windows)} windows; expected one, or one for each of the "
                 f"{preset.dit.heads} heads of {preset.name}"
             )
-        resident = range(CHUNK_FRAMES, variant.window_frames + 1)
+        schedule = variant.schedule.resolved()
+        resident = range(schedule.chunk_frames, variant.window_frames + 1)
         spec = AttentionSpec(
             heads=preset.dit.heads,
             geometry=geometry,
@@ -59,7 +60,17 @@ class StepPlan:
             keep_q20=table.keep_q20(frames * geometry.k_blocks for frames in resident),
             scale=preset.dit.head_dim**-0.5,
         )
-        return cls(preset, variant, height, width, geometry, table, spec, FlowSchedule.warped())
+        return cls(preset, variant, height, width, geometry, table, spec, schedule)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames of a chunk."""
+        return self.schedule.chunk_frames
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.chunk_frames * self.geometry.frame_tokens
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -73,7 +84,7 @@ class StepPlan:
 
     def past_frames(self, chunk: int) -> int:
         """Past frames that are resident when `chunk` runs."""
-        return min(chunk * CHUNK_FRAMES, self.max_past_frames)
+        return min(chunk * self.chunk_frames, self.max_past_frames)
 
     def attends(self, kernels: Mapping[str, Callable[..., Any]]) -> list[Callable[..., Any]]:
         """The attention of every layer, made of one kernel for each attention operator."""
@@ -83,7 +94,7 @@ class StepPlan:
     @property
     def planned_chunks(self) -> int:
         """Chunks of the clip that the sparsity table was planned for."""
-        return self.variant.sparsity.table_frames // CHUNK_FRAMES
+        return self.variant.sparsity.table_frames // self.chunk_frames
 
     def manifest_sections(self) -> dict[str, Any]:
         """The manifest's model, schedule, attention, sparsity and cache sections."""
@@ -100,14 +111,20 @@ class StepPlan:
                 latent_height=latent_height,
                 latent_width=latent_width,
                 patch=dit.patch,
-                chunk_frames=CHUNK_FRAMES,
+                chunk_frames=self.chunk_frames,
                 frame_tokens=self.geometry.frame_tokens,
                 rope=bundle.Rope(theta=dit.rope_theta, dims_thw=rope_axes(dit.head_dim)),
                 video_height=self.height,
                 video_width=self.width,
                 fps=self.preset.fps,
             ),
-            "schedule": bundle.Schedule(timesteps=self.schedule.timesteps, sigmas=self.schedule.sigmas),
+            "schedule": bundle.Schedule(
+                timesteps=self.schedule.timesteps,
+                sigmas=self.schedule.sigmas,
+                first_timesteps=self.schedule.first_timesteps,
+                first_sigmas=self.schedule.first_sigmas,
+                clean_forward=self.schedule.clean_forward,
+            ),
             "attention": bundle.Attention(
                 block_q=self.geometry.block_q,
                 block_k=self.geometry.block_k,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lightforcing_ref.dimensions import TAEConfig
 
-from .targets import Precision
+from .targets import Precision, Variant
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import DiTConfig, Preset
@@ -39,18 +39,17 @@ __all__ = [
 
 
 class Sized(Protocol):
-    """A model and the size of its video in pixels: a `StepPlan`, or a request."""
+    """A model, its variant and the size of its video in pixels: a `StepPlan`, or a request."""
 
     @property
     def preset(self) -> Preset: ...
+    @property
+    def variant(self) -> Variant: ...
     @property
     def height(self) -> int: ...
     @property
     def width(self) -> int: ...
 
-
-STEPS = 5
-"""Timesteps of a chunk, the clean one included; modulations are tables with a row for each."""
 
 TAE_BLOCKS = 3
 """Memory blocks in a stage of a tiny decoder."""
@@ -122,10 +121,13 @@ def layer_vectors(dit: DiTConfig) -> int:
     return biases + norms
 
 
-def step_parameters(dit: DiTConfig) -> int:
-    """Elements of the step graph's weights that are not in a block linear: vectors, embeddings, folded modulations."""
+def step_parameters(dit: DiTConfig, rows: int) -> int:
+    """Elements of the step graph's weights that are not in a block linear: vectors, embeddings, folded modulations.
+
+    `rows` are those of the modulation tables, one for each kind of forward.
+    """
     patch = prod(dit.patch) * dit.channels
-    tables = STEPS * 6 * dit.dim * dit.layers + STEPS * 2 * dit.dim
+    tables = rows * 6 * dit.dim * dit.layers + rows * 2 * dit.dim
     embedding, head = dit.dim * patch + dit.dim, patch * dit.dim + patch
     return dit.layers * layer_vectors(dit) + tables + embedding + head
 
@@ -137,13 +139,11 @@ def conditioner_parameters(dit: DiTConfig) -> int:
 
 
 def transformer_parameters(dit: DiTConfig) -> int:
-    """Parameters of the checkpoint. In a bundle, tables of modulations stand for the time embedding."""
+    """Parameters of the checkpoint: what a step graph with one row of modulations has, and the time embedding."""
     dim = dit.dim
     linears = dit.layers * sum(linear.elements for linear in layer_linears(dit))
     time = dim * dit.freq_dim + dim + dim * dim + dim + 6 * dim * dim + 6 * dim
-    modulations = dit.layers * 6 * dim + 2 * dim
-    tables = STEPS * modulations
-    return linears + step_parameters(dit) - tables + conditioner_parameters(dit) + time + modulations
+    return linears + step_parameters(dit, rows=1) + conditioner_parameters(dit) + time
 
 
 # ---- text encoder ----

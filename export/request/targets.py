@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from export.errors import InputError
-from lightforcing_ref.config import CHUNK_FRAMES
+from lightforcing_ref.schedule import STEPS, FlowSchedule
 from lightforcing_ref.sparsity import SparsityTable
 from runtime.bundle import AttentionPolicy, BackendName, Precision
 from runtime.bundle.policies import POLICIES, HsaPolicy, SlaPolicy, SpargePolicy, keeps_everything
@@ -30,6 +30,7 @@ __all__ = [
     "Peak",
     "Precision",
     "Rate",
+    "SchedulePolicy",
     "SparsityPolicy",
     "Target",
     "Variant",
@@ -48,8 +49,9 @@ Operands = Literal["bf16", "fp16", "fp8", "mxfp8", "nvfp4", "int8"]
 
 _Tokens = Annotated[int, Field(ge=16, le=1024)]
 _Count = Annotated[int, Field(ge=0)]
-_Frames = Annotated[int, Field(ge=CHUNK_FRAMES, le=100_000)]
+_Frames = Annotated[int, Field(ge=1, le=100_000)]
 _Positive = Annotated[float, Field(gt=0)]
+_Steps = Annotated[tuple[Annotated[int, Field(gt=0, le=1000)], ...], Field(max_length=8)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
@@ -160,10 +162,6 @@ class SparsityPolicy(_Spec):
     def _consistent(self) -> SparsityPolicy:
         if self.base < self.target:
             raise ValueError(f"base is {self.base}, below the target {self.target}; expected base >= target")
-        if self.table_frames % CHUNK_FRAMES:
-            raise ValueError(
-                f"table_frames is {self.table_frames}; expected a whole number of chunks of {CHUNK_FRAMES} frames"
-            )
         reserved = self.sink_frames + self.near_frames
         if self.keep_frames is not None and self.keep_frames < reserved:
             raise ValueError(
@@ -187,8 +185,59 @@ class CachePolicy(_Spec):
     sink_positions: Literal["absolute", "window"] = "absolute"
 
 
+class SchedulePolicy(_Spec):
+    """How a chunk is made; its weights must have been distilled for that.
+
+    Attributes:
+        steps: timesteps of the denoising forwards of a chunk, before they are warped, largest first.
+        first_steps: those of the first chunk, where it has others.
+        shift: warps them; 1 leaves them as they are.
+        chunk_frames: latent frames of a chunk.
+        clean_forward: whether the cache takes a chunk's keys and values from a forward on its clean latent; otherwise
+            from its last denoising forward.
+    """
+
+    steps: Annotated[_Steps, Field(min_length=1)] = STEPS
+    first_steps: _Steps = ()
+    shift: Annotated[float, Field(ge=1, le=100)] = 5.0
+    chunk_frames: Literal[1, 3] = 3
+    clean_forward: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SchedulePolicy:
+        for name in ("steps", "first_steps"):
+            steps = getattr(self, name)
+            if list(steps) != sorted(set(steps), reverse=True):
+                raise ValueError(
+                    f"{name} is {list(steps)}; expected timesteps that fall, from at most 1000 to above 0"
+                )
+            if steps and steps[0] != 1000:
+                raise ValueError(
+                    f"{name} begins at {steps[0]}; expected 1000, because a chunk begins as pure noise"
+                )
+        return self
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        frames = f"{self.chunk_frames} latent frame{'s' if self.chunk_frames > 1 else ''} a chunk"
+        first = f", {_listed(self.first_steps)} for the first" if self.first_steps else ""
+        clean = "" if self.clean_forward else ", no clean forward"
+        return f"{frames} in steps {_listed(self.steps)}{first} (shift {self.shift:g}){clean}"
+
+    def resolved(self) -> FlowSchedule:
+        """The timesteps and noise levels."""
+        return FlowSchedule.warped(
+            self.steps,
+            shift=self.shift,
+            first_steps=self.first_steps,
+            chunk_frames=self.chunk_frames,
+            clean_forward=self.clean_forward,
+        )
+
+
 class Variant(_Spec):
-    """How the attention is sparse and what the cache keeps.
+    """How chunks are made, how their attention is sparse, and what the cache keeps.
 
     Attributes:
         block: tokens of a block, where the variant's weights were trained with one size; None = the target's.
@@ -199,12 +248,23 @@ class Variant(_Spec):
     name: _Name
     title: str
     block: _Tokens | None = None
+    schedule: SchedulePolicy = SchedulePolicy()
     attention: AttentionPolicy = HsaPolicy()
     sparsity: SparsityPolicy
     cache: CachePolicy
 
     @model_validator(mode="after")
     def _consistent(self) -> Variant:
+        frames = self.schedule.chunk_frames
+        if self.sparsity.table_frames % frames:
+            raise ValueError(
+                f"sparsity.table_frames is {self.sparsity.table_frames}; expected a whole number of chunks of {frames} "
+                f"frames"
+            )
+        if self.window_frames < frames:
+            raise ValueError(
+                f"cache.window_frames is {self.window_frames}; expected at least the {frames} frames of a chunk"
+            )
         if self.cache.sink_frames > self.max_past_frames:
             raise ValueError(
                 f"cache.sink_frames is {self.cache.sink_frames}; expected at most the {self.max_past_frames} past "
@@ -220,7 +280,7 @@ class Variant(_Spec):
     @property
     def max_past_frames(self) -> int:
         """Latent frames the cache holds at most."""
-        return self.window_frames - CHUNK_FRAMES
+        return self.window_frames - self.schedule.chunk_frames
 
     @property
     def frame_choice(self) -> tuple[int, int, int]:
@@ -267,7 +327,7 @@ class Variant(_Spec):
             self.sparsity.target,
             self.sparsity.base,
             table_frames=self.sparsity.table_frames,
-            chunk_frames=CHUNK_FRAMES,
+            chunk_frames=self.schedule.chunk_frames,
             window_frames=self.cache.window_frames,
         )
 
@@ -392,6 +452,10 @@ def validation_problems(error: ValidationError) -> str:
         ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))))
         for item in error.errors()
     )
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def _flags(values: dict[str, int | float]) -> str:

@@ -24,11 +24,11 @@ from .fields import (
     Sha256,
     Shape,
     Size,
-    Steps,
     Tolerance,
 )
 from .policies import AttentionPolicy, HsaPolicy
 from .provenance import Provenance
+from .rollout import Cache, Schedule
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -129,26 +129,6 @@ class Model(Part):
         return self.latent_height // self.patch[1], self.latent_width // self.patch[2]
 
 
-class Schedule(Part):
-    """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0)."""
-
-    timesteps: Steps
-    sigmas: Steps
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Schedule:
-        if len(self.timesteps) != len(self.sigmas):
-            raise ValueError(f"{len(self.timesteps)} timesteps but {len(self.sigmas)} sigmas")
-        if self.timesteps[-1] != 0 or self.sigmas[-1] != 0:
-            raise ValueError("the last timestep and sigma belong to the clean forward and must be 0")
-        return self
-
-    @property
-    def denoise_steps(self) -> int:
-        """Number of denoising forwards per chunk (the clean forward not included)."""
-        return len(self.timesteps) - 1
-
-
 class Attention(Part):
     """The sparse attention: its operator's attributes, and what it selects by. Blocks in tokens, the rest in frames.
 
@@ -192,27 +172,6 @@ class Sparsity(Part):
     def _consistent(self) -> Sparsity:
         if len(self.values) != len(self.keep_q20):
             raise ValueError(f"{len(self.values)} sparsity values but {len(self.keep_q20)} keep_q20 entries")
-        return self
-
-
-class Cache(Part):
-    """Cache policy. ``window_frames`` counts the current chunk too; null means ``sparsity.table_frames``.
-
-    ``sink_positions``: ``"absolute"`` keeps sink keys where they were committed, ``"window"`` moves them to
-    just before the first recent frame whenever the window slides.
-    """
-
-    window_frames: Positive | None
-    max_past_frames: NonNegative
-    sink_frames: NonNegative
-    sink_positions: Literal["absolute", "window"]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Cache:
-        if self.sink_frames > self.max_past_frames:
-            raise ValueError(
-                f"sink_frames ({self.sink_frames}) does not fit into max_past_frames ({self.max_past_frames})"
-            )
         return self
 
 

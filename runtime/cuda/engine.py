@@ -54,9 +54,7 @@ class _Weights(Mapping[str, NDArray[Any]]):
 
 def constants(manifest: Manifest, weights: WeightsFile | None) -> Mapping[str, NDArray[Any]]:
     """Values of what a program's ``load`` feeds; tensors of ``weights`` are read when their turn comes."""
-    steps = {
-        f"step.{step}": np.array(step, dtype=np.int32) for step in range(len(manifest.schedule.timesteps))
-    }
+    steps = {f"step.{row}": np.array(row, dtype=np.int32) for row in range(manifest.schedule.row_count)}
     table = np.array(manifest.sparsity.keep_q20, dtype=np.int32)
     return _Weights({**steps, "keep_q20": table}, weights)
 

@@ -63,8 +63,8 @@ class HostExecutor:
                 array = np.zeros(placed.buffer.shape, dtype=numpy_dtype(placed.buffer.dtype))
                 owned[session + 1][name] = array
         self._arrays = owned
-        for step in range(len(bundle.manifest.schedule.timesteps)):
-            owned[0][f"step.{step}"][...] = step
+        for row in range(bundle.manifest.schedule.row_count):
+            owned[0][f"step.{row}"][...] = row
         self._runs = [
             {
                 name: [self._bind(operation, session) for operation in forward.operations]

@@ -84,7 +84,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     vae_first, vae_next = manifest.components["vae_first"], manifest.components["vae_next"]
     inputs, outputs = _named(step.inputs), _named(step.outputs)
     latent = _require(inputs, "latent", step)
-    steps = manifest.schedule.denoise_steps
+    schedule = manifest.schedule
     cache = manifest.cache
     ring = LatentRing(
         chunk_frames=manifest.model.chunk_frames,
@@ -99,8 +99,8 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
             f"sessions need {slots}; load one session, or use a bundle of another backend"
         )
     shared = [
-        Buffer("noise", latent.dtype, (steps, *_fixed(latent))),
-        Buffer("denoised", latent.dtype, (steps, *_fixed(latent))),
+        Buffer("noise", latent.dtype, (schedule.noises, *_fixed(latent))),
+        Buffer("denoised", latent.dtype, (schedule.most_steps, *_fixed(latent))),
         _renamed(latent, "clean_latent"),
         *(
             _resolve(_require(inputs, name, step), slots)
@@ -171,8 +171,8 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
     Scalars and tables that are constant, what the host feeds besides chunks, what passes between segments, and the
     activation memory: one piece for all components that never run at once.
     """
-    steps, cache = manifest.schedule.denoise_steps, manifest.cache
-    buffers = [Buffer(f"step.{step}", "int32", ()) for step in range(steps + 1)]
+    cache = manifest.cache
+    buffers = [Buffer(f"step.{row}", "int32", ()) for row in range(manifest.schedule.row_count)]
     buffers.append(Buffer("commit_slots", "int32", (manifest.model.chunk_frames,)))
     if cache.sink_positions == "window" and cache.sink_frames:
         pairs = (cache.sink_frames, manifest.model.rope.dims_thw[0] // 2)

@@ -92,7 +92,6 @@ class _Builder:
         self.session_bytes = self._place(plan.session, per_session=True)
         self.pool = [buffer.name for buffer in plan.pool]
         self.weights = self._place_weights()
-        self.steps = manifest.schedule.denoise_steps
         self.problem = kernel_problem(manifest, self.view("k.0").dtype)
 
     def build(self) -> Program:
@@ -104,7 +103,7 @@ class _Builder:
             self._forward("condition", ("text",), [self._whole("conditioner", self._outside("conditioner"))]),
             *self._encode_video(),
             self._forward("begin", (*_PLACEMENT, "noise"), []),
-            *(self._forward(f"denoise.{step}", (), self._step(step)) for step in range(self.steps)),
+            *(self._forward(f"denoise.{row}", (), self._step(row)) for row in self._denoising()),
             self._forward("begin_clean", _PLACEMENT, []),
             self._forward("clean", (), self._step(None)),
             self._forward("commit", ("commit_slots",), self._commit()),
@@ -167,7 +166,7 @@ class _Builder:
 
     def _load(self) -> Forward:
         """Constants; the pool is cleared because a masked value that is not finite would still spoil a product."""
-        constants = [f"step.{step}" for step in range(self.steps + 1)]
+        constants = [f"step.{row}" for row in range(self.manifest.schedule.row_count)]
         constants += [name for name in ("keep_q20", "weights") if name in self.placed]
         return self._forward("load", tuple(constants), [Fill(self.view(name)) for name in self.pool])
 
@@ -209,22 +208,28 @@ class _Builder:
         views = {**{key: self.view(key) for key in self.placed}, **(own or {})}
         return self._run(name, views.get)
 
-    def _step(self, step: int | None) -> list[Operation]:
-        """Denoising forward ``step``, or the clean one."""
-        last = self.steps - 1
-        if step is None:
-            own = {"latent": self.view("clean_latent"), "step": self.view(f"step.{self.steps}")}
+    def _denoising(self) -> list[int]:
+        """Rows of all denoising forwards, the first chunk's own first."""
+        schedule = self.manifest.schedule
+        return list(dict.fromkeys((*schedule.rows(0), *schedule.rows(1))))
+
+    def _step(self, row: int | None) -> list[Operation]:
+        """The denoising forward of a row of the schedule, or the clean one."""
+        schedule = self.manifest.schedule
+        if row is None:
+            own = {"latent": self.view("clean_latent"), "step": self.view(f"step.{schedule.clean_step}")}
         else:
             noise, denoised = self.view("noise"), self.view("denoised")
+            place, _ = schedule.place(row)
             own = {
-                "latent": denoised.index(step - 1) if step else noise.index(0),
-                "noise": noise.index(min(step + 1, last)),  # the last forward does not use it
-                "step": self.view(f"step.{step}"),
-                "next_latent": denoised.index(step),
+                "latent": denoised.index(place - 1) if place else noise.index(0),
+                "noise": noise.index(min(place + 1, schedule.noises - 1)),  # the last forward does not use it
+                "step": self.view(f"step.{row}"),
+                "next_latent": denoised.index(place),
             }
         if self.manifest.segments is None:
-            return [self._whole("clean" if step is None else "step", own)]
-        return self._segmented(own, clean=step is None)
+            return [self._whole("clean" if row is None else "step", own)]
+        return self._segmented(own, clean=row is None)
 
     def _segmented(self, own: Views, *, clean: bool) -> list[Operation]:
         segments = self.manifest.segments

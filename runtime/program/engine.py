@@ -78,7 +78,7 @@ class ProgramEngine:
     def __init__(self, manifest: Manifest, program: Program, executor: Executor) -> None:
         self._program = program
         self._executor = executor
-        self._steps = manifest.schedule.denoise_steps
+        self._schedule = manifest.schedule
         self._chunk_frames = manifest.model.chunk_frames
         self._sinks = manifest.cache.sink_frames if "place_sinks" in program.forwards else 0
         self._rope = RopeTables(manifest.model)
@@ -108,8 +108,8 @@ class ProgramEngine:
             count = 1 + factor * (self._chunk_frames - 1)
             self.encode(0, np.zeros((count, *size, 3), dtype=np.uint8), (0,))
         self.begin(0, placement, np.zeros(shapes["noise"], dtype=np.float32))
-        for step in range(self._steps):
-            self.denoise(0, step)
+        for row in dict.fromkeys((*self._schedule.rows(0), *self._schedule.rows(1))):
+            self.denoise(0, row)
         self.begin(0, placement, None)
         self.clean(0)
         first, following = shapes["frames_first"], shapes["frames_next"]
@@ -165,10 +165,10 @@ class ProgramEngine:
             self._executor.signal(session, slot)
         return seconds
 
-    def denoise(self, session: int, step: int) -> float:
+    def denoise(self, session: int, row: int) -> float:
         """See :meth:`Engine.denoise <runtime.engine.Engine.denoise>`."""
-        seconds = self._executor.run(session, f"denoise.{step}")
-        if step == self._steps - 1:
+        seconds = self._executor.run(session, f"denoise.{row}")
+        if self._schedule.place(row)[1]:
             latent = self._latent[session]
             self._executor.copy(session, self._program.store_latent(latent), "forward")
             self._executor.signal(session, latent)

@@ -189,8 +189,8 @@ class Program:
 
     ``forwards`` has, in the order a rollout first needs them: ``load`` (once), ``reset`` (once per rollout),
     ``condition``; ``encode_first``, ``encode_next.a`` and ``encode_next.b`` where a rollout can start from frames;
-    ``begin``, ``denoise.0`` and on, ``begin_clean``, ``clean``, ``commit``; ``keep_sinks.0`` and on (copies of the
-    sinks that chunk holds) and ``place_sinks`` where sinks move; ``decode_first``, ``decode_next.a`` and
+    ``begin``, ``denoise.ROW`` for each row, ``begin_clean``, ``clean``, ``commit``; ``keep_sinks.0`` and on (copies of
+    the sinks that chunk holds) and ``place_sinks`` where sinks move; ``decode_first``, ``decode_next.a`` and
     ``decode_next.b``, ``encode_text_layer``. What ends in a side reads the caches of that side and writes the other's.
 
     ``weights`` maps tensors of the segments' weights file to where they are kept.

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from runtime.bundle import Component, Manifest, TensorSpec, file_entry, write_manifest
 
 CHANNELS, CHUNK, SIZE, LAYERS, DIM, FRAME_TOKENS = 2, 3, 4, 2, 8, 4
-TOKENS = CHUNK * FRAME_TOKENS
 TEXT_LEN, TEXT_DIM, FFN = 6, 8, 16
 PIXELS = SIZE * 8
 SIGMAS = (1.0, 0.9375, 0.8333333, 0.625, 0.0)
@@ -83,34 +82,44 @@ class Graph:
 
 def _rope(g: Graph, x: str, cos: str, sin: str) -> str:
     """Interleaved pairs of x ``[T, D]``."""
-    pairs = g.shape(x, TOKENS, DIM // 2, 2)
+    pairs = g.shape(x, -1, DIM // 2, 2)
     even = g.op("Gather", pairs, g.const(0, np.int64), axis=2)
     odd = g.op("Gather", pairs, g.const(1, np.int64), axis=2)
     a = g.op("Sub", g.op("Mul", even, cos), g.op("Mul", odd, sin))
     b = g.op("Add", g.op("Mul", even, sin), g.op("Mul", odd, cos))
     last = g.const([-1], np.int64)
     both = g.op("Concat", g.op("Unsqueeze", a, last), g.op("Unsqueeze", b, last), axis=-1)
-    return g.shape(both, TOKENS, DIM)
+    return g.shape(both, -1, DIM)
 
 
 def transformer(
-    rng: np.random.Generator, past: int, *, clean: bool, fail_at_chunk: int | None = None
+    rng: np.random.Generator,
+    past: int,
+    *,
+    clean: bool,
+    fail_at_chunk: int | None = None,
+    frames: int = CHUNK,
+    sigmas: tuple[float, ...] = SIGMAS,
+    first_sigmas: tuple[float, ...] = (),
 ) -> Graph:
     """The ``step`` component, or the ``clean`` one; the same ``rng`` state gives both the same weights.
 
     From ``fail_at_chunk`` on its forwards fail: they look up a table that ends there.
     """
     g = Graph()
-    latent = g.input("latent", CHANNELS, CHUNK, SIZE, SIZE)
-    noise = "" if clean else g.input("noise", CHANNELS, CHUNK, SIZE, SIZE)
-    step = g.const(len(SIGMAS) - 1, np.int32) if clean else g.input("step", dtype="int32")
+    tokens = frames * FRAME_TOKENS
+    rows = (*sigmas, *first_sigmas)
+    followed_by = [*sigmas[1:], 0.0, *first_sigmas[1:], *[0.0 for _ in first_sigmas[:1]]]
+    latent = g.input("latent", CHANNELS, frames, SIZE, SIZE)
+    noise = "" if clean else g.input("noise", CHANNELS, frames, SIZE, SIZE)
+    step = g.const(len(sigmas) - 1, np.int32) if clean else g.input("step", dtype="int32")
     chunk = g.input("chunk", dtype="int32")
     frame_slots = g.input("frame_slots", past, dtype="int32")
-    cos, sin = g.input("rope_cos", TOKENS, DIM // 2), g.input("rope_sin", TOKENS, DIM // 2)
+    cos, sin = g.input("rope_cos", tokens, DIM // 2), g.input("rope_sin", tokens, DIM // 2)
 
-    patches = g.move(g.shape(latent, CHANNELS, CHUNK, 2, 2, 2, 2), 1, 2, 4, 3, 5, 0)
-    x = g.shape(patches, TOKENS, DIM)
-    x = g.op("Add", x, g.op("Gather", g.const(rng.normal(size=(len(SIGMAS), DIM))), step))
+    patches = g.move(g.shape(latent, CHANNELS, frames, 2, 2, 2, 2), 1, 2, 4, 3, 5, 0)
+    x = g.shape(patches, tokens, DIM)
+    x = g.op("Add", x, g.op("Gather", g.const(rng.normal(size=(len(rows), DIM))), step))
     growth = g.op("Div", g.op("Cast", chunk, to=TensorProto.FLOAT), g.const(50.0))
     x = g.op("Add", x, g.op("Tanh", growth))
     if fail_at_chunk is not None:
@@ -122,12 +131,12 @@ def transformer(
     bias = g.shape(
         g.op("Expand", g.shape(absent, past, 1), g.const([past, FRAME_TOKENS], np.int64)), past * FRAME_TOKENS
     )
-    bias = g.op("Concat", bias, g.const(np.zeros(TOKENS)), axis=0)
+    bias = g.op("Concat", bias, g.const(np.zeros(tokens)), axis=0)
     results = []
     for layer in range(LAYERS):
         qkv = [g.op("MatMul", x, g.const(rng.normal(size=(DIM, DIM)) / 2)) for _ in range(3)]
         q, k, v = _rope(g, qkv[0], cos, sin), _rope(g, qkv[1], cos, sin), qkv[2]
-        kmean = g.mean(g.shape(k, CHUNK, 1, FRAME_TOKENS, 1, DIM), 2, keep=0)
+        kmean = g.mean(g.shape(k, frames, 1, FRAME_TOKENS, 1, DIM), 2, keep=0)
         results.append((k, v, kmean))
         if clean and layer == LAYERS - 1:
             break
@@ -148,18 +157,24 @@ def transformer(
     if not clean:
         flow = g.op("Tanh", g.op("MatMul", x, g.const(rng.normal(size=(DIM, DIM)) / 2)))
         flow = g.shape(
-            g.move(g.shape(flow, CHUNK, 2, 2, 2, 2, CHANNELS), 5, 0, 1, 3, 2, 4), CHANNELS, CHUNK, SIZE, SIZE
+            g.move(g.shape(flow, frames, 2, 2, 2, 2, CHANNELS), 5, 0, 1, 3, 2, 4),
+            CHANNELS,
+            frames,
+            SIZE,
+            SIZE,
         )
-        sigma = g.op("Gather", g.const(SIGMAS), step)
-        following = g.op("Gather", g.const([*SIGMAS[1:], 0.0]), step)
+        sigma = g.op("Gather", g.const(rows), step)
+        following = g.op("Gather", g.const(followed_by), step)
         x0 = g.op("Sub", latent, g.op("Mul", sigma, flow))
         kept = g.op("Mul", g.op("Sub", g.const(1.0), following), x0)
-        g.output("next_latent", g.op("Add", kept, g.op("Mul", following, noise)), CHANNELS, CHUNK, SIZE, SIZE)
-        g.output("x0", x0, CHANNELS, CHUNK, SIZE, SIZE)
+        g.output(
+            "next_latent", g.op("Add", kept, g.op("Mul", following, noise)), CHANNELS, frames, SIZE, SIZE
+        )
+        g.output("x0", x0, CHANNELS, frames, SIZE, SIZE)
     for layer, (k, v, kmean) in enumerate(results):
-        g.output(f"k.{layer}", g.shape(k, TOKENS, 1, DIM), TOKENS, 1, DIM)
-        g.output(f"v.{layer}", g.shape(v, TOKENS, 1, DIM), TOKENS, 1, DIM)
-        g.output(f"kmean.{layer}", kmean, CHUNK, 1, 1, DIM)
+        g.output(f"k.{layer}", g.shape(k, tokens, 1, DIM), tokens, 1, DIM)
+        g.output(f"v.{layer}", g.shape(v, tokens, 1, DIM), tokens, 1, DIM)
+        g.output(f"kmean.{layer}", kmean, frames, 1, 1, DIM)
     return g
 
 
@@ -257,13 +272,19 @@ def build_bundle(
     table_frames: int = 21,
     fail_at_chunk: int | None = None,
     with_encoder: bool = False,
+    chunk_frames: int = CHUNK,
+    sigmas: tuple[float, ...] = SIGMAS,
+    first_sigmas: tuple[float, ...] = (),
+    clean_forward: bool = True,
 ) -> Manifest:
     """Write a complete bundle into ``folder`` and return its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    past = (window_frames or table_frames) - CHUNK
+    past = (window_frames or table_frames) - chunk_frames
+    schedule: dict[str, Any] = {"frames": chunk_frames, "sigmas": sigmas, "first_sigmas": first_sigmas}
+    failing = {"fail_at_chunk": fail_at_chunk}
     graphs = {
-        "step": transformer(np.random.default_rng(0), past, clean=False, fail_at_chunk=fail_at_chunk),
-        "clean": transformer(np.random.default_rng(0), past, clean=True),
+        "step": transformer(np.random.default_rng(0), past, clean=False, **failing, **schedule),
+        "clean": transformer(np.random.default_rng(0), past, clean=True, **schedule),
         "conditioner": conditioner(np.random.default_rng(1)),
         "text_encoder": text_layer(),
         "vae_first": decoder(first=True),
@@ -276,7 +297,7 @@ def build_bundle(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     save_file(text_weights(), folder / "text_encoder.safetensors")
-    values = [0.0] + [0.5] * (table_frames // CHUNK - 1)
+    values = [0.0] + [0.5] * (table_frames // chunk_frames - 1)
     files = [component.file for component in components.values()]
     manifest = Manifest.model_validate(
         {
@@ -297,14 +318,20 @@ def build_bundle(
                 "latent_height": SIZE,
                 "latent_width": SIZE,
                 "patch": [1, 2, 2],
-                "chunk_frames": CHUNK,
+                "chunk_frames": chunk_frames,
                 "frame_tokens": FRAME_TOKENS,
                 "rope": {"theta": 10000.0, "dims_thw": [4, 2, 2]},
                 "video_height": PIXELS,
                 "video_width": PIXELS,
                 "fps": 16,
             },
-            "schedule": {"timesteps": [1000 * sigma for sigma in SIGMAS], "sigmas": SIGMAS},
+            "schedule": {
+                "timesteps": [1000 * sigma for sigma in sigmas],
+                "sigmas": sigmas,
+                "first_timesteps": [1000 * sigma for sigma in first_sigmas],
+                "first_sigmas": first_sigmas,
+                "clean_forward": clean_forward,
+            },
             "attention": {
                 "block_q": 4,
                 "block_k": 4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ class NaiveRollout:
             return self.frames[frame]
         recent = [other for other in resident if other >= self.sinks]
         # Window-relative positions count from the first sink, and not all sinks exist from the start.
-        shift = (recent[0] if recent else own_first) - len([f for f in resident if f < self.sinks])
+        sinks = len([f for f in resident if f < self.sinks])
+        shift = recent[0] - sinks if recent else max(0, own_first - sinks)
         time_dim = self.manifest["model"]["rope"]["dims_thw"][0]
         theta = self.manifest["model"]["rope"]["theta"]
 
@@ -125,6 +127,9 @@ class NaiveRollout:
 
     def clean(self, chunk: int, past: list[int], keep: list[int]) -> None:
         out = self.run("clean", {"latent": self.latents[chunk], **self.inputs(chunk, past)})
+        self.store(out, chunk, keep)
+
+    def store(self, out: dict[str, np.ndarray], chunk: int, keep: Sequence[int]) -> None:
         for index in range(self.per_chunk):
             frame = chunk * self.per_chunk + index
             if frame in keep:
@@ -145,6 +150,9 @@ class NaiveRollout:
         frames = [last * self.per_chunk + index for index in range(self.per_chunk)]
         self.clean(last, sorted(self.frames), frames)
         self.committed.add(last)
+        self.evict()
+
+    def evict(self) -> None:
         while len(self.frames) > self.capacity:
             del self.frames[min(frame for frame in self.frames if frame >= self.sinks)]
 
@@ -168,12 +176,23 @@ class NaiveRollout:
         chunk = self.chunk
         shared = self.inputs(chunk, sorted(self.frames))
         x = self.noise(chunk, 0)
-        for step in range(4):
-            noise = self.noise(chunk, step + 1) if step < 3 else np.zeros_like(x)
-            out = self.run("step", {"latent": x, "noise": noise, "step": np.array(step, np.int32), **shared})
+        schedule = self.manifest["schedule"]
+        own, other = schedule["first_timesteps"], len(schedule["timesteps"])
+        steps = len(own) if chunk == 0 and own else other - 1
+        before = (
+            other if chunk == 0 and own else 0
+        )  # rows of the first chunk lie behind the others and the clean one
+        for step in range(steps):
+            noise = self.noise(chunk, step + 1) if step < steps - 1 else np.zeros_like(x)
+            row = np.array(before + step, np.int32)
+            out = self.run("step", {"latent": x, "noise": noise, "step": row, **shared})
             x = out["next_latent"]
         self.latents[chunk] = out["x0"]
         self.chunk += 1
+        if not schedule["clean_forward"]:
+            self.store(out, chunk, range(chunk * self.per_chunk, self.chunk * self.per_chunk))
+            self.committed.add(chunk)
+            self.evict()
         return np.concatenate([self.decode(out["x0"][:, i : i + 1]) for i in range(self.per_chunk)])
 
     def give(self, frames: np.ndarray) -> None:

@@ -24,6 +24,18 @@ SHORT = {"window_frames": None, "sink_frames": 0, "sink_positions": "absolute", 
 NARROW = {"window_frames": 5, "sink_frames": 1}  # room for one sink and a third of a chunk
 SINKS_ONLY = {"window_frames": 5, "sink_frames": 2}
 WIDE_SINKS = {"window_frames": 12, "sink_frames": 4}  # sinks from two chunks
+FRAMEWISE = {  # one frame a chunk in two steps, the first in four
+    "chunk_frames": 1,
+    "window_frames": 5,
+    "sink_frames": 2,
+    "sigmas": (1.0, 0.8333333, 0.0),
+    "first_sigmas": (1.0, 0.9375, 0.8333333, 0.625),
+}
+ONE_STEP = {"sigmas": (1.0, 0.0), "first_sigmas": (1.0, 0.8333333)}
+AS_DENOISED = {
+    "clean_forward": False,
+    "first_sigmas": (1.0, 0.5),
+}  # fewer steps in the first chunk than later
 
 
 def embedding(seed: int) -> np.ndarray:
@@ -37,7 +49,9 @@ def load() -> Iterator[Callable[[Path], Pipeline]]:
         yield functools.cache(lambda folder: stack.enter_context(Pipeline.load(folder, threads=1)))
 
 
-@pytest.mark.parametrize("options", [LONG, ABSOLUTE, SHORT, NARROW, SINKS_ONLY, WIDE_SINKS])
+@pytest.mark.parametrize(
+    "options", [LONG, ABSOLUTE, SHORT, NARROW, SINKS_ONLY, WIDE_SINKS, FRAMEWISE, ONE_STEP, AS_DENOISED]
+)
 @pytest.mark.parametrize(
     ("switch_at", "recache"),
     [(None, "window"), *itertools.product([1, 2, 6], ["window", "all"]), (1, "none"), (6, "none")],

@@ -339,7 +339,9 @@ def _golden(
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
     def write(folder: Path) -> list[str]:
         graphs = golden_graphs(run.plan, run.request, components, linears)
-        files, golden = write_vectors(folder, graphs.items(), section, progress=run.within, total=len(graphs))
+        files, golden = write_vectors(
+            folder, graphs.items(), run.plan.schedule, section, progress=run.within, total=len(graphs)
+        )
         (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
         return [*files, _GOLDEN_SECTION]
 

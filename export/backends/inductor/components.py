@@ -10,7 +10,6 @@ from export.graph.modules import LAYER_STEMS, layer_names
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
-from lightforcing_ref.config import CHUNK_FRAMES
 from plugins import contract
 from runtime import bundle
 
@@ -37,15 +36,15 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
     """What goes into and comes out of the operators; no files."""
     dit, geometry = plan.preset.dit, plan.geometry
     heads = (dit.heads, dit.head_dim)
-    tokens = CHUNK_FRAMES * geometry.frame_tokens
+    tokens, frames = plan.chunk_tokens, plan.chunk_frames
     shapes: dict[str, tuple[int | str, ...]] = {
         "qkv": (tokens, 3 * dit.dim),
         "bias": (3 * dit.dim,),
         **dict.fromkeys(("norm_q", "norm_k"), (dit.dim,)),
         **dict.fromkeys(("cos", "sin"), (tokens, dit.head_dim // 2)),
         **dict.fromkeys(("q", "k", "v", "out"), (tokens, *heads)),
-        "q_mean": (CHUNK_FRAMES, geometry.q_blocks, *heads),
-        "k_mean": (CHUNK_FRAMES, geometry.k_blocks, *heads),
+        "q_mean": (frames, geometry.q_blocks, *heads),
+        "k_mean": (frames, geometry.k_blocks, *heads),
         **dict.fromkeys(("past_k", "past_v"), ("slots", geometry.frame_tokens, *heads)),
         "past_kmean": ("slots", geometry.k_blocks, *heads),
         "frame_slots": (plan.max_past_frames,),

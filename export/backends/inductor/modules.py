@@ -20,7 +20,7 @@ from export.graph.modules import ConditionerModule
 from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
-from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig
+from lightforcing_ref.config import DiTConfig
 from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
 from runtime.bundle import Component, TensorSpec, dtype_name
@@ -291,7 +291,7 @@ class _Last(nn.Module):
         x = _finish(self.finish, x, attention_out, _at(self.modulation, step), (cross_k, cross_v))
         model = self.model
         out = model.head(x, _at(self.head_modulation, step).chunk(2, dim=1))
-        flow = model.latents(out, CHUNK_FRAMES, latent.shape[-2], latent.shape[-1])[0].float()
+        flow = model.latents(out, *latent.shape[1:])[0].float()
         sigma, following = _at(self.sigmas, step, 1).chunk(2, dim=0)
         x0 = latent - sigma * flow
         return (1 - following) * x0 + following * noise, x0
@@ -316,12 +316,12 @@ def step_segments(plan: StepPlan, dtype: torch.dtype, linears: frozenset[str] = 
     Args:
         linears: kinds of the block linears that are in FP8, such as "ffn.0".
     """
-    config, steps = plan.preset.dit, len(plan.schedule.timesteps)
+    config, steps = plan.preset.dit, len(plan.schedule.row_timesteps)
     height, width = plan.latent_size
-    tokens, name = CHUNK_FRAMES * plan.geometry.frame_tokens, dtype_name(dtype)
+    tokens, name = plan.chunk_tokens, dtype_name(dtype)
 
     def ports(*names: str) -> list[TensorSpec]:
-        latent = ("float32", (config.channels, CHUNK_FRAMES, height, width))
+        latent = ("float32", (config.channels, plan.chunk_frames, height, width))
         stream = (name, (1, tokens, config.dim))
         cross = (name, (config.text_len, config.heads, config.head_dim))
         known: dict[str, tuple[str, tuple[int, ...]]] = {

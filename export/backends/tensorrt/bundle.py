@@ -26,6 +26,7 @@ from export.quantize.decision import ErrorLog, QuantizationPlan, decide_formats,
 from export.quantize.formats import linear_names, quantize, save_quantized
 from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
+from lightforcing_ref.schedule import FlowSchedule
 from plugins import contract
 from plugins.compile.libraries import find_plugin
 from runtime import bundle
@@ -118,7 +119,7 @@ def _build(run: Run) -> Built:
         version = described["version"]
         files += [entry for entry in written if entry.path != _description(name)]
 
-    own = run.part("golden vectors", lambda into: _write_golden(into, graphs, run.within))
+    own = run.part("golden vectors", lambda into: _write_golden(into, graphs, run.plan.schedule, run.within))
     files += [entry for entry in own if entry.path != _GOLDEN]
     golden = bundle.Golden.model_validate_json((folder / _GOLDEN).read_text())
     run.part("comparison", lambda into: _compare(into, entries, golden, machine, plugin))
@@ -194,8 +195,10 @@ def _write_engine(
     return [f"{name}.engine", inspector_name(f"{name}.engine"), _description(name)]
 
 
-def _write_golden(folder: Path, graphs: Mapping[str, Path], progress: StepCallback) -> list[str]:
-    files, section = write_golden(folder, graphs, progress=progress)
+def _write_golden(
+    folder: Path, graphs: Mapping[str, Path], schedule: FlowSchedule, progress: StepCallback
+) -> list[str]:
+    files, section = write_golden(folder, graphs, schedule, progress=progress)
     (folder / _GOLDEN).write_text(section.model_dump_json())
     return [*files, _GOLDEN]
 

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from export.errors import BuildError, InputError
 from export.request.sizes import Sized
-from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 
 from .engine_text import Kind, PlanReport
@@ -56,7 +55,7 @@ class Structure:
             ConfigError: the resolution does not divide.
         """
         dit, text, vae = plan.preset.dit, plan.preset.text, plan.preset.vae
-        tokens = CHUNK_FRAMES * plan.preset.frame_tokens(plan.height, plan.width)
+        tokens = plan.variant.schedule.chunk_frames * plan.preset.frame_tokens(plan.height, plan.width)
         return cls(
             layers=dit.layers,
             tokens=tokens * dit.dim,

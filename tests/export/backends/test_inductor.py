@@ -38,6 +38,7 @@ from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import PRESETS, Preset
 from lightforcing_ref.rollout import Rollout
+from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import kept_blocks
 from runtime.bundle import Bundle, Kernels, Library, dtype_name, file_entry, load_bundle, write_manifest
 from runtime.bundle.golden import GoldenVectors
@@ -325,7 +326,7 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
     graphs = golden_graphs(plan, request, components, linears)
     assert graphs["layer"].precision == precision
     quick = [(name, graph) for name, graph in graphs.items() if not name.startswith("vae")]
-    written, golden = write_vectors(tmp_path, quick, section)
+    written, golden = write_vectors(tmp_path, quick, FlowSchedule.warped(), section)
     files += written
     built = Built(
         components=components,

@@ -21,6 +21,7 @@ from export.parts.golden_reference import ReferenceGraph
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import choose_formats, linear_names, quantize
 from export.quantize.numerics import fake_linear, fold_weight, pack_fp4
+from lightforcing_ref.schedule import FlowSchedule
 from runtime.bundle import Golden, Segments
 from runtime.bundle.golden import METADATA_KEY, GoldenCase, GoldenCases, Stored, error_of, shaped
 from runtime.bundle.weights_file import WeightsFile
@@ -35,7 +36,7 @@ class Parts:
 
     def __init__(self, folder: Path, parts: Mapping[str, Path], segments: Segments | None = None) -> None:
         self.folder, self.parts = folder, dict(parts)
-        files, self.golden = write_golden(folder, self.parts, segments=segments)
+        files, self.golden = write_golden(folder, self.parts, FlowSchedule.warped(), segments=segments)
         assert files == ["golden.safetensors"]
         self.samples = WeightsFile(folder / self.golden.file)
         self.cases = GoldenCases.model_validate_json(self.samples.metadata[METADATA_KEY]).cases
@@ -270,15 +271,15 @@ def test_case_names_tensors_and_tolerances_belong_together(parts: Parts) -> None
 
 def test_writing_twice_gives_the_same_bytes(parts: Parts) -> None:
     name = {"conditioner": parts.parts["conditioner"]}
-    write_golden(parts.folder / "scratch.conditioner", name)
+    write_golden(parts.folder / "scratch.conditioner", name, FlowSchedule.warped())
     first = (parts.folder / "scratch.conditioner" / "golden.safetensors").read_bytes()
-    write_golden(parts.folder / "scratch.conditioner", name)
+    write_golden(parts.folder / "scratch.conditioner", name, FlowSchedule.warped())
     assert (parts.folder / "scratch.conditioner" / "golden.safetensors").read_bytes() == first
 
 
 def test_segments_without_their_section_are_refused(parts: Parts, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="need the manifest's section on segments"):
-        write_golden(tmp_path, {"layer": parts.parts["layer"]})
+        write_golden(tmp_path, {"layer": parts.parts["layer"]}, FlowSchedule.warped())
     assert list(tmp_path.iterdir()) == []
 
 

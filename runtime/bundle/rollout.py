@@ -1,0 +1,100 @@
+"""What the manifest says of rollouts: the forwards of a chunk, and which past frames stay."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .fields import NonNegative, NonNegativeFloat, Part, Positive, Steps
+
+__all__ = ["Cache", "Schedule"]
+
+_FirstSteps = Annotated[tuple[NonNegativeFloat, ...], Field(max_length=1000)]
+
+
+class Schedule(Part):
+    """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0).
+
+    ``first_timesteps`` and ``first_sigmas`` are those of the first chunk's denoising forwards, empty where it has no
+    others. Without ``clean_forward``, the cache takes keys and values from the last denoising forward.
+
+    The component ``step`` is told its forward as a *row*: an index into ``timesteps``, or, behind these, into
+    ``first_timesteps``.
+    """
+
+    timesteps: Steps
+    sigmas: Steps
+    first_timesteps: _FirstSteps = ()
+    first_sigmas: _FirstSteps = ()
+    clean_forward: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Schedule:
+        for timesteps, sigmas, first in (
+            (self.timesteps, self.sigmas, ""),
+            (self.first_timesteps, self.first_sigmas, "first "),
+        ):
+            if len(timesteps) != len(sigmas):
+                raise ValueError(f"{len(timesteps)} {first}timesteps but {len(sigmas)} {first}sigmas")
+        if self.timesteps[-1] != 0 or self.sigmas[-1] != 0:
+            raise ValueError("the last timestep and sigma belong to the clean forward and must be 0")
+        return self
+
+    @property
+    def denoise_steps(self) -> int:
+        """Number of denoising forwards of a chunk after the first (the clean forward not included)."""
+        return len(self.timesteps) - 1
+
+    @property
+    def most_steps(self) -> int:
+        """Number of denoising forwards of the chunk that has most."""
+        return max(self.denoise_steps, len(self.first_timesteps))
+
+    @property
+    def noises(self) -> int:
+        """Latents of noise that a chunk is given: one for each forward, and at least two, because the last forward
+        takes one that it does not use."""
+        return max(2, self.most_steps)
+
+    @property
+    def clean_step(self) -> int:
+        """Row of the clean forward."""
+        return len(self.timesteps) - 1
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows, the clean forward's among them."""
+        return len(self.timesteps) + len(self.first_timesteps)
+
+    def rows(self, chunk: int) -> range:
+        """Rows of the denoising forwards of ``chunk``, in order."""
+        if chunk == 0 and self.first_timesteps:
+            return range(len(self.timesteps), self.row_count)
+        return range(self.denoise_steps)
+
+    def place(self, row: int) -> tuple[int, bool]:
+        """Where a denoising forward comes in its chunk, counted from 0, and whether it is the chunk's last."""
+        rows = self.rows(1) if row < self.clean_step else self.rows(0)
+        return rows.index(row), row == rows[-1]
+
+
+class Cache(Part):
+    """Cache policy. ``window_frames`` counts the current chunk too; null means ``sparsity.table_frames``.
+
+    ``sink_positions``: ``"absolute"`` keeps sink keys where they were committed, ``"window"`` moves them to
+    just before the first recent frame whenever the window slides.
+    """
+
+    window_frames: Positive | None
+    max_past_frames: NonNegative
+    sink_frames: NonNegative
+    sink_positions: Literal["absolute", "window"]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cache:
+        if self.sink_frames > self.max_past_frames:
+            raise ValueError(
+                f"sink_frames ({self.sink_frames}) does not fit into max_past_frames ({self.max_past_frames})"
+            )
+        return self
