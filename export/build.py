@@ -29,7 +29,7 @@ from .progress import ProgressCallback
 
 __all__ = ["BuildRequest", "CheckedBuild", "build_bundle", "check_build", "compile_bundle", "export_onnx"]
 
-_GOLDEN, _GOLDEN_SECTION = "golden vectors", "golden.json"
+_GOLDEN = "golden vectors"
 """The part, and the manifest's section, kept beside a build in progress."""
 
 
@@ -161,16 +161,11 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
 def _with_golden(run: Run, built: Built) -> Built:
     """What was built, with the golden vectors of its components."""
 
-    def write(folder: Path) -> list[str]:
-        files, section = write_golden(
-            folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within
-        )
-        (folder / _GOLDEN_SECTION).write_text(section.model_dump_json())
-        return [*files, _GOLDEN_SECTION]
-
-    entries = run.part(_GOLDEN, write)
-    section = bundle.Golden.model_validate_json((run.folder / _GOLDEN_SECTION).read_text())
-    own = [entry for entry in entries if entry.path != _GOLDEN_SECTION]
+    section, own = run.section(
+        _GOLDEN,
+        bundle.Golden,
+        lambda folder: write_golden(folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within),
+    )
     return replace(built, files=[*built.files, *own], golden=section)
 
 

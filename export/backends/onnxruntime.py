@@ -18,9 +18,6 @@ from runtime import bundle
 
 __all__ = ["BUILDER"]
 
-_SECTION = "segments.json"
-"""The manifest's section on segments, kept beside a build in progress."""
-
 _WHOLE = ("step", "clean")
 
 
@@ -44,9 +41,8 @@ def _build(run: Run) -> Built:
     if run.request.execution == "segmented":
         # The whole graphs were a step on the way: what stays of them is what goes in and comes out.
         files = [entry for entry in files if Path(entry.path).stem not in _WHOLE]
-        written = run.part("segments", lambda into: _segments(into, run))
-        section = bundle.Segments.model_validate_json((folder / _SECTION).read_text())
-        files += [entry for entry in written if entry.path != _SECTION]
+        section, written = run.section("segments", bundle.Segments, lambda into: _segments(into, run))
+        files += written
         entries |= {name: entries[name].model_copy(update={"file": None}) for name in _WHOLE}
         entries |= {
             Path(entry.path).stem: components.component_of(folder, entry.path)
@@ -57,12 +53,9 @@ def _build(run: Run) -> Built:
     return Built(entries, files, graphs, segments=section)
 
 
-def _segments(folder: Path, run: Run) -> list[str]:
+def _segments(folder: Path, run: Run) -> tuple[list[str], bundle.Segments]:
     model, form = ir.load(folder / "step.onnx"), components.attention_form(run.plan)
-    embedded, progress = run.request.embedded, run.within
-    files, section = write_segments(folder, model, form, embedded=embedded, progress=progress)
-    (folder / _SECTION).write_text(section.model_dump_json())
-    return [*files, _SECTION]
+    return write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)
 
 
 BUILDER = Builder(parts=_parts, build=_build, check=_check)

@@ -15,6 +15,8 @@ from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime import bundle
 
+from .run import Run
+
 __all__ = ["FOLDER", "kernel_arch", "kernel_variants", "write_kernels"]
 
 FOLDER = "kernels"
@@ -104,3 +106,11 @@ def write_kernels(
     stem = f"{FOLDER}/{section.arch}"
     names: Sequence[str] = ["kernels.json", *(image.file for image in index.images)]
     return [f"{stem}/{name}" for name in names], section
+
+
+def kernels_part(run: Run, *, key: str | None = None) -> tuple[bundle.Kernels, list[bundle.FileEntry]]:
+    """The part "kernels" of a build, made by `write_kernels`: the manifest's section, and the files."""
+    target, plan = run.request.target, run.plan
+    return run.section(
+        "kernels", bundle.Kernels, lambda folder: write_kernels(folder, target, plan, run.within), key=key
+    )

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import TypeAdapter
 
 from export.progress import ProgressCallback
 from export.quantize.decision import QuantizationPlan
@@ -25,7 +27,9 @@ from runtime import bundle
 from .keys import BuildKeys
 from .workspace import Workspace
 
-__all__ = ["Builder", "Built", "Models", "Run"]
+__all__ = ["Builder", "Built", "BuiltEngine", "Models", "Run"]
+
+T = TypeVar("T")
 
 
 class Models:
@@ -108,6 +112,34 @@ class Run:
             self._done += self._parts[name]
         return entries
 
+    def section(
+        self,
+        name: str,
+        kind: type[T],
+        build: Callable[[Path], tuple[Sequence[str], T]],
+        *,
+        key: str | None = None,
+    ) -> tuple[T, list[bundle.FileEntry]]:
+        """Make a part that also says something, such as a section of the manifest; see `part`.
+
+        Args:
+            kind: of what it says; kept as JSON beside the part's files, so that it outlasts an interruption.
+            build: returns its files, and that.
+
+        Returns:
+            what the part says, and its files.
+        """
+        adapter, note = TypeAdapter(kind), f"{name.replace(' ', '_')}.section.json"
+
+        def write(folder: Path) -> list[str]:
+            files, said = build(folder)
+            (folder / note).write_bytes(adapter.dump_json(said))
+            return [*files, note]
+
+        entries = self.part(name, write, key=key)
+        said = adapter.validate_json((self.folder / note).read_bytes())
+        return said, [entry for entry in entries if entry.path != note]
+
     def within(self, phase: str, done: int, total: int) -> None:
         """Show how far the part under way is, where what makes it tells: a `StepCallback`.
 
@@ -121,6 +153,14 @@ class Run:
         """Show that all parts are done, and what comes now."""
         whole = sum(self._parts.values())
         self._progress(name, whole, whole)
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What a part says that a vendor's library built: the manifest's entry, and the library's version."""
+
+    component: bundle.Component
+    version: str
 
 
 @dataclass(frozen=True)
@@ -166,4 +206,4 @@ class Builder:
     build: Callable[[Run], Built]
     check: Callable[[BuildRequest, StepPlan], QuantizationPlan | None] = field(default=_nothing_to_check)
     golden: bool = True
-    compile: Callable[[Run], Sequence[bundle.FileEntry]] | None = None
+    compile: Callable[[Run], object] | None = None

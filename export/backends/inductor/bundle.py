@@ -31,8 +31,7 @@ from export.graph.tracing import attend, prepare, save_model, trace
 from export.machine import importable
 from export.parts.golden import write_vectors
 from export.parts.graphs import tokenizer_part
-from export.parts.kernels import FOLDER as KERNELS_FOLDER
-from export.parts.kernels import kernel_arch, kernel_variants, write_kernels
+from export.parts.kernels import kernel_variants, kernels_part
 from export.parts.keys import digest, files_digest, source_files
 from export.parts.run import Builder, Built, Run
 from export.quantize import numerics
@@ -47,7 +46,6 @@ from lightforcing_ref.decoders.tae import VideoDecoder
 from lightforcing_ref.dimensions import DecoderConfig
 from lightforcing_ref.model import CausalWanModel
 from runtime import bundle
-from runtime.bundle import images
 
 from .components import OPERATORS, describe, operator_components
 from .decoder import LATENT_STATISTICS, channels_last, vae_first, vae_next
@@ -63,7 +61,6 @@ WEIGHTS = "weights.safetensors"
 ValueT = TypeVar("ValueT")
 
 _GOLDEN = "golden vectors"
-_GOLDEN_SECTION = "golden.json"
 """The manifest's section on golden vectors, kept beside a build in progress."""
 
 # ---- what can be built ----
@@ -240,17 +237,16 @@ def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
     return parts | {_GOLDEN: 60.0}
 
 
-def _compile(run: Run) -> list[bundle.FileEntry]:
+def _compile(run: Run) -> tuple[list[bundle.FileEntry], bundle.Kernels | None]:
     """The parts that hold no weights: packages, and on a GPU the attention kernels."""
     request, plan = run.request, run.plan
     key = _packages_key(request, plan)
     entries = run.part("packages", lambda folder: compile_packages(request, folder, key, run.within), key=key)
-    if device_of(request) == "cuda":
-        images = digest(_triton(), files_digest(_code(plugins)), request.target.sm, plan.fingerprint())
-        entries += run.part(
-            "kernels", lambda folder: write_kernels(folder, request.target, plan, run.within)[0], key=images
-        )
-    return entries
+    if device_of(request) != "cuda":
+        return entries, None
+    images = digest(_triton(), files_digest(_code(plugins)), request.target.sm, plan.fingerprint())
+    kernels, written = kernels_part(run, key=images)
+    return [*entries, *written], kernels
 
 
 def _packages_key(request: BuildRequest, plan: StepPlan) -> str:
@@ -290,19 +286,15 @@ def _build(run: Run) -> Built:
         write_tensors(folder / WEIGHTS, tensors, run.within)
         return [WEIGHTS]
 
+    compiled, kernels = _compile(run)
     entries = [
-        *_compile(run),
+        *compiled,
         *tokenizer_part(run),
         *run.part("text encoder", write_text),
         *run.part("weights", write_weights),
     ]
-    kernels = None
     if device == "cpu":
         entries += run.part("operators", lambda folder: _write_operators(folder, plan))
-    else:
-        arch = f"sm_{kernel_arch(request.target)}"
-        index = images.read_index(run.folder / KERNELS_FOLDER / arch)
-        kernels = bundle.Kernels(folder=KERNELS_FOLDER, arch=arch, driver=index.driver)
     components = describe(request, linears)
     if device == "cpu":
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}
@@ -337,17 +329,11 @@ def _golden(
     section: bundle.Segments,
     linears: frozenset[str],
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
-    def write(folder: Path) -> list[str]:
+    def write(folder: Path) -> tuple[list[str], bundle.Golden]:
         graphs = golden_graphs(run.plan, run.request, components, linears)
-        files, golden = write_vectors(
-            folder, graphs.items(), run.plan.schedule, section, progress=run.within, total=len(graphs)
-        )
-        (folder / _GOLDEN_SECTION).write_text(golden.model_dump_json())
-        return [*files, _GOLDEN_SECTION]
+        return write_vectors(folder, graphs.items(), run.plan.schedule, section, progress=run.within, total=len(graphs))
 
-    entries = run.part(_GOLDEN, write)
-    golden = bundle.Golden.model_validate_json((run.folder / _GOLDEN_SECTION).read_text())
-    return golden, [entry for entry in entries if entry.path != _GOLDEN_SECTION]
+    return run.section(_GOLDEN, bundle.Golden, write)
 
 
 def _quantization(plan: StepPlan, linears: frozenset[str]) -> bundle.Quantization:

@@ -5,12 +5,11 @@ Every engine is run on that GPU against golden vectors before the bundle is comp
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -19,14 +18,13 @@ from export.graph import components
 from export.graph.variants import clean_graph
 from export.parts.golden import write_golden
 from export.parts.graphs import export_graphs, graph_parts
-from export.parts.kernels import kernel_variants, write_kernels
-from export.parts.run import Builder, Built, Run
-from export.progress import StepCallback
+from export.parts.kernels import kernel_variants, kernels_part
+from export.parts.run import Builder, Built, BuiltEngine, Run
 from export.quantize.decision import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
 from export.quantize.formats import linear_names, quantize, save_quantized
+from export.quantize.numerics import Format
 from export.request.geometry import StepPlan
 from export.request.request import BuildRequest
-from lightforcing_ref.schedule import FlowSchedule
 from plugins import contract
 from plugins.compile.libraries import find_plugin
 from runtime import bundle
@@ -47,8 +45,6 @@ _ENGINES: Mapping[str, float] = {
 
 _WITH_OPERATORS = ("step", "clean")
 _OPERATORS = [contract.HIERARCHICAL_SPARSE_ATTENTION, contract.QK_PREPARE]
-_QUANTIZATION, _GOLDEN, _COMPARISON = "quantization.json", "golden.json", "comparison.json"
-_KERNELS = "kernels.json"
 
 
 def _find_plugin() -> Path:
@@ -99,67 +95,73 @@ def _build(run: Run) -> Built:
     machine = _machine(request)
     exported = export_graphs(run)
     plan = run.quantization
-    run.part("quantization", lambda into: _quantize(into, run, plan))
-    quantized = json.loads((folder / _QUANTIZATION).read_text())
+    quantized, _ = run.section("quantization", _Quantized, lambda into: _quantize(into, run, plan))
     plugin_files = run.part("plugin", _copy_plugin)
     plugin = TrtPlugin.at(folder / plugin_files[0].path)
     # Attention is inside the engines; the runtime still commits frames into the cache, and turns sinks.
-    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
+    kernels, images = kernels_part(run)
 
-    files = [*exported["tokenizer"], *plugin_files, *(entry for entry in kernels if entry.path != _KERNELS)]
+    files = [*exported["tokenizer"], *plugin_files, *images]
     files += [entry for entry in exported["text encoder"] if entry.path == components.TEXT_WEIGHTS]
-    graphs = {name: folder / quantized["graphs"].get(name, f"{name}.onnx") for name in _ENGINES}
+    graphs = {name: folder / quantized.graphs.get(name, f"{name}.onnx") for name in _ENGINES}
     entries: dict[str, bundle.Component] = {}
     version = machine.version
     for name in _ENGINES:
         build = partial(_write_engine, run=run, name=name, graph=graphs[name], machine=machine, plugin=plugin)
-        written = run.part(f"engine {name}", build)
-        described = json.loads((folder / _description(name)).read_text())
-        entries[name] = bundle.Component.model_validate(described["component"])
-        version = described["version"]
-        files += [entry for entry in written if entry.path != _description(name)]
+        built, written = run.section(f"engine {name}", BuiltEngine, build)
+        entries[name], version = built.component, built.version
+        files += written
 
-    own = run.part("golden vectors", lambda into: _write_golden(into, graphs, run.plan.schedule, run.within))
-    files += [entry for entry in own if entry.path != _GOLDEN]
-    golden = bundle.Golden.model_validate_json((folder / _GOLDEN).read_text())
-    run.part("comparison", lambda into: _compare(into, entries, golden, machine, plugin))
-    measured = json.loads((folder / _COMPARISON).read_text())
+    golden, vectors = run.section(
+        "golden vectors", bundle.Golden, lambda into: write_golden(into, graphs, run.plan.schedule, progress=run.within)
+    )
+    files += vectors
+    measured, _ = run.section(
+        "comparison", dict[str, float], lambda into: ([], _compare(into, entries, golden, machine, plugin))
+    )
     return Built(
         entries,
         files,
         graphs,
         status=f"built and verified on {machine.gpu.name}",
         library=bundle.Library(name="tensorrt", version=version),
-        kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),
-        quantization=None if plan is None else plan.section(quantized["formats"], quantized["errors"]),
+        kernels=kernels,
+        quantization=None if plan is None else plan.section(quantized.formats, quantized.errors),
         golden=golden.model_copy(update={"measured": measured}),
     )
 
 
-def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str]:
+@dataclass(frozen=True)
+class _Quantized:
+    """What the part on quantization decided: formats and errors of linears, and the graphs that it made anew."""
+
+    formats: dict[str, Format] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
+
+
+def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[list[str], _Quantized]:
     """Quantize step and conditioner; the clean graph is cut from the quantized step and shares its weights."""
-    document: dict[str, Any] = {"formats": {}, "errors": {}, "graphs": {}}
-    files = [_QUANTIZATION]
-    if plan is not None:
-        names = ("step", "conditioner")
-        models = (ir.load(folder / f"{name}.onnx") for name in names)
-        formats, errors = decide_formats(plan, models, run.within)
-        log = ErrorLog(plan, run.within, len(formats))
-        for name in names:
-            model = ir.load(folder / f"{name}.onnx")
-            own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
-            quantize(model, own, amax=plan.amax, observe=log)
-            graph, weights = f"{name}_quantized.onnx", f"{name}_quantized.weights"
-            save_quantized(model, folder / graph, weights, alone=True)
-            document["graphs"][name] = graph
-            files += [graph, weights]
-        clean = clean_graph(ir.load(folder / "step_quantized.onnx"), run.plan.schedule.clean_step)
-        ir.save(clean, folder / "clean_quantized.onnx")
-        document["graphs"]["clean"] = "clean_quantized.onnx"
-        files.append("clean_quantized.onnx")
-        document |= {"formats": dict(formats), "errors": errors | log.errors}
-    (folder / _QUANTIZATION).write_text(json.dumps(document))
-    return files
+    if plan is None:
+        return [], _Quantized()
+    files, graphs = list[str](), dict[str, str]()
+    names = ("step", "conditioner")
+    models = (ir.load(folder / f"{name}.onnx") for name in names)
+    formats, errors = decide_formats(plan, models, run.within)
+    log = ErrorLog(plan, run.within, len(formats))
+    for name in names:
+        model = ir.load(folder / f"{name}.onnx")
+        own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
+        quantize(model, own, amax=plan.amax, observe=log)
+        graph, weights = f"{name}_quantized.onnx", f"{name}_quantized.weights"
+        save_quantized(model, folder / graph, weights, alone=True)
+        graphs[name] = graph
+        files += [graph, weights]
+    clean = clean_graph(ir.load(folder / "step_quantized.onnx"), run.plan.schedule.clean_step)
+    ir.save(clean, folder / "clean_quantized.onnx")
+    graphs["clean"] = "clean_quantized.onnx"
+    files.append("clean_quantized.onnx")
+    return files, _Quantized(dict(formats), errors | log.errors, graphs)
 
 
 def _copy_plugin(folder: Path) -> list[str]:
@@ -168,19 +170,9 @@ def _copy_plugin(folder: Path) -> list[str]:
     return [source.name]
 
 
-def _write_kernels(folder: Path, run: Run) -> list[str]:
-    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
-    (folder / _KERNELS).write_text(section.model_dump_json())
-    return [*files, _KERNELS]
-
-
-def _description(component: str) -> str:
-    return f"{component}.engine.json"
-
-
 def _write_engine(
     folder: Path, *, run: Run, name: str, graph: Path, machine: TrtMachine, plugin: TrtPlugin
-) -> list[str]:
+) -> tuple[list[str], BuiltEngine]:
     engine = build_engine(
         graph,
         folder / f"{name}.engine",
@@ -190,17 +182,7 @@ def _write_engine(
         dimensions={"slots": max(1, run.plan.max_past_frames)},
         progress=run.within,
     )
-    document = {"component": engine.component.model_dump(mode="json"), "version": engine.version}
-    (folder / _description(name)).write_text(json.dumps(document))
-    return [f"{name}.engine", inspector_name(f"{name}.engine"), _description(name)]
-
-
-def _write_golden(
-    folder: Path, graphs: Mapping[str, Path], schedule: FlowSchedule, progress: StepCallback
-) -> list[str]:
-    files, section = write_golden(folder, graphs, schedule, progress=progress)
-    (folder / _GOLDEN).write_text(section.model_dump_json())
-    return [*files, _GOLDEN]
+    return [f"{name}.engine", inspector_name(f"{name}.engine")], engine
 
 
 def _compare(
@@ -209,7 +191,7 @@ def _compare(
     golden: bundle.Golden,
     machine: TrtMachine,
     plugin: TrtPlugin,
-) -> list[str]:
+) -> dict[str, float]:
     """Run every engine against its golden vectors; refuse the bundle if one computes something else."""
     measured = {}
     for name, component in entries.items():
@@ -218,8 +200,7 @@ def _compare(
             folder, name, component, golden=golden.file, machine=machine, plugin=plugin, operators=operators
         )
         measured[name] = judge(name, errors, golden.tolerances[name])
-    (folder / _COMPARISON).write_text(json.dumps(measured))
-    return [_COMPARISON]
+    return measured
 
 
 def judge(component: str, errors: Mapping[str, float | None], tolerance: float) -> float:

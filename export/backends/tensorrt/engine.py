@@ -17,16 +17,17 @@ import onnx_ir as ir
 
 from export.errors import BuildError, InputError
 from export.machine import Gpu, find_gpus
+from export.parts.run import BuiltEngine
 from export.parts.worker import ended_by, run_worker, was_killed
 from export.progress import StepCallback
 from export.request.capability import BACKENDS
 from runtime import bundle
 from runtime.files import cache_folder
 
-from .engine_text import Inspection, check_plugins, check_precision, read_inspection
+from .engine_text import check_plugins, check_precision, read_inspection
 from .graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
 
-__all__ = ["TrtEngine", "TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
+__all__ = ["TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
 
 _BACKEND = BACKENDS["tensorrt"]
 
@@ -80,15 +81,6 @@ class TrtMachine:
         return {**os.environ, "CUDA_VISIBLE_DEVICES": chosen}
 
 
-@dataclass(frozen=True)
-class TrtEngine:
-    """An engine that was built, as the manifest describes it, and what its inspector says."""
-
-    component: bundle.Component
-    version: str
-    inspection: Inspection
-
-
 def find_machine(target_name: str, compute_capability: str | None, precision: str) -> TrtMachine:
     """The GPU and the TensorRT that build for a target; asked before any long work.
 
@@ -140,7 +132,7 @@ def build_engine(
     plugin: TrtPlugin,
     dimensions: Mapping[str, int],
     progress: StepCallback | None = None,
-) -> TrtEngine:
+) -> BuiltEngine:
     """Build the graph at `onnx_path` and write the engine to `engine_path`, with the inspector's output beside it.
 
     Args:
@@ -188,7 +180,7 @@ def build_engine(
     described = bundle.Component(
         file=engine_path.name, inputs=_specs(result["inputs"]), outputs=_specs(result["outputs"]), cost=cost
     )
-    return TrtEngine(described, result["version"], inspection)
+    return BuiltEngine(described, result["version"])
 
 
 def inspector_name(engine: str) -> str:

@@ -6,7 +6,6 @@ itself, as the manifest will have it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +17,8 @@ from export.errors import InputError
 from export.graph import components
 from export.graph.segments import write_segments
 from export.parts.graphs import export_graphs, graph_parts
-from export.parts.kernels import kernel_variants, write_kernels
-from export.parts.run import Builder, Built, Run
+from export.parts.kernels import kernel_variants, kernels_part
+from export.parts.run import Builder, Built, BuiltEngine, Run
 from export.quantize.decision import ErrorLog, QuantizationPlan, decide_formats, plan_quantization
 from export.quantize.formats import linear_names, quantize, save_quantized
 from export.quantize.numerics import Format
@@ -35,9 +34,6 @@ __all__ = ["BUILDER", "STATUS"]
 
 STATUS = "built, not executed"
 """What can be said of engines that were built where they cannot run."""
-
-_SEGMENTS, _KERNELS, _QUANTIZATION = "segments.json", "kernels.json", "quantization.json"
-"""Sections of the manifest, kept beside a build in progress."""
 
 _PLAN_TYPES: Mapping[Format | None, str] = {"fp8": "fp8", "nvfp4": "fp4", None: "bf16"}
 """Formats of linears -> operand types of the products in plans."""
@@ -98,17 +94,15 @@ def _build(run: Run) -> Built:
     request, folder = run.request, run.folder
     exported = export_graphs(run)
     plan = run.quantization
-    run.part("quantization", lambda into: _quantize(into, run, plan))
-    quantized = _Quantized.read(folder)
-    segments = run.part("segments", lambda into: _cut(into, run, plan, quantized))
-    section = bundle.Segments.model_validate_json((folder / _SEGMENTS).read_text())
+    quantized, _ = run.section("quantization", _Quantized, lambda into: _quantize(into, run, plan))
+    cut, segments = run.section("segments", _Cut, lambda into: _cut(into, run, plan, quantized))
     graphs = {name: folder / f"{name}.onnx" for name in _engines(request, run.plan)}
     graphs["conditioner"] = folder / quantized.conditioner
     expectations, structure = load_expectations(request.precision), Structure.of(run.plan)
     entries: dict[str, bundle.Component] = {}
     library = None
     files = [*exported["tokenizer"], *_named(exported["text encoder"], components.TEXT_WEIGHTS)]
-    files += _named(segments, section.weights)
+    files += _named(segments, cut.segments.weights)
     for name, graph in graphs.items():
         moved = _moved(plan, quantized.formats, _linears_of(name, run.plan.preset.dit.layers))
         kind = decoder_kind(name, run.plan.preset.vae)
@@ -117,31 +111,30 @@ def _build(run: Run) -> Built:
             width = request.weights.vae_encoder_config().dim
             sizes = replace(structure, pixels=request.height * request.width * width)
         check = partial(_check_plan, expectations, kind, sizes, moved)
-        written = run.part(
+        built, written = run.section(
             _engine(name),
+            BuiltEngine,
             partial(_write_engine, run=run, name=name, graph=graph, check=check),
             key=run.keys.engines if name in _NEVER_QUANTIZED else None,
         )
-        described = json.loads((folder / _description(name)).read_text())
-        entries[name] = bundle.Component.model_validate(described["component"])
-        library = bundle.Library(name="tensorrt-rtx", version=described["version"])
-        files += _named(written, f"{name}.engine")
-    kernels = run.part("kernels", lambda into: _write_kernels(into, run))
-    files += [entry for entry in kernels if entry.path != _KERNELS]
+        entries[name] = built.component
+        library = bundle.Library(name="tensorrt-rtx", version=built.version)
+        files += written
+    kernels, images = kernels_part(run)
+    files += images
     # What comes in and goes out where no engine runs: the step as a whole, and the operators, which are kernels.
     for name in ("step", "clean", "qk_prepare", "attention"):
         entries[name] = components.component_of(folder, f"{name}.onnx").model_copy(update={"file": None})
     graphs |= {name: folder / f"{name}.onnx" for name in ("qk_prepare", "attention")}
-    formats, errors = quantized.formats, quantized.errors | _read_errors(folder)
     return Built(
         entries,
         files,
         graphs,
         status=STATUS,
-        segments=section,
+        segments=cut.segments,
         library=library,
-        kernels=bundle.Kernels.model_validate_json((folder / _KERNELS).read_text()),
-        quantization=None if plan is None else plan.section(formats, errors),
+        kernels=kernels,
+        quantization=None if plan is None else plan.section(quantized.formats, quantized.errors | cut.errors),
     )
 
 
@@ -161,24 +154,20 @@ class _Quantized:
     errors: dict[str, float]
     conditioner: str
 
-    @classmethod
-    def read(cls, folder: Path) -> _Quantized:
-        return cls(**json.loads((folder / _QUANTIZATION).read_text()))
+
+@dataclass(frozen=True)
+class _Cut:
+    """The manifest's section, and the errors of the step's linears."""
+
+    segments: bundle.Segments
+    errors: dict[str, float]
 
 
-_STEP_ERRORS = "step_errors.json"
-
-
-def _read_errors(folder: Path) -> dict[str, float]:
-    errors: dict[str, float] = json.loads((folder / _STEP_ERRORS).read_text())
-    return errors
-
-
-def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str]:
+def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[list[str], _Quantized]:
     """Decide the format of every linear, and quantize the conditioner."""
     formats: Mapping[str, Format] = {}
     errors: dict[str, float] = {}
-    files, conditioner = [_QUANTIZATION], "conditioner.onnx"
+    files, conditioner = list[str](), "conditioner.onnx"
     if plan is not None:
         model = ir.load(folder / conditioner)
         models = (ir.load(folder / name) for name in ("step.onnx", "conditioner.onnx"))
@@ -191,12 +180,12 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> list[str
         save_quantized(model, folder / conditioner, weights, alone=True)
         errors |= log.errors
         files += [conditioner, weights]
-    document = {"formats": dict(formats), "errors": errors, "conditioner": conditioner}
-    (folder / _QUANTIZATION).write_text(json.dumps(document))
-    return files
+    return files, _Quantized(dict(formats), errors, conditioner)
 
 
-def _cut(folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quantized) -> list[str]:
+def _cut(
+    folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quantized
+) -> tuple[list[str], _Cut]:
     """Quantize the step and cut it; its weights are quantized as they are written."""
     model, errors = ir.load(folder / "step.onnx"), dict[str, float]()
     if plan is not None:
@@ -207,9 +196,7 @@ def _cut(folder: Path, run: Run, plan: QuantizationPlan | None, quantized: _Quan
         errors = log.errors
     form = components.attention_form(run.plan)
     files, section = write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)
-    (folder / _SEGMENTS).write_text(section.model_dump_json())
-    (folder / _STEP_ERRORS).write_text(json.dumps(errors))
-    return [*files, _SEGMENTS, _STEP_ERRORS]
+    return files, _Cut(section, errors)
 
 
 # ---- engines ----
@@ -253,11 +240,9 @@ def _check_plan(
     expectations.check(name, report, structure, moved)
 
 
-def _description(component: str) -> str:
-    return f"{component}.engine.json"
-
-
-def _write_engine(folder: Path, *, run: Run, name: str, graph: Path, check: partial[None]) -> list[str]:
+def _write_engine(
+    folder: Path, *, run: Run, name: str, graph: Path, check: partial[None]
+) -> tuple[list[str], BuiltEngine]:
     capability = run.request.target.compute_capability
     assert capability is not None
     info = build_engine(
@@ -268,9 +253,7 @@ def _write_engine(folder: Path, *, run: Run, name: str, graph: Path, check: part
         check=check,
         progress=run.within,
     )
-    described = {"component": _component(info).model_dump(mode="json"), "version": info.version}
-    (folder / _description(name)).write_text(json.dumps(described))
-    return [info.path.name, _description(name)]
+    return [info.path.name], BuiltEngine(_component(info), info.version)
 
 
 def _component(info: EngineInfo) -> bundle.Component:
@@ -287,12 +270,6 @@ def _component(info: EngineInfo) -> bundle.Component:
     return bundle.Component(
         file=info.path.name, inputs=specs(info.inputs), outputs=specs(info.outputs), cost=cost
     )
-
-
-def _write_kernels(folder: Path, run: Run) -> list[str]:
-    files, section = write_kernels(folder, run.request.target, run.plan, run.within)
-    (folder / _KERNELS).write_text(section.model_dump_json())
-    return [*files, _KERNELS]
 
 
 BUILDER = Builder(parts=_parts, build=_build, check=_check)
