@@ -36,7 +36,6 @@ CACHED_BYTES = 64 << 20
 """Size of the embeddings that an encoder keeps, by prompt: hundreds at full size, where a token's is 16 KiB."""
 
 _WHITE_SPACE = re.compile(r"\s+")
-_LAYER_WEIGHTS = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
 
 
 class _LayerEngine(Protocol):
@@ -95,7 +94,12 @@ class TextEncoder:
         self._tokenizer = _load_tokenizer(bundle)
         self._weights = WeightsFile(bundle.opened(self._text.weights))
         component = bundle.component("text_encoder")
-        self._dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in component.inputs}
+        # What the layer reads besides what it is called with are its weights, under the same names in the file.
+        self._dtypes = {
+            spec.name: numpy_dtype(spec.dtype)
+            for spec in component.inputs
+            if spec.name not in ("hidden", "mask")
+        }
         self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
         self._embeddings: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
@@ -180,8 +184,8 @@ class TextEncoder:
         if self._resident is not None and layer in self._resident:
             return self._resident[layer]
         arrays = {
-            name: self._weights.get_required(f"layers.{layer}.{name}").astype(self._dtypes[name], copy=False)
-            for name in _LAYER_WEIGHTS
+            name: self._weights.get_required(f"layers.{layer}.{name}").astype(dtype, copy=False)
+            for name, dtype in self._dtypes.items()
         }
         if self._resident is not None:
             self._resident[layer] = arrays

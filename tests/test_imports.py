@@ -51,7 +51,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "quantize",
         "graph hub",
         "progress request",
-        "errors machine units",
+        "errors machine tolerances units",
     ),
     "runtime": (
         "__main__",

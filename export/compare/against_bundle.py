@@ -8,11 +8,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from export.errors import ComparisonError
+from export.tolerances import PIXELS, ROLLOUT_FACTOR
 from runtime.bundle import Bundle
 
 from .against_reference import (
-    PIXELS,
-    ROLLOUT_FACTOR,
     bundle_runner,
     facts_of,
     frames_row,

@@ -35,7 +35,6 @@ from export.graph.variants import clean_graph
 from export.quantize.cost import fake_quantized, layer_errors
 from export.quantize.formats import (
     ORT_SESSION_CONFIG,
-    THRESHOLDS,
     choose_formats,
     linear_names,
     quantize,
@@ -45,6 +44,7 @@ from export.quantize.graph import KINDS, is_block_linear
 from export.quantize.numerics import Format
 from export.quantize.trial import Trial, block_linears
 from export.request.geometry import StepPlan
+from export.tolerances import FORWARD, LINEAR
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from runtime.bundle import Bundle, Component, Manifest, load_bundle
@@ -62,18 +62,13 @@ from .against_reference import (
     step_function,
     step_plot,
 )
-from .reference import GraphRollout, Reference, step_feeds, variant_of
+from .reference import Feed, GraphRollout, Reference, step_feeds, variant_of
 from .result import Comparison, Film, Plot, Row, Series, difference
 
-__all__ = ["LIMITS", "QuantPrecision", "compare_precisions"]
+__all__ = ["Compared", "compare_precisions"]
 
-QuantPrecision = Literal["bf16", "fp8", "nvfp4"]
+Compared = Literal["bf16", "fp8", "nvfp4"]
 
-LIMITS: Mapping[QuantPrecision, float] = {"bf16": 0.05, "fp8": 0.15, "nvfp4": 0.3}
-"""Largest relative L2 error of a forward, and of a rollout's latents. Wide: they find faults, and whether a precision
-is good enough is for the frames to tell."""
-
-Feed = Mapping[str, NDArray[Any]]
 Run = Callable[[Feed], dict[str, NDArray[Any]]]
 
 
@@ -98,7 +93,7 @@ class _Execution:
 
 def compare_precisions(
     path: Path,
-    precisions: Sequence[QuantPrecision],
+    precisions: Sequence[Compared],
     *,
     chunks: int = 3,
     tolerance: float | None = None,
@@ -110,7 +105,7 @@ def compare_precisions(
 
     Args:
         chunks: length of the rollouts.
-        tolerance: largest relative L2 error of all rows; None = `LIMITS`, and for linears `quantize.THRESHOLDS`.
+        tolerance: largest relative L2 error of all rows; None = `FORWARD` of `export.tolerances`, `LINEAR` for linears.
         reference: the model with the bundle's weights; None = rebuilt from the seed that the manifest names.
 
     Raises:
@@ -139,13 +134,13 @@ class _Study:
         write_conditioner(folder, rounded)
         write_step(folder, rounded, self.plan, per_chunk=False)
 
-    def compare(self, precisions: Sequence[QuantPrecision]) -> Comparison:
+    def compare(self, precisions: Sequence[Compared]) -> Comparison:
         reference, manifest = self.reference, self.manifest
         clean_step = manifest.schedule.clean_step
         feeds = [f for _, step, f in step_feeds(reference, manifest, self.chunks) if step != clean_step]
         expected = self._latents(reference.rollout(manifest, self.embedding, SEED))
         films = [Film("float32 (reference)", decoded(reference, expected))]
-        latents: dict[QuantPrecision, Tensor] = {}
+        latents: dict[Compared, Tensor] = {}
         measured: dict[str, Measured] = {}
         rows, plots = self._linears(precisions)
         for precision in precisions:
@@ -174,8 +169,8 @@ class _Study:
             films=films,
         )
 
-    def _limit(self, precision: QuantPrecision) -> float:
-        return LIMITS[precision] if self.tolerance is None else self.tolerance
+    def _limit(self, precision: Compared) -> float:
+        return FORWARD[precision] if self.tolerance is None else self.tolerance
 
     def _latents(self, rollout: Rollout) -> Tensor:
         """Clean latents of a rollout, `[channels, frames, h, w]`."""
@@ -210,7 +205,7 @@ class _Study:
 
     # ---- executions ----
 
-    def _execution(self, precision: QuantPrecision, stack: ExitStack) -> _Execution:
+    def _execution(self, precision: Compared, stack: ExitStack) -> _Execution:
         if precision == "nvfp4":
             return self._in_pytorch(precision, stack)
         step, conditioner = self._twin("step", precision), self._twin("conditioner", precision)
@@ -225,13 +220,13 @@ class _Study:
 
         return _Execution(OnnxrtRunner(sessions["step"]), rollout)
 
-    def _twin(self, name: str, precision: QuantPrecision) -> Path:
+    def _twin(self, name: str, precision: Compared) -> Path:
         """Write the float32 twin of a component in `precision`."""
         model = ir.load(self.folder / f"{name}.onnx")
         if precision != "bf16":
             quantize(model, choose_formats(linear_names(model), precision))
         path = self.folder / f"{name}_{precision}.onnx"
-        save_quantized(float32_twin(model), path, f"{path.stem}.weights", alone=True)
+        save_quantized(float32_twin(model), path, f"{path.stem}.weights")
         return path
 
     def _in_pytorch(self, precision: Literal["nvfp4"], stack: ExitStack) -> _Execution:
@@ -249,7 +244,7 @@ class _Study:
 
     # ---- findings ----
 
-    def _linears(self, precisions: Sequence[QuantPrecision]) -> tuple[list[Row], list[Plot]]:
+    def _linears(self, precisions: Sequence[Compared]) -> tuple[list[Row], list[Plot]]:
         """The output error of every block linear: a row for each kind, with its worst layer, and a plot."""
         quantized: list[Literal["fp8", "nvfp4"]] = [p for p in precisions if p != "bf16"]
         if not quantized:
@@ -264,7 +259,7 @@ class _Study:
                 format = self._formats(precision)[names[0]]
                 found = {name: errors[name][format] for name in names}
                 worst = max(names, key=lambda name: (found[name] != found[name], found[name]))
-                limit = THRESHOLDS[format] if self.tolerance is None else self.tolerance
+                limit = LINEAR[format] if self.tolerance is None else self.tolerance
                 layer = f"layer {names.index(worst)}"
                 rows.append(
                     Row("linear", f"{precision}: {kind}", len(names), layer, found[worst], None, limit)
@@ -275,7 +270,7 @@ class _Study:
         return rows, plots
 
     def _rollouts(
-        self, expected: Tensor, latents: Mapping[QuantPrecision, Tensor], films: Sequence[Film]
+        self, expected: Tensor, latents: Mapping[Compared, Tensor], films: Sequence[Film]
     ) -> Iterator[Row]:
         pairs = zip(latents.items(), films[1:], strict=True)
         for (precision, found), film in pairs:
@@ -288,7 +283,7 @@ class _Study:
                 yield Row("rollout", name, 1, "latents", gap.relative, gap.largest, limit)
             yield frames_row(precision, film, films[0], limit)
 
-    def _by_chunk(self, expected: Tensor, latents: Mapping[QuantPrecision, Tensor]) -> Plot:
+    def _by_chunk(self, expected: Tensor, latents: Mapping[Compared, Tensor]) -> Plot:
         theirs = expected.chunk(self.chunks, dim=1)
         series = []
         for precision, found in latents.items():

@@ -23,6 +23,7 @@ from torch import Tensor
 from export.errors import ComparisonError
 from export.graph.components import VAEFirst, VAENext, per_chunk_name
 from export.graph.modules import LAYER_STEMS, ConditionerModule, StepModule
+from export.tolerances import FORWARD, PIXELS, ROLLOUT_FACTOR
 from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
 from runtime.backends import runs_on_host
@@ -31,12 +32,10 @@ from runtime.bundle.dtypes import numpy_dtype
 from runtime.host.runner import HostRunner
 from runtime.pipeline import Pipeline
 
-from .reference import Reference, exact_length, step_feeds
+from .reference import Feed, Reference, exact_length, step_feeds
 from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
 
 __all__ = [
-    "PIXELS",
-    "ROLLOUT_FACTOR",
     "SEED",
     "Measured",
     "TorchRunner",
@@ -55,19 +54,8 @@ __all__ = [
     "tolerance_of",
 ]
 
-TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.15, "nvfp4": 0.3}
-"""Largest relative L2 error of one run of a component, by precision."""
-
-ROLLOUT_FACTOR = 30.0
-"""How much larger the error of a whole rollout's frames may be: forwards feed on each other's errors."""
-
-PIXELS = 1e-3
-"""Relative L2 error of pixels that is nothing but rounding: a value on the edge may fall to either level."""
-
 PROMPT, SEED = "a red square moves right", 3
 """Of the rollout whose frames are compared."""
-
-Feed = Mapping[str, NDArray[Any]]
 
 
 class TorchRunner(BaseRunner):
@@ -441,7 +429,7 @@ def facts_of(bundle: Bundle) -> dict[str, str]:
 
 
 def tolerance_of(bundle: Bundle, asked: float | None) -> float:
-    return TOLERANCES[bundle.manifest.precision] if asked is None else asked
+    return FORWARD[bundle.manifest.precision] if asked is None else asked
 
 
 def against_reference(

@@ -35,9 +35,10 @@ from runtime.bundle import Manifest, RandomInit, Vae
 from runtime.bundle.policies import keeps_everything
 from runtime.noise import fill_noise
 
-__all__ = ["GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds", "variant_of"]
+__all__ = ["Feed", "GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds", "variant_of"]
 
 Feed = dict[str, NDArray[Any]]
+"""What one run of a component is given, by the names of its inputs."""
 
 CROSS_STEMS = LAYER_STEMS[:2]
 

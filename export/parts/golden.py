@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from export import tolerances
 from export.errors import ExportError
 from export.graph.components import TEXT_WEIGHTS
 from export.progress import StepCallback, no_steps
@@ -42,20 +43,11 @@ from runtime.bundle.weights_file import WeightsFile
 
 from .golden_reference import GoldenGraph, ReferenceGraph
 
-__all__ = ["GOLDEN_FILE", "PIXEL_TOLERANCES", "TOLERANCES", "write_golden", "write_vectors"]
+__all__ = ["GOLDEN_FILE", "write_golden", "write_vectors"]
 
 GOLDEN_FILE = "golden.safetensors"
 
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2, "fp8": 5e-2, "nvfp4": 6e-2}
-"""Largest error of a component, by the coarsest type that its graph computes in: three to four times that of the same
-graph with every result rounded to its type (docs/verification.md)."""
-
-TOLERATED_LAYERS = 4
-"""Layers inside one component that these tolerances allow for; errors grow with the root of their number."""
-
 PIXEL_CENTRE = 127.5
-PIXEL_TOLERANCES: Mapping[str, float] = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 4e-2}
-"""The same where outputs are pixels: a value on the edge between two levels falls to either."""
 
 LAYER_SAMPLES = 3
 """Runs of a component that serves all layers: the first, the last, and one between them."""
@@ -138,25 +130,25 @@ def write_vectors(
     """
     cases: list[GoldenCase] = []
     samples: dict[str, NDArray[np.float32]] = {}
-    tolerances: dict[str, float] = {}
+    limits: dict[str, float] = {}
     files: dict[str, WeightsFile] = {}
     for done, (name, graph) in enumerate(graphs):
         progress(name, done, total)
-        tolerances[name] = _tolerance(graph)
+        limits[name] = _tolerance(graph)
         for scenario in _scenarios(name, graph, schedule, segments, folder):
             case, found = _run(name, graph, scenario, schedule.chunk_frames, folder, files)
             cases.append(case)
             samples |= found
     document = GoldenCases(cases=tuple(cases)).model_dump_json()
     save_file(samples, folder / GOLDEN_FILE, metadata={METADATA_KEY: document})
-    return [GOLDEN_FILE], bundle.Golden(file=GOLDEN_FILE, tolerances=tolerances)
+    return [GOLDEN_FILE], bundle.Golden(file=GOLDEN_FILE, tolerances=limits)
 
 
 def _tolerance(graph: GoldenGraph) -> float:
     if any(spec.dtype == "uint8" for spec in graph.outputs):
-        return PIXEL_TOLERANCES[graph.precision]
-    depth = max(1.0, graph.layers / TOLERATED_LAYERS)
-    return round(TOLERANCES[graph.precision] * math.sqrt(depth), 5)
+        return tolerances.GOLDEN_PIXELS[graph.precision]
+    depth = max(1.0, graph.layers / tolerances.GOLDEN_LAYERS)
+    return round(tolerances.GOLDEN[graph.precision] * math.sqrt(depth), 5)
 
 
 # ---- which runs ----
@@ -169,7 +161,7 @@ def _scenarios(
     inputs = {spec.name for spec in graph.inputs}
     if name == "text_encoder":
         with WeightsFile(folder / TEXT_WEIGHTS) as weights:
-            layers = sum(tensor.startswith("layers.") and tensor.endswith(".norm1") for tensor in weights)
+            layers = len({tensor.split(".")[1] for tensor in weights if tensor.startswith("layers.")})
         for layer in sorted({0, layers - 1}):
             bound = {w: Stored(file=TEXT_WEIGHTS, tensor=f"layers.{layer}.{w}") for w in LAYER_WEIGHTS}
             yield _Scenario(f"{name}@{layer}", weights=bound)

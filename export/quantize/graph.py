@@ -14,7 +14,7 @@ Weights are computed when they are written, one layer at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,8 +46,7 @@ __all__ = [
     "Observer",
     "find_linears",
     "is_block_linear",
-    "lazy_initializers",
-    "rewrite_linears",
+    "quantize",
     "weight_tensor",
 ]
 
@@ -189,7 +188,6 @@ class _Rewriter:
 
     def __init__(self, model: ir.Model, linear: Linear) -> None:
         self.graph, self.linear = model.graph, linear
-        self.weights: list[ir.Value] = []
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A small constant that all linears of the graph share."""
@@ -217,7 +215,6 @@ class _Rewriter:
         tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name)
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(value)
-        self.weights.append(value)
         return value
 
     def node(
@@ -342,23 +339,23 @@ def _check(linear: Linear, format: Format, amax: float | None) -> None:
         )
 
 
-def rewrite_linears(
+def quantize(
     model: ir.Model,
     formats: Mapping[str, Format],
     *,
     amax: Mapping[str, float] | None = None,
     observe: Observer | None = None,
-) -> list[ir.Value]:
+) -> None:
     """Replace linears by their quantized form, in place; their weights leave the graph.
+
+    Quantized weights are computed when the model is saved, one layer at a time, from weights that may lie in a file.
+    Everything else is left as it is.
 
     Args:
         formats: by the linears' names.
         amax: static range of each FP8 linear's input; None = a scale per token, computed in the graph. NVFP4 has one
             per token in any case: TensorRT derives block scales from the values at hand.
         observe: called with every weight when it has been quantized, which is when the model is written.
-
-    Returns:
-        the new weights and scales, which are computed when they are read.
 
     Raises:
         ExportError: as `find_linears`; or the static range of a linear is missing or not positive, or NVFP4 is asked
@@ -371,19 +368,9 @@ def rewrite_linears(
             limit = None if amax is None or format == "nvfp4" else amax.get(linear.name, 0.0)
             _check(linear, format, limit)
             plan.append((linear, format, limit))
-    foldings, weights = _Foldings(observe), []
+    foldings = _Foldings(observe)
     for linear, format, limit in plan:
         if format == "nvfp4":
             model.graph.opset_imports.setdefault(_TRT_DOMAIN, 1)
-        rewriter = _Rewriter(model, linear)
-        rewriter.rewrite(format, limit, partial(foldings.of, linear, format, limit))
-        weights += rewriter.weights
+        _Rewriter(model, linear).rewrite(format, limit, partial(foldings.of, linear, format, limit))
     passes.RemoveUnusedNodesPass()(model)
-    return weights
-
-
-def lazy_initializers(model: ir.Model) -> Iterator[ir.Value]:
-    """The initializers that are computed when they are written."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.LazyTensor):
-            yield value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,7 +23,7 @@ _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "frames": ("uint8",),
 }
 """Element types of tensors by name; all others are floating point."""
-_TEXT_WEIGHTS: Final = ("norm1", "q", "k", "v", "o", "rel_bias", "norm2", "gate", "fc1", "fc2")
+_LAYER: Final = re.compile(r"layers\.\d+\.")
 _BETWEEN: Final = ("x", "attention_out", "step", "cross_k", "cross_v")
 _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "first": (("latent", "step"), ("x_out", "qkv")),
@@ -34,7 +35,7 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         ("out",),
     ),
     "conditioner": (("text",), ()),
-    "text_encoder": (("hidden", "mask", *_TEXT_WEIGHTS), ("hidden_out",)),
+    "text_encoder": (("hidden", "mask"), ("hidden_out",)),
     "vae_first": (("latent",), ("frames",)),
     "vae_next": (("latent",), ("frames",)),
     **dict.fromkeys(ENCODER_COMPONENTS, (("video",), ("latent",))),
@@ -215,11 +216,10 @@ def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
         stored = weights.tensors
     shapes: dict[str, Dims] = {"token_embedding": (text.vocab, text.dim), "norm": (text.dim,)}
     specs = {spec.name: spec for spec in bundle.manifest.components["text_encoder"].inputs}
-    for name in sorted(specs.keys() - set(_NEEDED["text_encoder"][0])):
-        flaws.add(f"component 'text_encoder', input {name!r}", "the runtime knows no such tensor")
-    for name in _TEXT_WEIGHTS:
-        if name not in specs:
-            continue
+    names = specs.keys() - set(_NEEDED["text_encoder"][0])
+    for name in sorted({tensor.split(".", 2)[2] for tensor in stored if _LAYER.match(tensor)} - names):
+        flaws.add(f"component 'text_encoder', input {name!r}", "it is missing, and the weights file has it")
+    for name in sorted(names):
         if specs[name].dtype not in FLOATS:
             flaws.add(
                 f"component 'text_encoder', input {name!r}",

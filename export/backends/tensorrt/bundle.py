@@ -154,7 +154,7 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[li
         own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
         quantize(model, own, amax=plan.amax, observe=log)
         graph, weights = f"{name}_quantized.onnx", f"{name}_quantized.weights"
-        save_quantized(model, folder / graph, weights, alone=True)
+        save_quantized(model, folder / graph, weights)
         graphs[name] = graph
         files += [graph, weights]
     clean = clean_graph(ir.load(folder / "step_quantized.onnx"), run.plan.schedule.clean_step)

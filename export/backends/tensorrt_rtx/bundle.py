@@ -177,7 +177,7 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[li
         conditioner, weights = "conditioner_quantized.onnx", "conditioner_quantized.weights"
         log = ErrorLog(plan, run.within, len(own))
         quantize(model, own, amax=plan.amax, observe=log)
-        save_quantized(model, folder / conditioner, weights, alone=True)
+        save_quantized(model, folder / conditioner, weights)
         errors |= log.errors
         files += [conditioner, weights]
     return files, _Quantized(dict(formats), errors, conditioner)

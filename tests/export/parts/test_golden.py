@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from export.errors import ExportError
 from export.graph.segments import write_segments
-from export.parts.golden import PIXEL_TOLERANCES, TOLERANCES, write_golden
+from export.parts.golden import write_golden
 from export.parts.golden_reference import ReferenceGraph
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import choose_formats, linear_names, quantize
 from export.quantize.numerics import fake_linear, fold_weight, pack_fp4
 from lightforcing_ref.schedule import FlowSchedule
+from export.tolerances import GOLDEN, GOLDEN_PIXELS
 from runtime.bundle import Golden, Segments
 from runtime.bundle.golden import METADATA_KEY, GoldenCase, GoldenCases, Stored, error_of, shaped
 from runtime.bundle.weights_file import WeightsFile
@@ -109,18 +110,18 @@ def rounded(parts: Parts, component: str, tmp_path: Path, kind: Any) -> Referenc
 def test_a_run_in_bfloat16_passes_with_room_to_spare(parts: Parts, component: str, tmp_path: Path) -> None:
     assert parts.error(component) == 0.0
     error = parts.error(component, graph=rounded(parts, component, tmp_path, ml_dtypes.bfloat16))
-    assert 1e-4 < error < TOLERANCES["bf16"] / 2
+    assert 1e-4 < error < GOLDEN["bf16"] / 2
 
 
 def test_the_decoder_in_float16_passes_with_room_to_spare(parts: Parts, tmp_path: Path) -> None:
     error = parts.error("vae_first", graph=rounded(parts, "vae_first", tmp_path, np.float16))
-    assert 1e-4 < error < PIXEL_TOLERANCES["fp16"] / 2
+    assert 1e-4 < error < GOLDEN_PIXELS["fp16"] / 2
 
 
 def test_a_whole_forward_in_bfloat16_passes(whole: Parts, tmp_path: Path) -> None:
     error = whole.error("step", graph=rounded(whole, "step", tmp_path, ml_dtypes.bfloat16))
-    assert 1e-4 < error < TOLERANCES["bf16"] / 1.5
-    assert whole.golden.tolerances["step"] == pytest.approx(TOLERANCES["fp32"] * 1.5**0.5, abs=1e-5)
+    assert 1e-4 < error < GOLDEN["bf16"] / 1.5
+    assert whole.golden.tolerances["step"] == pytest.approx(GOLDEN["fp32"] * 1.5**0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("format", ["fp8", "nvfp4"])
@@ -130,17 +131,17 @@ def test_quantized_products_in_bfloat16_pass(parts: Parts, tmp_path: Path, forma
     quantize(model, choose_formats(linear_names(model), format))
     _, section = write_segments(tmp_path, model, "dense")
     quantized = Parts(tmp_path, {"last": tmp_path / "last.onnx"}, section)
-    assert quantized.golden.tolerances == {"last": TOLERANCES[format]}
+    assert quantized.golden.tolerances == {"last": GOLDEN[format]}
     scratch = tmp_path / "rounded"
     scratch.mkdir()
     error = quantized.error("last", graph=rounded(quantized, "last", scratch, ml_dtypes.bfloat16))
-    assert 5e-3 < error < TOLERANCES[format] / 1.4
+    assert 5e-3 < error < GOLDEN[format] / 1.4
 
     weight = next(spec for spec in quantized.graph("last").inputs if spec.dtype == "float8_e4m3fn")
     wrong = quantized.error(
         "last", lambda inputs: inputs.update({weight.name: inputs[weight.name][::-1].copy()})
     )
-    assert wrong > TOLERANCES[format]
+    assert wrong > GOLDEN[format]
 
 
 # ---- what must not ----
@@ -165,7 +166,7 @@ def test_no_wrong_weight_passes(parts: Parts, component: str) -> None:
         tried += 1
         error = parts.error(component, lambda inputs, name=name: inputs.update({name: changed(inputs[name])}))
         # A bias has little say beside a product of random weights; it shows, but among roundings only in float32.
-        least = TOLERANCES["bf16"] if array.ndim > 1 else 10 * TOLERANCES["fp32"]
+        least = GOLDEN["bf16"] if array.ndim > 1 else 10 * GOLDEN["fp32"]
         assert error > least, f"{component}: {name} in another order has the error {error:.1e}"
     assert tried >= {"first": 3, "layer": 7, "last": 8, "qk_prepare": 0, "text_encoder": 8}[component]
 
@@ -181,8 +182,8 @@ def test_no_swapped_layer_passes(parts: Parts) -> None:
     outputs = parts.graph("layer").run(
         {**parts.inputs(layers[0]), **{n: other[n] for n in other if "weight" in n}}
     )
-    assert parts.judge(layers[0], outputs) > 10 * TOLERANCES["nvfp4"]
-    assert parts.error("layer", swap) > 10 * TOLERANCES["nvfp4"]
+    assert parts.judge(layers[0], outputs) > 10 * GOLDEN["nvfp4"]
+    assert parts.error("layer", swap) > 10 * GOLDEN["nvfp4"]
 
 
 ACTIVATIONS = {
@@ -199,13 +200,13 @@ ACTIVATIONS = {
 def test_no_wrong_scale_passes(parts: Parts, component: str, name: str) -> None:
     """An activation taken at twice its size, as by a scale that is applied once too often or not at all."""
     error = parts.error(component, lambda inputs: inputs.update({name: inputs[name] * np.float32(2)}))
-    assert error > TOLERANCES["fp8"]
+    assert error > GOLDEN["fp8"]
 
 
 @pytest.mark.parametrize("name", ["past_k", "past_v", "past_kmean", "q_mean", "k_mean"])
 def test_no_stale_cache_passes(parts: Parts, name: str) -> None:
     error = parts.error("attention", lambda inputs: inputs.update({name: np.zeros_like(inputs[name])}))
-    assert error > TOLERANCES["bf16"]
+    assert error > GOLDEN["bf16"]
 
 
 def test_no_other_order_of_slots_passes(parts: Parts) -> None:
@@ -213,16 +214,16 @@ def test_no_other_order_of_slots_passes(parts: Parts) -> None:
         slots = inputs["frame_slots"]
         inputs["frame_slots"] = np.where(slots >= 0, np.arange(slots.size, dtype=np.int32), slots)
 
-    assert parts.error("attention", sort) > TOLERANCES["bf16"]
+    assert parts.error("attention", sort) > GOLDEN["bf16"]
 
 
 def test_no_other_step_or_chunk_passes(parts: Parts, whole: Parts) -> None:
     for component in ("first", "layer", "last"):
         error = parts.error(component, lambda inputs: inputs.update(step=np.asarray(inputs["step"] + 1)))
-        assert error > TOLERANCES["bf16"], component
+        assert error > GOLDEN["bf16"], component
     chunk = np.array(0, np.int32)
-    assert parts.error("attention", lambda inputs: inputs.update(chunk=chunk)) > TOLERANCES["bf16"]
-    assert whole.error("step", lambda inputs: inputs.update(chunk=chunk)) > TOLERANCES["bf16"]
+    assert parts.error("attention", lambda inputs: inputs.update(chunk=chunk)) > GOLDEN["bf16"]
+    assert whole.error("step", lambda inputs: inputs.update(chunk=chunk)) > GOLDEN["bf16"]
 
 
 @pytest.mark.parametrize("number", [0, 5, 31])

@@ -1,0 +1,35 @@
+"""How far results may be from what they are held against: relative L2 errors, all in one place.
+
+Where the golden vectors' come from is in docs/verification.md, the linears' in docs/quantization.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+__all__ = ["FORWARD", "GOLDEN", "GOLDEN_LAYERS", "GOLDEN_PIXELS", "LINEAR", "PIXELS", "ROLLOUT_FACTOR"]
+
+GOLDEN: Final[Mapping[str, float]] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2, "fp8": 5e-2, "nvfp4": 6e-2}
+"""Golden vectors of a component, by the coarsest type that its graph computes in: three to four times the error of the
+same graph with every result rounded to its type."""
+
+GOLDEN_LAYERS: Final = 4
+"""Layers inside one component that `GOLDEN` allows for; errors grow with the root of their number."""
+
+GOLDEN_PIXELS: Final[Mapping[str, float]] = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 4e-2}
+"""Golden vectors of a component whose outputs are pixels: a value on the edge between two levels falls to either."""
+
+FORWARD: Final[Mapping[str, float]] = {"fp32": 1e-4, "bf16": 0.05, "fp8": 0.15, "nvfp4": 0.3}
+"""One forward against PyTorch in float32, by precision, and a rollout's latents against those of another precision.
+Wide: they find faults, and whether a precision is good enough is for the frames to tell."""
+
+ROLLOUT_FACTOR: Final = 30.0
+"""How many times `FORWARD` a rollout's frames may be off: forwards feed on each other's errors."""
+
+PIXELS: Final = 1e-3
+"""Pixels that differ by nothing but rounding."""
+
+LINEAR: Final[Mapping[str, float]] = {"fp8": 0.08, "nvfp4": 0.25}
+"""The output of one quantized linear, by format, beyond which `--skip auto` leaves it out. On Gaussian data the errors
+of the formats themselves are 0.037 and 0.134."""
