@@ -63,7 +63,7 @@ def built_traffic(bundle: Bundle) -> Mapping[str, int]:
 
 def _moved(bundle: Bundle, part: str) -> Iterator[int]:
     from export.backends.inductor.generated import read_package
-    from export.backends.tensorrt_rtx.engine_text import read_plan
+    from export.backends.tensorrt_rtx.engine_text import read_engine
 
     for name, component in bundle.manifest.components.items():
         if component.file is None or name.partition(".")[0] != part:
@@ -72,4 +72,4 @@ def _moved(bundle: Bundle, part: str) -> Iterator[int]:
         if bundle.manifest.backend == "inductor":
             yield sum(launch.nbytes for launch in read_package(path, component) if launch.is_generated)
         else:
-            yield read_plan(path).moved_bytes
+            yield read_engine(path).moved_bytes

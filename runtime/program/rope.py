@@ -6,8 +6,6 @@ of a head belong to time first, then height, then width, each axis with its own 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,20 +54,6 @@ class RopeTables:
         """Cosines and sines ``[time pairs]`` of the rotation that moves keys by ``frames`` in time."""
         angle = frames * self._time_freqs
         return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-    def shift(self, source: NDArray[Any], frames: int, out: NDArray[Any]) -> None:
-        """Write ``source`` ``[..., head_dim]`` moved by ``frames`` in time into ``out``.
-
-        ``source`` holds roped keys or means of roped keys of one frame: all its tokens share the temporal
-        position, so one rotation serves them all, and the rotation of a mean is the mean of the rotations.
-        Computed in float32.
-        """
-        cos, sin = self.turn(frames)
-        even = source[..., 0 : self._time_dim : 2].astype(np.float32)
-        odd = source[..., 1 : self._time_dim : 2].astype(np.float32)
-        out[..., 0 : self._time_dim : 2] = even * cos - odd * sin
-        out[..., 1 : self._time_dim : 2] = even * sin + odd * cos
-        out[..., self._time_dim :] = source[..., self._time_dim :]
 
 
 def _frequencies(theta: float, dim: int) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from export.request.request import BuildRequest
 from runtime import bundle
 
 from .engine import EngineInfo, EngineTensor, build_engine, check_request
-from .engine_text import PlanReport
+from .engine_text import EngineReport
 from .expectations import Expectations, Structure, decoder_kind, load_expectations
 
 __all__ = ["BUILDER", "STATUS"]
@@ -235,7 +235,7 @@ def _check_plan(
     name: str,
     structure: Structure,
     moved: Mapping[tuple[str, str], int],
-    report: PlanReport,
+    report: EngineReport,
 ) -> None:
     expectations.check(name, report, structure, moved)
 
@@ -261,9 +261,9 @@ def _component(info: EngineInfo) -> bundle.Component:
         return tuple(bundle.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors)
 
     cost = bundle.Cost(
-        launches=len(info.plan.launches),
-        activation_bytes=info.plan.activation_bytes,
-        gemms=info.plan.gemms,
+        launches=len(info.report.launches),
+        activation_bytes=info.report.activation_bytes,
+        gemms=info.report.gemms,
         seconds=round(info.seconds, 3),
         peak_bytes=info.peak_bytes,
     )

@@ -25,7 +25,7 @@ from export.units import readable_size
 from runtime.bundle import Dtype, dtypes_by
 from runtime.host_memory import memory
 
-from .engine_text import PlanReport, read_plan
+from .engine_text import EngineReport, read_engine
 
 __all__ = ["EngineInfo", "EngineTensor", "build_engine", "check_request"]
 
@@ -55,7 +55,7 @@ class EngineInfo:
         seconds: of parsing and building, without the start of the process.
         peak_bytes: largest memory of the process that built it.
         version: of TensorRT-RTX; the engine runs with this one only.
-        plan: what the engine's plan says about itself.
+        report: what the engine says about itself.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class EngineInfo:
     seconds: float
     peak_bytes: int
     version: str
-    plan: PlanReport
+    report: EngineReport
 
 
 def check_request(compute_capability: str, *precisions: str) -> str:
@@ -77,7 +77,7 @@ def check_request(compute_capability: str, *precisions: str) -> str:
 
     Raises:
         InputError: it does not build that; names what it builds.
-        BuildError: it is not installed, or not in the version this project reads the plans of.
+        BuildError: it is not installed, or not in the version this project reads the engines of.
     """
     library, capabilities = _BACKEND.library, _BACKEND.capabilities
     assert library is not None and capabilities is not None
@@ -115,8 +115,7 @@ def build_engine(
     component: str,
     compute_capability: str,
     progress: StepCallback | None = None,
-    check: Callable[[PlanReport], None] | None = None,
-    memory_limit: int | None = None,
+    check: Callable[[EngineReport], None] | None = None,
 ) -> EngineInfo:
     """Build the graph at `onnx_path` for one compute capability, and write the engine to `engine_path`.
 
@@ -125,14 +124,13 @@ def build_engine(
 
     Args:
         component: its name, for messages.
-        check: called with the plan's own description; what it raises stops the build and leaves no file.
-        memory_limit: bytes of address space the build may use; None = no limit.
+        check: called with the engine's own description; what it raises stops the build and leaves no file.
 
     Raises:
         InputError: the GPU does not compute in a type of the graph, or TensorRT-RTX does not build for it.
         BuildError: not enough memory or disk, or TensorRT-RTX refuses the graph; names the nodes.
         ExportError: the graph still holds operators of this project.
-        PlanFormatError: the plan cannot be read.
+        EngineFormatError: the engine cannot be read.
     """
     model = ir.load(onnx_path)
     check_request(compute_capability, *precisions_of(model) - {"fp32"})
@@ -148,14 +146,13 @@ def build_engine(
         "onnx": str(prepared),
         "engine": str(unchecked),
         "compute_capability": compute_capability,
-        "memory_limit": memory_limit,
     }
     try:
         ir.save(model, prepared)
         result = _run_worker(request, component, progress)
-        plan = read_plan(unchecked)
+        report = read_engine(unchecked)
         if check is not None:
-            check(plan)
+            check(report)
         os.replace(unchecked, engine_path)
     finally:
         for path in (prepared, unchecked):
@@ -170,13 +167,8 @@ def build_engine(
         seconds=result["seconds"],
         peak_bytes=result["peak_bytes"],
         version=result["version"],
-        plan=plan,
+        report=report,
     )
-
-
-def _values(model: ir.Model) -> list[ir.Value]:
-    graph = model.graph
-    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
 
 
 def _check_static(model: ir.Model, component: str) -> None:
@@ -226,11 +218,9 @@ def _failure(component: str, request: dict[str, Any], result: dict[str, Any], co
     text = " ".join(lines).lower()
     starved = ("bad_alloc", "out of memory", "outofmemory", "cannot allocate", "memoryerror", "alloc_failed")
     if was_killed(code) or any(word in text for word in starved):
-        limit = request["memory_limit"]
         return (
-            f"{component}: the build ran out of memory "
-            f"({f'limited to {readable_size(limit)}' if limit else 'the system ended it'}); close other programs, use "
-            f"a machine with more memory, or pass the weights as inputs. TensorRT-RTX says: {said}"
+            f"{component}: the build ran out of memory (the system ended it); close other programs, use a machine with "
+            f"more memory, or pass the weights as inputs. TensorRT-RTX says: {said}"
         )
     if result.get("stage") == "parse":
         return (

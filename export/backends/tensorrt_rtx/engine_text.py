@@ -1,9 +1,9 @@
-"""What a TensorRT-RTX plan says about itself: operand types, launches, fusions, memory. Needs no GPU and no library.
+"""What a TensorRT-RTX engine ("plan", to its makers) says of itself: types, launches, fusions, memory. Needs no GPU.
 
-A plan holds, in plain text, the program it will run: a header, one descriptor per tensor, and one line per step. The
+An engine holds, in plain text, the program it will run: a header, one descriptor per tensor, and one line per step. The
 text is a section of its own, `NLYM`, with its length in front; sections of fused kernels follow that of the program.
 The format is undocumented. The reader therefore understands what it knows and refuses the rest: a step, a type or a
-layout it has not seen raises `PlanFormatError`, and nothing is ever taken for granted.
+layout it has not seen raises `EngineFormatError`, and nothing is ever taken for granted.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from export.errors import BuildError
 from runtime.bundle import ELEMENT_TYPES, AnyDtype, nbytes
 
-__all__ = ["Launch", "Operand", "PlanFormatError", "PlanReport", "parse_plan", "read_plan"]
+__all__ = ["EngineFormatError", "EngineReport", "Launch", "Operand", "parse_engine", "read_engine"]
 
-_PLAN_MAGIC = b"vtrt"
+_ENGINE_MAGIC = b"vtrt"
 _SIZE_AT = 16
-"""Where a plan states its own size."""
+"""Where an engine states its own size."""
 
 _MAGIC = b"NLYM"
 _SECTION_VERSION = 2022049
@@ -43,7 +43,7 @@ _TYPES: Mapping[str, AnyDtype] = {
     "int64": "int64",
     "bool": "bool",
 }
-"""Types as plans write them."""
+"""Types as engines write them."""
 
 Kind = Literal["gemm", "convolution", "attention", "kernel"]
 
@@ -58,8 +58,8 @@ _STEP = re.compile(r'^  (\w+)=\{ name="?([^\s"]+)"? ')
 _LIST = re.compile(r'"([^"]*)"')
 
 
-class PlanFormatError(BuildError):
-    """A plan whose description is missing, cut off, or written in a way this reader does not know."""
+class EngineFormatError(BuildError):
+    """An engine whose description is missing, cut off, or written in a way this reader does not know."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class PlanReport:
-    """A plan in figures.
+class EngineReport:
+    """An engine in figures.
 
     Attributes:
         architecture: what it was built for, e.g. "sm120".
@@ -121,7 +121,7 @@ class PlanReport:
     capturable: bool
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    plan_bytes: int
+    engine_bytes: int
 
     def count(self, kind: Kind) -> dict[str, int]:
         """Launches of one kind by the type they compute in."""
@@ -148,63 +148,26 @@ class PlanReport:
             if {operand.name for operand in launch.inputs} <= set(self.inputs)
         )
 
-    def summary(self) -> dict[str, Any]:
-        """The figures without the launches, for a table or a log."""
-        return {
-            "architecture": self.architecture,
-            "gemms": self.gemms,
-            "convolutions": self.count("convolution"),
-            "attentions": self.count("attention"),
-            "launches": len(self.launches),
-            "fused": sum(launch.fused for launch in self.launches),
-            "streams": self.streams,
-            "activation_bytes": self.activation_bytes,
-            "constant_bytes": self.constant_bytes,
-            "plan_bytes": self.plan_bytes,
-            "capturable": self.capturable,
-        }
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, for `json.dump`."""
-        return {**self.summary(), "steps": [asdict(launch) for launch in self.launches]}
-
-    def table(self) -> str:
-        """The launches in order, one a line, after a line of figures."""
-        figures = ", ".join(f"{key} {value}" for key, value in self.summary().items())
-        lines = [figures]
-        for index, launch in enumerate(self.launches):
-            operands = " ".join(map(_short, launch.inputs))
-            results = " ".join(map(_short, launch.outputs))
-            lines.append(
-                f"{index:3d} s{launch.stream} {launch.kind:<11} {launch.compute or '':<5} {launch.name[:48]:<48} "
-                f"{operands} -> {results}"
-            )
-        return "\n".join(lines)
-
-
-def _short(operand: Operand) -> str:
-    return f"{operand.dtype}[{'x'.join(map(str, operand.dims))}]"
-
-
-def read_plan(path: Path) -> PlanReport:
-    """Read the plan at `path`.
+def read_engine(path: Path) -> EngineReport:
+    """Read the engine at `path`.
 
     Raises:
-        PlanFormatError: see `parse_plan`; names the file.
+        EngineFormatError: see `parse_engine`; names the file.
     """
     try:
-        return parse_plan(path.read_bytes())
-    except PlanFormatError as error:
-        raise PlanFormatError(f"{path.name}: {error}") from error
+        return parse_engine(path.read_bytes())
+    except EngineFormatError as error:
+        raise EngineFormatError(f"{path.name}: {error}") from error
 
 
-def parse_plan(plan: bytes) -> PlanReport:
-    """Read a serialized plan.
+def parse_engine(engine: bytes) -> EngineReport:
+    """Read a serialized engine.
 
     Raises:
-        PlanFormatError: it has no description, is cut off, or holds something this reader does not know.
+        EngineFormatError: it has no description, is cut off, or holds something this reader does not know.
     """
-    sections = [_Section(text) for text in _sections(plan)]
+    sections = [_Section(text) for text in _sections(engine)]
     programs = [section for section in sections if section.is_program]
     if len(programs) != 1 or not sections[0].is_program:
         raise _unknown(
@@ -217,7 +180,7 @@ def parse_plan(plan: bytes) -> PlanReport:
     used = {step.index for step in program.steps if step.kind == "runtime_fusion"}
     if used != set(range(len(fusions))):
         raise _unknown(f"{len(fusions)} fused kernels are described and {sorted(used)} are launched")
-    return PlanReport(
+    return EngineReport(
         architecture=program.only(r"^  accelerators=\{(sm\d+) \}$"),
         launches=launches,
         streams=int(program.only(r"^  n_streams = (\d+)$")),
@@ -226,38 +189,40 @@ def parse_plan(plan: bytes) -> PlanReport:
         capturable=program.only(r"^  stream_capturable=([01])$") == "1",
         inputs=tuple(map(_plain, program.names("inputs"))),
         outputs=tuple(map(_plain, program.names("outputs"))),
-        plan_bytes=len(plan),
+        engine_bytes=len(engine),
     )
 
 
-def _unknown(what: str) -> PlanFormatError:
-    return PlanFormatError(
-        f"the plan's description is not one this version can read: {what}; the build stops because it cannot show "
+def _unknown(what: str) -> EngineFormatError:
+    return EngineFormatError(
+        f"the engine's description is not one this version can read: {what}; the build stops because it cannot show "
         "that the engine computes in the type it was built for (use the TensorRT-RTX version that the lock file pins)"
     )
 
 
 def _plain(name: str) -> str:
-    """A tensor's ONNX name: the plan appends a version to it."""
+    """A tensor's ONNX name: the engine appends a version to it."""
     return name.removesuffix(".1")
 
 
-def _sections(plan: bytes) -> Iterator[str]:
-    if not plan.startswith(_PLAN_MAGIC) or len(plan) < _SIZE_AT + 8:
-        raise _unknown("it is no plan")
-    (size,) = struct.unpack_from("<Q", plan, _SIZE_AT)
-    if size != len(plan):
-        raise PlanFormatError(f"the plan has {len(plan)} bytes and says that it has {size}; build it again")
-    start = plan.find(_MAGIC)
+def _sections(engine: bytes) -> Iterator[str]:
+    if not engine.startswith(_ENGINE_MAGIC) or len(engine) < _SIZE_AT + 8:
+        raise _unknown("it is no engine")
+    (size,) = struct.unpack_from("<Q", engine, _SIZE_AT)
+    if size != len(engine):
+        raise EngineFormatError(
+            f"the engine has {len(engine)} bytes and says that it has {size}; build it again"
+        )
+    start = engine.find(_MAGIC)
     if start < 0:
         raise _unknown(f"it holds no {_MAGIC.decode()} section")
     while start >= 0:
-        if plan[start + 16 : start + 24] == b"header {":  # else these bytes happen to be among the weights
-            version, length = struct.unpack_from("<IQ", plan, start + 4)
+        if engine[start + 16 : start + 24] == b"header {":  # else these bytes happen to be among the weights
+            version, length = struct.unpack_from("<IQ", engine, start + 4)
             if version != _SECTION_VERSION:
                 raise _unknown(f"section version {version}, and {_SECTION_VERSION} was expected")
-            yield plan[start + 16 : start + 16 + length].decode("latin-1")
-        start = plan.find(_MAGIC, start + 4)
+            yield engine[start + 16 : start + 16 + length].decode("latin-1")
+        start = engine.find(_MAGIC, start + 4)
 
 
 @dataclass(frozen=True)
@@ -391,7 +356,7 @@ def _fused_product(step: _Step, inputs: tuple[Operand, ...], fusions: list[_Sect
 
 
 def _library_kernel(step: _Step, inputs: tuple[Operand, ...]) -> tuple[Kind, str]:
-    """Kind and type of a kernel that is not generated for the plan: fused attention is the only one known."""
+    """Kind and type of a kernel that is not generated for the engine: fused attention is the only one known."""
     if not step.name.startswith("_gemm_mha"):
         raise _unknown(f"the kernel {step.name!r}")
     query, key = inputs[:2]

@@ -1,4 +1,4 @@
-"""What each engine of a bundle must look like, checked against what its plan says.
+"""What each engine of a bundle must look like, checked against what it says of itself.
 
 A build in the wrong type succeeds and exits 0; these committed figures make it fail. They are data of the `engines`
 package, one file per backend and precision.
@@ -18,7 +18,7 @@ from export.errors import BuildError, InputError
 from export.request.sizes import Sized
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 
-from .engine_text import Kind, PlanReport
+from .engine_text import EngineReport, Kind
 
 __all__ = ["ComponentExpectation", "Expectations", "Structure", "decoder_kind", "load_expectations"]
 
@@ -130,7 +130,7 @@ class ComponentExpectation(_Data):
             gemms[to] = (least + (1 if merges else number), most + number)
         return self.model_copy(update={"gemms": gemms})
 
-    def problems(self, report: PlanReport, structure: Structure) -> list[str]:
+    def problems(self, report: EngineReport, structure: Structure) -> list[str]:
         """How `report` differs; empty if it does not."""
         expected: dict[Kind, Mapping[str, _Count]] = {
             "gemm": self.gemms,
@@ -195,7 +195,7 @@ class Expectations(_Data):
     def check(
         self,
         component: str,
-        report: PlanReport,
+        report: EngineReport,
         structure: Structure,
         moved: Mapping[tuple[str, str], int] | None = None,
     ) -> None:

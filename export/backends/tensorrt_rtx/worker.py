@@ -1,6 +1,6 @@
 """The process that builds one TensorRT-RTX engine; the one place that imports the library.
 
-Its argument is a JSON object: `onnx` and `engine` (paths), `compute_capability`, `memory_limit` (bytes or null). It
+Its argument is a JSON object: `onnx` and `engine` (paths), `compute_capability`. It
 writes JSON objects to its standard output, one a line: progress, then the result, or the stage and errors of a failure.
 It needs nothing but the standard library and TensorRT-RTX, so that it starts fast.
 """
@@ -13,13 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from export.parts.worker import Send, limit_memory, peak_bytes, progress_monitor, serve
+from export.parts.worker import Send, peak_bytes, progress_monitor, serve
 
 
 def _work(request: dict[str, Any], send: Send) -> None:
     """Build one engine; everything worth knowing goes through `send`."""
-    if request["memory_limit"]:
-        limit_memory(request["memory_limit"])
     import tensorrt_rtx as trt
 
     errors: list[str] = []

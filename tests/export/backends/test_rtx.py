@@ -74,9 +74,9 @@ def test_every_component_builds_as_expected(tiny, component, gpu):
         gpu,
         check=lambda report: expectations.check(component, report, TINY),
     )
-    assert info.plan.architecture == f"sm{gpu.replace('.', '')}"
-    assert info.engine_bytes == info.path.stat().st_size == info.plan.plan_bytes
-    assert info.plan.weight_transposes == ()
+    assert info.report.architecture == f"sm{gpu.replace('.', '')}"
+    assert info.engine_bytes == info.path.stat().st_size == info.report.engine_bytes
+    assert info.report.weight_transposes == ()
     declared = {value.name for value in ir.load(tiny / f"{component}.onnx").graph.inputs}
     assert {tensor.name for tensor in info.inputs} == declared
     assert not list(tiny.glob(".*"))
@@ -88,7 +88,7 @@ def test_the_layer_takes_its_weights_as_inputs_in_torch_layout(tiny):
     assert (384, 128) in shapes  # merged QKV [3 dim, dim]
     assert (512, 128) in shapes  # ffn.0 [ffn, dim]
     assert (128, 512) in shapes
-    assert info.plan.constant_bytes < 1024
+    assert info.report.constant_bytes < 1024
 
 
 def test_the_same_graph_gives_the_same_file(tmp_path):
@@ -134,7 +134,7 @@ def test_progress_only_rises_and_ends_complete(tmp_path):
 
 def test_an_fp8_linear_multiplies_in_fp8(tmp_path):
     info = engine(quantized_linear(tmp_path / "fp8.onnx", quantize_input=True), gpu="8.9")
-    assert info.plan.gemms == {"fp8": 1}
+    assert info.report.gemms == {"fp8": 1}
     assert [t.shape for t in info.inputs] == [(ROWS, WIDTH), (OUT, WIDTH)]
     assert [t.dtype for t in info.inputs] == ["bfloat16", "float8_e4m3fn"]
 
@@ -145,7 +145,7 @@ def test_an_fp8_weight_whose_input_is_not_quantized_is_caught(tmp_path):
     with pytest.raises(BuildError, match=r"layer.*found 1 bf16, expected 6 fp8"):
         engine(graph, "layer", check=lambda report: expectations.check("layer", report, TINY))
     assert not graph.with_suffix(".engine").exists()
-    assert engine(graph).plan.gemms == {"bf16": 1}  # the library itself does not mind
+    assert engine(graph).report.gemms == {"bf16": 1}  # the library itself does not mind
 
 
 @pytest.mark.parametrize("gpu", ["9.0", "10.0", "12"])

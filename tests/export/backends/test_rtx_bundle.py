@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from export.backends.tensorrt_rtx.engine_text import read_plan
+from export.backends.tensorrt_rtx.engine_text import read_engine
 from export.build import build_bundle
 from export.cli.main import main
 from export.errors import BuildError, InputError
@@ -78,7 +78,7 @@ def test_the_manifest_says_what_the_engines_plans_say(bundles, precision, varian
     for name in ENGINES:
         component = found.components[name]
         assert component.file == f"{name}.engine" and component.cost is not None
-        plan = read_plan(folder / component.file)
+        plan = read_engine(folder / component.file)
         assert plan.architecture == "sm120" and plan.capturable
         assert set(plan.inputs) == {spec.name for spec in component.inputs}
         assert len(plan.outputs) == len(component.outputs)  # a plan may know them by names of its own

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.backends.tensorrt_rtx.engine_text import parse_plan
+from export.backends.tensorrt_rtx.engine_text import parse_engine
 from export.graph.partition import merge_repeated, partition
 from export.quantize.formats import choose_formats, linear_names, quantize
 
@@ -94,4 +94,4 @@ def test_products_run_in_the_type_asked_for(
     if inputs:
         model = with_weights_as_inputs(model)
     ir.save(model, tmp_path / "layer.onnx")
-    assert parse_plan(build(tmp_path / "layer.onnx")).gemms == expected
+    assert parse_engine(build(tmp_path / "layer.onnx")).gemms == expected
