@@ -20,29 +20,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from export.compare.against_reference import against_reference
+    from export.request.capability import BACKENDS, choose_backend
+    from export.request.geometry import StepPlan
     from export.request.request import BuildRequest, QuantizationRequest
-    from export.request.targets import load_target, load_variant
+    from export.request.targets import Target, Variant, list_targets, load_target, load_variant
     from export.request.weights import Weights, shipped_weights
 
-    from .build import build_bundle, check_build
+    from .build import build_bundle, check_build, compile_bundle
+    from .errors import BuildError, ComparisonError, ExportError, InputError
 
 __all__ = [
+    "BACKENDS",
+    "BuildError",
     "BuildRequest",
+    "ComparisonError",
+    "ExportError",
+    "InputError",
     "QuantizationRequest",
+    "StepPlan",
+    "Target",
+    "Variant",
     "Weights",
     "against_reference",
     "build_bundle",
     "check_build",
+    "choose_backend",
+    "compile_bundle",
+    "list_targets",
     "load_target",
     "load_variant",
     "shipped_weights",
 ]
 
 _MODULES = {
-    "build": ("build_bundle", "check_build"),
+    "build": ("build_bundle", "check_build", "compile_bundle"),
     "compare.against_reference": ("against_reference",),
+    "errors": ("BuildError", "ComparisonError", "ExportError", "InputError"),
+    "request.capability": ("BACKENDS", "choose_backend"),
+    "request.geometry": ("StepPlan",),
     "request.request": ("BuildRequest", "QuantizationRequest"),
-    "request.targets": ("load_target", "load_variant"),
+    "request.targets": ("Target", "Variant", "list_targets", "load_target", "load_variant"),
     "request.weights": ("Weights", "shipped_weights"),
 }
 

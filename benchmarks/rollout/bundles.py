@@ -15,7 +15,7 @@ from .ladder import LADDER, Case, Platform, Rung, bundle_spec
 from .measure import ChunkRecord
 
 if TYPE_CHECKING:
-    from export.request.request import BuildRequest
+    from export import BuildRequest
 
 __all__ = ["BundleRollout", "build_bundles", "build_here", "bundle_folder", "compile_packages"]
 
@@ -31,7 +31,7 @@ def bundle_folder(rung: Rung, case: Case, platform: Platform, folder: Path) -> P
 
 def build_here(arguments: Sequence[str]) -> None:
     """Build one bundle in this process; the arguments are those that `build_bundles` passes."""
-    from export.build import build_bundle
+    from export import build_bundle
 
     preset, height, width, frames, rung, backend, device, gpu, capability, folder = arguments
     case = Case(preset, int(height), int(width), int(frames))
@@ -45,7 +45,7 @@ def request_for(case: Case, rung: Rung, target: str, folder: Path) -> BuildReque
     Raises:
         InputError: there is no such target.
     """
-    from export.request.targets import load_target
+    from export import load_target
 
     platform = Platform("cuda", load_target(target), "inductor", "bf16")
     return bundle_spec(rung, platform).request(case, platform, folder)
@@ -57,7 +57,7 @@ def compile_packages(case: Case, rung: Rung, target: str, folder: Path) -> Path:
     Raises:
         BuildError, InputError: it cannot be compiled; there is no such target.
     """
-    from export.build import compile_bundle
+    from export import compile_bundle
 
     return compile_bundle(request_for(case, rung, target, folder))
 

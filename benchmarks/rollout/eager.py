@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.request.geometry import StepPlan
+from export import StepPlan
 from lightforcing_ref.attention import rms_norm
 from lightforcing_ref.config import CHUNK_FRAMES
 from lightforcing_ref.decoders.tae import video_decoder

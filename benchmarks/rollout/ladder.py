@@ -11,8 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from export.request.request import BuildRequest
-    from export.request.targets import Target, Variant
+    from export import BuildRequest, Target, Variant
     from lightforcing_ref.config import Preset
 
 __all__ = [
@@ -147,8 +146,7 @@ class Platform:
         Raises:
             InputError: there is no target for this GPU.
         """
-        from export.errors import InputError
-        from export.request.capability import choose_backend
+        from export import InputError, choose_backend
 
         base = "fp32" if device == "cpu" else "bf16"
         target = _target(device, gpu)
@@ -164,8 +162,7 @@ class Platform:
 
 
 def _target(device: str, gpu: tuple[str, str]) -> Target:
-    from export.errors import InputError
-    from export.request.targets import list_targets, load_target
+    from export import InputError, list_targets, load_target
 
     if device == "cpu":
         return load_target("cpu")
@@ -210,10 +207,8 @@ class BundleSpec:
         from pathlib import Path
         from typing import cast
 
-        from export.request.capability import BACKENDS
-        from export.request.request import BuildRequest
-        from export.request.targets import BackendName, Precision
-        from export.request.weights import Weights
+        from export import BACKENDS, BuildRequest, Weights
+        from runtime.bundle import BackendName, Precision
 
         backend = cast(BackendName, platform.backend) if platform.problem is None else "onnxruntime"
         preset = ladder_preset(case.preset, light_vae=self.light_vae)
@@ -258,7 +253,7 @@ def variant_for(case: Case, target: Target, preset: Preset, *, sparse: bool) -> 
 
     The dense one has the window and the blocks of the sparse one and keeps every block.
     """
-    from export.request.targets import load_variant
+    from export import load_variant
 
     variant = load_variant("long" if case.is_long else target.default_variant)
     if preset.block < 64:  # blocks that suit a GPU would be larger than a frame of a small model

@@ -373,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     """Compile the packages of the chosen rungs' bundles for a GPU that need not be here."""
-    from export.errors import ExportError
+    from export import ExportError
 
     from .bundles import compile_packages
 
@@ -392,7 +392,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, device: Any) -> int:
     from benchmarks.timing import machine_facts
-    from export.errors import InputError
+    from export import InputError
     from lightforcing_ref.errors import ConfigError
 
     facts = machine_facts()

@@ -26,11 +26,10 @@ from export.graph.modules import LAYER_STEMS, ConditionerModule, StepModule
 from export.tolerances import FORWARD, PIXELS, ROLLOUT_FACTOR
 from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.text import UMT5Layer, build_encoder, encode, layer_weights, load_tokenizer, tokenize
+from runtime import Pipeline
 from runtime.backends import runs_on_host
-from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, load_bundle
-from runtime.bundle.dtypes import numpy_dtype
+from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, load_bundle, numpy_dtype
 from runtime.host.runner import HostRunner
-from runtime.pipeline import Pipeline
 
 from .reference import Feed, Reference, exact_length, step_feeds
 from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr

@@ -33,6 +33,7 @@ from .weights_file import WeightsFile
 __all__ = [
     "METADATA_KEY",
     "SAMPLES",
+    "Arrays",
     "ComponentRunner",
     "Expected",
     "GoldenCase",
@@ -42,6 +43,7 @@ __all__ = [
     "Mask",
     "Normal",
     "Platform",
+    "Recipe",
     "Rotary",
     "Stored",
     "error_of",
@@ -49,6 +51,7 @@ __all__ = [
     "positions",
     "sample",
     "seed_of",
+    "shaped",
     "standard_normal",
 ]
 
@@ -56,12 +59,13 @@ METADATA_KEY: Final = "golden"
 SAMPLES: Final = 1 << 14
 """Samples kept of a larger output: a tile of 64 rows in 4608 that is wrong holds some 200 of them."""
 
-_LANES: Final = 4
-_LANE_MAX: Final = (1 << 16) - 1
+_PARTS: Final = 4
+_PART_MAX: Final = (1 << 16) - 1
 _DRAW: Final = 1 << 20
 """Numbers drawn at a time, so that what is computed on the way stays in the caches."""
 
 Arrays = Mapping[str, NDArray[Any]]
+"""Tensors of a component, by name."""
 
 
 class Normal(Part):
@@ -196,13 +200,13 @@ def standard_normal(seed: int, count: int) -> NDArray[np.float32]:
     Each is the sum of the four 16-bit parts of a word, shifted and scaled once in float32.
     """
     out = np.empty(count, dtype=np.float32)
-    deviation = np.float32(1.0 / np.sqrt(_LANES * ((_LANE_MAX + 1) ** 2 - 1) / 12))
+    deviation = np.float32(1.0 / np.sqrt(_PARTS * ((_PART_MAX + 1) ** 2 - 1) / 12))
     for start, words in _bits(seed, count):
-        lanes = words.astype("<u8", copy=False).view("<u2")
-        total = lanes[0::_LANES].astype(np.int32)
-        for lane in range(1, _LANES):
-            total += lanes[lane::_LANES]
-        total -= _LANES * _LANE_MAX // 2
+        parts = words.astype("<u8", copy=False).view("<u2")
+        total = parts[0::_PARTS].astype(np.int32)
+        for part in range(1, _PARTS):
+            total += parts[part::_PARTS]
+        total -= _PARTS * _PART_MAX // 2
         np.multiply(total, deviation, out=out[start : start + words.size], dtype=np.float32)
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, Component
 from runtime.bundle.dtypes import numpy_dtype
-from runtime.bundle.golden import Platform
+from runtime.bundle.golden import Arrays, Platform
 from runtime.errors import EngineError
 from runtime.program.buffers import Buffer
 from runtime.program.builder import attention_launches, kernel_problem, prepare_options
@@ -24,7 +23,6 @@ from .executor import CudaExecutor
 
 __all__ = ["CudaComponentRunner"]
 
-Arrays = Mapping[str, NDArray[Any]]
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 

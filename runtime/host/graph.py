@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
 from runtime.bundle import Bundle, TensorSpec
+from runtime.bundle.golden import Arrays
 from runtime.errors import BundleError
 
 from .inductor import SUFFIX as PACKAGE_SUFFIX
@@ -15,8 +13,6 @@ from .inductor import InductorGraph
 from .onnxruntime import OnnxGraph
 
 __all__ = ["Graph", "load_graph"]
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 class Graph(Protocol):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, TensorSpec
+from runtime.bundle.golden import Arrays
 from runtime.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ __all__ = ["SUFFIX", "InductorGraph", "load_package", "load_package_file", "requ
 
 SUFFIX = ".pt2"
 """Files of this kind are packages."""
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def require_torch(bundle: Bundle) -> None:

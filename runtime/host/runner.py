@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform as machine
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.bundle.dtypes import numpy_dtype
-from runtime.bundle.golden import Platform
+from runtime.bundle.golden import Arrays, Platform
 from runtime.bundle.weights_file import WeightsFile
 from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
@@ -26,7 +26,6 @@ from .onnxruntime import default_threads
 
 __all__ = ["HostRunner"]
 
-Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
 
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -31,7 +31,7 @@ from export.graph.tracing import attend, prepare, save_model, trace
 from export.machine import importable
 from export.parts.golden import write_vectors
 from export.parts.graphs import tokenizer_part
-from export.parts.kernels import kernel_variants, kernels_part
+from export.parts.kernels import kernel_arch, kernel_variants, kernels_part
 from export.parts.keys import digest, files_digest, source_files
 from export.parts.run import Builder, Built, Run
 from export.quantize import numerics

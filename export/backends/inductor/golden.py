@@ -22,13 +22,12 @@ from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from runtime import bundle
+from runtime.bundle.golden import Arrays
 
 from .decoder import vae_first, vae_next
 from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer
 
 __all__ = ["golden_graphs"]
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 class _TorchGraph:
