@@ -21,7 +21,6 @@ __all__ = [
     "Outcome",
     "Send",
     "ended_by",
-    "limit_memory",
     "peak_bytes",
     "progress_monitor",
     "run_worker",
@@ -111,14 +110,6 @@ def ended_by(code: int) -> str | None:
         except ValueError:
             return f"signal {-code}"
     return f"exception {code:#x}" if code >= _NTSTATUS_ERROR else None
-
-
-def limit_memory(count: int) -> None:
-    """Let this process have at most so many bytes of address space; Windows has no such limit."""
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (count, count))
 
 
 def peak_bytes() -> int:
