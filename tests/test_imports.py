@@ -105,6 +105,7 @@ FACES: dict[str, set[str]] = {
         "runtime.bundle.benchmark",
         "runtime.bundle.golden",
         "runtime.bundle.images",
+        "runtime.bundle.policies",
         "runtime.bundle.weights_file",
         # Ground that every room stands on.
         "runtime.errors",
@@ -123,6 +124,7 @@ INSIDE: dict[str, set[str]] = {
     "export/compare/against_reference.py": {"runtime.backends", "runtime.host.runner"},
     # Measure parts that no product calls alone.
     "benchmarks/attention/launcher.py": {"runtime.cuda.kernels", "runtime.program.kernels"},
+    "benchmarks/lease/native.py": {"export.backends.inductor.generated", "export.backends.inductor.packages"},
     "benchmarks/lease/packages.py": {"runtime.host.inductor"},
     "benchmarks/quality/rows.py": {
         "export.graph.modules",

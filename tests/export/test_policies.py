@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from export.cli.main import main
 from export.compare.against_reference import (
-    PIXELS,
     SEED,
     decoded,
     frames_row,
@@ -29,6 +28,7 @@ from export.graph.oracles import ORACLES
 from export.request.geometry import StepPlan
 from export.request.methods import check_backend, method_attributes, operator_of
 from export.request.targets import Variant, load_variant
+from export.tolerances import PIXELS
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.errors import ConfigError
 from lightforcing_ref.policies import MethodOperator
