@@ -164,7 +164,9 @@ def _with_golden(run: Run, built: Built) -> Built:
     section, own = run.section(
         _GOLDEN,
         bundle.Golden,
-        lambda folder: write_golden(folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within),
+        lambda folder: write_golden(
+            folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within
+        ),
     )
     return replace(built, files=[*built.files, *own], golden=section)
 

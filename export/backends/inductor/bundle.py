@@ -331,7 +331,9 @@ def _golden(
 ) -> tuple[bundle.Golden, list[bundle.FileEntry]]:
     def write(folder: Path) -> tuple[list[str], bundle.Golden]:
         graphs = golden_graphs(run.plan, run.request, components, linears)
-        return write_vectors(folder, graphs.items(), run.plan.schedule, section, progress=run.within, total=len(graphs))
+        return write_vectors(
+            folder, graphs.items(), run.plan.schedule, section, progress=run.within, total=len(graphs)
+        )
 
     return run.section(_GOLDEN, bundle.Golden, write)
 

@@ -113,7 +113,9 @@ def _build(run: Run) -> Built:
         files += written
 
     golden, vectors = run.section(
-        "golden vectors", bundle.Golden, lambda into: write_golden(into, graphs, run.plan.schedule, progress=run.within)
+        "golden vectors",
+        bundle.Golden,
+        lambda into: write_golden(into, graphs, run.plan.schedule, progress=run.within),
     )
     files += vectors
     measured, _ = run.section(

@@ -21,8 +21,8 @@ from export.parts.golden_reference import ReferenceGraph
 from export.quantize.emulation import emulate_fp4, unpack_fp4
 from export.quantize.formats import choose_formats, linear_names, quantize
 from export.quantize.numerics import fake_linear, fold_weight, pack_fp4
-from lightforcing_ref.schedule import FlowSchedule
 from export.tolerances import GOLDEN, GOLDEN_PIXELS
+from lightforcing_ref.schedule import FlowSchedule
 from runtime.bundle import Golden, Segments
 from runtime.bundle.golden import METADATA_KEY, GoldenCase, GoldenCases, Stored, error_of, shaped
 from runtime.bundle.weights_file import WeightsFile
