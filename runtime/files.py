@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import hashlib
 import os
 import secrets
 import sys
@@ -10,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_output", "cache_folder", "write_file"]
+__all__ = ["atomic_output", "cache_folder", "exchange", "keep", "kept", "sync_to_disk", "write_file"]
 
 _TEMPORARY, _SUFFIX = "partial", 16
+_AT_FDCWD, _EXCHANGE = -100, 2
+"""Of Linux's renameat2: relative to the working folder; both names change places."""
 
 
 @contextmanager
@@ -36,15 +40,60 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> Path:
     """Write ``path`` in one step: a reader sees all of it, or what was there before. Text is UTF-8.
 
-    ``sync`` waits until the content is on the disk, for files that say that others are complete.
+    ``sync`` waits until the content and the name are on the disk, for files that say that others are complete.
     """
     data = content.encode() if isinstance(content, str) else content
-    with atomic_output(path) as temporary, temporary.open("wb") as file:
-        file.write(data)
+    with atomic_output(path) as temporary:
+        temporary.write_bytes(data)
         if sync:
-            file.flush()
-            os.fsync(file.fileno())
+            sync_to_disk(temporary)
+    if sync:
+        sync_to_disk(path.parent)
     return path
+
+
+def keep(path: Path, content: bytes) -> None:
+    """Write what can be made again, so that :func:`kept` can tell whether it still is what was written."""
+    write_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, sync=True)
+
+
+def kept(path: Path) -> bytes | None:
+    """What :func:`keep` wrote; None if there is nothing, or it was damaged, and must be made again."""
+    try:
+        digest, _, content = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return content if hashlib.sha256(content).hexdigest().encode() == digest else None
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk; systems that cannot are not asked."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Give each of two paths the other's name, at once: at no moment is there nothing under either.
+
+    False where the system or the file system has no such step; nothing has changed then.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux, or a C library of before 2018
+        return False
+    here = ctypes.c_int(_AT_FDCWD)
+    names = (ctypes.c_char_p(os.fsencode(path)) for path in (first, second))
+    if rename(here, next(names), here, next(names), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def cache_folder(*parts: str) -> Path:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 from export.errors import BuildError
 from export.units import readable_size
 from runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, file_entry, hash_file, write_manifest
-from runtime.files import write_file
+from runtime.files import exchange, sync_to_disk, write_file
 
 __all__ = ["Workspace", "open_workspace", "partial_folder"]
 
@@ -91,8 +92,10 @@ class Workspace:
             return finished, True
         try:
             paths = build(self.folder)
+            mode = _usual_mode(self.folder)
             for path in paths:
-                (self.folder / path).chmod(0o644)  # some writers leave files that only their owner can read
+                (self.folder / path).chmod(mode)  # some writers leave files that only their owner can read
+                sync_to_disk(self.folder / path)
             entries = [file_entry(self.folder, path) for path in paths]
             self._remember(name, key, entries)
         except OSError as error:
@@ -103,12 +106,13 @@ class Workspace:
 
     def _remember(self, name: str, key: str, entries: Sequence[FileEntry]) -> None:
         components = self._state() | {name: {"key": key, "files": [entry.model_dump() for entry in entries]}}
-        write_file(self.folder / _STATE, json.dumps({"components": components}))
+        write_file(self.folder / _STATE, json.dumps({"components": components}), sync=True)
 
     def publish(self, files: Sequence[FileEntry], manifest: Manifest | None = None) -> Path:
         """Drop everything that is not among `files`, write the manifest, and move the folder to its destination.
 
-        What was there under that name is replaced only now.
+        What was there under that name is replaced only now, when all that is new is on the disk, and in one step where
+        the system has one: at every moment one of the two is there.
         """
         listed = {entry.path for entry in files}
         for path in sorted(self.folder.rglob("*"), reverse=True):
@@ -118,13 +122,32 @@ class Workspace:
                 path.rmdir()
         if manifest is not None:
             write_manifest(self.folder, manifest)
+        for folder in [*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder]:
+            sync_to_disk(folder)
         replaced = _replaced(self.destination)
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.destination.exists():
-            os.replace(self.destination, replaced)
-        os.replace(self.folder, self.destination)
+        if not self.destination.exists():
+            os.replace(self.folder, self.destination)
+        else:
+            os.replace(self.folder, replaced)
+            if not exchange(replaced, self.destination):
+                older = self.folder  # a name that is free now
+                os.replace(self.destination, older)
+                os.replace(replaced, self.destination)
+                os.replace(older, replaced)
+        sync_to_disk(self.destination.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return self.destination
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions that new files have here: those that the umask leaves."""
+    probe = folder / ".mode"
+    probe.touch()
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
 
 
 def _full(error: OSError, name: str, folder: Path) -> BuildError:
@@ -136,14 +159,17 @@ def _full(error: OSError, name: str, folder: Path) -> BuildError:
 
 
 def _separate(folder: Path) -> None:
-    """Give files that have other names elsewhere, such as in a backup made of hard links, content of their own.
+    """Give files that have other names elsewhere, such as in a backup made of hard links, content of their own, and
+    drop links.
 
     What is built here would otherwise be written into the other file too, and onnx-ir refuses to read such weights.
 
     Raises:
         BuildError: the disk is full.
     """
-    for path in folder.rglob("*"):
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            path.unlink()
         if not path.is_file() or path.stat().st_nlink == 1:
             continue
         copy = path.with_name(f".{path.name}.copy")
@@ -175,9 +201,16 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
         marker: file by which an older result is told from a folder that must not be replaced.
 
     Raises:
-        BuildError: another process builds this bundle, or the destination is no bundle and must not be replaced.
+        BuildError: another process builds this bundle, the destination is no bundle and must not be replaced, or a
+            name that the build writes to is a link.
     """
-    destination = out / name
+    destination, folder, lock_file = out / name, partial_folder(out, name), out / f".{name}.lock"
+    for path in (destination, folder, lock_file, _replaced(destination)):
+        if path.is_symlink():
+            raise BuildError(
+                f"{path} is a link, and a build would write where it leads, to {os.readlink(path)}; delete it, or "
+                "choose another --name or --out"
+            )
     if destination.exists() and not (destination / marker).is_file():
         raise BuildError(
             f"{destination} exists and is no result of an earlier build (it has no {marker}); choose another --name "
@@ -187,7 +220,7 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise BuildError(f"{out} is not a folder; choose another --out") from error
-    lock = FileLock(out / f".{name}.lock", blocking=False)
+    lock = FileLock(lock_file, blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
@@ -197,7 +230,6 @@ def open_workspace(out: Path, name: str, key: str, *, marker: str = MANIFEST_NAM
     try:
         if _replaced(destination).exists() and not destination.exists():  # killed between two renamings
             os.replace(_replaced(destination), destination)
-        folder = partial_folder(out, name)
         folder.mkdir(exist_ok=True)
         _separate(folder)
         yield Workspace(folder, destination, key)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime.bundle import images
-from runtime.files import cache_folder, write_file
+from runtime.files import cache_folder, keep, kept
 
 from .prebuilt import source_hash
 
@@ -273,7 +273,7 @@ def build(
     Args:
         archs: compute capabilities times ten.
         cache: folder of compiled kernels, keyed by source, specialisation and compiler; safe to share between
-            builds that run at once. Default: `default_cache()`.
+            builds that run at once. What is damaged in there is compiled again. Default: `default_cache()`.
         jobs: worker processes; default: one per processor.
         progress: called with the number of kernels compiled and to compile.
         only: which specialisations to build.
@@ -297,15 +297,17 @@ def build(
     paths = {
         (variant.name, arch): cache / f"{_cache_key(variant, arch, source)}.json" for variant, arch in wanted
     }
-    missing = [(variant, arch) for variant, arch in wanted if not paths[variant.name, arch].exists()]
+    found = {key: kept(path) for key, path in paths.items()}
+    missing = [(variant, arch) for variant, arch in wanted if found[variant.name, arch] is None]
     progress(0, len(missing))
     if missing:
-        _fill(cache, missing, paths, jobs or os.cpu_count() or 1, progress)
+        _fill(missing, paths, jobs or os.cpu_count() or 1, progress)
+    stored = {key: content or kept(paths[key]) or b"" for key, content in found.items()}
 
     built = {}
     for arch in archs:
         entries: list[tuple[specs.Variant, _Entry]] = [
-            (variant, json.loads(paths[variant.name, arch].read_bytes()))
+            (variant, json.loads(stored[variant.name, arch]))
             for variant, of_arch in wanted
             if of_arch == arch
         ]
@@ -324,7 +326,6 @@ def build(
 
 
 def _fill(
-    cache: Path,
     missing: Sequence[tuple[specs.Variant, int]],
     paths: dict[tuple[str, int], Path],
     jobs: int,
@@ -347,7 +348,7 @@ def _fill(
                     entry = future.result()
                 except Exception as error:
                     raise BuildError(f"{variant.name} does not compile for sm_{arch}: {error}") from error
-                write_file(paths[variant.name, arch], json.dumps(entry).encode())
+                keep(paths[variant.name, arch], json.dumps(entry).encode())
                 progress(done, len(missing))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.bundle import Bundle
-from runtime.files import cache_folder, write_file
+from runtime.bundle import MANIFEST_NAME, Bundle
+from runtime.files import cache_folder, keep, kept
 
 from .driver import Driver
 from .tensorrt import TENSORRT_RTX, EngineLibrary
@@ -21,7 +21,8 @@ __all__ = ["TensorRtRtxLibrary", "cache_file"]
 
 
 def cache_file(bundle: Bundle, device: str) -> Path:
-    """Where compiled kernels are kept: beside the bundle, or in the user's cache folder if that is read-only.
+    """Where compiled kernels are kept: beside the bundle, or in the user's cache folder if that is read-only, or the
+    bundle is in a hub cache, whose folders are the hub's own.
 
     The name holds what they depend on: library, device and the engines themselves. The library checks it again.
     """
@@ -30,7 +31,8 @@ def cache_file(bundle: Bundle, device: str) -> Path:
     engines = {component.file for component in manifest.components.values()}
     build = min(entry.sha256 for entry in manifest.files if entry.path in engines)
     name = f"{bundle.root.name}.{_slug(device)}-{_slug(version)}-{build[:12]}.rtxcache"
-    if os.access(bundle.root.parent, os.W_OK):
+    linked = (bundle.root / MANIFEST_NAME).is_symlink()
+    if not linked and os.access(bundle.root.parent, os.W_OK):
         return bundle.root.parent / name
     return cache_folder() / name
 
@@ -59,9 +61,10 @@ class TensorRtRtxLibrary(EngineLibrary):
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            with suppress(OSError):
-                self._stored = self._file.read_bytes()
-                self._cache.deserialize(self._stored)  # refuses what was compiled elsewhere
+            stored = kept(self._file)
+            if stored is not None:
+                self._stored = stored
+                self._cache.deserialize(stored)  # refuses what was compiled elsewhere
         config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config), config
 
@@ -80,7 +83,7 @@ class TensorRtRtxLibrary(EngineLibrary):
             return
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self._file, blob)
+            keep(self._file, blob)
             self._stored = blob
 
     def close(self) -> None:

@@ -294,25 +294,6 @@ def test_publishing_replaces_the_old_result_and_drops_leftovers(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"b", ".b.lock"}
 
 
-def test_a_kill_between_the_two_renamings_loses_no_bundle(tmp_path, monkeypatch):
-    with open_workspace(tmp_path, "b", "old", marker="m.txt") as workspace:
-        workspace.publish(workspace.component("m", touch("m.txt"))[0])
-
-    def killed(source: Path, destination: Path) -> None:
-        if Path(source).name == ".b.partial":
-            raise KeyboardInterrupt
-        os.rename(source, destination)
-
-    with pytest.raises(KeyboardInterrupt), open_workspace(tmp_path, "b", "new", marker="m.txt") as workspace:
-        files, _ = workspace.component("m", touch("m.txt"))
-        monkeypatch.setattr(os, "replace", killed)
-        workspace.publish(files)
-    monkeypatch.undo()
-    assert not (tmp_path / "b").exists()
-    with open_workspace(tmp_path, "b", "new", marker="m.txt"):
-        assert (tmp_path / "b" / "m.txt").read_text() == "m.txt"
-
-
 def test_two_builds_of_one_bundle_at_once_are_refused(tmp_path):
     with (
         open_workspace(tmp_path, "b", "key"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +100,26 @@ def test_second_build_comes_from_the_cache(built: Path, cache: Path, tmp_path: P
     assert totals == [0]
     first, second = images.read_images(built / "sm_90"), images.read_images(tmp_path / "sm_90")
     assert first == second
+
+
+def test_what_is_damaged_in_the_cache_is_compiled_again(built: Path, cache: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(cache, tmp_path / "cache"))
+    entries = sorted(copy.glob("*.json"))
+    good = entries[0].read_bytes()
+    for damaged in (good[:-10], good.replace(b'"threads": ', b'"threads": 1', 1), b"{}", b""):
+        entries[0].write_bytes(damaged)
+        totals: list[int] = []
+        builder.build(
+            (90, 120),
+            tmp_path / "out",
+            cache=copy,
+            only=wanted,
+            jobs=1,
+            progress=lambda done, total, totals=totals: totals.append(total),
+        )
+        assert totals == [1, 1]
+        assert entries[0].read_bytes() == good
+    assert images.read_images(tmp_path / "out" / "sm_90") == images.read_images(built / "sm_90")
 
 
 def test_changed_sources_are_compiled_again(

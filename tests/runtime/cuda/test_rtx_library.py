@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import files
 from runtime.bundle import Bundle, load_bundle
 from runtime.bundle.files import Identity
 from runtime.bundle.weights_file import WeightsFile
@@ -64,7 +65,7 @@ def load(module: StandIn) -> CudaEngine:
 
 
 def kept(bundle: Bundle) -> set[str]:
-    return set(json.loads(cache_file(bundle, GPU).read_bytes()))
+    return set(json.loads(files.kept(cache_file(bundle, GPU)) or b"[]"))
 
 
 def test_everything_is_compiled_before_it_is_recorded_and_kept_by_then(
@@ -104,8 +105,26 @@ def test_the_next_process_compiles_nothing_and_writes_nothing(
     assert [path.name for path in loaded.root.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("damage", ["cut", "bit", "none of ours"])
+def test_a_damaged_cache_is_never_read_and_is_mended(
+    loaded: Bundle, module: StandIn, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    engine = load(module)
+    engine.warmup()
+    engine.close()
+    good = cache_file(loaded, GPU).read_bytes()
+    bad = {"cut": good[:-1], "bit": good[:-1] + bytes([good[-1] ^ 1]), "none of ours": b'["layer"]'}[damage]
+    cache_file(loaded, GPU).write_bytes(bad)
+    again = replaced(loaded, monkeypatch)
+    engine = load(again)
+    engine.warmup()
+    engine.close()
+    assert set(again.compiled) == RUN_AT_LOAD
+    assert cache_file(loaded, GPU).read_bytes() == good
+
+
 def test_kernels_of_another_machine_are_compiled_anew(loaded: Bundle, module: StandIn) -> None:
-    cache_file(loaded, GPU).write_bytes(b"\x00 compiled elsewhere")
+    files.keep(cache_file(loaded, GPU), b"\x00 compiled elsewhere")
     engine = load(module)
     engine.warmup()
     engine.close()
