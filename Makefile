@@ -5,7 +5,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := cpu,text,video,export,quantize,kernels,plugin,tensorrt-rtx,gpu,train,serve,webrtc,ray,test,docs,dev
+EXTRAS := cpu,text,video,export,sign,quantize,kernels,plugin,tensorrt-rtx,gpu,train,serve,webrtc,ray,test,docs,dev
 
 # The first interpreter that is new enough; override with PYTHON=...
 CANDIDATES := python3 python3.13 python3.12 python3.11

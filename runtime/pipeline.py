@@ -88,6 +88,7 @@ class Pipeline:
         threads: int | None = None,
         text_encoder: TextEncoderMode = "on-demand",
         verify: bool = True,
+        expected: str | None = None,
         memory_limit: int | None = None,
         graphs: bool = True,
         device: int = 0,
@@ -106,6 +107,8 @@ class Pipeline:
                 (``"resident"``), or do without it (``"external"``: sessions then take embeddings only).
             verify: check the SHA-256 of every file, and on a GPU that has not passed the bundle's golden vectors yet,
                 run them first.
+            expected: SHA-256 of the manifest, 64 hex digits: the bundle is this one, or is refused. It covers every
+                file, which therefore must be verified.
             memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
             graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
                 slower, for measurements and debuggers. On the host it changes nothing.
@@ -135,7 +138,7 @@ class Pipeline:
             )
         stage = _stages(progress)
         stage("files")
-        bundle = load_bundle(path, verify=verify)
+        bundle = load_bundle(path, verify=verify, expected=expected)
         if device and runs_on_host(bundle):
             raise InputError(
                 f"device is {device}, and bundle {bundle.manifest.name!r} runs on the CPU; leave device out"

@@ -26,6 +26,7 @@ from .hub import Models, Pull, Push
 from .inspection import Inspect
 from .onnx import Onnx
 from .plan import Plan
+from .sign import Sign
 from .targets import Targets
 
 __all__ = ["COMMANDS", "main"]
@@ -38,6 +39,7 @@ COMMANDS: tuple[Command, ...] = (
     Inspect(),
     Compare(),
     AttentionMap(),
+    Sign(),
     Models(),
     Push(),
     Pull(),

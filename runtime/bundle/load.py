@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError
+from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError, InputError
 from runtime.files import write_file
 
 from .files import BundleFile, Identity, OpenFile
@@ -44,6 +45,7 @@ OPERATOR_COMPONENTS = ("qk_prepare", "attention")
 
 _HASH_CHUNK = 1 << 20
 _MAX_MANIFEST = 16 << 20
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MAX_PROBLEMS_SHOWN = 5
 
 
@@ -122,12 +124,21 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     return write_file(root / MANIFEST_NAME, text, sync=True)
 
 
-def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+def load_bundle(
+    folder: str | os.PathLike[str], *, verify: bool = True, expected: str | None = None
+) -> Bundle:
     """Read and validate the bundle in ``folder``.
 
     ``verify=False`` skips hashing (sizes and paths are still checked); use it only where the folder was just
-    verified. Raises :class:`BundleError` or a subclass; never returns a partly valid bundle.
+    verified. ``expected`` is the SHA-256 that the manifest must have, which has those of all other files. Raises
+    :class:`BundleError` or a subclass; never returns a partly valid bundle. Raises :class:`InputError` where
+    ``expected`` is no SHA-256, or nothing is verified.
     """
+    if expected is not None and not (verify and _SHA256.fullmatch(expected)):
+        raise InputError(
+            f"expected is {expected!r} with verify={verify}; it pins a bundle to 64 hex digits, the SHA-256 of its "
+            f"{MANIFEST_NAME}, and its files must be verified with them"
+        )
     root = Path(folder)
     if not root.is_dir():
         raise BundleError(
@@ -135,7 +146,7 @@ def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundl
             f"'python -m export build --gpu cpu'"
         )
     root = root.resolve()
-    manifest, digest = _parse(root / MANIFEST_NAME)
+    manifest, digest = _parse(root / MANIFEST_NAME, expected)
     for entry in manifest.files:
         _require_contained(root, entry.path)
     _check_components(root, manifest)
@@ -143,8 +154,8 @@ def load_bundle(folder: str | os.PathLike[str], *, verify: bool = True) -> Bundl
     return Bundle(root=root, manifest=manifest, digest=digest, verified=found)
 
 
-def _parse(path: Path) -> tuple[Manifest, str]:
-    """The manifest in a file, and the file's SHA-256."""
+def _parse(path: Path, expected: str | None) -> tuple[Manifest, str]:
+    """The manifest in a file, and the file's SHA-256, which must be the one ``expected``."""
     if not os.path.exists(path):
         raise BundleError(
             f"{path.parent} has no {MANIFEST_NAME}: it is not a bundle, or its build was interrupted; "
@@ -157,6 +168,12 @@ def _parse(path: Path) -> tuple[Manifest, str]:
                 f"{path} has {size:,} bytes, and no manifest has more than {_MAX_MANIFEST:,}; rebuild the bundle"
             )
         content = file.read(0, size)
+    digest = hashlib.sha256(content).hexdigest()
+    if expected is not None and digest != expected.lower():
+        raise BundleIntegrityError(
+            f"bundle {path.parent}: {MANIFEST_NAME} has SHA-256 {digest}, and {expected.lower()} is expected; this is "
+            f"another bundle than the one that was pinned"
+        )
     try:
         raw = parse_json(content)
     except ValueError as error:
@@ -176,7 +193,7 @@ def _parse(path: Path) -> tuple[Manifest, str]:
             f"runtime, or rebuild the bundle with the exporter of this version"
         )
     try:
-        return Manifest.model_validate_json(content, strict=True), hashlib.sha256(content).hexdigest()
+        return Manifest.model_validate_json(content, strict=True), digest
     except ValidationError as error:
         raise BundleSchemaError(f"{path} does not follow the schema: {_summary(error)}") from error
 

@@ -74,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="execute nothing: check every launch of a GPU bundle on any machine",
     )
+    verify.add_argument(
+        "--expect", metavar="SHA256", help="refuse the bundle if its manifest has another SHA-256"
+    )
+    verify.add_argument(
+        "--public-key", metavar="FILE", help="refuse the bundle if this key's owner has not signed it"
+    )
+    verify.add_argument("--signature", metavar="FILE", help="the signature (model.sig in the bundle)")
     verify.add_argument("--json", metavar="FILE", help="write the result as JSON; '-' for standard output")
     verify.add_argument("--threads", type=int, help="CPU threads (OMP_NUM_THREADS, else all cores)")
     for command in (generate, bench, verify):

@@ -15,6 +15,7 @@ from rich.table import Table
 from runtime.backends import load_engine, runs_on_host
 from runtime.bundle import Bundle, load_bundle
 from runtime.bundle.golden import ComponentRunner
+from runtime.bundle.signature import check_signature
 from runtime.errors import InputError
 from runtime.files import atomic_output
 from runtime.program.buffers import plan_buffers
@@ -34,12 +35,25 @@ def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) 
     Raises:
         VerificationError: a component failed.
         DryRunError: a launch does not fit its kernel or engine.
+        BundleIntegrityError: it is another bundle than was asked for, or not signed by the one asked for.
         InputError: the bundle is for a GPU and there is none, or an argument does not fit.
     """
     target = None if options.json in (None, "-") else Path(options.json)
     if target is not None and not target.parent.is_dir():
         raise InputError(f"folder {str(target.parent)!r} of --json does not exist; create it first")
-    bundle = load_bundle(options.bundle)
+    if options.signature is not None and options.public_key is None:
+        raise InputError("--signature is given without --public-key: whose signature it is has to be known")
+    bundle = load_bundle(options.bundle, expected=options.expect)
+    notes.print(f"manifest: SHA-256 {bundle.digest}", markup=False, highlight=False, soft_wrap=True)
+    if options.public_key is not None:
+        check_signature(
+            bundle.root,
+            Path(options.public_key),
+            None if options.signature is None else Path(options.signature),
+        )
+        notes.print(
+            f"signed by the owner of {options.public_key}", markup=False, highlight=False, soft_wrap=True
+        )
     if options.dry_run:
         report = dry_run(bundle)
         _write(json.dumps(report.to_json(), indent=1), report, options.json, target, written)

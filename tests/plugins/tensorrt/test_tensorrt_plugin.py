@@ -415,21 +415,29 @@ def test_headers_are_fetched_from_a_repository_of_the_release(plugin: Path, tmp_
     for arguments in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "headers"], ["tag", "v11.1"]):
         subprocess.run([git, *arguments], cwd=mirror, check=True, capture_output=True)
 
-    def configure(repository: str) -> str:
+    def configure(repository: str, commit: str) -> str:
         command = [cmake, "-S", str(ROOT / "plugins"), "-B", str(tmp_path / "build"), "-DTENSORRT_ROOT="]
         command += [f"-DLIGHTFORCING_EMBEDDED={plugin.parent / 'work' / 'embedded'}"]
         command += ["-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON", "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"]
         command += [
             f"-DLIGHTFORCING_TENSORRT_REPOSITORY={repository}",
+            f"-DLIGHTFORCING_TENSORRT_COMMIT={commit}",
             f"-DLIGHTFORCING_CUDA_INCLUDE={cuda_headers()}",
         ]
         environment = {k: v for k, v in os.environ.items() if k != "TENSORRT_ROOT"}
-        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (result.returncode == 0) != ("was expected" in result.stderr)
         shutil.rmtree(tmp_path / "build")
         return result.stdout + " ".join(result.stderr.split())
 
-    assert f"TensorRT headers: {tmp_path}/build/_deps/tensorrt-src/include" in configure(f"file://{mirror}")
-    skipped = configure(f"file://{tmp_path}/nowhere")
+    show = subprocess.run([git, "rev-parse", "HEAD"], cwd=mirror, check=True, capture_output=True, text=True)
+    commit, other = show.stdout.strip(), "0" * 40
+    headers = f"TensorRT headers: {tmp_path}/build/_deps/tensorrt-src/include"
+    assert headers in configure(f"file://{mirror}", commit)
+    moved = configure(f"file://{mirror}", other)
+    assert headers not in moved
+    assert f"are of commit {commit}, and {other} was expected" in moved
+    skipped = configure(f"file://{tmp_path}/nowhere", commit)
     assert "The TensorRT plugin is skipped: there is no NvInferRuntime.h (set TENSORRT_ROOT" in skipped
 
 
