@@ -63,7 +63,7 @@ def test_the_workflow_runs_what_a_change_must_pass() -> None:
     }
     assert ".ci/run" in commands["test"]
     assert any("mkdocs build --strict" in command for command in commands["docs"])
-    assert any("-m build" in command for command in commands["package"])
+    assert any("tools/build_wheels.py" in command for command in commands["package"])
 
 
 def test_issue_forms_are_complete() -> None:

@@ -75,64 +75,159 @@ def test_pinned_torch_is_within_the_bounds() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheels that are published: the runtime's, the toolchain's."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (built,) = out.glob("*.whl")
-    return built
+    runtime, deploy = tool("build_wheels").build_wheels(out)
+    return runtime, deploy
 
 
-def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
-    held = set(zipfile.ZipFile(wheel).namelist())
-    rooms = ("lightforcing_ref", "plugins", "export", "runtime", "engines", "serving")
+def held(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def requirements(wheel: Path) -> list[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(name).decode().splitlines()
+    return [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+
+
+def test_the_runtimes_wheel_is_one_package(wheels: tuple[Path, Path]) -> None:
+    names = held(wheels[0])
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"lightforcing_runtime"}
+    for path in (ROOT / "runtime").rglob("*.py"):
+        assert f"lightforcing_{path.relative_to(ROOT).as_posix()}" in names
+    assert "lightforcing_runtime/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    base = {r.name for r in requirements(wheels[0]) if r.marker is None}
+    assert base == {"numpy", "pydantic", "rich"}
+
+
+def test_the_toolchains_wheel_holds_the_rooms_and_their_data(wheels: tuple[Path, Path]) -> None:
+    names = held(wheels[1])
+    rooms = ("lightforcing_ref", "plugins", "export", "serving", "engines")
     for path in [
         *ROOT.glob("engines/*/*.toml"),
+        ROOT / "engines/models.toml",
+        *(ROOT / "lightforcing_ref" / "assets").rglob("*.safetensors"),
+        *(path for path in (ROOT / "serving" / "page").iterdir() if path.is_file()),
         *(path for room in rooms for path in (ROOT / room).rglob("*.py")),
     ]:
         if path.parent.name not in ("built", "eager"):
-            assert path.relative_to(ROOT).as_posix() in held
-    assert {f"{room}/py.typed" for room in rooms} <= held
-    assert not [
-        name for name in held if name.startswith(("tests/", "tools/", "benchmarks/", "engines/built/"))
-    ]
-    page = [path for path in (ROOT / "serving" / "page").iterdir() if path.is_file()]
-    assert {path.relative_to(ROOT).as_posix() for path in page} <= held
-    assert any(name.endswith("licenses/LICENSE") for name in held)
+            assert path.relative_to(ROOT).as_posix() in names
+    assert {f"{room}/py.typed" for room in rooms} <= names
+    unwanted = ("runtime/", "tests/", "tools/", "benchmarks/", "engines/built/", "plugins/eager/")
+    assert not [name for name in names if name.startswith(unwanted)]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    (own,) = [r for r in requirements(wheels[1]) if r.name == "lightforcing-runtime" and r.marker is None]
+    assert str(own.specifier) == f"=={wheels[0].name.split('-')[1]}"
 
 
-def test_commands_run_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """From its files alone, in another folder; the libraries are this environment's."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+def test_imports_of_the_runtime_are_renamed_and_nothing_else() -> None:
+    source = (
+        "from runtime.bundle import load_bundle\nimport runtimes\nfrom runtime import Pipeline\n"
+        "    from runtime.errors import EngineError\nx = 'runtime.bundle'  # from runtime.bundle\n"
+        "print('python -m runtime verify')\n"
+    )
+    assert tool("build_wheels").rewritten(source) == (
+        "from lightforcing_runtime.bundle import load_bundle\nimport runtimes\nfrom lightforcing_runtime import "
+        "Pipeline\n    from lightforcing_runtime.errors import EngineError\nx = 'runtime.bundle'  # from "
+        "runtime.bundle\nprint('python -m lightforcing_runtime verify')\n"
+    )
 
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-        ).stdout
 
-    found = run("-c", "import export, runtime; print(export.__file__, runtime.__file__)").split()
-    assert all(Path(path).is_relative_to(tmp_path / "site") for path in found)
-    assert "generate" in run("-m", "runtime", "--help")
-    assert '"rtx5090"' in run("-m", "export", "targets", "--json")
+def test_images_and_libraries_come_along_where_they_are_given(tmp_path: Path) -> None:
+    (tmp_path / "images/sm_90").mkdir(parents=True)
+    (tmp_path / "images/sm_90/kernels.json").write_text("{}")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libone.so").write_bytes(b"x")
+    build = tool("build_wheels").build_wheels
+    _, deploy = build(tmp_path / "dist", images=tmp_path / "images", libraries=tmp_path / "lib")
+    assert {"plugins/images/sm_90/kernels.json", "plugins/lib/libone.so"} <= held(deploy)
+    assert not deploy.name.endswith("-any.whl")
+    with pytest.raises(SystemExit, match="holds none of"):
+        build(tmp_path / "dist", images=tmp_path / "lib")
+
+
+@pytest.fixture(scope="module")
+def site(wheels: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both wheels, unpacked."""
+    folder = tmp_path_factory.mktemp("site")
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    return folder
+
+
+def from_wheels(site: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code against the wheels' files alone, in their folder; the libraries are this environment's, and its own
+    `runtime` cannot be imported."""
+    hidden = f"import sys; sys.modules['runtime'] = None; sys.path.insert(0, {str(site)!r}); {code}"
+    return subprocess.run(
+        [sys.executable, "-c", hidden], cwd=site, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_module_of_the_wheels_finds_what_it_imports(site: Path) -> None:
+    code = (
+        "import importlib, pathlib\n"
+        "for path in sorted(pathlib.Path('lightforcing_runtime').rglob('*.py')):\n"
+        "    if path.name not in ('__main__.py', 'inductor.py'):\n"
+        "        importlib.import_module('.'.join(path.with_suffix('').parts))\n"
+        "import export, serving, plugins.compile.prebuilt, export.cli.main, export.hub.download\n"
+        "print(export.__file__)"
+    )
+    done = from_wheels(site, f"exec({code!r})")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(site)
+
+
+def test_commands_run_from_the_wheels(site: Path) -> None:
+    run = "import runpy; sys.argv = {argv!r}; runpy.run_module({module!r}, run_name='__main__')"
+    helped = from_wheels(site, run.format(argv=["lightforcing", "--help"], module="lightforcing_runtime"))
+    assert "generate" in helped.stdout
+    listed = from_wheels(site, run.format(argv=["x", "targets", "--json"], module="export"))
+    assert '"rtx5090"' in listed.stdout, listed.stderr
+
+
+def test_a_bundle_runs_with_the_published_package(site: Path, tmp_path: Path) -> None:
+    from tests.runtime import handmade
+
+    handmade.build_bundle(tmp_path / "bundle")
+    code = (
+        "from lightforcing_runtime import Pipeline\n"
+        f"with Pipeline.load({str(tmp_path / 'bundle')!r}) as pipe, pipe.session(prompt='a red fox', seed=1) as one:\n"
+        "    print(next(iter(one.stream(chunks=1))).frames.shape)"
+    )
+    done = from_wheels(site, f"exec({code!r})")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\(9, \d+, \d+, 3\)\n", done.stdout)
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_into_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheels_install_into_an_empty_environment(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     """Needs a package index. Nothing but the base dependencies: help and targets work, a build says what it lacks."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True, cwd=tmp_path)
+    binaries = tmp_path / "venv" / "bin"
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [python, "-m", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [binaries / arguments[0], *arguments[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-    assert run("runtime", "--help").returncode == 0
-    assert '"rtx5090"' in run("export", "targets", "--json").stdout
-    build = run("export", "build")
+    alone = run("python", "-m", "pip", "install", "--quiet", wheels[0])
+    assert alone.returncode == 0, alone.stderr
+    assert run("lightforcing", "--help").returncode == 0
+    assert run("python", "-c", "import runtime").returncode == 1
+    both = run("python", "-m", "pip", "install", "--quiet", *wheels)
+    assert both.returncode == 0, both.stderr
+    assert '"rtx5090"' in run("lightforcing-export", "targets", "--json").stdout
+    build = run("lightforcing-export", "build")
     assert build.returncode == 2
     assert "not installed" in build.stderr or "install the export tools" in build.stderr
 
