@@ -1,6 +1,6 @@
-"""Watch a live session of `python -m serving run BUNDLE`, switch its prompt, and keep what was seen as JPEG files.
+r"""Watch a live session of `python -m serving run BUNDLE`, switch its prompt, and keep what was seen as JPEG files.
 
-    python examples/watch_a_server.py http://127.0.0.1:8000 "a red circle on grey orbits clockwise from the top" \\
+python examples/watch_a_server.py http://127.0.0.1:8000 "a red circle on grey orbits clockwise from the top" \\
         "a blue circle on grey orbits clockwise from the top" frames/
 """
 

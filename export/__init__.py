@@ -11,7 +11,7 @@
         out=Path("engines/built"), name="demo",
     ))
 
-The names below are the Python door to what ``python -m export`` does; other modules may change with any release.
+The names below are the Python door to what `python -m export` does; other modules may change with any release.
 """
 
 from __future__ import annotations

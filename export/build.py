@@ -160,7 +160,6 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
 
 def _with_golden(run: Run, built: Built) -> Built:
     """What was built, with the golden vectors of its components."""
-
     section, own = run.section(
         _GOLDEN,
         bundle.Golden,

@@ -94,7 +94,8 @@ class Rollout:
         self, x: Tensor, row: int, chunk: int, past_frames: list[int] | None = None
     ) -> tuple[Tensor, list[LayerKV]]:
         """The forward of a chunk in a row of the schedule: (flow `[channels, frames, h, w]`, new keys and values per
-        layer)."""
+        layer).
+        """
         frames = self.cache.resident() if past_frames is None else past_frames
         config = self.model.config
         positions = torch.arange(chunk * self.schedule.chunk_frames, (chunk + 1) * self.schedule.chunk_frames)
@@ -121,7 +122,8 @@ class Rollout:
 
     def step(self, x: Tensor, row: int, chunk: int) -> tuple[Tensor, Tensor, list[LayerKV]]:
         """One denoising forward and scheduler step: (next latent, x0, new keys and values per layer), latents float32;
-        x0 in float64 inside."""
+        x0 in float64 inside.
+        """
         flow, new = self.forward(x, row, chunk)
         x0 = (x.double() - self.schedule.row_sigmas[row] * flow.double()).float()
         sigma = self.schedule.row_following[row]

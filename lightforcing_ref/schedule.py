@@ -54,7 +54,8 @@ class FlowSchedule:
     @property
     def noises(self) -> int:
         """Latents of noise that a chunk is given: one for each forward, and at least two, because the last forward
-        takes one that it does not use."""
+        takes one that it does not use.
+        """
         return max(2, self.most_steps)
 
     @property

@@ -9,7 +9,7 @@
 
 Imports neither torch nor onnx nor any other package of this project.
 
-ONNX Runtime since 1.29 reports to its maker unless ``ORT_DISABLE_TELEMETRY`` is set; importing this package sets it,
+ONNX Runtime since 1.29 reports to its maker unless `ORT_DISABLE_TELEMETRY` is set; importing this package sets it,
 where it is not set to anything else.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m runtime``."""
+"""`python -m runtime`."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ def load_engine(
 ) -> Engine:
     """Load the engine for a bundle's backend and target.
 
-    ``plan`` is :func:`~runtime.program.buffers.plan_buffers` of the bundle, checked against memory by the caller.
-    ``threads`` is the number of threads per forward on the host (default: ``default_threads()`` there). ``graphs``
-    says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew, ``device`` which GPU it takes.
+    `plan` is `plan_buffers` of the bundle, checked against memory by the caller.
+    `threads` is the number of threads per forward on the host (default: `default_threads()` there). `graphs`
+    says whether an engine on a GPU replays CUDA graphs or enqueues every operation anew, `device` which GPU it takes.
 
     Raises:
         EngineError: the backend cannot run what the bundle was built for, or does not load.

@@ -2,12 +2,12 @@
 
 The rollout owns the order of things and knows no buffer; the engine owns the buffers and knows no order. Frames
 are named by pool slot, chunk latents by latent slot, sessions by number. Everything that changes from chunk to
-chunk enters through :meth:`Engine.begin`, once per chunk, so that the forwards themselves take no host data: an
+chunk enters through `Engine.begin`, once per chunk, so that the forwards themselves take no host data: an
 engine may record them once and replay them.
 
-Threads: one thread calls ``condition`` to ``place_sinks``, another calls ``decode`` and ``latent``; both may run at
-once, also for one session, but never on the same latent slot. ``reset`` and ``encode_text_layer`` may be called from
-any thread, ``reset`` only while nothing else uses that session. Only ``decode`` and ``latent`` must have finished their
+Threads: one thread calls `condition` to `place_sinks`, another calls `decode` and `latent`; both may run at
+once, also for one session, but never on the same latent slot. `reset` and `encode_text_layer` may be called from
+any thread, `reset` only while nothing else uses that session. Only `decode` and `latent` must have finished their
 work when they return (and must wait for the latent they read); the others may return as soon as it is queued.
 """
 
@@ -33,8 +33,8 @@ __all__ = ["Engine", "Placement"]
 class Placement:
     """Where a chunk stands.
 
-    ``chunk`` is its index (into the sparsity table), ``first_frame`` the temporal position of its first frame,
-    ``frame_slots`` the pool slots of the frames it may attend to, oldest first, padded with -1, and ``latent``
+    `chunk` is its index (into the sparsity table), `first_frame` the temporal position of its first frame,
+    `frame_slots` the pool slots of the frames it may attend to, oldest first, padded with -1, and `latent`
     the latent slot that holds its clean latent (written by the last denoising forward, read by the clean one).
     """
 
@@ -48,31 +48,31 @@ class Engine(Protocol):
     """Executes the components of one bundle for a fixed number of sessions.
 
     Methods that return a float return the seconds spent in the backend itself, so that the caller can tell them
-    from its own overhead. All raise :class:`~runtime.errors.EngineError` when a forward fails.
+    from its own overhead. All raise `EngineError` when a forward fails.
     """
 
     on_device: bool
-    """Whether it has a device of its own, on which frames may stay: :meth:`decode_on_device`."""
+    """Whether it has a device of its own, on which frames may stay: `decode_on_device`."""
 
     def warmup(self) -> None:
         """Run every component once, so that the first chunk costs what the others do."""
 
     def reset(self, session: int) -> None:
-        """Prepare the buffers of ``session`` for a new rollout."""
+        """Prepare the buffers of `session` for a new rollout."""
 
     def condition(self, session: int, embedding: NDArray[np.float32]) -> float:
-        """Compute the cross-attention keys and values from a prompt embedding ``[text_len, dim]``."""
+        """Compute the cross-attention keys and values from a prompt embedding `[text_len, dim]`."""
 
     def begin(self, session: int, placement: Placement, noise: NDArray[np.float32] | None) -> None:
-        """Set what the next forwards of ``session`` work on.
+        """Set what the next forwards of `session` work on.
 
-        ``noise`` is ``[noises, channels, frames, h, w]``: the initial latent, then what re-noises it
-        before each further forward; what a chunk of fewer steps leaves over is not read. ``None`` if only the clean
+        `noise` is `[noises, channels, frames, h, w]`: the initial latent, then what re-noises it
+        before each further forward; what a chunk of fewer steps leaves over is not read. `None` if only the clean
         forward follows.
         """
 
     def encode(self, session: int, frames: NDArray[np.uint8], latents: Sequence[int]) -> float:
-        """Encode the clip ``frames`` ``[N, H, W, 3]`` into latent slots, a chunk each. Only where a bundle can."""
+        """Encode the clip `frames` `[N, H, W, 3]` into latent slots, a chunk each. Only where a bundle can."""
 
     def denoise(self, session: int, row: int) -> float:
         """One denoising forward, by its row of the schedule. Those of a chunk run in order."""
@@ -84,39 +84,39 @@ class Engine(Protocol):
         """Copy keys, values and block means of the last forward into the pool."""
 
     def place_sinks(self, session: int, slots: Sequence[int], shift: int) -> None:
-        """Rewrite the sink frames' keys in ``slots``, moved by ``shift`` frames from where they were committed."""
+        """Rewrite the sink frames' keys in `slots`, moved by `shift` frames from where they were committed."""
 
     def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
-        """Decode a chunk's latent into ``out`` ``[frames, H, W, 3]``; ``first`` for the first of a rollout."""
+        """Decode a chunk's latent into `out` `[frames, H, W, 3]`; `first` for the first of a rollout."""
 
     def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """Like :meth:`decode`, into memory of the device; the frames and the seconds.
+        """Like `decode`, into memory of the device; the frames and the seconds.
 
         Raises:
-            InputError: there is no device; see :attr:`on_device`.
+            InputError: there is no device; see `on_device`.
         """
 
     def component_runner(self) -> ComponentRunner:
         """Runs single components, for verification; only while no session is open, and dropped then."""
 
     def latent(self, session: int, latent: int, out: NDArray[np.float32]) -> float:
-        """Copy a chunk's clean latent into ``out`` ``[channels, frames, h, w]``; in the thread of :meth:`decode`."""
+        """Copy a chunk's clean latent into `out` `[channels, frames, h, w]`; in the thread of `decode`."""
 
     def encode_text_layer(
         self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
-        """One layer of the text encoder. ``hidden`` ``[text_len, dim]``, ``mask`` 1 where there is a token."""
+        """One layer of the text encoder. `hidden` `[text_len, dim]`, `mask` 1 where there is a token."""
 
     def save(self, session: int, slots: Sequence[int]) -> tuple[dict[str, NDArray[np.uint8]], int]:
-        """What ``session`` keeps between chunks, as bytes by buffer, and which side its decoder's caches are on.
+        """What `session` keeps between chunks, as bytes by buffer, and which side its decoder's caches are on.
 
-        ``slots`` are its own. Nothing else may use the session meanwhile, here and in :meth:`restore`.
+        `slots` are its own. Nothing else may use the session meanwhile, here and in `restore`.
         """
 
     def restore(
         self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
     ) -> None:
-        """Take over what :meth:`save` gave. Raises :class:`InputError` if it does not fit."""
+        """Take over what `save` gave. Raises `InputError` if it does not fit."""
 
     def close(self) -> None:
         """Free everything. No other method may be running."""

@@ -1,6 +1,6 @@
 """Errors of the runtime.
 
-Every error that the runtime raises on purpose derives from :class:`LightForcingError`. A message says what
+Every error that the runtime raises on purpose derives from `LightForcingError`. A message says what
 was found, what was expected, and what to do.
 """
 
@@ -44,7 +44,7 @@ class InputError(LightForcingError, ValueError):
 class CapacityError(LightForcingError):
     """Not enough memory or session slots for what was asked.
 
-    ``needed`` and ``free`` are bytes.
+    `needed` and `free` are bytes.
     """
 
     def __init__(self, message: str, *, needed: int, free: int) -> None:

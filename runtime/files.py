@@ -21,9 +21,9 @@ _AT_FDCWD, _EXCHANGE = -100, 2
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; renamed to ``path`` on success, removed on any error.
+    """A temporary path beside `path` to write to; renamed to `path` on success, removed on any error.
 
-    Raises :class:`OSError` if something that is no file, such as a device, has that name: it would be replaced.
+    Raises `OSError` if something that is no file, such as a device, has that name: it would be replaced.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -38,9 +38,9 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> Path:
-    """Write ``path`` in one step: a reader sees all of it, or what was there before. Text is UTF-8.
+    """Write `path` in one step: a reader sees all of it, or what was there before. Text is UTF-8.
 
-    ``sync`` waits until the content and the name are on the disk, for files that say that others are complete.
+    `sync` waits until the content and the name are on the disk, for files that say that others are complete.
     """
     data = content.encode() if isinstance(content, str) else content
     with atomic_output(path) as temporary:
@@ -53,12 +53,12 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> Path:
 
 
 def keep(path: Path, content: bytes) -> None:
-    """Write what can be made again, so that :func:`kept` can tell whether it still is what was written."""
+    """Write what can be made again, so that `kept` can tell whether it still is what was written."""
     write_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, sync=True)
 
 
 def kept(path: Path) -> bytes | None:
-    """What :func:`keep` wrote; None if there is nothing, or it was damaged, and must be made again."""
+    """What `keep` wrote; None if there is nothing, or it was damaged, and must be made again."""
     try:
         digest, _, content = path.read_bytes().partition(b"\n")
     except OSError:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 __all__ = ["ABSENT", "FrameTable", "LatentRing", "Move", "TableState"]
 
 ABSENT = -1
-"""Entry of ``frame_slots`` that stands for no frame."""
+"""Entry of `frame_slots` that stands for no frame."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """Commit frame ``offset`` of the in-flight chunk to ``slot``; ``frame`` is its absolute index."""
+    """Commit frame `offset` of the in-flight chunk to `slot`; `frame` is its absolute index."""
 
     offset: int
     slot: int
@@ -29,7 +29,7 @@ class Move:
 
 @dataclass(frozen=True)
 class TableState:
-    """What a :class:`FrameTable` holds: frames with their slots, oldest first, and free slots in the order of use."""
+    """What a `FrameTable` holds: frames with their slots, oldest first, and free slots in the order of use."""
 
     next_chunk: int
     in_flight: int | None
@@ -40,8 +40,8 @@ class TableState:
 class FrameTable:
     """Which frame of one session lies in which slot.
 
-    Frames below ``sink_frames`` are never evicted; of the others the oldest goes first. There is one chunk in
-    flight at a time: :meth:`begin`, then :meth:`commit` once its clean keys and values exist.
+    Frames below `sink_frames` are never evicted; of the others the oldest goes first. There is one chunk in
+    flight at a time: `begin`, then `commit` once its clean keys and values exist.
     """
 
     def __init__(self, slots: Sequence[int], *, chunk_frames: int, sink_frames: int) -> None:
@@ -57,7 +57,7 @@ class FrameTable:
 
     @property
     def next_chunk(self) -> int:
-        """Index of the chunk that :meth:`begin` starts next."""
+        """Index of the chunk that `begin` starts next."""
         return self._next
 
     @property
@@ -79,7 +79,7 @@ class FrameTable:
         return self._in_flight
 
     def state(self, first_slot: int) -> TableState:
-        """What the table holds, its slots counted from ``first_slot``."""
+        """What the table holds, its slots counted from `first_slot`."""
         return TableState(
             self._next,
             self._in_flight,
@@ -88,7 +88,7 @@ class FrameTable:
         )
 
     def restore(self, first_slot: int, state: TableState) -> None:
-        """Be as the table was that gave ``state``. Raises :class:`ValueError` if that is of another size."""
+        """Be as the table was that gave `state`. Raises `ValueError` if that is of another size."""
         if sorted([*(slot for _, slot in state.slots), *state.free]) != list(range(self._capacity)):
             raise ValueError(f"its slots are not those of a table of {self._capacity}")
         self._slots = {frame: slot + first_slot for frame, slot in state.slots}
@@ -119,12 +119,12 @@ class FrameTable:
         return tuple(moves)
 
     def frame_slots(self, before: int | None = None) -> tuple[int, ...]:
-        """Slots of the resident frames (those below frame ``before``), oldest first, padded with -1."""
+        """Slots of the resident frames (those below frame `before`), oldest first, padded with -1."""
         present = [slot for frame, slot in self._slots.items() if before is None or frame < before]
         return tuple(present + [ABSENT] * (self._capacity - len(present)))
 
     def moves(self, chunk: int, *, sinks: bool) -> tuple[Move, ...]:
-        """Where the resident frames of a committed ``chunk`` lie; ``sinks=False`` leaves sink frames out."""
+        """Where the resident frames of a committed `chunk` lie; `sinks=False` leaves sink frames out."""
         first = chunk * self._chunk_frames
         return tuple(
             Move(offset=frame - first, slot=self._slots[frame], frame=frame)

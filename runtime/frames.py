@@ -14,7 +14,7 @@ _UINT: Final = 1
 
 
 class _Tensor(ctypes.Structure):
-    """``DLManagedTensor`` of DLPack: the tensor, its owner, and what lets go of it."""
+    """`DLManagedTensor` of DLPack: the tensor, its owner, and what lets go of it."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -76,7 +76,7 @@ class FramePool:
         return _Lease(self, address)
 
     def give_back(self, address: int) -> None:
-        """Let the memory be used again. Takes no lock: the garbage collector may call it from within :meth:`lease`."""
+        """Let the memory be used again. Takes no lock: the garbage collector may call it from within `lease`."""
         self._free.append(address)
 
 
@@ -92,15 +92,15 @@ class _Lease:
 
 
 class DeviceFrames:
-    """Frames of a chunk on the device, uint8 ``[frames, H, W, 3]``, complete when they are handed out.
+    """Frames of a chunk on the device, uint8 `[frames, H, W, 3]`, complete when they are handed out.
 
-    Take them with ``torch.from_dlpack(frames)``, ``cupy.from_dlpack(frames)`` or whatever reads DLPack; nothing is
+    Take them with `torch.from_dlpack(frames)`, `cupy.from_dlpack(frames)` or whatever reads DLPack; nothing is
     copied. The memory is used for a later chunk when this object and every tensor made of it are gone, and it is freed
     with the pipeline; so keep them until work that reads them has finished, not only until it is queued.
     """
 
     def __init__(self, lease: _Lease, shape: tuple[int, ...], device: tuple[int, int]) -> None:
-        """``device`` is DLPack's pair of type and number."""
+        """`device` is DLPack's pair of type and number."""
         self.shape = shape
         self._lease = lease
         self._device = device

@@ -17,23 +17,23 @@ from .errors import InputError
 __all__ = ["MAX_SEED", "NoiseSource", "check_noise", "check_seed", "fill_noise"]
 
 NoiseSource = Callable[[int, int], ArrayLike]
-"""Noise of the caller's own: chunk and step -> ``[channels, frames, h, w]``, steps as :func:`fill_noise` has them."""
+"""Noise of the caller's own: chunk and step -> `[channels, frames, h, w]`, steps as `fill_noise` has them."""
 
 MAX_SEED = 2**64 - 1
 _STEP_BITS = 8
 
 
 def check_seed(seed: Any) -> int:
-    """Return ``seed`` as an int; :class:`InputError` unless it is a whole number in [0, 2**64)."""
+    """Return `seed` as an int; `InputError` unless it is a whole number in [0, 2**64)."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) <= MAX_SEED:
         raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
     return int(seed)
 
 
 def fill_noise(out: NDArray[np.float32], *, seed: int, chunk: int, step: int) -> None:
-    """Fill the contiguous float32 array ``out`` with standard normal noise.
+    """Fill the contiguous float32 array `out` with standard normal noise.
 
-    ``step`` 0 is a chunk's initial latent; step s > 0 is what re-noises it before denoising forward s.
+    `step` 0 is a chunk's initial latent; step s > 0 is what re-noises it before denoising forward s.
     """
     key = np.array([seed, (chunk << _STEP_BITS) | step], dtype=np.uint64)
     np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=out)
@@ -42,8 +42,8 @@ def fill_noise(out: NDArray[np.float32], *, seed: int, chunk: int, step: int) ->
 def check_noise(noise: ArrayLike | NoiseSource, shape: tuple[int, ...]) -> NoiseSource:
     """A caller's noise as a function that gives checked float32 arrays.
 
-    ``noise`` is such a function, or an array ``[chunks, *shape]``; ``shape`` is a chunk's, ``[steps, channels, frames,
-    h, w]``. Raises :class:`InputError` for an array of another shape or type; the result raises it for a chunk that
+    `noise` is such a function, or an array `[chunks, *shape]`; `shape` is a chunk's, `[steps, channels, frames,
+    h, w]`. Raises `InputError` for an array of another shape or type; the result raises it for a chunk that
     there is no noise for, and for values that are not finite.
     """
     source: NoiseSource

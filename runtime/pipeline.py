@@ -47,9 +47,9 @@ _TEXT_ENCODER_MODES: tuple[TextEncoderMode, ...] = ("on-demand", "resident", "ex
 
 @dataclass(frozen=True)
 class Health:
-    """State of a pipeline. ``alive``: its workers run and take sessions.
+    """State of a pipeline. `alive`: its workers run and take sessions.
 
-    ``waiting`` sessions have a chunk that may start and has not; ``decoding`` chunks wait for the decoder.
+    `waiting` sessions have a chunk that may start and has not; `decoding` chunks wait for the decoder.
     """
 
     alive: bool
@@ -60,7 +60,7 @@ class Health:
 
 
 class Pipeline:
-    """Serves rollouts of one bundle. Create it with :meth:`load`; close it, or use it in a ``with`` statement."""
+    """Serves rollouts of one bundle. Create it with `load`; close it, or use it in a `with` statement."""
 
     def __init__(
         self, bundle: Bundle, plan: BufferPlan, engine: Engine, text_encoder: TextEncoder | None
@@ -96,15 +96,15 @@ class Pipeline:
         golden_progress: Callable[[str, int, int], None] | None = None,
         engine: Engine | None = None,
     ) -> Pipeline:
-        """Load a bundle for up to ``sessions`` rollouts at a time.
+        """Load a bundle for up to `sessions` rollouts at a time.
 
         Args:
             path: folder of the bundle.
             sessions: how many sessions may be open at once; each has its own cache.
             warmup: run every engine once now, so that the first chunk costs what the others do.
-            threads: CPU threads per forward; by default ``OMP_NUM_THREADS``, else all cores.
-            text_encoder: read its weights for each prompt (``"on-demand"``), keep them after the first
-                (``"resident"``), or do without it (``"external"``: sessions then take embeddings only).
+            threads: CPU threads per forward; by default `OMP_NUM_THREADS`, else all cores.
+            text_encoder: read its weights for each prompt (`"on-demand"`), keep them after the first
+                (`"resident"`), or do without it (`"external"`: sessions then take embeddings only).
             verify: check the SHA-256 of every file, and on a GPU that has not passed the bundle's golden vectors yet,
                 run them first.
             expected: SHA-256 of the manifest, 64 hex digits: the bundle is this one, or is refused. It covers every
@@ -113,13 +113,13 @@ class Pipeline:
             graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
                 slower, for measurements and debuggers. On the host it changes nothing.
             device: number of the CUDA device that a GPU's bundle runs on, of those that the process sees.
-            progress: called as each stage begins: ``"files"`` (reading and checking them), ``"engines"``, ``"golden"``
-                (verification), ``"warmup"``, ``"ready"``.
+            progress: called as each stage begins: `"files"` (reading and checking them), `"engines"`, `"golden"`
+                (verification), `"warmup"`, `"ready"`.
             golden_progress: called while a bundle is verified on its first load, with a golden case, the cases done
                 and their number.
             engine: executes the bundle in place of the one that its backend has; made for as many sessions, and closed
                 with the pipeline, or where loading fails after it was taken. Memory is its maker's affair then, and
-                ``threads``, ``graphs``, ``device`` and ``memory_limit`` say nothing.
+                `threads`, `graphs`, `device` and `memory_limit` say nothing.
 
         Raises:
             BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
@@ -175,7 +175,7 @@ class Pipeline:
 
     @property
     def starts_from_frames(self) -> bool:
-        """Whether a session may be given ``start``: the bundle was built ``--with-encoder``."""
+        """Whether a session may be given `start`: the bundle was built `--with-encoder`."""
         return ENCODER_COMPONENTS[0] in self.manifest.components
 
     @property
@@ -201,21 +201,21 @@ class Pipeline:
         latents: bool = False,
         start: ArrayLike | None = None,
     ) -> Session:
-        """Open a session for a prompt, or for a prompt embedding ``[text_len, dim]``.
+        """Open a session for a prompt, or for a prompt embedding `[text_len, dim]`.
 
-        The same seed gives the same bits on the same backend. With ``frames="device"`` the frames stay on the GPU, for
-        encoders and others that read DLPack: ``torch.from_dlpack(chunk.frames)``.
+        The same seed gives the same bits on the same backend. With `frames="device"` the frames stay on the GPU, for
+        encoders and others that read DLPack: `torch.from_dlpack(chunk.frames)`.
 
-        ``label`` comes back with every chunk made with this prompt. ``on_start`` is called by a worker as each chunk
+        `label` comes back with every chunk made with this prompt. `on_start` is called by a worker as each chunk
         begins, so it must be quick; an error in it ends the session.
 
-        ``noise`` takes the place of what ``seed`` gives, for comparisons with other implementations: an array
-        ``[chunks, steps, channels, latent frames, h, w]``, or a function of chunk and step. Step 0 is a chunk's initial
+        `noise` takes the place of what `seed` gives, for comparisons with other implementations: an array
+        `[chunks, steps, channels, latent frames, h, w]`, or a function of chunk and step. Step 0 is a chunk's initial
         latent, and step s > 0 what re-noises it before forward s. A rollout that is longer than the array fails.
-        ``latents`` keeps each chunk's clean latent as :attr:`Chunk.latent`.
+        `latents` keeps each chunk's clean latent as `Chunk.latent`.
 
-        ``start`` is an image, uint8 ``[H, W, 3]`` of the bundle's size, or a video ``[N, H, W, 3]``, of which the last
-        frames count; the bundle must have been built ``--with-encoder``. The rollout goes on from there: its first
+        `start` is an image, uint8 `[H, W, 3]` of the bundle's size, or a video `[N, H, W, 3]`, of which the last
+        frames count; the bundle must have been built `--with-encoder`. The rollout goes on from there: its first
         chunks are the given frames (an image counts as a still of one chunk) and are not delivered, so that the first
         chunk of the stream has the index behind them. See docs/start.md.
 
@@ -267,7 +267,7 @@ class Pipeline:
     def _admit(
         self, number: int, new_rollout: Callable[..., Rollout], new_lane: Callable[[Rollout], Lane]
     ) -> Session:
-        """A session in a place; ``new_lane`` may refuse its rollout."""
+        """A session in a place; `new_lane` may refuse its rollout."""
         with self._lock:
             self._require_open()
             lane = new_lane(new_rollout(self._engine, number, self.manifest))
@@ -283,7 +283,7 @@ class Pipeline:
     def resume(
         self, path: str | os.PathLike[str], *, on_start: Callable[[ChunkStarted], None] | None = None
     ) -> Session:
-        """Go on with a session that :meth:`Session.save` wrote, with the same bits as without the break.
+        """Go on with a session that `Session.save` wrote, with the same bits as without the break.
 
         That takes the same bundle, backend and number of threads; the process may be another one.
 
@@ -304,7 +304,7 @@ class Pipeline:
             return self._admit(number, partial(Rollout, seed=saved.meta.seed), revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
-        """The embedding ``[text_len, dim]`` of a prompt, or a checked copy of the one given."""
+        """The embedding `[text_len, dim]` of a prompt, or a checked copy of the one given."""
         self._require_open()
         if (prompt is None) == (embedding is None):
             raise InputError(
@@ -321,9 +321,9 @@ class Pipeline:
         return self._text_encoder.encode(prompt)
 
     def blend(self, prompts: Mapping[str, float]) -> NDArray[np.float32]:
-        """A weighted mix of prompts, as an embedding ``[text_len, dim]``; weights are divided by their sum.
+        """A weighted mix of prompts, as an embedding `[text_len, dim]`; weights are divided by their sum.
 
-        Raises :class:`InputError` without a prompt, or for a weight that is negative or not finite, or if all are 0.
+        Raises `InputError` without a prompt, or for a weight that is negative or not finite, or if all are 0.
         """
         total = math.fsum(prompts.values())
         if not prompts or not all(weight >= 0 for weight in prompts.values()) or not 0 < total < math.inf:

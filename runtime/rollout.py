@@ -39,9 +39,9 @@ RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
 
 @dataclass(frozen=True, eq=False)
 class PromptSwitch:
-    """A new prompt embedding ``[text_len, dim]``, which cached frames are recomputed with it, and the caller's label.
+    """A new prompt embedding `[text_len, dim]`, which cached frames are recomputed with it, and the caller's label.
 
-    ``step`` marks what follows the first chunk of a transition: a newer switch takes its place.
+    `step` marks what follows the first chunk of a transition: a newer switch takes its place.
     """
 
     embedding: NDArray[np.float32]
@@ -51,7 +51,7 @@ class PromptSwitch:
 
 
 def chunk_pixel_frames(manifest: Manifest, chunk: int) -> int:
-    """Pixel frames of a chunk: the first latent frame of a rollout gives one, every other ``temporal_factor``."""
+    """Pixel frames of a chunk: the first latent frame of a rollout gives one, every other `temporal_factor`."""
     frames = manifest.model.chunk_frames * manifest.vae.temporal_factor
     return frames - manifest.vae.temporal_factor + 1 if chunk == 0 else frames
 
@@ -64,7 +64,7 @@ def chunk_first_frame(manifest: Manifest, chunk: int) -> int:
 
 
 def given_chunks(manifest: Manifest, frames: int) -> int:
-    """Whole chunks at the beginning of a rollout that ``frames`` pixel frames fill."""
+    """Whole chunks at the beginning of a rollout that `frames` pixel frames fill."""
     first, following = chunk_pixel_frames(manifest, 0), chunk_pixel_frames(manifest, 1)
     return 1 + (frames - first) // following
 
@@ -76,12 +76,12 @@ def most_start_frames(manifest: Manifest) -> int:
 
 
 def start_clip(manifest: Manifest, start: ArrayLike) -> NDArray[np.uint8]:
-    """The frames ``[N, H, W, 3]`` that a rollout starts from: the last ones that fill whole chunks.
+    """The frames `[N, H, W, 3]` that a rollout starts from: the last ones that fill whole chunks.
 
-    ``start`` is an image ``[H, W, 3]`` or a video. At most as many chunks are taken as attention can look back on.
+    `start` is an image `[H, W, 3]` or a video. At most as many chunks are taken as attention can look back on.
     Where there are too few frames for one chunk, the first is repeated in front: one image becomes a still.
 
-    Raises :class:`InputError` if the bundle has no encoder, or these are no frames of its size.
+    Raises `InputError` if the bundle has no encoder, or these are no frames of its size.
     """
     if ENCODER_COMPONENTS[0] not in manifest.components:
         raise InputError(
@@ -104,7 +104,7 @@ def start_clip(manifest: Manifest, start: ArrayLike) -> NDArray[np.uint8]:
 
 
 class Rollout:
-    """One session's rollout. :meth:`advance` and :meth:`decode` may run at once, on two threads."""
+    """One session's rollout. `advance` and `decode` may run at once, on two threads."""
 
     def __init__(
         self,
@@ -118,9 +118,9 @@ class Rollout:
         latents: bool = False,
         start: NDArray[np.uint8] | None = None,
     ) -> None:
-        """``on_device``: frames stay on the engine's device; ``noise`` takes the place of the seed's.
+        """`on_device`: frames stay on the engine's device; `noise` takes the place of the seed's.
 
-        ``latents`` says whether :meth:`latent` will be asked for each chunk; ``start`` are the frames of the first,
+        `latents` says whether `latent` will be asked for each chunk; `start` are the frames of the first,
         given chunks.
         """
         model, cache = manifest.model, manifest.cache
@@ -166,7 +166,7 @@ class Rollout:
         return self._table.state(self._slots.start), *self._engine.save(self._session, self._slots)
 
     def restore(self, table: TableState, buffers: Mapping[str, NDArray[np.uint8]], side: int) -> None:
-        """Go on where :meth:`save` was called. Raises :class:`InputError` if that does not fit."""
+        """Go on where `save` was called. Raises `InputError` if that does not fit."""
         try:
             self._table.restore(self._slots.start, table)
         except ValueError as error:
@@ -176,7 +176,7 @@ class Rollout:
     def advance(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
         """Denoise the next chunk, with a new prompt if there is one; the seconds spent in the backend.
 
-        ``cancelled`` is asked between forwards; :class:`SessionCancelledError` ends the rollout for good.
+        `cancelled` is asked between forwards; `SessionCancelledError` ends the rollout for good.
         """
         seconds = self._finish_last(switch, cancelled)
         chunk = self._table.begin()
@@ -205,11 +205,11 @@ class Rollout:
         return seconds
 
     def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:
-        """Frames of a chunk, uint8 ``[N, H, W, 3]``, and the backend's seconds.
+        """Frames of a chunk, uint8 `[N, H, W, 3]`, and the backend's seconds.
 
-        They are an array of the caller's, or, if they stay on the device, :class:`~runtime.frames.DeviceFrames`.
+        They are an array of the caller's, or, if they stay on the device, `DeviceFrames`.
 
-        Chunks must be decoded in order, at most one behind the chunk that :meth:`advance` works on.
+        Chunks must be decoded in order, at most one behind the chunk that `advance` works on.
         """
         if self._on_device:
             kept, seconds = self._engine.decode_on_device(
@@ -223,9 +223,9 @@ class Rollout:
         return frames, seconds
 
     def latent(self, chunk: int) -> NDArray[np.float32] | None:
-        """A decoded chunk's clean latent ``[channels, frames, h, w]``; None where latents are not kept.
+        """A decoded chunk's clean latent `[channels, frames, h, w]`; None where latents are not kept.
 
-        Called like :meth:`decode`, right after it.
+        Called like `decode`, right after it.
         """
         if not self._keeps_latents:
             return None

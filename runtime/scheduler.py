@@ -50,13 +50,13 @@ class StreamEndedError(Exception):
 class Chunk:
     """Frames of one chunk and what they cost.
 
-    ``frames`` is uint8 ``[N, H, W, 3]`` and belongs to the caller; in a session with ``frames="device"`` it is a
-    :class:`~runtime.frames.DeviceFrames`. ``latency`` is the time in seconds from the
+    `frames` is uint8 `[N, H, W, 3]` and belongs to the caller; in a session with `frames="device"` it is a
+    `DeviceFrames`. `latency` is the time in seconds from the
     start of the chunk's work (a prompt switch and the last chunk's clean forward included) until its frames were
-    there. ``denoise`` and ``decode`` are the seconds spent inside the transformer's and the decoder's engines,
-    ``other`` the runtime's own work around them. ``label`` is that of the prompt the chunk was made with, as given
-    to :meth:`Pipeline.session` or :meth:`Session.set_prompt`. ``latent`` is what the frames were decoded from, float32
-    ``[channels, latent frames, h, w]``, in a session with ``latents=True``.
+    there. `denoise` and `decode` are the seconds spent inside the transformer's and the decoder's engines,
+    `other` the runtime's own work around them. `label` is that of the prompt the chunk was made with, as given
+    to `Pipeline.session` or `Session.set_prompt`. `latent` is what the frames were decoded from, float32
+    `[channels, latent frames, h, w]`, in a session with `latents=True`.
     """
 
     index: int
@@ -76,7 +76,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkTimes:
-    """What a chunk cost, without its frames; see :class:`Chunk`."""
+    """What a chunk cost, without its frames; see `Chunk`."""
 
     index: int
     frames: int
@@ -87,15 +87,15 @@ class ChunkTimes:
 
     @classmethod
     def of(cls, chunk: Chunk) -> ChunkTimes:
-        """The times of ``chunk``."""
+        """The times of `chunk`."""
         return cls(chunk.index, len(chunk.frames), chunk.latency, chunk.denoise, chunk.decode, chunk.other)
 
 
 @dataclass(frozen=True)
 class SessionStatistics:
-    """Sums over the chunks that a session has computed. Times in seconds; see :class:`Chunk`.
+    """Sums over the chunks that a session has computed. Times in seconds; see `Chunk`.
 
-    ``delivered`` of them went to the consumer, ``flushed`` were dropped by :meth:`Session.flush`.
+    `delivered` of them went to the consumer, `flushed` were dropped by `Session.flush`.
     """
 
     chunks: int = 0
@@ -122,7 +122,7 @@ class SessionStatistics:
 
 @dataclass(frozen=True)
 class ChunkStarted:
-    """Work on a chunk begins. ``switched`` says whether a new prompt applies from this chunk on."""
+    """Work on a chunk begins. `switched` says whether a new prompt applies from this chunk on."""
 
     index: int
     label: str | None
@@ -136,13 +136,13 @@ class Lane:
     rollout: Rollout
     on_start: Callable[[ChunkStarted], None] | None = None
     prompt: PromptSwitch | None = None
-    """The prompt in force; ``None`` before the first chunk."""
+    """The prompt in force; `None` before the first chunk."""
     asked: int = 0
     """Chunks that the consumer has asked for, received or not."""
     ahead: int = 1
     """Chunks that may be computed before they are asked for."""
     end: int | None = 0
-    """Chunk at which the consumer's stream ends; ``None`` for never."""
+    """Chunk at which the consumer's stream ends; `None` for never."""
     started: int = 0
     delivered: int = 0
     """Chunks that the consumer has received or dropped."""
@@ -159,7 +159,7 @@ class Lane:
     closed: bool = False
     error: Exception | None = None
     failed_at: int = 0
-    """Chunk that ``error`` belongs to; those before it are still delivered."""
+    """Chunk that `error` belongs to; those before it are still delivered."""
     listeners: list[Callable[[], None]] = field(default_factory=list)
     """Called once when something changed that a consumer may wait for."""
 
@@ -185,7 +185,7 @@ class Lane:
         return self.prompt
 
     def prompt_before(self, chunk: int) -> PromptSwitch:
-        """The prompt that ``chunk`` would be made with if nothing more is asked for."""
+        """The prompt that `chunk` would be made with if nothing more is asked for."""
         due = [switch for at, switch in self.switches if at <= chunk]
         prompt = due[-1] if due else self.prompt
         assert prompt is not None  # a lane begins with a switch for chunk 0
@@ -224,7 +224,7 @@ class Scheduler:
         return os.getpid() != self._process
 
     def require_own_process(self) -> None:
-        """Raises :class:`EngineError` in a child process: fork copies no threads, neither ours nor a library's."""
+        """Raises `EngineError` in a child process: fork copies no threads, neither ours nor a library's."""
         if self.is_forked:
             raise EngineError(
                 f"the pipeline was loaded in process {self._process}, before it forked into {os.getpid()}; load it in "
@@ -232,12 +232,12 @@ class Scheduler:
             )
 
     def add(self, lane: Lane) -> None:
-        """Serve ``lane`` from now on."""
+        """Serve `lane` from now on."""
         with self._changed:
             self._lanes.append(lane)
 
     def remove(self, lane: Lane) -> bool:
-        """Stop serving ``lane``; returns when no worker uses its rollout. False if it was removed before."""
+        """Stop serving `lane`; returns when no worker uses its rollout. False if it was removed before."""
         if self.is_forked:
             return False
         with self._changed:
@@ -251,7 +251,7 @@ class Scheduler:
             return True
 
     def cancel(self, lane: Lane) -> None:
-        """Stop ``lane`` at its next forward and wake whoever waits for it."""
+        """Stop `lane` at its next forward and wake whoever waits for it."""
         self.require_own_process()
         with self._changed:
             lane.cancelled = True
@@ -297,7 +297,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def standing_still(self, lane: Lane) -> Iterator[None]:
-        """Let no worker touch ``lane`` while the block runs; chunks under way are finished first."""
+        """Let no worker touch `lane` while the block runs; chunks under way are finished first."""
         self.require_own_process()
         with self._changed:
             lane.held += 1
@@ -322,9 +322,9 @@ class Scheduler:
                 self._changed.notify_all()
 
     def ask(self, lane: Lane, end: int | None, ahead: int) -> None:
-        """Ask for the next chunk of a stream that ends before chunk ``end`` (``None``: never ends).
+        """Ask for the next chunk of a stream that ends before chunk `end` (`None`: never ends).
 
-        ``ahead`` more (0 or 1) may be computed meanwhile.
+        `ahead` more (0 or 1) may be computed meanwhile.
         """
         self.require_own_process()
         with self._changed:
@@ -334,10 +334,10 @@ class Scheduler:
             self._changed.notify_all()
 
     def take(self, lane: Lane, end: int | None, listener: Callable[[], None]) -> Chunk | None:
-        """The chunk that was asked for, or ``None`` if it is not there yet.
+        """The chunk that was asked for, or `None` if it is not there yet.
 
-        ``listener`` is then called once, from a worker, as soon as it pays to try again. Raises
-        :class:`StreamEndedError`, or what ended the lane, if something did; chunks finished before that come first.
+        `listener` is then called once, from a worker, as soon as it pays to try again. Raises
+        `StreamEndedError`, or what ended the lane, if something did; chunks finished before that come first.
         """
         self.require_own_process()
         with self._changed:
@@ -347,7 +347,7 @@ class Scheduler:
             return chunk
 
     def wait(self, lane: Lane, end: int | None, timeout: float | None) -> Chunk:
-        """Like :meth:`take`, but waits for the chunk, up to ``timeout`` seconds; then :class:`ChunkTimeoutError`."""
+        """Like `take`, but waits for the chunk, up to `timeout` seconds; then `ChunkTimeoutError`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self.require_own_process()
         with self._changed:

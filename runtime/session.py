@@ -35,9 +35,9 @@ _MOST_CHUNKS = 1 << 24
 
 
 def chunks_for_seconds(manifest: Manifest, seconds: float, first: int = 0) -> int:
-    """Whole chunks that cover ``seconds`` of video, if the next chunk is number ``first``.
+    """Whole chunks that cover `seconds` of video, if the next chunk is number `first`.
 
-    Raises :class:`InputError` unless ``seconds`` is a positive number of at most :data:`LONGEST_STREAM`.
+    Raises `InputError` unless `seconds` is a positive number of at most `LONGEST_STREAM`.
     """
     is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
     if not is_number or not 0 < seconds <= LONGEST_STREAM:
@@ -51,12 +51,12 @@ def chunks_for_seconds(manifest: Manifest, seconds: float, first: int = 0) -> in
 
 
 class ChunkStream:
-    """Iterates over the next chunks of a session, in a ``for`` or an ``async for`` loop.
+    """Iterates over the next chunks of a session, in a `for` or an `async for` loop.
 
-    ``chunks`` and ``frames`` are the totals of the stream, or ``None`` if it is endless. Work starts with the
+    `chunks` and `frames` are the totals of the stream, or `None` if it is endless. Work starts with the
     first iteration. Leaving a loop early keeps the session usable: the next stream goes on where it stopped.
 
-    ``ahead`` (1 or 0) says how many chunks may be computed before they are asked for, and may be changed between
+    `ahead` (1 or 0) says how many chunks may be computed before they are asked for, and may be changed between
     iterations: 0 makes a new prompt apply one chunk earlier, 1 lets the engine work while the consumer does.
     """
 
@@ -71,7 +71,7 @@ class ChunkStream:
         ahead: Literal[0, 1] = 1,
         session: Session | None = None,
     ) -> None:
-        """``session`` is kept alive, and with it the pipeline, while the stream is."""
+        """`session` is kept alive, and with it the pipeline, while the stream is."""
         self.ahead = ahead
         self._session = session
         self._timeout = timeout
@@ -120,7 +120,7 @@ class ChunkStream:
 
 
 class Session:
-    """One rollout. Created by :meth:`Pipeline.session`; close it, or use it in a ``with`` statement.
+    """One rollout. Created by `Pipeline.session`; close it, or use it in a `with` statement.
 
     All methods may be called from any thread, also while another iterates over the stream.
     """
@@ -148,12 +148,12 @@ class Session:
         timeout: float | None = None,
         ahead: Literal[0, 1] = 1,
     ) -> ChunkStream:
-        """The next chunks of the rollout: enough whole ones for ``seconds``, or ``chunks``, or without end.
+        """The next chunks of the rollout: enough whole ones for `seconds`, or `chunks`, or without end.
 
-        An iteration that takes longer than ``timeout`` seconds raises :class:`ChunkTimeoutError`; the session goes on,
-        and the stream may be asked again. For ``ahead`` see :class:`ChunkStream`.
+        An iteration that takes longer than `timeout` seconds raises `ChunkTimeoutError`; the session goes on,
+        and the stream may be asked again. For `ahead` see `ChunkStream`.
 
-        Raises :class:`InputError` if both lengths are given or an argument is out of range.
+        Raises `InputError` if both lengths are given or an argument is out of range.
         """
         if seconds is not None and chunks is not None:
             raise InputError("both seconds and chunks are given; expected one of them, or neither for no end")
@@ -183,18 +183,18 @@ class Session:
         over: int = 1,
         label: str | None = None,
     ) -> int:
-        """Switch the prompt, or a prompt embedding ``[text_len, dim]``; the index of the chunk where it applies.
+        """Switch the prompt, or a prompt embedding `[text_len, dim]`; the index of the chunk where it applies.
 
-        It applies to the next chunk that has not started, or to chunk ``at`` if that is later; of several that
+        It applies to the next chunk that has not started, or to chunk `at` if that is later; of several that
         fall due together the last one counts. The prompt is encoded before this returns; recomputing cached keys
         and values happens when the chunk starts and is part of its latency.
 
-        ``recache`` says which cached frames are recomputed with the new prompt: ``"window"`` all but the sinks,
-        ``"all"``, or ``"none"``.
+        `recache` says which cached frames are recomputed with the new prompt: `"window"` all but the sinks,
+        `"all"`, or `"none"`.
 
-        ``over`` makes a transition of it: over so many chunks the embedding moves in equal steps from the prompt
-        before to this one, each step recomputing what ``recache`` says. A newer switch ends a transition. ``label``
-        comes back as :attr:`Chunk.label` of the chunks made with this prompt.
+        `over` makes a transition of it: over so many chunks the embedding moves in equal steps from the prompt
+        before to this one, each step recomputing what `recache` says. A newer switch ends a transition. `label`
+        comes back as `Chunk.label` of the chunks made with this prompt.
         """
         if recache not in RECACHE_MODES:
             raise InputError(f"recache is {recache!r}; expected one of {', '.join(RECACHE_MODES)}")
@@ -214,12 +214,12 @@ class Session:
         return self._scheduler.flush(self._lane)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the session's state to a file, from which :meth:`Pipeline.resume` goes on with the same bits.
+        """Write the session's state to a file, from which `Pipeline.resume` goes on with the same bits.
 
         Chunks under way are finished first. The session itself goes on too. The file is as large as what the pipeline
-        keeps for a session (``pipe.memory.session_bytes``), and holds finished chunks that were not delivered.
+        keeps for a session (`pipe.memory.session_bytes`), and holds finished chunks that were not delivered.
 
-        Raises :class:`InputError` if the session's frames stay on the device or its noise is the caller's, or if the
+        Raises `InputError` if the session's frames stay on the device or its noise is the caller's, or if the
         file cannot be written.
         """
         lane = self._lane
@@ -255,7 +255,7 @@ class Session:
 
     @property
     def state(self) -> SessionState:
-        """``"open"``, or what ended the session."""
+        """`"open"`, or what ended the session."""
         lane = self._lane
         if lane.closed:
             return "closed"
@@ -269,7 +269,7 @@ class Session:
         return self._scheduler.statistics(self._lane)
 
     def cancel(self) -> None:
-        """Stop at the next forward. Whoever waits for a chunk gets :class:`SessionCancelledError`."""
+        """Stop at the next forward. Whoever waits for a chunk gets `SessionCancelledError`."""
         self._scheduler.cancel(self._lane)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """What the command lines share: output that any terminal, pipe or file takes, and ends by signal that clean up.
 
-Rich is imported when a console is made, so that ``--help`` does without it.
+Rich is imported when a console is made, so that `--help` does without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TerminatedError(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters written out, so that a name or a prompt cannot steer the terminal."""
+    """`text` with control characters written out, so that a name or a prompt cannot steer the terminal."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -72,7 +72,7 @@ def console(*, stderr: bool = False) -> Console:
     """A console on standard output, or on standard error.
 
     What the stream's encoding lacks is written as an escape; control characters never reach it; where it is no
-    terminal, nothing is wrapped or cut (``COLUMNS`` gives another width).
+    terminal, nothing is wrapped or cut (`COLUMNS` gives another width).
     """
     from rich.console import Console, RenderableType
     from rich.segment import Segment
@@ -95,7 +95,7 @@ def console(*, stderr: bool = False) -> Console:
 def write_out(text: str) -> None:
     """Write text, such as JSON, to standard output.
 
-    Raises :class:`OutputError` if it cannot be written.
+    Raises `OutputError` if it cannot be written.
     """
     stream = _Stream(sys.stdout, counts=True)
     stream.write(text)
@@ -109,9 +109,9 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Around all that a command does: prepares the streams, and turns SIGTERM into :class:`TerminatedError`.
+    """Around all that a command does: prepares the streams, and turns SIGTERM into `TerminatedError`.
 
-    Raises :class:`OutputError` at the end if standard output does not take what is left.
+    Raises `OutputError` at the end if standard output does not take what is left.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -47,7 +47,7 @@ class _LayerEngine(Protocol):
 def clean_prompt(prompt: str) -> str:
     """Repair mojibake, unescape HTML twice, and collapse white space, as the text encoder was trained with.
 
-    Raises :class:`InputError` if ``prompt`` is not a string of valid Unicode, or longer than :data:`MAX_PROMPT`. It
+    Raises `InputError` if `prompt` is not a string of valid Unicode, or longer than `MAX_PROMPT`. It
     may be empty.
     """
     import ftfy
@@ -65,7 +65,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
-    """A prompt embedding as a float32 copy ``[text_len, dim]``; :class:`InputError` if it is anything else."""
+    """A prompt embedding as a float32 copy `[text_len, dim]`; `InputError` if it is anything else."""
     array = np.asarray(embedding)
     expected = (text.text_len, text.dim)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
@@ -84,7 +84,7 @@ def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
 class TextEncoder:
     """Encodes prompts with a bundle's tokenizer and text encoder. Safe to call from several threads.
 
-    ``resident=True`` keeps the layers' weights in memory after the first prompt instead of reading them again. Either
+    `resident=True` keeps the layers' weights in memory after the first prompt instead of reading them again. Either
     way the embeddings of the latest prompts are kept, so that a prompt that comes back costs nothing.
     """
 
@@ -106,7 +106,7 @@ class TextEncoder:
         self._closed = False
 
     def tokenize(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, cleaned, ended by the end token, cut to ``text_len`` with a warning."""
+        """Token ids of a prompt, cleaned, ended by the end token, cut to `text_len` with a warning."""
         limit = self._text.text_len
         cleaned = clean_prompt(prompt)
         if self._text.words and (unknown := set(cleaned.split()).difference(self._text.words)):
@@ -124,7 +124,7 @@ class TextEncoder:
         return [*ids[: limit - 1], self._text.eos_id]
 
     def encode(self, prompt: str) -> NDArray[np.float32]:
-        """The embedding of a prompt, ``[text_len, dim]`` float32, zero past its last token."""
+        """The embedding of a prompt, `[text_len, dim]` float32, zero past its last token."""
         ids = self.tokenize(prompt)
         text = self._text
         if (known := self._known(tuple(ids))) is not None:

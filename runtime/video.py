@@ -43,7 +43,7 @@ _SHEET_GAP = 4
 
 
 class VideoWriter:
-    """Appends frames to an open video; made by :func:`open_video`."""
+    """Appends frames to an open video; made by `open_video`."""
 
     def __init__(self, container: OutputContainer, stream: VideoStream, size: tuple[int, int]) -> None:
         self._container = container
@@ -51,7 +51,7 @@ class VideoWriter:
         self._shape = (*size, 3)
 
     def write(self, frames: NDArray[np.uint8]) -> None:
-        """Append frames, uint8 ``[N, H, W, 3]``."""
+        """Append frames, uint8 `[N, H, W, 3]`."""
         from av import VideoFrame
 
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
@@ -74,7 +74,7 @@ def open_video(path: str | os.PathLike[str], *, fps: int, height: int, width: in
     an odd last row or column is repeated once.
 
     Raises:
-        InputError: ``path`` cannot be written.
+        InputError: `path` cannot be written.
         OSError: writing failed, such as on a full disk.
     """
     import av
@@ -112,10 +112,10 @@ def _translated() -> Iterator[None]:
 
 
 def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: int) -> NDArray[np.uint8]:
-    """The ``last`` frames of a video, or an image, uint8 ``[N, height, width, 3]``.
+    """The `last` frames of a video, or an image, uint8 `[N, height, width, 3]`.
 
     Pictures of another size are scaled until they cover this one, and what is too much is cut off on both sides.
-    Raises :class:`InputError` if the file cannot be read, or holds no picture.
+    Raises `InputError` if the file cannot be read, or holds no picture.
     """
     import av
     from PIL import Image
@@ -139,10 +139,10 @@ def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: 
 
 
 def read_image(file: str | os.PathLike[str] | IO[bytes], *, height: int, width: int) -> NDArray[np.uint8]:
-    """A PNG, JPEG or WebP image of whatever origin, uint8 ``[height, width, 3]``; scaled and cut as by `read_frames`.
+    """A PNG, JPEG or WebP image of whatever origin, uint8 `[height, width, 3]`; scaled and cut as by `read_frames`.
 
     Nothing but these formats is tried, and no image of more than 64 million pixels is unpacked. Raises
-    :class:`InputError` if it cannot be read.
+    `InputError` if it cannot be read.
     """
     from PIL import Image
 
@@ -169,7 +169,7 @@ def _fitted(picture: Image, height: int, width: int) -> NDArray[np.uint8]:
 def write_contact_sheet(
     path: str | os.PathLike[str], frames: Sequence[NDArray[np.uint8]], *, columns: int = _SHEET_COLUMNS
 ) -> None:
-    """Write frames, each uint8 ``[H, W, 3]``, as a PNG grid, row by row."""
+    """Write frames, each uint8 `[H, W, 3]`, as a PNG grid, row by row."""
     from PIL import Image
 
     target = check_output(path, (".png",))
@@ -191,7 +191,7 @@ def write_contact_sheet(
 
 
 def check_output(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
-    """``path`` if a file of one of the ``suffixes`` can be written there; :class:`InputError` otherwise."""
+    """`path` if a file of one of the `suffixes` can be written there; `InputError` otherwise."""
     target = Path(path)
     if target.suffix.lower() not in suffixes:
         raise InputError(f"output file {str(path)!r} must end in {' or '.join(suffixes)}")

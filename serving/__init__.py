@@ -1,4 +1,4 @@
 """Serves a bundle over HTTP and WebSocket: live sessions, clips, a page, metrics.
 
-``python -m serving run BUNDLE`` starts it. Built on the public face of :mod:`runtime` only.
+`python -m serving run BUNDLE` starts it. Built on the public face of `runtime` only.
 """

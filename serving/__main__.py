@@ -1,4 +1,4 @@
-"""Entry point of ``python -m serving``."""
+"""Entry point of `python -m serving`."""
 
 from __future__ import annotations
 

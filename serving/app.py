@@ -33,8 +33,8 @@ def create_app(
 ) -> FastAPI:
     """The application for a bundle. It loads when the server starts, and answers 503 until it has.
 
-    ``on_loaded`` is called when it has, or with the error if it cannot. With ``wait`` the application starts only then,
-    and raises the error. ``app.state.service`` is the :class:`Service`.
+    `on_loaded` is called when it has, or with the error if it cannot. With `wait` the application starts only then,
+    and raises the error. `app.state.service` is the `Service`.
     """
     service = Service(settings)
 

@@ -1,4 +1,4 @@
-"""``python -m serving``: arguments, exit codes."""
+"""`python -m serving`: arguments, exit codes."""
 
 from __future__ import annotations
 

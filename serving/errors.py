@@ -14,7 +14,7 @@ class SettingsError(ServingError, ValueError):
 
 
 class RequestError(ServingError):
-    """A client's request cannot be served as it is. ``code`` is stable, for programs; ``status`` is HTTP's."""
+    """A client's request cannot be served as it is. `code` is stable, for programs; `status` is HTTP's."""
 
     def __init__(self, code: str, message: str, *, status: int = 400) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class RequestError(ServingError):
 
 
 class BusyError(RequestError):
-    """More is asked for than can be given now; ``retry_after`` says in how many seconds to try again."""
+    """More is asked for than can be given now; `retry_after` says in how many seconds to try again."""
 
     def __init__(self, message: str, *, retry_after: int, code: str = "busy", status: int = 503) -> None:
         super().__init__(code, message, status=status)

@@ -15,7 +15,7 @@ _PREVIEW = 12
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats records, and what was passed as ``extra={"fields": {...}}``, as JSON."""
+    """Formats records, and what was passed as `extra={"fields": {...}}`, as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""

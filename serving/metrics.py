@@ -49,7 +49,7 @@ class Metrics:
         self.videos = self._counter("videos", "Clips that ended, by status", "status")
 
     def computed(self, chunk: Chunk, seconds: float) -> None:
-        """A chunk that lasts ``seconds`` has been computed."""
+        """A chunk that lasts `seconds` has been computed."""
         self.chunks.inc()
         self.realtime_factor.set(seconds / max(chunk.denoise + chunk.other, chunk.decode, 1e-9))
         for stage in ("denoise", "decode", "other"):

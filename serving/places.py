@@ -27,7 +27,7 @@ class Waiting:
 
 @dataclass(eq=False)
 class Place:
-    """A place that is taken. ``until`` is when it is expected to be free again, if that is known."""
+    """A place that is taken. `until` is when it is expected to be free again, if that is known."""
 
     since: float
     until: float | None = None
@@ -65,10 +65,10 @@ class Places:
     async def place(
         self, tell: Callable[[Waiting], None], *, seconds: float | None = None, bounded: bool = True
     ) -> AsyncIterator[Place]:
-        """Hold a place; ``tell`` hears the position whenever it changes while this waits.
+        """Hold a place; `tell` hears the position whenever it changes while this waits.
 
-        ``seconds`` is how long the place will be needed, if known. Raises :class:`BusyError` if the queue is full,
-        unless ``bounded`` is False because the caller keeps a queue of its own.
+        `seconds` is how long the place will be needed, if known. Raises `BusyError` if the queue is full,
+        unless `bounded` is False because the caller keeps a queue of its own.
         """
         place = await self._take(tell, bounded)
         if seconds is not None:
@@ -86,7 +86,7 @@ class Places:
             waiter.place.set_exception(error)
 
     def wait_for(self, position: int) -> float | None:
-        """Seconds until the ``position``-th place from now is free, if that can be told."""
+        """Seconds until the `position`-th place from now is free, if that can be told."""
         now = self._clock()
         usual = sum(self._held) / len(self._held) if self._held else None
         ends: list[float] = []

@@ -33,13 +33,13 @@ _OVERHEAD = 32
 
 @dataclass(frozen=True)
 class Cluster:
-    """How a bundle is spread. ``cpus`` and ``gpus`` are what each replica reserves."""
+    """How a bundle is spread. `cpus` and `gpus` are what each replica reserves."""
 
     replicas: int = 1
     cpus: float = 1.0
     gpus: float = 0.0
     address: str | None = None
-    """An existing cluster, such as ``auto``; ``None`` starts one on this machine."""
+    """An existing cluster, such as `auto`; `None` starts one on this machine."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.cpus < 0 or self.gpus < 0:
@@ -67,7 +67,7 @@ class _Board:
 
 
 class _BoardNeighbours:
-    """Implements :class:`~serving.neighbours.Neighbours` over the actor."""
+    """Implements `Neighbours` over the actor."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -76,11 +76,11 @@ class _BoardNeighbours:
         ).remote()
 
     async def report(self, free: int) -> None:
-        """See :meth:`Neighbours.report <serving.neighbours.Neighbours.report>`."""
+        """See `Neighbours.report`."""
         await self._board.report.remote(self._name, free)
 
     async def have_room(self) -> bool:
-        """See :meth:`Neighbours.have_room <serving.neighbours.Neighbours.have_room>`."""
+        """See `Neighbours.have_room`."""
         return bool(await self._board.others_free.remote(self._name))
 
 
@@ -111,7 +111,7 @@ class _Replica:
 def deploy(settings: Settings, cluster: Cluster) -> None:
     """Deploy a bundle, or replace the one deployed by this one, replica by replica; returns when all are ready.
 
-    Sessions of replicas that are replaced may go on for ``settings.drain_seconds``.
+    Sessions of replicas that are replaced may go on for `settings.drain_seconds`.
     """
     deployment = serve.deployment(
         name="Replica",

@@ -18,7 +18,7 @@ _BEARER_PROTOCOL = "bearer."
 
 
 class RateLimit:
-    """Token buckets, one for each client: ``rate`` a second, ``burst`` at once."""
+    """Token buckets, one for each client: `rate` a second, `burst` at once."""
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float]) -> None:
         self._rate = rate
@@ -27,7 +27,7 @@ class RateLimit:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def allows(self, client: str) -> bool:
-        """Count a request of ``client``; False if it is one too many."""
+        """Count a request of `client`; False if it is one too many."""
         now = self._clock()
         left, since = self._buckets.pop(client, (float(self._burst), now))
         left = min(float(self._burst), left + (now - since) * self._rate)
@@ -39,7 +39,7 @@ class RateLimit:
 
 
 class Guard:
-    """Checks the headers of a request. Raises :class:`RequestError` where one is refused."""
+    """Checks the headers of a request. Raises `RequestError` where one is refused."""
 
     def __init__(self, settings: Settings) -> None:
         self._token = settings.token
@@ -86,7 +86,7 @@ class Guard:
 
 
 def bearer_of(headers: Mapping[str, str]) -> str | None:
-    """The token of an ``Authorization`` header, or of a WebSocket's sub-protocols, where pages have to put it."""
+    """The token of an `Authorization` header, or of a WebSocket's sub-protocols, where pages have to put it."""
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and value:
         return value.strip()

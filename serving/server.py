@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, on_ready: Callable[[str], None]) -> Exception | None:
-    """Serve until a signal; the error if the bundle could not be loaded. ``on_ready`` gets the page's address."""
+    """Serve until a signal; the error if the bundle could not be loaded. `on_ready` gets the page's address."""
     failure: list[Exception] = []
 
     def loaded(error: Exception | None) -> None:

@@ -28,7 +28,7 @@ _log = logging.getLogger("serving")
 
 
 class Service:
-    """One bundle being served. Everything but :attr:`pipeline` belongs to the event loop."""
+    """One bundle being served. Everything but `pipeline` belongs to the event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -51,7 +51,7 @@ class Service:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded pipeline. Raises :class:`RequestError` (503) while there is none, and when none is given away."""
+        """The loaded pipeline. Raises `RequestError` (503) while there is none, and when none is given away."""
         if self.state == "draining":
             raise RequestError("draining", "the server is stopping; try another", status=503)
         if self._pipeline is None or self.state != "ready":
@@ -70,7 +70,7 @@ class Service:
         return VideoShape(model.video_height, model.video_width, model.fps)
 
     async def start(self) -> None:
-        """Load and verify the bundle, then serve. Errors go to :attr:`error`; the state is ``failed`` then."""
+        """Load and verify the bundle, then serve. Errors go to `error`; the state is `failed` then."""
         settings = self.settings
         try:
             with span("load"):
@@ -104,7 +104,7 @@ class Service:
         _log.info("ready", extra={"fields": {"bundle": pipeline.manifest.name, "encoder": encoder}})
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, let sessions end within ``seconds``, then end them with a reason."""
+        """Take nothing new, let sessions end within `seconds`, then end them with a reason."""
         if self.state == "draining":
             return
         self.state = "draining"
@@ -151,7 +151,7 @@ class Service:
         return metrics.text()
 
     def bundle(self) -> dict[str, Any]:
-        """The manifest's summary for ``/v1/bundle``."""
+        """The manifest's summary for `/v1/bundle`."""
         manifest = self.manifest
         model, shape = manifest.model, self.shape
         return {

@@ -55,7 +55,7 @@ def default_videos_folder() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of ``python -m serving run``."""
+    """The options of `python -m serving run`."""
 
     bundle: Path
     host: str = "127.0.0.1"
@@ -65,7 +65,7 @@ class Settings:
     token: str | None = None
     insecure: bool = False
     origins: tuple[str, ...] = ()
-    """Further origins whose pages may connect, such as ``https://demo.example.com``."""
+    """Further origins whose pages may connect, such as `https://demo.example.com`."""
     hosts: tuple[str, ...] = ()
     """Further names by which the server may be addressed."""
     videos: Path = field(default_factory=default_videos_folder)
@@ -74,7 +74,7 @@ class Settings:
     drain_seconds: float = 30.0
     log_prompts: bool = False
     ice_servers: tuple[str, ...] = ()
-    """STUN and TURN servers for WebRTC, such as ``stun:stun.example.com:3478``."""
+    """STUN and TURN servers for WebRTC, such as `stun:stun.example.com:3478`."""
     examples: tuple[str, ...] = ()
     """Prompts that the page offers."""
     resident_text_encoder: bool = False
@@ -117,7 +117,7 @@ class Settings:
 
 
 def read_token(path: str | os.PathLike[str]) -> str:
-    """The bearer token in a file: one line of 16 to 256 letters, digits and ``. _ ~ -``."""
+    """The bearer token in a file: one line of 16 to 256 letters, digits and `. _ ~ -`."""
     try:
         token = Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -235,7 +235,7 @@ def is_ambiguous(selection: Selection, tolerance: float = 1e-5) -> bool:
 
 
 def mask_to_sets(mask: Array) -> dict[Pair, frozenset[int]]:
-    """bool `[H, query blocks, key blocks]` -> what each (head, query block) sees."""
+    """Bool `[H, query blocks, key blocks]` -> what each (head, query block) sees."""
     return {
         (head, block): frozenset(np.flatnonzero(mask[head, block]).tolist())
         for head in range(mask.shape[0])

@@ -23,7 +23,7 @@ _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 @dataclass(frozen=True)
 class Structure:
-    """Python modules as ``export/build.py``, folders as ``export/cli``; C++ files apart from both."""
+    """Python modules as `export/build.py`, folders as `export/cli`; C++ files apart from both."""
 
     modules: Mapping[str, frozenset[str]]
     """Module -> the modules that it imports."""
@@ -38,7 +38,7 @@ class Structure:
         return {name: frozenset(others - {name}) for name, others in sorted(found.items())}
 
     def sizes(self) -> dict[str, int]:
-        """Folder -> the number of its modules, without ``__init__`` and ``__main__``."""
+        """Folder -> the number of its modules, without `__init__` and `__main__`."""
         found: dict[str, int] = {}
         for module in self.modules:
             if Path(module).stem not in ("__init__", "__main__"):
@@ -53,7 +53,7 @@ def place(module: str) -> str:
 
 
 def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import of a file, relative ones resolved; ``from a import b`` gives ``a.b``."""
+    """(line, dotted name) of every import of a file, relative ones resolved; `from a import b` gives `a.b`."""
     package = path.relative_to(root).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
 
 
 def structure(root: Path) -> Structure:
-    """The structure of the checkout at ``root``."""
+    """The structure of the checkout at `root`."""
     paths = [path for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
     names = {_dotted(path.relative_to(root)): path.relative_to(root).as_posix() for path in paths}
     modules = {}

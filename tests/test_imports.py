@@ -106,6 +106,7 @@ FACES: dict[str, set[str]] = {
         "runtime.bundle.golden",
         "runtime.bundle.images",
         "runtime.bundle.policies",
+        "runtime.bundle.signature",
         "runtime.bundle.weights_file",
         # Ground that every room stands on.
         "runtime.errors",
@@ -116,7 +117,7 @@ FACES: dict[str, set[str]] = {
         "runtime.verify",
     },
 }
-"""Packages and modules whose ``__all__`` is all that other rooms import of a room."""
+"""Packages and modules whose `__all__` is all that other rooms import of a room."""
 INSIDE: dict[str, set[str]] = {
     # Shows what a bundle will do on its device.
     "export/report/bundle.py": {"runtime.program.buffers", "runtime.program.kernels"},

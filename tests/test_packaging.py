@@ -162,7 +162,8 @@ def site(wheels: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def from_wheels(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run code against the wheels' files alone, in their folder; the libraries are this environment's, and its own
-    `runtime` cannot be imported."""
+    `runtime` cannot be imported.
+    """
     hidden = f"import sys; sys.modules['runtime'] = None; sys.path.insert(0, {str(site)!r}); {code}"
     return subprocess.run(
         [sys.executable, "-c", hidden], cwd=site, capture_output=True, text=True, check=False

@@ -31,7 +31,7 @@ def installed() -> str | None:
 
 
 def sources() -> list[tuple[str, ...]]:
-    """pip arguments of the places to look, in order."""
+    """Pip arguments of the places to look, in order."""
     if platform.system() == "Linux" and platform.machine() == "x86_64":
         return [("--index-url", CPU_WHEELS, "--retries", "0", "--timeout", "10"), ()]
     return [()]

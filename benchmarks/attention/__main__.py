@@ -1,4 +1,4 @@
-"""``python -m benchmarks.attention``."""
+"""`python -m benchmarks.attention`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.rollout``."""
+"""`python -m benchmarks.rollout`."""
 
 import sys
 

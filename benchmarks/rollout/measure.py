@@ -175,7 +175,8 @@ class MemoryWatch:
 
     def peaks(self) -> dict[str, int | None]:
         """Bytes above the start: `torch_bytes` of PyTorch's allocator (None on a CPU), `total_bytes` as the driver
-        counts the device's memory in use, on a CPU the resident memory of the process."""
+        counts the device's memory in use, on a CPU the resident memory of the process.
+        """
         allocated = None
         if self._device == "cuda":
             import torch

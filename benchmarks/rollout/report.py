@@ -48,7 +48,8 @@ GOALS = (
 
 def goals(cases: Sequence[Result], device: str) -> list[dict[str, Any]]:
     """Each goal as met, not met or unmeasured. They are for an H200, the real model and the last rung; elsewhere the
-    figure is given all the same."""
+    figure is given all the same.
+    """
     result = []
     for goal in GOALS:
         fitting = [case for case in cases if (case["asked_frames"] > 81) == goal.is_long]

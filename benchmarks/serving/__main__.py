@@ -1,4 +1,4 @@
-"""``python -m benchmarks.serving``."""
+"""`python -m benchmarks.serving`."""
 
 import sys
 

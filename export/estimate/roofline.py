@@ -254,7 +254,8 @@ class Workload:
 
     def chunk(self, chunk: int) -> Iterator[Work]:
         """Everything between asking for a chunk and having its frames: the clean forward of the chunk before, the
-        denoising forwards, and the decoding."""
+        denoising forwards, and the decoding.
+        """
         if chunk and self.schedule.clean_forward:
             yield from self.forward(chunk - 1, clean=True)
         for _ in self.schedule.rows(chunk):
@@ -369,7 +370,8 @@ class ClipPrediction:
 
 def predict(request: Planned, built: Mapping[str, int] | None = None) -> ClipPrediction | None:
     """The floor of the clip that the variant's table was planned for; None where a peak rate that it needs is not
-    known. `built` is what :class:`Workload` takes."""
+    known. `built` is what `Workload` takes.
+    """
     workload = Workload(request, built)
     return predict_chunks(request, range(workload.planned_chunks), built)
 

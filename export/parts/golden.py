@@ -251,7 +251,8 @@ def _slots(label: str, past: int, most: int) -> tuple[int, ...]:
 
 def _scale(name: str) -> float:
     """Standard deviation of an input. What the residual stream adds is small beside a layer's own results then, so
-    that an error of these is seen; layers normalise what they read of it."""
+    that an error of these is seen; layers normalise what they read of it.
+    """
     return 0.05 if name == "x" else 1.0
 
 

@@ -121,7 +121,8 @@ def files_digest(files: Iterable[Path]) -> str:
 
 def _deciding_versions() -> dict[str, str]:
     """The versions that tell builds apart. Not Python's patch level: parts that were compiled on one machine are taken
-    over on another, whose Python seldom is the same to the last digit."""
+    over on another, whose Python seldom is the same to the last digit.
+    """
     versions = {name: version for name, version in tool_versions().items() if name in _TOOLS}
     return {**versions, "python": ".".join(platform.python_version_tuple()[:2])}
 

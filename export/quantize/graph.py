@@ -93,7 +93,7 @@ class Linear:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+        """(out, in)."""
         shape = self.weight.shape
         assert shape is not None
         rows, columns = shape.numpy()
@@ -166,7 +166,8 @@ def _onnx_tensor(tensor: Tensor, name: str) -> ir.TensorProtocol:
 
 class _Foldings:
     """Quantized weights. Of the tensors of one layer, which are written one after the other, only the first computes
-    it; only the layer read last is kept."""
+    it; only the layer read last is kept.
+    """
 
     def __init__(self, observe: Observer | None) -> None:
         self._observe = observe

@@ -66,7 +66,7 @@ def memory_table(plan: MemoryPlan) -> Table:
 def plan_tables(
     request: Planned, sessions: int, efficiency: Efficiency, built: Mapping[str, int] | None = None
 ) -> Iterator[RenderableType]:
-    """Everything `plan` prints; `built` is what :class:`~export.estimate.roofline.Workload` takes."""
+    """Everything `plan` prints; `built` is what `Workload` takes."""
     yield _heading(request)
     yield memory_table(plan_memory(request, sessions))
     clip, peak = predict(request, built), request.target.peak

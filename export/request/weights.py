@@ -261,7 +261,8 @@ class Weights:
 
 def shipped_weights(preset: Preset, *, dense: bool) -> Weights | None:
     """The trained weights that come with this package for `preset`, for dense or for sparse attention; None if there
-    are none."""
+    are none.
+    """
     files = shipped(preset.name)
     if files is None:
         return None

@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_sha256(path: str | Path) -> str:
-    """Identify a checkpoint, in hexadecimal: the file's SHA-256.
+    r"""Identify a checkpoint, in hexadecimal: the file's SHA-256.
 
     Of a sharded checkpoint, the SHA-256 of the lines `<sha256>  <name>\\n` of the index and then the shards in order of
     name, which is that of `sha256sum`'s own output.

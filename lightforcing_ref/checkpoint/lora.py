@@ -90,8 +90,9 @@ def lora_scale(path: str | Path, content: Mapping[str, Any]) -> LoRAScale:
 
 
 def lora_sha256(path: str | Path) -> str:
-    """Identify a LoRA, in hexadecimal: its checkpoint's SHA-256, or where `adapter_config.json` counts, the SHA-256 of
-    the lines `<sha256>  <name>\\n` of both."""
+    r"""Identify a LoRA, in hexadecimal: its checkpoint's SHA-256, or where `adapter_config.json` counts, the SHA-256 of
+    the lines `<sha256>  <name>\\n` of both.
+    """
     digest = checkpoint_sha256(path)
     file = checkpoint_files(path)[0]
     config = _config_path(file)

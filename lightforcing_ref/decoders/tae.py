@@ -46,7 +46,8 @@ class MemoryBlock(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None) -> Tensor:
         """`x` `[t, C, h, w]`; `before` `[1, C, h, w]` is this block's input of the frame before `x[0]`, None at the
-        start of a clip."""
+        start of a clip.
+        """
         if before is None:
             past = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1]  # a tensor of zeros would be stored in the graph
         else:

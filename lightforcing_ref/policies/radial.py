@@ -48,7 +48,7 @@ class Radial:
         return max(span * self.decay, float(block))
 
     def visible(self, view: View) -> Tensor:
-        """bool `[1, T, K]`."""
+        """Bool `[1, T, K]`."""
         geometry = view.geometry
         blocks = torch.ones(
             view.frames - view.past_frames,

@@ -30,7 +30,7 @@ class SLA:
         check_fraction("the ratio of SLA", self.ratio)
 
     def visible(self, view: View) -> Tensor:
-        """bool `[H, T, K]`."""
+        """Bool `[H, T, K]`."""
         query = view.q_mean.flatten(0, 1).transpose(0, 1)
         centred = view.k_mean.flatten(0, 1) - view.k.float().mean(0)
         scores = query @ centred.permute(1, 2, 0)

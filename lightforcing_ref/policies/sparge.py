@@ -46,7 +46,7 @@ class SpargeAttention:
             raise ConfigError(f"the cumulative threshold is {self.cumulative}; expected a value in (0, 1]")
 
     def visible(self, view: View) -> Tensor:
-        """bool `[H, T, K]`."""
+        """Bool `[H, T, K]`."""
         shift = view.k.float().mean(0) if self.smooth else torch.zeros_like(view.k[0], dtype=torch.float32)
         query = view.q_mean.flatten(0, 1).transpose(0, 1)
         keys = (view.k_mean.flatten(0, 1) - shift).permute(1, 2, 0)

@@ -43,7 +43,7 @@ class SlidingTile:
             )
 
     def visible(self, view: View) -> Tensor:
-        """bool `[1 or H, T, K]`.
+        """Bool `[1 or H, T, K]`.
 
         Raises:
             ConfigError: the number of windows is neither one nor that of the heads.

@@ -77,7 +77,7 @@ class Policy(Protocol):
     """Which keys each query sees."""
 
     def visible(self, view: View) -> Tensor:
-        """bool `[H or 1, T, N * frame_tokens]`; every query sees at least one key."""
+        """Bool `[H or 1, T, N * frame_tokens]`; every query sees at least one key."""
 
 
 def budget(view: View, fraction: float | None) -> int:

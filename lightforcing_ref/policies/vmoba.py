@@ -45,7 +45,7 @@ class VMoBA:
             )
 
     def visible(self, view: View) -> Tensor:
-        """bool `[H, T, K]`."""
+        """Bool `[H, T, K]`."""
         block = self._block_index(view)
         count = int(block.max()) + 1
         keys = view.k.float()

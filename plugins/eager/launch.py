@@ -119,7 +119,8 @@ def _whole(tensors: Mapping[str, Tensor]) -> None:
 
 class TorchKernels:
     """The operators and their steps on tensors, run by a launcher. Every call is safe inside a CUDA graph capture
-    once it has run outside of one."""
+    once it has run outside of one.
+    """
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self._launcher = launcher or TritonLauncher()

@@ -1,6 +1,6 @@
-"""The bundle: a folder that holds everything one target needs, described by ``manifest.json``.
+"""The bundle: a folder that holds everything one target needs, described by `manifest.json`.
 
-``export`` writes bundles and ``runtime`` reads them; this package is the only thing that the two share.
+`export` writes bundles and `runtime` reads them; this package is the only thing that the two share.
 """
 
 from .dtypes import (

@@ -38,7 +38,7 @@ class _Part(BaseModel):
 
 
 class MeasuredChunk(_Part):
-    """Times of one chunk in seconds; see :class:`runtime.Chunk`."""
+    """Times of one chunk in seconds; see `runtime.Chunk`."""
 
     index: Annotated[int, Field(ge=0)]
     frames: _Count
@@ -65,17 +65,17 @@ class MeasuredBundle(_Part):
 
     @classmethod
     def of(cls, manifest: Manifest) -> MeasuredBundle:
-        """What a benchmark keeps of ``manifest``."""
+        """What a benchmark keeps of `manifest`."""
         return cls(**{name: getattr(manifest, name) for name in cls.model_fields})
 
 
 class Benchmark(_Part):
-    """One run of ``bench``. Times in seconds.
+    """One run of `bench`. Times in seconds.
 
-    ``overhead_percent`` is the time the runtime spends outside the engines, in percent of all the time spent on
-    the measured chunks. ``seconds`` is wall time for all sessions together, and ``fps`` counts all their frames.
-    ``per_chunk`` says, on a GPU, how often graphs were launched and how often the host waited; see
-    :class:`~runtime.cuda.executor.CudaCounters`. ``chunks`` are those of all sessions, one session after the other.
+    `overhead_percent` is the time the runtime spends outside the engines, in percent of all the time spent on
+    the measured chunks. `seconds` is wall time for all sessions together, and `fps` counts all their frames.
+    `per_chunk` says, on a GPU, how often graphs were launched and how often the host waited; see
+    `CudaCounters`. `chunks` are those of all sessions, one session after the other.
     """
 
     schema_version: Literal[1] = BENCHMARK_VERSION
@@ -95,7 +95,7 @@ class Benchmark(_Part):
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """Read the file that ``bench --json`` wrote.
+    """Read the file that `bench --json` wrote.
 
     Raises:
         InputError: it cannot be read, or is none.

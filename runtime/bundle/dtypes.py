@@ -28,7 +28,7 @@ __all__ = [
 Dtype = Literal[
     "float32", "float16", "bfloat16", "float8_e4m3fn", "float4_e2m1", "int32", "int64", "uint8", "bool"
 ]
-"""Element types of a bundle's tensors. ``float4_e2m1`` is packed two to a byte along the last axis; weights files hold
+"""Element types of a bundle's tensors. `float4_e2m1` is packed two to a byte along the last axis; weights files hold
 it as uint8."""
 
 AnyDtype = Dtype | Literal["int8", "int16"]
@@ -45,8 +45,8 @@ class ElementType:
     Attributes:
         bits: of one element.
         short: as reports, engine names and expectations have it.
-        onnx: the member of ONNX's ``DataType``.
-        tensorrt: the member of TensorRT's ``DataType``, or None.
+        onnx: the member of ONNX's `DataType`.
+        tensorrt: the member of TensorRT's `DataType`, or None.
         safetensors: the name in weights files, or None where they know no such type.
         triton: the name in signatures of Triton's kernels, or None.
     """
@@ -93,7 +93,7 @@ def dtypes_by(column: Literal["short", "onnx", "tensorrt", "safetensors", "trito
 
 
 def dtype_name(dtype: object) -> Dtype:
-    """The element type that a ``dtype`` of PyTorch, numpy or ml_dtypes is.
+    """The element type that a `dtype` of PyTorch, numpy or ml_dtypes is.
 
     Raises:
         KeyError: it is none that bundles hold.

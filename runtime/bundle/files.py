@@ -31,7 +31,7 @@ _PIECE: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Identity:
-    """By what a file is known again without being read. Whatever is written to it changes ``changed``; so do its
+    """By what a file is known again without being read. Whatever is written to it changes `changed`; so do its
     permissions and links, which change nothing that is read.
 
     Times in nanoseconds.
@@ -52,7 +52,7 @@ class Identity:
 class OpenFile:
     """A regular file, open for reading anywhere in it; safe to use from several threads.
 
-    It stays the same file when another takes its name. Close it, or use it in a ``with`` statement.
+    It stays the same file when another takes its name. Close it, or use it in a `with` statement.
 
     Raises:
         BundleError: there is no such file, it cannot be read, or it is none with contents: a folder, pipe or device.
@@ -77,7 +77,7 @@ class OpenFile:
         return Identity.of(os.fstat(self._stream.fileno()))
 
     def read_into(self, offset: int, memory: NDArray[np.uint8]) -> None:
-        """Fill ``memory`` with what stands from ``offset`` on.
+        """Fill `memory` with what stands from `offset` on.
 
         Raises:
             BundleError: the file is closed or shorter, or cannot be read.
@@ -90,7 +90,7 @@ class OpenFile:
         self._require(offset, done, len(view))
 
     def read(self, offset: int, count: int) -> bytes:
-        """``count`` bytes from ``offset`` on; raises as :meth:`read_into`."""
+        """`count` bytes from `offset` on; raises as `read_into`."""
         pieces: list[bytes] = []
         done = 0
         with self._reading(offset):
@@ -144,7 +144,7 @@ _BINARY: Final = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 class BundleFile(OpenFile):
-    """A file that a manifest lists, open. ``verified`` is what it was when it had the contents that are listed.
+    """A file that a manifest lists, open. `verified` is what it was when it had the contents that are listed.
 
     Raises:
         BundleError: it cannot be opened.

@@ -5,8 +5,8 @@ bundle's own, and of each output only samples at seeded positions and the norm a
 must do alike is defined here, from raw bits of a counter-based generator and integer arithmetic, so that it depends
 neither on the machine nor on a numpy version.
 
-The golden file is a safetensors file. Its metadata entry ``golden`` holds the cases as JSON (:class:`GoldenCases`),
-the tensor ``CASE/OUTPUT`` the expected samples of that case, float32.
+The golden file is a safetensors file. Its metadata entry `golden` holds the cases as JSON (`GoldenCases`),
+the tensor `CASE/OUTPUT` the expected samples of that case, float32.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Normal(Part):
-    """Numbers that are normally distributed for all purposes here, times ``scale``; see :func:`standard_normal`."""
+    """Numbers that are normally distributed for all purposes here, times `scale`; see `standard_normal`."""
 
     kind: Literal["normal"] = "normal"
     seed: Seed
@@ -111,8 +111,8 @@ Recipe = Annotated[Normal | Rotary | Integers | Mask | Stored, Field(discriminat
 class Expected(Part):
     """What is known of one output besides its samples.
 
-    ``size`` is its number of elements, ``seed`` gives the positions of the samples, and ``norm`` is the L2 norm of
-    all of it. ``centre`` is taken from every element first: pixels are spread around the middle of their range, and
+    `size` is its number of elements, `seed` gives the positions of the samples, and `norm` is the L2 norm of
+    all of it. `centre` is taken from every element first: pixels are spread around the middle of their range, and
     what lies in the middle is no signal.
     """
 
@@ -125,7 +125,7 @@ class Expected(Part):
 class GoldenCase(Part):
     """One run of a component: what goes in, and what is known of what must come out.
 
-    ``name`` is unique. ``slots`` is the size of the dimension of that name.
+    `name` is unique. `slots` is the size of the dimension of that name.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Platform:
 class ComponentRunner(Protocol):
     """Runs single components of a bundle, as verification needs it.
 
-    A backend's engine offers one through ``component_runner()``. Runs are independent: nothing of one may be seen
+    A backend's engine offers one through `component_runner()`. Runs are independent: nothing of one may be seen
     by the next. Speed does not matter, and memory only so far that one component at a time fits.
     """
 
@@ -169,11 +169,11 @@ class ComponentRunner(Protocol):
         """What the components run on. Must be cheap: it decides whether anything has to be run at all."""
 
     def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run ``component`` once, with the engine or kernel that the rollout uses.
+        """Run `component` once, with the engine or kernel that the rollout uses.
 
-        ``inputs`` has every input of the component in the manifest, in the manifest's shapes and
-        :func:`~runtime.bundle.dtypes.numpy_dtype` (bfloat16 and float8 of ml_dtypes, packed float4 as uint8);
-        where weights are inputs, they are among them. The dimension ``slots`` has any size of 1 or more. Returns host
+        `inputs` has every input of the component in the manifest, in the manifest's shapes and
+        `numpy_dtype` (bfloat16 and float8 of ml_dtypes, packed float4 as uint8);
+        where weights are inputs, they are among them. The dimension `slots` has any size of 1 or more. Returns host
         arrays of every output by name, in the output's type and any shape of the right number of elements.
 
         Raises:
@@ -188,14 +188,14 @@ def seed_of(case: str, tensor: str) -> int:
 
 
 def _bits(seed: int, count: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """``count`` random 64-bit words, some at a time, each with the index of the first."""
+    """`count` random 64-bit words, some at a time, each with the index of the first."""
     generator = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64))
     for start in range(0, count, _DRAW):
         yield start, generator.random_raw(min(_DRAW, count - start))
 
 
 def standard_normal(seed: int, count: int) -> NDArray[np.float32]:
-    """``count`` numbers of mean 0 and variance 1: sums of four uniform ones, at most 3.46 large.
+    """`count` numbers of mean 0 and variance 1: sums of four uniform ones, at most 3.46 large.
 
     Each is the sum of the four 16-bit parts of a word, shifted and scaled once in float32.
     """
@@ -219,7 +219,7 @@ def _angles(seed: int, count: int) -> NDArray[np.float64]:
 
 
 def positions(seed: int, size: int) -> NDArray[np.int64]:
-    """Positions of the samples in an output of ``size`` elements, ascending: all of them, or :data:`SAMPLES`."""
+    """Positions of the samples in an output of `size` elements, ascending: all of them, or `SAMPLES`."""
     if size <= SAMPLES:
         return np.arange(size, dtype=np.int64)
     words = np.concatenate([words for _, words in _bits(seed, SAMPLES)])
@@ -227,9 +227,9 @@ def positions(seed: int, size: int) -> NDArray[np.int64]:
 
 
 def generate(recipe: Recipe, count: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:
-    """The ``count`` elements of an input, flat; float32, int64, or as the weights file has them.
+    """The `count` elements of an input, flat; float32, int64, or as the weights file has them.
 
-    ``files`` are the weights files that recipes refer to.
+    `files` are the weights files that recipes refer to.
 
     Raises:
         BundleError: a tensor is missing, or has another number of elements.
@@ -254,7 +254,7 @@ def generate(recipe: Recipe, count: int, files: Mapping[str, WeightsFile]) -> ND
 
 
 def sample(output: NDArray[Any], expected: Expected) -> tuple[NDArray[np.float32], float]:
-    """Samples of an output at its positions, and its norm; see :class:`Expected`."""
+    """Samples of an output at its positions, and its norm; see `Expected`."""
     flat = output.reshape(-1)
     picked = flat[positions(expected.seed, flat.size)].astype(np.float32) - np.float32(expected.centre)
     square = 0.0
@@ -284,7 +284,7 @@ def _ratio(gap: float, scale: float) -> float:
 
 
 class GoldenVectors:
-    """The golden vectors of a bundle, opened. Close them, or use them in a ``with`` statement.
+    """The golden vectors of a bundle, opened. Close them, or use them in a `with` statement.
 
     Raises:
         BundleError: the bundle has none, or they do not fit it.
@@ -401,10 +401,10 @@ def _elements(spec: TensorSpec, slots: int) -> int:
 
 
 def shaped(recipe: Recipe, spec: TensorSpec, slots: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:
-    """An input as a component takes it. ``slots`` is the size of its one symbolic dimension.
+    """An input as a component takes it. `slots` is the size of its one symbolic dimension.
 
     Raises:
-        BundleError: as :func:`generate`.
+        BundleError: as `generate`.
     """
     shape = [slots if isinstance(dim, str) else dim for dim in spec.shape]
     if spec.dtype == "float4_e2m1":

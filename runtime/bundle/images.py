@@ -45,7 +45,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 class KernelProblem:
     """Sizes of one call.
 
-    ``past_frames`` is the length of ``frame_slots``: the largest number of past frames, not the number present.
+    `past_frames` is the length of `frame_slots`: the largest number of past frames, not the number present.
     """
 
     dtype: str
@@ -172,12 +172,12 @@ class ImageSet(Part):
 
     @property
     def capability(self) -> tuple[int, int]:
-        """Compute capability, e.g. ``(9, 0)``."""
+        """Compute capability, e.g. `(9, 0)`."""
         number = int(self.arch.removeprefix("sm_"))
         return number // 10, number % 10
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether the images run on a device of compute capability ``capability``."""
+        """Whether the images run on a device of compute capability `capability`."""
         if self.target != self.arch:
             return capability == self.capability
         return capability[0] == self.capability[0] and capability >= self.capability
@@ -201,7 +201,7 @@ def read_index(folder: Path) -> ImageSet:
 
 
 def parse_index(content: bytes, path: Path) -> ImageSet:
-    """The index that was read from ``path``. Raises :class:`BundleSchemaError` if it is of another format."""
+    """The index that was read from `path`. Raises `BundleSchemaError` if it is of another format."""
     try:
         return ImageSet.model_validate_json(content, strict=True)
     except ValidationError as error:
@@ -225,7 +225,7 @@ def read_cubin(folder: Path, image: Image) -> bytes:
 
 
 def check_cubin(cubin: bytes, image: Image, path: Path) -> bytes:
-    """The cubin, which was read from ``path``, if it is that of ``image``; else :class:`BundleIntegrityError`."""
+    """The cubin, which was read from `path`, if it is that of `image`; else `BundleIntegrityError`."""
     digest = hashlib.sha256(cubin).hexdigest()
     if digest != image.sha256 or len(cubin) != image.bytes:
         raise BundleIntegrityError(

@@ -53,7 +53,7 @@ _MAX_PROBLEMS_SHOWN = 5
 class Bundle:
     """A validated bundle: its folder and its manifest.
 
-    ``digest`` is the SHA-256 of the manifest file that it was read from. ``verified`` tells by path what the files were
+    `digest` is the SHA-256 of the manifest file that it was read from. `verified` tells by path what the files were
     when they had the contents that the manifest lists; one that is not in it is read when it is opened.
     """
 
@@ -63,7 +63,7 @@ class Bundle:
     verified: Mapping[str, Identity] = field(default_factory=dict, repr=False)
 
     def path(self, relative: str) -> Path:
-        """Absolute path of a file that the manifest lists. Whoever uses what is in it takes :meth:`opened`."""
+        """Absolute path of a file that the manifest lists. Whoever uses what is in it takes `opened`."""
         return self.root / relative
 
     def opened(self, relative: str) -> BundleFile:
@@ -86,7 +86,7 @@ class Bundle:
         return {entry.path: entry for entry in self.manifest.files}
 
     def component(self, name: str) -> Component:
-        """The component called ``name``; :class:`BundleError` if the bundle has none."""
+        """The component called `name`; `BundleError` if the bundle has none."""
         try:
             return self.manifest.components[name]
         except KeyError:
@@ -107,7 +107,7 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def file_entry(folder: str | os.PathLike[str], relative: str) -> FileEntry:
-    """The manifest entry of ``folder/relative``: path with forward slashes, SHA-256 and size in bytes."""
+    """The manifest entry of `folder/relative`: path with forward slashes, SHA-256 and size in bytes."""
     path = Path(folder) / relative
     return FileEntry(
         path=PurePosixPath(relative).as_posix(), sha256=hash_file(path), bytes=path.stat().st_size
@@ -115,7 +115,7 @@ def file_entry(folder: str | os.PathLike[str], relative: str) -> FileEntry:
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
-    """Write ``manifest.json`` into ``folder`` and return its path.
+    """Write `manifest.json` into `folder` and return its path.
 
     The file appears complete or not at all. Write it last: a folder without it does not load.
     """
@@ -127,12 +127,12 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 def load_bundle(
     folder: str | os.PathLike[str], *, verify: bool = True, expected: str | None = None
 ) -> Bundle:
-    """Read and validate the bundle in ``folder``.
+    """Read and validate the bundle in `folder`.
 
-    ``verify=False`` skips hashing (sizes and paths are still checked); use it only where the folder was just
-    verified. ``expected`` is the SHA-256 that the manifest must have, which has those of all other files. Raises
-    :class:`BundleError` or a subclass; never returns a partly valid bundle. Raises :class:`InputError` where
-    ``expected`` is no SHA-256, or nothing is verified.
+    `verify=False` skips hashing (sizes and paths are still checked); use it only where the folder was just
+    verified. `expected` is the SHA-256 that the manifest must have, which has those of all other files. Raises
+    `BundleError` or a subclass; never returns a partly valid bundle. Raises `InputError` where
+    `expected` is no SHA-256, or nothing is verified.
     """
     if expected is not None and not (verify and _SHA256.fullmatch(expected)):
         raise InputError(
@@ -155,7 +155,7 @@ def load_bundle(
 
 
 def _parse(path: Path, expected: str | None) -> tuple[Manifest, str]:
-    """The manifest in a file, and the file's SHA-256, which must be the one ``expected``."""
+    """The manifest in a file, and the file's SHA-256, which must be the one `expected`."""
     if not os.path.exists(path):
         raise BundleError(
             f"{path.parent} has no {MANIFEST_NAME}: it is not a bundle, or its build was interrupted; "
@@ -247,7 +247,7 @@ def _check_components(root: Path, manifest: Manifest) -> None:
 
 
 def _contained(path: str) -> str:
-    """Return ``path`` if it is a plain relative POSIX path that stays inside its folder."""
+    """Return `path` if it is a plain relative POSIX path that stays inside its folder."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or "\0" in path:
         raise ValueError(
@@ -265,7 +265,7 @@ def _require_contained(root: Path, relative: str) -> Path:
 
 
 def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> Identity:
-    """What a file is, its contents checked if ``verify``. Links are followed wherever they lead: contents count."""
+    """What a file is, its contents checked if `verify`. Links are followed wherever they lead: contents count."""
     path = root / entry.path
     if not os.path.exists(path):
         raise BundleIntegrityError(

@@ -1,4 +1,4 @@
-"""The schema of ``manifest.json``: what a bundle says about itself, field by field.
+"""The schema of `manifest.json`: what a bundle says about itself, field by field.
 
 Every model refuses unknown fields, and validators check what fields must agree on.
 """
@@ -64,14 +64,14 @@ Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
 
 
 class Target(Part):
-    """What the bundle was built for. ``compute_capability`` is e.g. ``"12.0"``, or null on a CPU."""
+    """What the bundle was built for. `compute_capability` is e.g. `"12.0"`, or null on a CPU."""
 
     name: str
     compute_capability: str | None = None
 
 
 class Rope(Part):
-    """Rotary embedding: base ``theta`` and the head dimensions given to time, height and width."""
+    """Rotary embedding: base `theta` and the head dimensions given to time, height and width."""
 
     theta: PositiveFloat
     dims_thw: tuple[Count, Count, Count]
@@ -132,8 +132,8 @@ class Model(Part):
 class Attention(Part):
     """The sparse attention: its operator's attributes, and what it selects by. Blocks in tokens, the rest in frames.
 
-    ``eps`` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default, and
-    hierarchical selection. ``keep_frames`` and the two after it belong to the methods that the operator of
+    `eps` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default, and
+    hierarchical selection. `keep_frames` and the two after it belong to the methods that the operator of
     hierarchical sparse attention executes.
     """
 
@@ -157,9 +157,9 @@ class Attention(Part):
 
 
 class Sparsity(Part):
-    """Chunk-aware sparsity table, planned for ``table_frames`` latent frames.
+    """Chunk-aware sparsity table, planned for `table_frames` latent frames.
 
-    ``values[i]`` is the sparsity of chunk i and ``keep_q20[i]`` the kept fraction in units of 2**-20.
+    `values[i]` is the sparsity of chunk i and `keep_q20[i]` the kept fraction in units of 2**-20.
     """
 
     table_frames: Positive
@@ -176,7 +176,7 @@ class Sparsity(Part):
 
 
 class Text(Part):
-    """Text encoder. ``tokenizer`` and ``weights`` are files of the bundle; ``words``, if any, all that it has seen."""
+    """Text encoder. `tokenizer` and `weights` are files of the bundle; `words`, if any, all that it has seen."""
 
     encoder: Literal["umt5"]
     text_len: Annotated[int, Field(gt=0, le=1 << 16)]
@@ -211,7 +211,7 @@ class VaeCache(Part):
 class Vae(Part):
     """Streaming video decoder: what it is, its caches, and how it scales time and space.
 
-    Its engines take latents as the transformer leaves them and give bytes; ``denormalise`` and ``pixel_range`` say what
+    Its engines take latents as the transformer leaves them and give bytes; `denormalise` and `pixel_range` say what
     they do in between.
     """
 
@@ -221,7 +221,7 @@ class Vae(Part):
     kind: Literal["wan", "tae"] = "wan"
     """Wan's decoder of any width, or a tiny one (TAEHV, LightTAE)."""
     denormalise: bool = True
-    """Whether the network takes ``latent * std + mean`` of the latents' statistics."""
+    """Whether the network takes `latent * std + mean` of the latents' statistics."""
     widths: tuple[Positive, ...] | None = None
     """Channels from the latent's resolution upwards; None in bundles that do not say."""
     pixel_range: tuple[Finite, Finite] = (-1.0, 1.0)
@@ -238,7 +238,8 @@ class TensorSpec(Part):
 
 class Cost(Part):
     """What an engine says about itself: GPU launches of one run, bytes of activation memory, matrix products by
-    operand type, and what its build took."""
+    operand type, and what its build took.
+    """
 
     launches: NonNegative
     activation_bytes: Size
@@ -250,8 +251,8 @@ class Cost(Part):
 class Component(Part):
     """One engine of the bundle: its file and the tensors that go in and come out.
 
-    ``file`` is null for ``step`` and ``clean`` of a bundle that executes them as segments, and for an operator that
-    a kernel executes; the tensors are the same either way. ``cost`` is null where the backend does not tell.
+    `file` is null for `step` and `clean` of a bundle that executes them as segments, and for an operator that
+    a kernel executes; the tensors are the same either way. `cost` is null where the backend does not tell.
     """
 
     file: BundlePath | None
@@ -261,13 +262,13 @@ class Component(Part):
 
 
 class Segments(Part):
-    """The step cut at its operators: components ``first``, ``layer`` and ``last``, with ``qk_prepare`` and
-    ``attention`` in between.
+    """The step cut at its operators: components `first`, `layer` and `last`, with `qk_prepare` and
+    `attention` in between.
 
-    ``weights`` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
-    ``layers[i]`` serves the run of ``layer`` between the operators of layer i and i + 1, ``prepare[i]`` the run of
-    ``qk_prepare`` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
-    every layer: ``layer.0``, ``layer.1``, ... ``outside`` has the mappings of components outside of the step whose
+    `weights` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
+    `layers[i]` serves the run of `layer` between the operators of layer i and i + 1, `prepare[i]` the run of
+    `qk_prepare` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
+    every layer: `layer.0`, `layer.1`, ... `outside` has the mappings of components outside of the step whose
     weights are inputs too, by component.
     """
 
@@ -284,7 +285,7 @@ class Segments(Part):
         return not self.first
 
     def layer_component(self, index: int) -> str:
-        """The component that runs between the operators of layers ``index`` and ``index`` + 1."""
+        """The component that runs between the operators of layers `index` and `index` + 1."""
         return f"layer.{index}" if self.embedded else "layer"
 
     @property
@@ -297,7 +298,7 @@ class Segments(Part):
 class Library(Part):
     """The library that built the engines. They run with this version and no other.
 
-    Of PyTorch's packages for a GPU, ``triton`` is the version that compiled their kernels, and ``driver`` the branch of
+    Of PyTorch's packages for a GPU, `triton` is the version that compiled their kernels, and `driver` the branch of
     the oldest driver that runs them (580).
     """
 
@@ -308,9 +309,9 @@ class Library(Part):
 
 
 class Kernels(Part):
-    """Compiled attention kernels: a folder of the bundle that holds ``ARCH/kernels.json``.
+    """Compiled attention kernels: a folder of the bundle that holds `ARCH/kernels.json`.
 
-    ``driver`` is the branch of the oldest driver that loads them (525).
+    `driver` is the branch of the oldest driver that loads them (525).
     """
 
     folder: BundlePath
@@ -329,7 +330,7 @@ class Calibration(Part):
 class Quantization(Part):
     """How the block linears are quantized.
 
-    ``errors`` is the relative L2 error of each linear's output on calibration or seeded inputs; ``skipped`` stayed in
+    `errors` is the relative L2 error of each linear's output on calibration or seeded inputs; `skipped` stayed in
     bf16.
     """
 
@@ -341,11 +342,11 @@ class Quantization(Part):
 
 
 class Golden(Part):
-    """Golden vectors: what each component must compute from seeded inputs, see :mod:`runtime.bundle.golden`.
+    """Golden vectors: what each component must compute from seeded inputs, see `runtime.bundle.golden`.
 
-    ``file`` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
-    ``tolerances`` gives for each component that has them the largest error: relative L2, see
-    :func:`runtime.bundle.golden.error_of`. ``measured`` is the error of each component on the GPU that built it, for
+    `file` is a safetensors file of samples of the expected outputs, with the recipes of the inputs in its metadata.
+    `tolerances` gives for each component that has them the largest error: relative L2, see
+    `runtime.bundle.golden.error_of`. `measured` is the error of each component on the GPU that built it, for
     backends that build there.
     """
 
@@ -363,7 +364,7 @@ class FileEntry(Part):
 
 
 class Manifest(Part):
-    """Contents of ``manifest.json``, schema version 1."""
+    """Contents of `manifest.json`, schema version 1."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str

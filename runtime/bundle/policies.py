@@ -1,4 +1,4 @@
-"""How attention chooses what it looks at, as data: the table ``[attention]`` of a variant, and a field of the manifest.
+"""How attention chooses what it looks at, as data: the table `[attention]` of a variant, and a field of the manifest.
 
 docs/policies.md says what each method does and where its parameters come from.
 """
@@ -36,7 +36,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class HsaPolicy(Part):
-    """Hierarchical sparse attention: the best frames, and of these the best blocks (``[sparsity]`` says how many)."""
+    """Hierarchical sparse attention: the best frames, and of these the best blocks (`[sparsity]` says how many)."""
 
     policy: Literal["hsa"] = "hsa"
     budget: Budget = "growth"
@@ -58,8 +58,8 @@ class SlaPolicy(Part):
 class SpargePolicy(Part):
     """SpargeAttn: the best blocks of all frames, and those that their means do not stand for.
 
-    ``mode``: ``"top-k"`` keeps ``budget``, ``"cdf"`` as many as make up ``cumulative`` of the weights. A block is
-    similar if the mean cosine of its tokens exceeds ``similarity``; below 0 all are. ``smooth`` subtracts the mean key.
+    `mode`: `"top-k"` keeps `budget`, `"cdf"` as many as make up `cumulative` of the weights. A block is
+    similar if the mean cosine of its tokens exceeds `similarity`; below 0 all are. `smooth` subtracts the mean key.
     """
 
     policy: Literal["sparge"] = "sparge"
@@ -76,9 +76,9 @@ class SpargePolicy(Part):
 
 
 class StaPolicy(Part):
-    """Sliding tiles: ``windows`` of (time, height, width) in tiles, one or one for each head.
+    """Sliding tiles: `windows` of (time, height, width) in tiles, one or one for each head.
 
-    A ``tile`` is one frame deep, and (rows, columns) of tokens.
+    A `tile` is one frame deep, and (rows, columns) of tokens.
     """
 
     policy: Literal["sta"] = "sta"
@@ -105,9 +105,9 @@ class RadialPolicy(Part):
 
 
 class VmobaPolicy(Part):
-    """VMoBA: layers take ``blocks`` of (frames, rows, columns) in turns, 0 for all of an axis.
+    """VMoBA: layers take `blocks` of (frames, rows, columns) in turns, 0 for all of an axis.
 
-    ``mode``: ``"top-k"`` keeps ``tops[i]`` blocks where ``blocks[i]`` is in turn, ``"threshold"`` blocks up to a share
+    `mode`: `"top-k"` keeps `tops[i]` blocks where `blocks[i]` is in turn, `"threshold"` blocks up to a share
     of the stretched scores.
     """
 

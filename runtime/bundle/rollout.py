@@ -16,11 +16,11 @@ _FirstSteps = Annotated[tuple[NonNegativeFloat, ...], Field(max_length=1000)]
 class Schedule(Part):
     """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0).
 
-    ``first_timesteps`` and ``first_sigmas`` are those of the first chunk's denoising forwards, empty where it has no
-    others. Without ``clean_forward``, the cache takes keys and values from the last denoising forward.
+    `first_timesteps` and `first_sigmas` are those of the first chunk's denoising forwards, empty where it has no
+    others. Without `clean_forward`, the cache takes keys and values from the last denoising forward.
 
-    The component ``step`` is told its forward as a *row*: an index into ``timesteps``, or, behind these, into
-    ``first_timesteps``.
+    The component `step` is told its forward as a *row*: an index into `timesteps`, or, behind these, into
+    `first_timesteps`.
     """
 
     timesteps: Steps
@@ -54,7 +54,8 @@ class Schedule(Part):
     @property
     def noises(self) -> int:
         """Latents of noise that a chunk is given: one for each forward, and at least two, because the last forward
-        takes one that it does not use."""
+        takes one that it does not use.
+        """
         return max(2, self.most_steps)
 
     @property
@@ -68,7 +69,7 @@ class Schedule(Part):
         return len(self.timesteps) + len(self.first_timesteps)
 
     def rows(self, chunk: int) -> range:
-        """Rows of the denoising forwards of ``chunk``, in order."""
+        """Rows of the denoising forwards of `chunk`, in order."""
         if chunk == 0 and self.first_timesteps:
             return range(len(self.timesteps), self.row_count)
         return range(self.denoise_steps)
@@ -80,9 +81,9 @@ class Schedule(Part):
 
 
 class Cache(Part):
-    """Cache policy. ``window_frames`` counts the current chunk too; null means ``sparsity.table_frames``.
+    """Cache policy. `window_frames` counts the current chunk too; null means `sparsity.table_frames`.
 
-    ``sink_positions``: ``"absolute"`` keeps sink keys where they were committed, ``"window"`` moves them to
+    `sink_positions`: `"absolute"` keeps sink keys where they were committed, `"window"` moves them to
     just before the first recent frame whenever the window slides.
     """
 

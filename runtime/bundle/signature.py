@@ -1,7 +1,7 @@
-"""Signing a bundle, and checking whose it is, with OpenSSF model-signing (the extra ``sign``).
+"""Signing a bundle, and checking whose it is, with OpenSSF model-signing (the extra `sign`).
 
 A signature covers every file of the folder but itself and the verdict, which is written on the machine that uses the
-bundle. It is of the format of ``model_signing``, whose own command checks it as well.
+bundle. It is of the format of `model_signing`, whose own command checks it as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OF_THIS_MACHINE: Final = "verdict.json"
 
 
 def sign_bundle(folder: Path, private_key: Path, password: str | None = None) -> Path:
-    """Sign what is in ``folder``, which the caller has verified, with an elliptic-curve key in a PEM file.
+    """Sign what is in `folder`, which the caller has verified, with an elliptic-curve key in a PEM file.
 
     Returns the signature's file, which is in the folder; an older one is replaced.
 
@@ -47,7 +47,7 @@ def sign_bundle(folder: Path, private_key: Path, password: str | None = None) ->
 
 
 def check_signature(folder: Path, public_key: Path, signature: Path | None = None) -> None:
-    """See that ``signature`` (by default the folder's own) is of all that is in ``folder``, by the key's owner.
+    """See that `signature` (by default the folder's own) is of all that is in `folder`, by the key's owner.
 
     Raises:
         BundleError: there is no signature.

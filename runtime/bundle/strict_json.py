@@ -9,7 +9,7 @@ __all__ = ["parse_json"]
 
 
 def parse_json(content: bytes) -> Any:
-    """The value that ``content`` is, as UTF-8.
+    """The value that `content` is, as UTF-8.
 
     Raises:
         ValueError: it is no JSON, names a key twice in one object, holds NaN or an infinity, or is nested too deeply.

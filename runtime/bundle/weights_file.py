@@ -32,7 +32,7 @@ _STORED: Final = dtypes_by("safetensors")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``offset`` in bytes from the start of the file."""
+    """Where a tensor lies: `offset` in bytes from the start of the file."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class StoredTensor:
 
 
 def _stored(name: str, entry: Any) -> StoredTensor:
-    """A tensor as a header describes it; :class:`ValueError` if it does not."""
+    """A tensor as a header describes it; `ValueError` if it does not."""
     fields = entry if isinstance(entry, dict) else {}
     kind, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
@@ -61,7 +61,7 @@ def _are_sizes(values: Any) -> TypeGuard[list[int]]:
 class WeightsFile(Mapping[str, NDArray[Any]]):
     """The tensors of a safetensors file by name, each read when it is asked for.
 
-    Arrays are of :func:`numpy_dtype`, read-only, and nobody else's. ``tensors`` tells where each lies, ``metadata`` is
+    Arrays are of `numpy_dtype`, read-only, and nobody else's. `tensors` tells where each lies, `metadata` is
     the file's own text, by key. A file of a bundle is checked to be what was verified before and after it is read.
 
     Raises:
@@ -146,11 +146,11 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
         return np.stack(found) if found else np.empty((0, *shape), numpy_dtype(entry.dtype))
 
     def get_required(self, name: str) -> NDArray[Any]:
-        """The tensor called ``name``; :class:`~runtime.errors.BundleError` if the file has none."""
+        """The tensor called `name`; `BundleError` if the file has none."""
         return self._read(self._entry(name))
 
     def read_finite(self, name: str) -> NDArray[Any]:
-        """Like :meth:`get_required`, for a tensor of numbers that are finite; :class:`BundleError` if they are not."""
+        """Like `get_required`, for a tensor of numbers that are finite; `BundleError` if they are not."""
         array = self.get_required(name)
         if not _is_finite(array, self.tensors[name].dtype):
             raise BundleError(

@@ -1,4 +1,4 @@
-"""``python -m runtime bench``: frames per second, and where the time goes."""
+"""`python -m runtime bench`: frames per second, and where the time goes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["measure", "run_bench"]
 def measure(
     pipeline: Pipeline, prompt: dict[str, Any], *, chunks: int, warmup_chunks: int, sessions: int, seed: int
 ) -> Benchmark:
-    """Run ``sessions`` rollouts at once and measure ``chunks`` chunks of each, after ``warmup_chunks``."""
+    """Run `sessions` rollouts at once and measure `chunks` chunks of each, after `warmup_chunks`."""
     for name, value, least in (("chunks", chunks, 1), ("warmup-chunks", warmup_chunks, 0)):
         if value < least:
             raise InputError(f"--{name} is {value}; expected {least} or more")
@@ -70,7 +70,7 @@ def measure(
 
 
 def run_bench(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
-    """Measure, print a table, and write JSON where asked to; ``written`` gets the file's name once it is there."""
+    """Measure, print a table, and write JSON where asked to; `written` gets the file's name once it is there."""
     to_stdout = options.json == "-"
     target = None if options.json is None or to_stdout else Path(options.json)
     if target is not None and not target.parent.is_dir():

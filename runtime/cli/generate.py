@@ -1,4 +1,4 @@
-"""``python -m runtime generate``: a clip from a prompt, as a video file and a contact sheet."""
+"""`python -m runtime generate`: a clip from a prompt, as a video file and a contact sheet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SHEET_FRAMES = 12
 
 
 def parse_switch(text: str) -> tuple[int, str]:
-    """Parse ``"12: prompt"`` into chunk index and prompt."""
+    """Parse `"12: prompt"` into chunk index and prompt."""
     match = _SWITCH.fullmatch(text)
     if match is None:
         raise InputError(
@@ -53,7 +53,7 @@ def parse_switch(text: str) -> tuple[int, str]:
 
 
 def read_prompt(options: argparse.Namespace) -> dict[str, Any]:
-    """The prompt, or the embedding read from its file, as keyword arguments of :meth:`Pipeline.session`."""
+    """The prompt, or the embedding read from its file, as keyword arguments of `Pipeline.session`."""
     if options.embedding is None:
         return {"prompt": options.prompt}
     return {"embedding": _read_array("--embedding", options.embedding)}
@@ -72,7 +72,7 @@ def _read_array(option: str, path: str) -> NDArray[Any]:
 def run_generate(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
     """Generate the clip and print a closing table. Arguments are checked before any work starts.
 
-    ``written`` gets the names of the files once they are there.
+    `written` gets the names of the files once they are there.
     """
     check_output(options.out, VIDEO_SUFFIXES)
     if options.contact_sheet is not None:

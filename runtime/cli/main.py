@@ -1,4 +1,4 @@
-"""Command line: ``python -m runtime generate``, ``bench`` and ``verify``.
+"""Command line: `python -m runtime generate`, `bench` and `verify`.
 
 Exit codes: 0 done, 2 bad input (nothing is written), 1 failed while running, 130 interrupted, 143 terminated.
 """
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
-    """Run the command that was asked for; what it has completed goes into ``written``."""
+    """Run the command that was asked for; what it has completed goes into `written`."""
     if options.command == "generate":
         from .generate import run_generate
 

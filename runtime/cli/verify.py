@@ -1,4 +1,4 @@
-"""``python -m runtime verify``: the golden vectors on this machine, or a dry run where it has no GPU."""
+"""`python -m runtime verify`: the golden vectors on this machine, or a dry run where it has no GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["run_verify"]
 def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
     """Verify the bundle, print a table, record the verdict, and write JSON where asked to.
 
-    ``written`` gets the names of the files once they are there.
+    `written` gets the names of the files once they are there.
 
     Raises:
         VerificationError: a component failed.

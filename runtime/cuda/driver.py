@@ -1,6 +1,6 @@
 """The few calls of the CUDA driver that the executor makes: memory, copies, streams, events, graphs.
 
-Straight through ``cuda.bindings``, whose names have been the same for years; ``cuda.core`` gives the device's primary
+Straight through `cuda.bindings`, whose names have been the same for years; `cuda.core` gives the device's primary
 context and launches kernels. Addresses and handles are plain integers.
 """
 
@@ -27,7 +27,7 @@ _DLPACK_CUDA = 2
 
 @dataclass(frozen=True)
 class RowCopy:
-    """``rows`` rows of ``width`` bytes each; a pitch is the distance in bytes from a row to the next."""
+    """`rows` rows of `width` bytes each; a pitch is the distance in bytes from a row to the next."""
 
     target: int
     target_pitch: int
@@ -93,10 +93,10 @@ class Driver(Protocol):
         """Wait for everything on the stream."""
 
     def capture(self, enqueue: Callable[[], None], stream: int) -> Graph:
-        """Record what ``enqueue`` puts on ``stream``, and upload it."""
+        """Record what `enqueue` puts on `stream`, and upload it."""
 
     def upload(self, executable: int, stream: int) -> None:
-        """Put what launches of a ``CUgraphExec`` need onto the device, behind what is on ``stream``.
+        """Put what launches of a `CUgraphExec` need onto the device, behind what is on `stream`.
 
         Its first launch would do it otherwise, and allocate.
         """
@@ -106,7 +106,7 @@ class Driver(Protocol):
 
 
 def free_memory(ordinal: int = 0) -> int:
-    """Bytes of memory that are free on a device. Raises :class:`EngineError` if there is none."""
+    """Bytes of memory that are free on a device. Raises `EngineError` if there is none."""
     return CudaDriver(ordinal).memory()[0]
 
 
@@ -128,14 +128,14 @@ def no_collection() -> Iterator[None]:
 
 
 class Graph:
-    """An executable CUDA graph: a :class:`~runtime.cuda.library.Recording`."""
+    """An executable CUDA graph: a `Recording`."""
 
     def __init__(self, launch: Callable[[int], None], close: Callable[[], None]) -> None:
         self._launch = launch
         self._close = close
 
     def launch(self, stream: int) -> None:
-        """Enqueue it on ``stream``."""
+        """Enqueue it on `stream`."""
         self._launch(stream)
 
     def close(self) -> None:
@@ -144,10 +144,10 @@ class Graph:
 
 
 class CudaDriver:
-    """Implements :class:`Driver` for one device, in its primary context."""
+    """Implements `Driver` for one device, in its primary context."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises :class:`EngineError` if there is no such device, or no driver or bindings for it."""
+        """Raises `EngineError` if there is no such device, or no driver or bindings for it."""
         self._core = core = cuda_core()
         from cuda.bindings import driver
 
@@ -171,37 +171,37 @@ class CudaDriver:
 
     @property
     def dlpack_device(self) -> tuple[int, int]:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         return _DLPACK_CUDA, self.ordinal
 
     def enter(self) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         if int(self._call("cuCtxGetCurrent")) != self._context:
             # Not `self.device`: before release 1.0 of cuda.core, a device belongs to the thread that asked for it.
             self._core.Device(self.ordinal).set_current()
 
     def alloc(self, nbytes: int) -> int:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         return int(self._call("cuMemAlloc", nbytes))
 
     def free(self, address: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuMemFree", address)
 
     def alloc_pinned(self, nbytes: int) -> int:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         return int(self._call("cuMemHostAlloc", nbytes, self._cuda.CU_MEMHOSTALLOC_PORTABLE))
 
     def free_pinned(self, address: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuMemFreeHost", address)
 
     def create_stream(self) -> int:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         return int(self._call("cuStreamCreate", self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
 
     def create_event(self) -> int:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         flags = self._cuda.CUevent_flags
         return int(
             self._call(
@@ -210,18 +210,18 @@ class CudaDriver:
         )
 
     def destroy(self, streams: list[int], events: list[int]) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         for event in events:
             self._call("cuEventDestroy", event)
         for stream in streams:
             self._call("cuStreamDestroy", stream)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuMemcpyAsync", target, source, nbytes, stream)
 
     def copy_rows(self, copy: RowCopy, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         what = self._cuda.CUDA_MEMCPY2D()
         what.srcMemoryType = what.dstMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
         what.srcDevice, what.srcPitch = copy.source, copy.source_pitch
@@ -230,19 +230,19 @@ class CudaDriver:
         self._call("cuMemcpy2DAsync", what, stream)
 
     def zero(self, address: int, nbytes: int, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
 
     def record(self, event: int, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuEventRecord", event, stream)
 
     def wait(self, stream: int, event: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuStreamWaitEvent", stream, event, 0)
 
     def is_done(self, event: int) -> bool:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         (status,) = self._cuda.cuEventQuery(event)
         if status == self._cuda.CUresult.CUDA_ERROR_NOT_READY:
             return False
@@ -250,15 +250,15 @@ class CudaDriver:
         return True
 
     def sync_event(self, event: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuEventSynchronize", event)
 
     def sync(self, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuStreamSynchronize", stream)
 
     def capture(self, enqueue: Callable[[], None], stream: int) -> Graph:
-        """See :class:`Driver`. The mode is thread-local: other threads go on working with the device."""
+        """See `Driver`. The mode is thread-local: other threads go on working with the device."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", stream, mode)
         try:
@@ -286,11 +286,11 @@ class CudaDriver:
         return recorded
 
     def upload(self, executable: int, stream: int) -> None:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         self._call("cuGraphUpload", executable, stream)
 
     def memory(self) -> tuple[int, int]:
-        """See :class:`Driver`."""
+        """See `Driver`."""
         free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
 

@@ -33,7 +33,7 @@ __all__ = ["CudaEngine", "KernelImages", "constants", "load_cuda_engine", "open_
 
 @dataclass(frozen=True)
 class _Weights(Mapping[str, NDArray[Any]]):
-    """What ``load`` feeds: small constants, and the weights file's tensors as ``weights.NAME``."""
+    """What `load` feeds: small constants, and the weights file's tensors as `weights.NAME`."""
 
     small: Mapping[str, NDArray[Any]]
     file: WeightsFile | None
@@ -53,14 +53,14 @@ class _Weights(Mapping[str, NDArray[Any]]):
 
 
 def constants(manifest: Manifest, weights: WeightsFile | None) -> Mapping[str, NDArray[Any]]:
-    """Values of what a program's ``load`` feeds; tensors of ``weights`` are read when their turn comes."""
+    """Values of what a program's `load` feeds; tensors of `weights` are read when their turn comes."""
     steps = {f"step.{row}": np.array(row, dtype=np.int32) for row in range(manifest.schedule.row_count)}
     table = np.array(manifest.sparsity.keep_q20, dtype=np.int32)
     return _Weights({**steps, "keep_q20": table}, weights)
 
 
 class KernelImages:
-    """Launches the bundle's kernel images: a :data:`~runtime.cuda.executor.LaunchKernel`."""
+    """Launches the bundle's kernel images: a `LaunchKernel`."""
 
     def __init__(self, bundle: Bundle, driver: CudaDriver) -> None:
         self._library = KernelLibrary.of(bundle, driver.capability)
@@ -105,7 +105,7 @@ def open_library(bundle: Bundle, driver: CudaDriver) -> ComponentLibrary:
 
 
 class CudaEngine(ProgramEngine):
-    """Implements :class:`~runtime.engine.Engine` on one GPU."""
+    """Implements `Engine` on one GPU."""
 
     on_device = True
 
@@ -117,11 +117,11 @@ class CudaEngine(ProgramEngine):
 
     @property
     def executor(self) -> CudaExecutor:
-        """The executor; its ``counters`` tell what was launched and how often the host waited."""
+        """The executor; its `counters` tell what was launched and how often the host waited."""
         return self._cuda
 
     def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """See :meth:`Engine.decode_on_device <runtime.engine.Engine.decode_on_device>`."""
+        """See `Engine.decode_on_device`."""
         lease, written = self._cuda.lease_frames(), 0
         shape = self._program.buffers["frames_next"].buffer.shape[1:]
 
@@ -135,14 +135,14 @@ class CudaEngine(ProgramEngine):
         return DeviceFrames(lease, (written, *shape), self._cuda.driver.dlpack_device), seconds
 
     def component_runner(self) -> ComponentRunner:
-        """See :meth:`Engine.component_runner <runtime.engine.Engine.component_runner>`."""
+        """See `Engine.component_runner`."""
         from .runner import CudaComponentRunner
 
         return CudaComponentRunner(self._bundle, self._driver, self._cuda)
 
 
 def load_cuda_engine(bundle: Bundle, plan: BufferPlan, *, device: int = 0, graphs: bool = True) -> CudaEngine:
-    """Load the engine for the GPU that the bundle was built for; ``graphs`` as the executor takes it.
+    """Load the engine for the GPU that the bundle was built for; `graphs` as the executor takes it.
 
     Raises:
         EngineError: no such GPU is here, or an engine or kernel does not load.

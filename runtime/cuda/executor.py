@@ -5,7 +5,7 @@ loaded and a few kilobytes each, while one graph for all sessions would have to 
 and values and the decoder's caches (hundreds of megabytes) at every turn. What changes from chunk to chunk lies at
 fixed addresses that are fed by copies in stream order, from pinned memory that is not reused before its copy has run.
 
-Nothing is allocated after loading, and nothing waits for the device but :meth:`_Fetched.into`, and a feed that is more
+Nothing is allocated after loading, and nothing waits for the device but `_Fetched.into`, and a feed that is more
 than a ring's length ahead.
 """
 
@@ -60,8 +60,8 @@ _EAGER: Final = ("reset", *_SENT)
 class CudaCounters:
     """What has happened since the pipeline was loaded. Plain numbers, read them as differences.
 
-    ``waits`` counts the times the host waited for the device: once per fetched piece of video, and each feed that had
-    to wait for room. ``operations`` counts what was enqueued one by one, and not by a graph.
+    `waits` counts the times the host waited for the device: once per fetched piece of video, and each feed that had
+    to wait for room. `operations` counts what was enqueued one by one, and not by a graph.
     """
 
     graph_launches: int = 0
@@ -88,7 +88,7 @@ class _Fetched:
         self._view = view
 
     def into(self, out: NDArray[Any]) -> float:
-        """See :class:`~runtime.program.engine.Fetch`."""
+        """See `Fetch`."""
         start = time.perf_counter()
         self._executor.counters.waits += 1
         self._executor.driver.sync_event(self._slot.event)
@@ -100,9 +100,9 @@ class _Fetched:
 
 
 class CudaExecutor:
-    """Implements :class:`~runtime.program.engine.Executor`.
+    """Implements `Executor`.
 
-    ``constants`` are the values of what ``load`` feeds. Without ``graphs``, every run of a forward enqueues its
+    `constants` are the values of what `load` feeds. Without `graphs`, every run of a forward enqueues its
     operations one by one.
     """
 
@@ -155,7 +155,7 @@ class CudaExecutor:
 
     @contextmanager
     def feed(self, session: int, forward: str) -> Iterator[Mapping[str, NDArray[Any]]]:
-        """See :meth:`Executor.feed <runtime.program.engine.Executor.feed>`. One thread feeds."""
+        """See `Executor.feed`. One thread feeds."""
         self.driver.enter()
         views = self._program.forwards[forward].feeds
         stream = self._streams[self._program.forwards[forward].queue]
@@ -173,14 +173,14 @@ class CudaExecutor:
         self.driver.record(slot.event, stream)
 
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
-        """See :meth:`Executor.send <runtime.program.engine.Executor.send>`."""
+        """See `Executor.send`."""
         self.driver.enter()
         stream = self._streams[self._program.forwards[forward].queue]
         for view in self._program.forwards[forward].feeds:
             self._upload(self.address(view, session), values[view.buffer], view, stream)
 
     def run(self, session: int, forward: str) -> float:
-        """See :meth:`Executor.run <runtime.program.engine.Executor.run>`.
+        """See `Executor.run`.
 
         The first run of each forward, for any session, enqueues its operations one by one, so that libraries can do
         what they do once; later ones replay a graph.
@@ -199,24 +199,24 @@ class CudaExecutor:
         return time.perf_counter() - start
 
     def copy(self, session: int, copy: Copy, queue: Queue) -> None:
-        """See :meth:`Executor.copy <runtime.program.engine.Executor.copy>`."""
+        """See `Executor.copy`."""
         self.driver.enter()
         with self._locks[queue]:
             self._operation(copy, session, self._streams[queue])
         self.counters.copies += 1
 
     def signal(self, session: int, latent: int) -> None:
-        """See :meth:`Executor.signal <runtime.program.engine.Executor.signal>`."""
+        """See `Executor.signal`."""
         self.driver.enter()
         self.driver.record(self._latents[session][latent], self._streams["forward"])
 
     def wait(self, session: int, latent: int) -> None:
-        """See :meth:`Executor.wait <runtime.program.engine.Executor.wait>`."""
+        """See `Executor.wait`."""
         self.driver.enter()
         self.driver.wait(self._streams["decode"], self._latents[session][latent])
 
     def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> _Fetched:
-        """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
+        """See `Executor.fetch`."""
         self.driver.enter()
         slot = self._fetches[queue, index]
         self.driver.copy(slot.address, self.address(view, session), view.nbytes, self._streams[queue])
@@ -232,7 +232,7 @@ class CudaExecutor:
         self.counters.copies += 1
 
     def finish_decoding(self) -> float:
-        """Wait for what is enqueued in queue ``decode``; the seconds it took."""
+        """Wait for what is enqueued in queue `decode`; the seconds it took."""
         start = time.perf_counter()
         self.counters.waits += 1
         self.driver.record(self._decoded, self._streams["decode"])
@@ -240,12 +240,12 @@ class CudaExecutor:
         return time.perf_counter() - start
 
     def lease_frames(self) -> Any:
-        """Device memory for the frames of one chunk, see :class:`~runtime.frames.FramePool`."""
+        """Device memory for the frames of one chunk, see `FramePool`."""
         self.driver.enter()
         return self._frames.lease()
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
-        """See :meth:`Executor.read <runtime.program.engine.Executor.read>`."""
+        """See `Executor.read`."""
         self.driver.enter()
         self.sync()
         value = np.empty(view.nbytes, dtype=np.uint8)
@@ -255,7 +255,7 @@ class CudaExecutor:
         return value
 
     def write(self, session: int, view: View, value: NDArray[np.uint8]) -> None:
-        """See :meth:`Executor.write <runtime.program.engine.Executor.write>`."""
+        """See `Executor.write`."""
         self.driver.enter()
         self.sync()
         stream = self._streams["forward"]
@@ -263,7 +263,7 @@ class CudaExecutor:
         self.driver.sync(stream)
 
     def prepare(self, session: int) -> None:
-        """Record every forward of ``session`` that has a graph; without graphs, run what has not run yet."""
+        """Record every forward of `session` that has a graph; without graphs, run what has not run yet."""
         self.driver.enter()
         for name, forward in self._program.forwards.items():
             if name in _EAGER or not forward.operations:
@@ -285,7 +285,7 @@ class CudaExecutor:
         return self._components[name]
 
     def address(self, view: View, session: int) -> int:
-        """Device address of ``view`` for ``session``."""
+        """Device address of `view` for `session`."""
         return self._base + self._program.offset(view, session)
 
     def close(self) -> None:
@@ -324,7 +324,7 @@ class CudaExecutor:
                 )
 
     def _fill(self, constants: Mapping[str, NDArray[Any]]) -> None:
-        """Constants and weights; ``weights.NAME`` is a tensor of the weights file."""
+        """Constants and weights; `weights.NAME` is a tensor of the weights file."""
         load = self._program.forwards["load"]
         stream = self._streams[load.queue]
         self._enqueue(0, "load")

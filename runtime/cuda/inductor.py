@@ -1,4 +1,4 @@
-"""Packages compiled by Inductor on a GPU: a :class:`~runtime.cuda.library.ComponentLibrary` that is PyTorch.
+"""Packages compiled by Inductor on a GPU: a `ComponentLibrary` that is PyTorch.
 
 A package reads and writes tensors that PyTorch does not own: they are laid over the executor's arena. What it computes
 in between lies in memory of PyTorch's allocator, which knows about streams and captures; therefore captures are
@@ -75,7 +75,7 @@ class _Streams:
 
 
 class _Package:
-    """One package, loaded: a :class:`~runtime.cuda.library.DeviceComponent`."""
+    """One package, loaded: a `DeviceComponent`."""
 
     scratch_bytes = 0
 
@@ -89,7 +89,7 @@ class _Package:
         self._bound: dict[tuple[int, ...], list[Tensor]] = {}
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
-        """See :meth:`DeviceComponent.enqueue <runtime.cuda.library.DeviceComponent.enqueue>`."""
+        """See `DeviceComponent.enqueue`."""
         del scratch
         key = tuple(addresses[spec.name] for spec in self._specs)
         try:
@@ -112,7 +112,7 @@ class _Graph:
         self._streams = streams
 
     def launch(self, stream: int) -> None:
-        """Enqueue the work on ``stream``."""
+        """Enqueue the work on `stream`."""
         try:
             with self._streams.use(stream):
                 self._graph.replay()
@@ -151,7 +151,7 @@ _workspaces = _Workspaces()
 
 
 class InductorLibrary:
-    """Implements :class:`~runtime.cuda.library.ComponentLibrary` on the driver's device.
+    """Implements `ComponentLibrary` on the driver's device.
 
     Raises:
         EngineError: PyTorch is not the one that compiled the bundle, or sees no GPU.
@@ -177,12 +177,12 @@ class InductorLibrary:
         _workspaces.take()
 
     def load(self, name: str) -> _Package:
-        """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
+        """See `ComponentLibrary.load`."""
         loader = load_package(self._bundle, name, device_index=self._device)
         return _Package(name, self._bundle.component(name), loader, self._streams, self._device)
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """See :meth:`ComponentLibrary.record <runtime.cuda.library.ComponentLibrary.record>`."""
+        """See `ComponentLibrary.record`."""
         import torch
 
         graph = torch.cuda.CUDAGraph()
@@ -210,7 +210,7 @@ class InductorLibrary:
         return recorded
 
     def close(self) -> None:
-        """See :meth:`ComponentLibrary.close <runtime.cuda.library.ComponentLibrary.close>`."""
+        """See `ComponentLibrary.close`."""
         import torch
 
         self._streams = _Streams(self._device)

@@ -1,4 +1,4 @@
-"""Launching kernel images through ``cuda.core``."""
+"""Launching kernel images through `cuda.core`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ __all__ = ["KernelLauncher", "cuda_core"]
 
 class KernelLauncher:
     """Launches images of a library on one device. One instance per device; safe to use during stream capture once
-    every image has been loaded (``warm_up``)."""
+    every image has been loaded (`warm_up`).
+    """
 
     def __init__(self, library: KernelLibrary, device: Any) -> None:
-        """``device`` is a ``cuda.core.Device``, current in this thread."""
+        """`device` is a `cuda.core.Device`, current in this thread."""
         self._library = library
         self._device = device
         self._core = cuda_core()
@@ -35,7 +36,7 @@ class KernelLauncher:
             self._kernel(image)
 
     def launch(self, plan: LaunchPlan, stream: Any) -> None:
-        """Enqueue ``plan`` on ``stream`` (a ``cuda.core.Stream``). Nothing is synchronised or allocated.
+        """Enqueue `plan` on `stream` (a `cuda.core.Stream`). Nothing is synchronised or allocated.
 
         Raises:
             EngineError: the image does not load, or the driver refuses the launch.
@@ -75,7 +76,7 @@ _DEFAULT_SHARED_MEMORY = 48 * 1024
 
 
 def cuda_core() -> Any:
-    """The module that holds ``cuda.core``'s API. Raises :class:`EngineError` if it is not installed."""
+    """The module that holds `cuda.core`'s API. Raises `EngineError` if it is not installed."""
     try:
         core = import_module("cuda.core")
         # Before its release 1.0 the API lived in a module of its own.

@@ -1,7 +1,7 @@
 """What a library that runs engines on a GPU offers the CUDA executor.
 
 The executor owns memory, streams and order; a library only enqueues a component on addresses that it is given. There
-is one :class:`ComponentLibrary` per loaded bundle, and a thread calls it only with the device's primary context
+is one `ComponentLibrary` per loaded bundle, and a thread calls it only with the device's primary context
 current.
 """
 
@@ -25,8 +25,8 @@ class DeviceComponent(Protocol):
 
         Args:
             addresses: device address of every input and output by name; each a multiple of 256.
-            scratch: address of ``scratch_bytes`` bytes, a multiple of 256.
-            stream: the ``CUstream`` handle.
+            scratch: address of `scratch_bytes` bytes, a multiple of 256.
+            stream: the `CUstream` handle.
 
         Raises:
             EngineError: the library refuses.
@@ -37,7 +37,7 @@ class Recording(Protocol):
     """Work recorded once, to be replayed."""
 
     def launch(self, stream: int) -> None:
-        """Enqueue the work on ``stream``."""
+        """Enqueue the work on `stream`."""
 
     def close(self) -> None:
         """Free it; no replay may be running."""
@@ -54,7 +54,7 @@ class ComponentLibrary(Protocol):
         """
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """Record what ``enqueue`` puts on ``stream``, in thread-local capture mode.
+        """Record what `enqueue` puts on `stream`, in thread-local capture mode.
 
         Every component in it has run at least once before.
         """

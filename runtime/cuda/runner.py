@@ -27,7 +27,7 @@ _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
 class CudaComponentRunner:
-    """Implements :class:`~runtime.bundle.golden.ComponentRunner` with the engines and kernels of a loaded executor."""
+    """Implements `ComponentRunner` with the engines and kernels of a loaded executor."""
 
     def __init__(self, bundle: Bundle, driver: CudaDriver, executor: CudaExecutor) -> None:
         self._bundle = bundle
@@ -36,7 +36,7 @@ class CudaComponentRunner:
 
     @property
     def platform(self) -> Platform:
-        """See :class:`~runtime.bundle.golden.ComponentRunner`."""
+        """See `ComponentRunner`."""
         installed = None
         with suppress(OSError):
             installed = _DRIVER_VERSION.read_text(encoding="ascii").strip()
@@ -50,7 +50,7 @@ class CudaComponentRunner:
         return Platform(f"{self._driver.device.name} ({major}.{minor})", installed, libraries)
 
     def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """See :class:`~runtime.bundle.golden.ComponentRunner`."""
+        """See `ComponentRunner`."""
         described = self._bundle.component(component)
         self._driver.enter()
         stream = self._driver.create_stream()
@@ -141,7 +141,7 @@ class _Memory:
 
 
 class _Pinned:
-    """Pinned memory for the length of a ``with`` block."""
+    """Pinned memory for the length of a `with` block."""
 
     def __init__(self, driver: CudaDriver, nbytes: int) -> None:
         self._driver = driver

@@ -46,7 +46,7 @@ TENSORRT_RTX = Product("tensorrt-rtx", "TensorRT-RTX", "tensorrt-rtx-cu13")
 def require_version(bundle: Bundle, product: Product, installed: str | None) -> None:
     """An engine runs with the version of the library that built it and no other.
 
-    ``installed`` is the version here, or ``None``.
+    `installed` is the version here, or `None`.
 
     Raises:
         BundleError: the manifest does not say which version that is.
@@ -69,7 +69,7 @@ def require_version(bundle: Bundle, product: Product, installed: str | None) -> 
 
 
 def read_engine(bundle: Bundle, name: str) -> bytes:
-    """The engine of component ``name``, as its file has it.
+    """The engine of component `name`, as its file has it.
 
     Raises:
         BundleError: it has no file.
@@ -83,7 +83,7 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
 
 
 def require_same_tensors(component: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """Compare an engine's tensors with the manifest's, each described in words. Raises :class:`BundleError`."""
+    """Compare an engine's tensors with the manifest's, each described in words. Raises `BundleError`."""
     wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if wrong:
         raise BundleError(
@@ -97,7 +97,7 @@ class EngineComponent:
     """One engine with its context. Addresses are only set where they differ from the last run's."""
 
     def __init__(self, name: str, product: Product, engine: Any, context: Any, config: Any = None) -> None:
-        """``config`` is what the context was made with, if anything."""
+        """`config` is what the context was made with, if anything."""
         self._name = name
         self._product = product
         self._context = context
@@ -107,11 +107,11 @@ class EngineComponent:
 
     @property
     def scratch_bytes(self) -> int:
-        """See :class:`~runtime.cuda.library.DeviceComponent`."""
+        """See `DeviceComponent`."""
         return int(self._engine.device_memory_size_v2)
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
-        """See :meth:`DeviceComponent.enqueue <runtime.cuda.library.DeviceComponent.enqueue>`."""
+        """See `DeviceComponent.enqueue`."""
         if scratch != self._scratch:
             self._context.set_device_memory(scratch, self.scratch_bytes)
             self._scratch = scratch
@@ -130,13 +130,13 @@ class EngineComponent:
 
 
 class EngineLibrary(ABC):
-    """Implements :class:`~runtime.cuda.library.ComponentLibrary` but for what a context is made with.
+    """Implements `ComponentLibrary` but for what a context is made with.
 
     The activation memory of all engines is the caller's.
     """
 
     def __init__(self, bundle: Bundle, driver: Driver, product: Product, trt: Any) -> None:
-        """``trt`` is the library's module, or ``None`` where it is not installed.
+        """`trt` is the library's module, or `None` where it is not installed.
 
         Raises:
             BundleError: the manifest does not say which version built the engines.
@@ -152,7 +152,7 @@ class EngineLibrary(ABC):
         self._components: dict[str, EngineComponent] = {}
 
     def load(self, name: str) -> EngineComponent:
-        """See :meth:`ComponentLibrary.load <runtime.cuda.library.ComponentLibrary.load>`."""
+        """See `ComponentLibrary.load`."""
         if name in self._components:
             return self._components[name]
         title = self._product.title
@@ -174,10 +174,10 @@ class EngineLibrary(ABC):
 
     @abstractmethod
     def _context(self, engine: Any) -> tuple[Any, Any]:
-        """An execution context that is given its memory, or ``None``, and what it was made with, if anything."""
+        """An execution context that is given its memory, or `None`, and what it was made with, if anything."""
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """See :meth:`ComponentLibrary.record <runtime.cuda.library.ComponentLibrary.record>`."""
+        """See `ComponentLibrary.record`."""
         return self._driver.capture(enqueue, stream)
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ class EngineLibrary(ABC):
         self._components.clear()
 
     def _check(self, name: str, engine: Any) -> None:
-        """The engine's tensors are those of the manifest. Raises :class:`BundleError`."""
+        """The engine's tensors are those of the manifest. Raises `BundleError`."""
         component, inputs = self._bundle.component(name), self._trt.TensorIOMode.INPUT
         types = {getattr(self._trt.DataType, ours): dtype for ours, dtype in dtypes_by("tensorrt").items()}
         found = {}

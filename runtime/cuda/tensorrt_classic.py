@@ -25,7 +25,7 @@ _registering = threading.Lock()
 
 
 def plugin_entry(bundle: Bundle) -> str:
-    """SHA-256 of the bundle's plugin library. Raises :class:`BundleError` if the bundle has none."""
+    """SHA-256 of the bundle's plugin library. Raises `BundleError` if the bundle has none."""
     wanted = next((entry.sha256 for entry in bundle.manifest.files if entry.path == PLUGIN_FILE), None)
     if wanted is None:
         raise BundleError(f"bundle {bundle.root} has no {PLUGIN_FILE}, which its engines need; rebuild it")
@@ -63,13 +63,13 @@ def _register_plugins(bundle: Bundle, registry: Any) -> None:
 
 
 class TensorRtLibrary(EngineLibrary):
-    """Implements :class:`~runtime.cuda.library.ComponentLibrary`.
+    """Implements `ComponentLibrary`.
 
     The plugins stay when it is closed: TensorRT has one registry for the process.
     """
 
     def __init__(self, bundle: Bundle, driver: Driver) -> None:
-        """Raises :class:`EngineError` if TensorRT is not there in the right version, or without its plugins."""
+        """Raises `EngineError` if TensorRT is not there in the right version, or without its plugins."""
         try:
             import tensorrt as trt
         except ImportError:

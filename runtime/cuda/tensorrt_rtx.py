@@ -38,13 +38,13 @@ def cache_file(bundle: Bundle, device: str) -> Path:
 
 
 class TensorRtRtxLibrary(EngineLibrary):
-    """Implements :class:`~runtime.cuda.library.ComponentLibrary`.
+    """Implements `ComponentLibrary`.
 
     Engines were built to be given their memory, so that a stream that is being captured can run them.
     """
 
     def __init__(self, bundle: Bundle, driver: Driver, device: str) -> None:
-        """``device`` is the name of the GPU. Raises :class:`EngineError` if the library is not the right one."""
+        """`device` is the name of the GPU. Raises `EngineError` if the library is not the right one."""
         try:
             import tensorrt_rtx as trt
         except ImportError:
@@ -69,7 +69,7 @@ class TensorRtRtxLibrary(EngineLibrary):
         return engine.create_execution_context(config), config
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """See :meth:`ComponentLibrary.record <runtime.cuda.library.ComponentLibrary.record>`."""
+        """See `ComponentLibrary.record`."""
         self.save()
         return super().record(enqueue, stream)
 

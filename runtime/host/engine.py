@@ -21,7 +21,7 @@ __all__ = ["HostEngine"]
 
 
 class HostEngine(ProgramEngine):
-    """Implements :class:`~runtime.engine.Engine` on the CPU."""
+    """Implements `Engine` on the CPU."""
 
     on_device = False
 
@@ -38,11 +38,11 @@ class HostEngine(ProgramEngine):
         self._threads = threads
 
     def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """Raises :class:`InputError`: there is no device."""
+        """Raises `InputError`: there is no device."""
         raise InputError(
             f"bundle {self._bundle.manifest.name!r} runs on the CPU; take its frames on the host"
         )
 
     def component_runner(self) -> ComponentRunner:
-        """See :meth:`Engine.component_runner <runtime.engine.Engine.component_runner>`."""
+        """See `Engine.component_runner`."""
         return HostRunner(self._bundle, threads=self._threads)

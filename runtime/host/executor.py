@@ -37,9 +37,9 @@ class _Fetched:
 
 
 class HostExecutor:
-    """Implements :class:`~runtime.program.engine.Executor`; everything has run when a call returns.
+    """Implements `Executor`; everything has run when a call returns.
 
-    Each component is loaded once, with ``threads`` threads per forward (default: :func:`default_threads`). Weights are
+    Each component is loaded once, with `threads` threads per forward (default: `default_threads`). Weights are
     read into memory once, so that they stay what they were; all operations are bound to their arrays when this is made,
     so a forward allocates nothing.
 
@@ -77,11 +77,11 @@ class HostExecutor:
 
     @contextmanager
     def feed(self, session: int, forward: str) -> Iterator[Mapping[str, NDArray[Any]]]:
-        """See :meth:`Executor.feed <runtime.program.engine.Executor.feed>`."""
+        """See `Executor.feed`."""
         yield {view.buffer: self.array(view, session) for view in self._program.forwards[forward].feeds}
 
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
-        """See :meth:`Executor.send <runtime.program.engine.Executor.send>`. Of the text encoder, nothing is copied."""
+        """See `Executor.send`. Of the text encoder, nothing is copied."""
         if forward != "encode_text_layer":
             for view in self._program.forwards[forward].feeds:
                 np.copyto(self.array(view, session), values[view.buffer], casting="unsafe")
@@ -92,7 +92,7 @@ class HostExecutor:
         }
 
     def run(self, session: int, forward: str) -> float:
-        """See :meth:`Executor.run <runtime.program.engine.Executor.run>`."""
+        """See `Executor.run`."""
         if forward == "encode_text_layer":
             inputs = {name.removeprefix("encoder."): array for name, array in self._text.items()}
             encoder = self._graphs["text_encoder"]
@@ -103,11 +103,11 @@ class HostExecutor:
         return sum(run() for run in self._runs[session][forward])
 
     def copy(self, session: int, copy: Copy, queue: Queue) -> None:
-        """See :meth:`Executor.copy <runtime.program.engine.Executor.copy>`."""
+        """See `Executor.copy`."""
         np.copyto(self.array(copy.target, session), self.array(copy.source, session))
 
     def signal(self, session: int, latent: int) -> None:
-        """See :meth:`Executor.signal <runtime.program.engine.Executor.signal>`; a latent must be finite."""
+        """See `Executor.signal`; a latent must be finite."""
         written = self.array(self._program.store_latent(latent).target, session)
         if not np.isfinite(written).all():
             raise EngineError(
@@ -119,17 +119,17 @@ class HostExecutor:
         """Nothing is under way."""
 
     def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> _Fetched:
-        """See :meth:`Executor.fetch <runtime.program.engine.Executor.fetch>`."""
+        """See `Executor.fetch`."""
         if queue == "text":
             return _Fetched(self._text[view.buffer])
         return _Fetched(self.array(view, session).copy())
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
-        """See :meth:`Executor.read <runtime.program.engine.Executor.read>`."""
+        """See `Executor.read`."""
         return self.array(view, session).reshape(-1).view(np.uint8).copy()
 
     def write(self, session: int, view: View, value: NDArray[np.uint8]) -> None:
-        """See :meth:`Executor.write <runtime.program.engine.Executor.write>`."""
+        """See `Executor.write`."""
         self.array(view, session).reshape(-1).view(np.uint8)[...] = value
 
     def prepare(self, session: int) -> None:

@@ -54,9 +54,9 @@ def require_torch(bundle: Bundle) -> None:
 
 
 def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
-    """The package of component ``name``, loaded; ``device_index`` is the CUDA device, -1 on the host.
+    """The package of component `name`, loaded; `device_index` is the CUDA device, -1 on the host.
 
-    It is not to be run by two threads at once. Runs with ``.run(tensors, stream)``.
+    It is not to be run by two threads at once. Runs with `.run(tensors, stream)`.
 
     Raises:
         EngineError: it does not load.
@@ -69,7 +69,7 @@ def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
 
 
 def load_package_file(path: Path, name: str, device_index: int) -> Any:
-    """The package of component ``name`` in a file that may be of no bundle, loaded; see :func:`load_package`.
+    """The package of component `name` in a file that may be of no bundle, loaded; see `load_package`.
 
     Raises:
         EngineError: it does not load.
@@ -100,7 +100,7 @@ def _file(bundle: Bundle, name: str) -> str:
 class InductorGraph:
     """One component on the host, loaded. Runs bound to fixed addresses.
 
-    ``threads`` holds for PyTorch as a whole.
+    `threads` holds for PyTorch as a whole.
     """
 
     def __init__(self, bundle: Bundle, name: str, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""What an ONNX file says about weights that lie in other files, read without the package ``onnx``.
+"""What an ONNX file says about weights that lie in other files, read without the package `onnx`.
 
 The file is protocol buffers: fields of a number and a type. Of a model, only the way to its tensors is walked, by the
 numbers of onnx.proto3: graphs, nodes and their attributes, functions.
@@ -52,9 +52,9 @@ _NUMPY: Final[Mapping[int, type[np.generic]]] = {
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """An initializer whose values are ``length`` bytes of ``file`` (a path in the bundle) from ``offset`` on.
+    """An initializer whose values are `length` bytes of `file` (a path in the bundle) from `offset` on.
 
-    ``type`` is the number of its type in ONNX, ``dtype`` NumPy's, or what has as many bits.
+    `type` is the number of its type in ONNX, `dtype` NumPy's, or what has as many bits.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ExternalTensor:
 
 
 def external_tensors(model: bytes, path: str) -> list[ExternalTensor]:
-    """The initializers of ``model`` whose values lie elsewhere; ``path`` is that of its file in the bundle.
+    """The initializers of `model` whose values lie elsewhere; `path` is that of its file in the bundle.
 
     Raises:
         ValueError: it is no ONNX model, or has values elsewhere that are no initializers of its main graph.
@@ -83,7 +83,7 @@ def external_tensors(model: bytes, path: str) -> list[ExternalTensor]:
 
 
 def read_external(bundle: Bundle, tensors: list[ExternalTensor]) -> dict[str, NDArray[np.generic]]:
-    """The values of ``tensors`` by name, in memory.
+    """The values of `tensors` by name, in memory.
 
     Raises:
         BundleError: they lie in a file that is not of the bundle, or shorter.
@@ -105,7 +105,7 @@ Fields = dict[int, list[int | memoryview]]
 
 
 def _tensors(message: memoryview, kinds: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Fields]]:
-    """Every tensor in a message of the last of ``kinds``, with the kinds of the messages around it."""
+    """Every tensor in a message of the last of `kinds`, with the kinds of the messages around it."""
     if len(kinds) > _DEPTH:
         raise ValueError(f"messages lie {_DEPTH} deep in each other")
     fields = _fields(message)

@@ -23,7 +23,7 @@ _ORT_ERRORS_ONLY = 3
 
 
 def default_threads() -> int:
-    """Threads per forward: ``OMP_NUM_THREADS`` if set, else the cores this process may use."""
+    """Threads per forward: `OMP_NUM_THREADS` if set, else the cores this process may use."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdecimal() and int(value) > 0:
         return int(value)

@@ -34,9 +34,9 @@ _LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "inductor": ("t
 
 
 class HostRunner:
-    """Implements :class:`~runtime.bundle.golden.ComponentRunner`; holds one loaded component at a time.
+    """Implements `ComponentRunner`; holds one loaded component at a time.
 
-    ``step`` and ``clean`` of a segmented bundle run as the forwards that the runtime makes of the segments. Components
+    `step` and `clean` of a segmented bundle run as the forwards that the runtime makes of the segments. Components
     outside of the step take the weights that the manifest binds to them where they are given none.
     """
 
@@ -57,7 +57,7 @@ class HostRunner:
         return Platform(device=_cpu_name(), driver=None, libraries=libraries)
 
     def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """See :meth:`ComponentRunner.run <runtime.bundle.golden.ComponentRunner.run>`."""
+        """See `ComponentRunner.run`."""
         is_cut = component in ("step", "clean") and self._bundle.component(component).file is None
         slots = max((len(value) for name, value in inputs.items() if name.startswith("past_")), default=1)
         if self._loaded is None or self._loaded[0] != component or (is_cut and self._loaded[1] < slots):
@@ -87,7 +87,7 @@ class HostRunner:
         return run
 
     def _load_forwards(self, component: str, slots: int) -> Run:
-        """The forwards of a program that compute ``component``, over a pool of at least ``slots`` slots."""
+        """The forwards of a program that compute `component`, over a pool of at least `slots` slots."""
         manifest = self._bundle.manifest
         sessions = -(-slots // max(1, manifest.cache.max_past_frames))
         program = build_program(self._bundle, plan_buffers(manifest, sessions))

@@ -40,10 +40,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class BufferPlan:
-    """The buffers of a pipeline that serves ``sessions`` sessions.
+    """The buffers of a pipeline that serves `sessions` sessions.
 
-    ``pool`` holds the frame slots of all sessions, ``shared`` what one chunk needs while it is computed (the
-    session that is served uses it), ``session`` what each session keeps for itself, and ``work`` what passes between
+    `pool` holds the frame slots of all sessions, `shared` what one chunk needs while it is computed (the
+    session that is served uses it), `session` what each session keeps for itself, and `work` what passes between
     engines, scalars, and on a GPU the activation memory that engines are given.
     """
 
@@ -72,7 +72,7 @@ def runs_on_gpu(manifest: Manifest) -> bool:
 
 
 def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
-    """Plan the buffers for ``sessions`` sessions.
+    """Plan the buffers for `sessions` sessions.
 
     Raises:
         BundleError: a component's inputs or outputs are unusable.
@@ -224,7 +224,7 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
 
 
 def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
-    """:class:`CapacityError` if engines and buffers do not fit into ``free`` bytes; ``None`` means unknown.
+    """`CapacityError` if engines and buffers do not fit into `free` bytes; `None` means unknown.
 
     Engines and weights are counted with the size of their files; the text encoder's weights are streamed and not
     counted, nor are golden vectors. On a GPU, activation memory is among the buffers.

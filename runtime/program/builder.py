@@ -31,7 +31,7 @@ Views = Mapping[str, View]
 
 
 def build_program(bundle: Bundle, plan: BufferPlan) -> Program:
-    """The program that executes ``bundle`` over the buffers of ``plan``.
+    """The program that executes `bundle` over the buffers of `plan`.
 
     Raises:
         BundleError: the manifest names something that the program has no tensor for.
@@ -46,7 +46,7 @@ def build_program(bundle: Bundle, plan: BufferPlan) -> Program:
 
 
 def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
-    """The sizes of every kernel launch of a bundle that computes in ``dtype``."""
+    """The sizes of every kernel launch of a bundle that computes in `dtype`."""
     return KernelProblem(
         dtype=dtype,
         heads=manifest.model.heads,
@@ -178,7 +178,7 @@ class _Builder:
         queue: Queue = "forward",
         layer: int | None = None,
     ) -> EngineRun:
-        """A run of component ``name``; ``tensors`` finds the view of each input and output."""
+        """A run of component `name`; `tensors` finds the view of each input and output."""
         component = self.manifest.components.get(name)
         if component is None:
             raise BundleError(
@@ -204,7 +204,7 @@ class _Builder:
         return EngineRun(name, resolve(component.inputs), resolve(component.outputs), scratch, layer)
 
     def _whole(self, name: str, own: Views | None = None) -> EngineRun:
-        """A component whose tensors are buffers of the same name, but for ``own``."""
+        """A component whose tensors are buffers of the same name, but for `own`."""
         views = {**{key: self.view(key) for key in self.placed}, **(own or {})}
         return self._run(name, views.get)
 

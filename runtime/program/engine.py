@@ -29,34 +29,34 @@ class Fetch(Protocol):
     """A buffer on its way to the host."""
 
     def into(self, out: NDArray[Any]) -> float:
-        """Wait for it and copy it into ``out``; the seconds spent waiting for the device."""
+        """Wait for it and copy it into `out`; the seconds spent waiting for the device."""
 
 
 class Executor(Protocol):
     """Executes one program. What is enqueued in one queue runs in order."""
 
     def feed(self, session: int, forward: str) -> AbstractContextManager[Mapping[str, NDArray[Any]]]:
-        """Arrays to fill, by buffer name, with what ``forward`` is fed; they are sent when the context ends."""
+        """Arrays to fill, by buffer name, with what `forward` is fed; they are sent when the context ends."""
 
     def send(self, session: int, forward: str, values: Mapping[str, NDArray[Any]]) -> None:
-        """Like :meth:`feed`, for large arrays that exist already."""
+        """Like `feed`, for large arrays that exist already."""
 
     def run(self, session: int, forward: str) -> float:
-        """Enqueue the operations of ``forward``; the seconds spent on it."""
+        """Enqueue the operations of `forward`; the seconds spent on it."""
 
     def copy(self, session: int, copy: Copy, queue: Queue) -> None:
         """Enqueue a copy that is part of no forward."""
 
     def signal(self, session: int, latent: int) -> None:
-        """A latent has been written, once what is enqueued in queue ``forward`` has run."""
+        """A latent has been written, once what is enqueued in queue `forward` has run."""
 
     def wait(self, session: int, latent: int) -> None:
-        """What is enqueued in queue ``decode`` from now on runs after the last :meth:`signal` of that latent."""
+        """What is enqueued in queue `decode` from now on runs after the last `signal` of that latent."""
 
     def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> Fetch:
-        """Enqueue a copy to the host; ``index`` up to the frames of a chunk tells fetches apart that are under way.
+        """Enqueue a copy to the host; `index` up to the frames of a chunk tells fetches apart that are under way.
 
-        In queue ``decode``, those below that number are for frames, and that number is for a latent.
+        In queue `decode`, those below that number are for frames, and that number is for a latent.
         """
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
@@ -73,7 +73,7 @@ class Executor(Protocol):
 
 
 class ProgramEngine:
-    """Implements :class:`~runtime.engine.Engine` but for frames that stay on a device, and for components alone."""
+    """Implements `Engine` but for frames that stay on a device, and for components alone."""
 
     def __init__(self, manifest: Manifest, program: Program, executor: Executor) -> None:
         self._program = program
@@ -128,13 +128,13 @@ class ProgramEngine:
         self._side[session] = 0
 
     def condition(self, session: int, embedding: NDArray[np.float32]) -> float:
-        """See :meth:`Engine.condition <runtime.engine.Engine.condition>`."""
+        """See `Engine.condition`."""
         with self._executor.feed(session, "condition") as arrays:
             np.copyto(arrays["text"], embedding, casting="unsafe")
         return self._executor.run(session, "condition")
 
     def begin(self, session: int, placement: Placement, noise: NDArray[np.float32] | None) -> None:
-        """See :meth:`Engine.begin <runtime.engine.Engine.begin>`."""
+        """See `Engine.begin`."""
         forward = "begin_clean" if noise is None else "begin"
         with self._executor.feed(session, forward) as arrays:
             arrays["chunk"][...] = placement.chunk
@@ -147,7 +147,7 @@ class ProgramEngine:
             self._executor.copy(session, self._program.load_latent(placement.latent), "forward")
 
     def encode(self, session: int, frames: NDArray[np.uint8], latents: Sequence[int]) -> float:
-        """See :meth:`Engine.encode <runtime.engine.Engine.encode>`."""
+        """See `Engine.encode`."""
         seconds, begun, side = 0.0, 0, 0
         for number in range(len(latents) * self._chunk_frames):
             name = "video_next" if number else "video_first"
@@ -166,7 +166,7 @@ class ProgramEngine:
         return seconds
 
     def denoise(self, session: int, row: int) -> float:
-        """See :meth:`Engine.denoise <runtime.engine.Engine.denoise>`."""
+        """See `Engine.denoise`."""
         seconds = self._executor.run(session, f"denoise.{row}")
         if self._schedule.place(row)[1]:
             latent = self._latent[session]
@@ -175,11 +175,11 @@ class ProgramEngine:
         return seconds
 
     def clean(self, session: int) -> float:
-        """See :meth:`Engine.clean <runtime.engine.Engine.clean>`."""
+        """See `Engine.clean`."""
         return self._executor.run(session, "clean")
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:
-        """See :meth:`Engine.commit <runtime.engine.Engine.commit>`."""
+        """See `Engine.commit`."""
         with self._executor.feed(session, "commit") as arrays:
             arrays["commit_slots"].fill(ABSENT)
             for move in moves:
@@ -189,7 +189,7 @@ class ProgramEngine:
             self._executor.run(session, f"keep_sinks.{chunk}")
 
     def place_sinks(self, session: int, slots: Sequence[int], shift: int) -> None:
-        """See :meth:`Engine.place_sinks <runtime.engine.Engine.place_sinks>`."""
+        """See `Engine.place_sinks`."""
         with self._executor.feed(session, "place_sinks") as arrays:
             arrays["sink_slots"].fill(ABSENT)
             arrays["sink_slots"][: len(slots)] = slots
@@ -197,7 +197,7 @@ class ProgramEngine:
         self._executor.run(session, "place_sinks")
 
     def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
-        """See :meth:`Engine.decode <runtime.engine.Engine.decode>`."""
+        """See `Engine.decode`."""
         fetches: list[tuple[Fetch, int]] = []
 
         def take(buffer: str, count: int, index: int) -> None:
@@ -211,7 +211,7 @@ class ProgramEngine:
         return seconds
 
     def _decode(self, session: int, latent: int, first: bool, take: Callable[[str, int, int], None]) -> float:
-        """Run the decoder for each frame of a latent; ``take`` gets the buffer that then holds so many frames."""
+        """Run the decoder for each frame of a latent; `take` gets the buffer that then holds so many frames."""
         self._executor.wait(session, latent)
         seconds = 0.0
         for index in range(self._chunk_frames):
@@ -226,7 +226,7 @@ class ProgramEngine:
         return seconds
 
     def latent(self, session: int, latent: int, out: NDArray[np.float32]) -> float:
-        """See :meth:`Engine.latent <runtime.engine.Engine.latent>`."""
+        """See `Engine.latent`."""
         self._executor.wait(session, latent)
         view = self._program.buffers["latents"].view.index(latent)
         return self._executor.fetch(session, view, "decode", self._chunk_frames).into(out)
@@ -234,7 +234,7 @@ class ProgramEngine:
     def encode_text_layer(
         self, hidden: NDArray[np.float32], mask: NDArray[np.float32], weights: Mapping[str, NDArray[Any]]
     ) -> NDArray[np.float32]:
-        """See :meth:`Engine.encode_text_layer <runtime.engine.Engine.encode_text_layer>`."""
+        """See `Engine.encode_text_layer`."""
         with self._encoding:
             values = {"hidden": hidden, "mask": mask, **weights}
             with self._sending:
@@ -247,14 +247,14 @@ class ProgramEngine:
             return out
 
     def save(self, session: int, slots: Sequence[int]) -> tuple[dict[str, NDArray[np.uint8]], int]:
-        """See :meth:`Engine.save <runtime.engine.Engine.save>`."""
+        """See `Engine.save`."""
         state = {name: self._executor.read(session, view) for name, view in self._kept(slots).items()}
         return state, self._side[session]
 
     def restore(
         self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
     ) -> None:
-        """See :meth:`Engine.restore <runtime.engine.Engine.restore>`."""
+        """See `Engine.restore`."""
         views = self._kept(slots)
         sizes = {name: view.nbytes for name, view in views.items()}
         if sizes != {name: array.nbytes for name, array in buffers.items()}:

@@ -1,6 +1,6 @@
 """Kernel images: which one serves a problem, and with what launch.
 
-Reads the folders that ``python -m plugins build`` writes (docs/kernels.md describes the format). Needs neither a
+Reads the folders that `python -m plugins build` writes (docs/kernels.md describes the format). Needs neither a
 compiler, nor PyTorch, nor a GPU.
 """
 
@@ -51,7 +51,7 @@ class KernelLibrary:
 
     @classmethod
     def load(cls, root: Path, capability: tuple[int, int]) -> KernelLibrary:
-        """Read the images under ``root`` (folders ``sm_XX``) that suit a device of ``capability``.
+        """Read the images under `root` (folders `sm_XX`) that suit a device of `capability`.
 
         Raises:
             EngineError: no folder suits the device.
@@ -74,7 +74,7 @@ class KernelLibrary:
         """The images of a bundle, of which nothing is read that its manifest does not list.
 
         Raises:
-            EngineError: the bundle has none for a device of ``capability``.
+            EngineError: the bundle has none for a device of `capability`.
             BundleSchemaError: the index is malformed.
             BundleIntegrityError: a file is missing, changed or not listed.
         """
@@ -97,7 +97,7 @@ class KernelLibrary:
         return cls(index, cubins)
 
     def serving(self, kernel: str, problem: KernelProblem) -> Image:
-        """The first image of ``kernel`` that serves ``problem``.
+        """The first image of `kernel` that serves `problem`.
 
         Raises:
             EngineError: none does.

@@ -1,8 +1,8 @@
 """The execution of a bundle as data: buffers in one arena, and for each kind of forward a list of operations.
 
-A program is built from a manifest (:mod:`runtime.program.builder`) and interpreted three times over: checked with no
-device (:mod:`runtime.verify.dry_run`), run on the host (:mod:`runtime.host.executor`), run on a GPU
-(:mod:`runtime.cuda.executor`). What changes from chunk to chunk lies in buffers that are *fed* before a forward; the
+A program is built from a manifest (`runtime.program.builder`) and interpreted three times over: checked with no
+device (`runtime.verify.dry_run`), run on the host (`runtime.host.executor`), run on a GPU
+(`runtime.cuda.executor`). What changes from chunk to chunk lies in buffers that are *fed* before a forward; the
 operations themselves never change, so a forward can be recorded once and replayed.
 """
 
@@ -51,9 +51,9 @@ KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class View:
-    """A tensor in a buffer, ``offset`` bytes from its start.
+    """A tensor in a buffer, `offset` bytes from its start.
 
-    ``pitch`` is the distance in bytes between the rows of the first axis where that is not the size of a row.
+    `pitch` is the distance in bytes between the rows of the first axis where that is not the size of a row.
     """
 
     buffer: str
@@ -75,7 +75,7 @@ class View:
         return self.pitch * (self.shape[0] - 1) + self.nbytes // self.shape[0]
 
     def index(self, start: int, count: int | None = None) -> View:
-        """Element ``start`` along the first axis, or ``count`` of them from there."""
+        """Element `start` along the first axis, or `count` of them from there."""
         row = self.nbytes // self.shape[0]
         shape = self.shape[1:] if count is None else (count, *self.shape[1:])
         return replace(self, shape=shape, offset=self.offset + start * row)
@@ -83,7 +83,7 @@ class View:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One run of a component. ``layer`` says where in the model, for messages."""
+    """One run of a component. `layer` says where in the model, for messages."""
 
     component: str
     inputs: Mapping[str, View]
@@ -99,7 +99,7 @@ class EngineRun:
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One launch of a kernel of :mod:`runtime.program.kernels`."""
+    """One launch of a kernel of `runtime.program.kernels`."""
 
     kernel: str
     problem: KernelProblem
@@ -121,7 +121,7 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class Copy:
-    """Copy ``source`` to ``target``: the same number of bytes, either may have a pitch."""
+    """Copy `source` to `target`: the same number of bytes, either may have a pitch."""
 
     source: View
     target: View
@@ -140,7 +140,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Fill:
-    """Set every byte of ``target`` to zero."""
+    """Set every byte of `target` to zero."""
 
     target: View
     layer: int | None = None
@@ -161,7 +161,7 @@ Operation = EngineRun | KernelLaunch | Copy | Fill
 
 @dataclass(frozen=True)
 class Forward:
-    """``feeds`` are written by the host before the operations run, in stream order."""
+    """`feeds` are written by the host before the operations run, in stream order."""
 
     name: str
     queue: Queue
@@ -187,13 +187,13 @@ class Placed:
 class Program:
     """Buffers, forwards, and where the weights go.
 
-    ``forwards`` has, in the order a rollout first needs them: ``load`` (once), ``reset`` (once per rollout),
-    ``condition``; ``encode_first``, ``encode_next.a`` and ``encode_next.b`` where a rollout can start from frames;
-    ``begin``, ``denoise.ROW`` for each row, ``begin_clean``, ``clean``, ``commit``; ``keep_sinks.0`` and on (copies of
-    the sinks that chunk holds) and ``place_sinks`` where sinks move; ``decode_first``, ``decode_next.a`` and
-    ``decode_next.b``, ``encode_text_layer``. What ends in a side reads the caches of that side and writes the other's.
+    `forwards` has, in the order a rollout first needs them: `load` (once), `reset` (once per rollout),
+    `condition`; `encode_first`, `encode_next.a` and `encode_next.b` where a rollout can start from frames;
+    `begin`, `denoise.ROW` for each row, `begin_clean`, `clean`, `commit`; `keep_sinks.0` and on (copies of
+    the sinks that chunk holds) and `place_sinks` where sinks move; `decode_first`, `decode_next.a` and
+    `decode_next.b`, `encode_text_layer`. What ends in a side reads the caches of that side and writes the other's.
 
-    ``weights`` maps tensors of the segments' weights file to where they are kept.
+    `weights` maps tensors of the segments' weights file to where they are kept.
     """
 
     sessions: int
@@ -210,7 +210,7 @@ class Program:
         return self.shared_bytes + self.sessions * self.session_bytes
 
     def offset(self, view: View, session: int) -> int:
-        """Where ``view`` begins in the arena, for ``session``."""
+        """Where `view` begins in the arena, for `session`."""
         placed = self.buffers[view.buffer]
         start = self.shared_bytes + session * self.session_bytes if placed.per_session else 0
         return start + placed.offset + view.offset
@@ -224,7 +224,7 @@ class Program:
         return Copy(self.buffers["latents"].view.index(slot), self.buffers["clean_latent"].view)
 
     def store_encoded(self, slot: int, frame: int) -> Copy:
-        """Keep what the encoder made of the frames that ``frame`` of a latent stands for."""
+        """Keep what the encoder made of the frames that `frame` of a latent stands for."""
         return Copy(self.buffers["encoded"].view, self._latent_frame(slot, frame))
 
     def decode_latent(self, slot: int, frame: int) -> Copy:

@@ -36,9 +36,9 @@ class RopeTables:
         self._space_sin = np.sin(space).astype(np.float32)
 
     def fill(self, first_frame: int, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
-        """Write the tables of the chunk that starts at temporal position ``first_frame``.
+        """Write the tables of the chunk that starts at temporal position `first_frame`.
 
-        ``cos`` and ``sin`` are contiguous ``[chunk tokens, head_dim / 2]``.
+        `cos` and `sin` are contiguous `[chunk tokens, head_dim / 2]`.
         """
         angle = np.outer(np.arange(first_frame, first_frame + self._frames), self._time_freqs)
         pairs = self._time_dim // 2
@@ -51,7 +51,7 @@ class RopeTables:
             frames[..., pairs:] = space
 
     def turn(self, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Cosines and sines ``[time pairs]`` of the rotation that moves keys by ``frames`` in time."""
+        """Cosines and sines `[time pairs]` of the rotation that moves keys by `frames` in time."""
         angle = frames * self._time_freqs
         return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

@@ -40,7 +40,7 @@ class SavedTable(_Part):
 
 
 class SavedPrompt(_Part):
-    """A prompt in force (``at`` is null) or to come; its embedding is an array of the file."""
+    """A prompt in force (`at` is null) or to come; its embedding is an array of the file."""
 
     at: Count | None
     recache: Recache
@@ -77,7 +77,7 @@ class SavedMeta(_Part):
 
 @dataclass(frozen=True, eq=False)
 class SavedSession:
-    """A session's state: ``buffers`` by name, as bytes, prompt embeddings and frames in the order of the lists."""
+    """A session's state: `buffers` by name, as bytes, prompt embeddings and frames in the order of the lists."""
 
     meta: SavedMeta
     buffers: Mapping[str, NDArray[np.uint8]]
@@ -95,7 +95,7 @@ class SavedSession:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], manifest: Manifest) -> SavedSession:
-        """Read a file. Raises :class:`InputError` if it is none, or of another bundle."""
+        """Read a file. Raises `InputError` if it is none, or of another bundle."""
         name = Path(path).name
         try:
             with np.load(path, allow_pickle=False) as file:

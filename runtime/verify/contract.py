@@ -243,6 +243,6 @@ def _check_text_weights(bundle: Bundle, flaws: Flaws) -> None:
 
 
 def _widens(stored: Dtype, spec: TensorSpec | None) -> bool:
-    """Whether a float as it is stored is the same number in the type that takes it; without a ``spec`` in float32."""
+    """Whether a float as it is stored is the same number in the type that takes it; without a `spec` in float32."""
     wanted = "float32" if spec is None else spec.dtype
     return stored in FLOATS and wanted in (stored, "float32")

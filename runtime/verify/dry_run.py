@@ -32,7 +32,7 @@ _SHOWN = 5
 
 
 class DryRunError(BundleError):
-    """The bundle cannot be executed as it is. ``flaws`` has one sentence for each thing that is wrong."""
+    """The bundle cannot be executed as it is. `flaws` has one sentence for each thing that is wrong."""
 
     def __init__(self, bundle: Bundle, flaws: tuple[str, ...]) -> None:
         more = len(flaws) - _SHOWN
@@ -48,7 +48,7 @@ class DryRunError(BundleError):
 class ForwardCost:
     """One kind of forward: what is enqueued, and the bytes that cross the bus or are copied on the device.
 
-    ``gpu_launches`` counts what the engines launch themselves too; ``None`` if one does not tell.
+    `gpu_launches` counts what the engines launch themselves too; `None` if one does not tell.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """What was checked. Sizes in bytes; ``unbound`` names tensors of the weights file that nothing uses."""
+    """What was checked. Sizes in bytes; `unbound` names tensors of the weights file that nothing uses."""
 
     bundle: str
     target: str
@@ -107,7 +107,7 @@ class DryRunReport:
 
 
 def dry_run(bundle: Bundle, *, sessions: int = 1) -> DryRunReport:
-    """Walk the execution of ``bundle`` for ``sessions`` sessions. Needs no device and no engine library.
+    """Walk the execution of `bundle` for `sessions` sessions. Needs no device and no engine library.
 
     Raises:
         DryRunError: something does not fit; all flaws are listed.
@@ -145,7 +145,7 @@ def _require_none(bundle: Bundle, flaws: Flaws) -> None:
 
 
 def check_program(bundle: Bundle, program: Program, flaws: Flaws | None = None) -> DryRunReport:
-    """Hold a program against its bundle; see :func:`dry_run`. ``flaws`` has what was found before."""
+    """Hold a program against its bundle; see `dry_run`. `flaws` has what was found before."""
     manifest = bundle.manifest
     flaws = flaws or Flaws()
     check_contract(bundle, flaws)
@@ -182,7 +182,7 @@ def check_program(bundle: Bundle, program: Program, flaws: Flaws | None = None) 
 
 
 def _library(bundle: Bundle, flaws: Flaws) -> KernelLibrary | None:
-    """The images for the bundle's target; ``None`` on a host, where nothing is launched."""
+    """The images for the bundle's target; `None` on a host, where nothing is launched."""
     kernels, capability = bundle.manifest.kernels, bundle.manifest.target.compute_capability
     if capability is None or not runs_on_gpu(bundle.manifest):
         return None

@@ -107,7 +107,7 @@ class Flaws:
         self.found: list[str] = []
 
     def add(self, where: str, problem: str) -> None:
-        """Note ``problem`` at ``where``."""
+        """Note `problem` at `where`."""
         text = f"{where}: {problem}"
         if text not in self.found:
             self.found.append(text)
@@ -122,7 +122,7 @@ class RunChecker:
         self.count = 0
 
     def check(self, run: EngineRun, where: str) -> None:
-        """Note what differs between ``run`` and its component."""
+        """Note what differs between `run` and its component."""
         self.count += 1
         component = self._components.get(run.component)
         if component is None:
@@ -200,7 +200,7 @@ class LaunchChecker:
         self.images: set[str] = set()
 
     def check(self, launch: KernelLaunch, where: str) -> None:
-        """Note what differs between ``launch`` and the kernel's image."""
+        """Note what differs between `launch` and the kernel's image."""
         self.count += 1
         sizes = _SIZES.get(launch.kernel)
         if sizes is None:

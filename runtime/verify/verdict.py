@@ -1,6 +1,6 @@
 """Verdicts: whether each component of a bundle computes what it should, on this machine.
 
-A verdict is found by running the golden vectors (:mod:`runtime.bundle.golden`) and recorded beside the bundle. It
+A verdict is found by running the golden vectors (`runtime.bundle.golden`) and recorded beside the bundle. It
 holds for the manifest, device, driver and libraries it was found with, and says nothing about any other.
 """
 
@@ -48,7 +48,7 @@ class VerificationError(EngineError):
 
 
 class PlatformRecord(Part):
-    """A :class:`~runtime.bundle.golden.Platform`, as it is recorded."""
+    """A `Platform`, as it is recorded."""
 
     device: str
     driver: str | None
@@ -56,15 +56,15 @@ class PlatformRecord(Part):
 
     @classmethod
     def of(cls, platform: Platform) -> PlatformRecord:
-        """The record of ``platform``."""
+        """The record of `platform`."""
         return cls(device=platform.device, driver=platform.driver, libraries=dict(platform.libraries))
 
 
 class ComponentVerdict(Part):
     """How a component did.
 
-    ``error`` is the largest of its outputs over its cases, null if it did not run or gave something that is not
-    finite; ``worst`` is that output, as ``CASE/OUTPUT``, and ``problem`` what it said.
+    `error` is the largest of its outputs over its cases, null if it did not run or gave something that is not
+    finite; `worst` is that output, as `CASE/OUTPUT`, and `problem` what it said.
     """
 
     error: float | None
@@ -76,7 +76,7 @@ class ComponentVerdict(Part):
 
 
 class Verdict(Part):
-    """Contents of ``verdict.json``. ``created`` in ISO 8601, ``manifest`` the SHA-256 of the manifest file."""
+    """Contents of `verdict.json`. `created` in ISO 8601, `manifest` the SHA-256 of the manifest file."""
 
     schema_version: Literal[1] = 1
     created: str
@@ -102,10 +102,10 @@ class Verdict(Part):
 
 
 def judge(bundle: Bundle, runner: ComponentRunner, progress: Progress | None = None) -> Verdict:
-    """Run every golden case of ``bundle``.
+    """Run every golden case of `bundle`.
 
     A component that does not run has failed like one that computes something else; the others are still run.
-    ``progress`` is called with a case, the cases done, and their number.
+    `progress` is called with a case, the cases done, and their number.
 
     Raises:
         BundleError: the bundle has no golden vectors, or they do not fit it.
@@ -243,7 +243,7 @@ def refusal(bundle: Bundle, verdict: Verdict) -> str:
 
 
 def gpu_problem(library: str | None = None) -> str | None:
-    """Why no CUDA device can be used here; None if one can. ``library`` is the driver's, by default the system's."""
+    """Why no CUDA device can be used here; None if one can. `library` is the driver's, by default the system's."""
     library = library or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     try:
         cuda = ctypes.CDLL(library)

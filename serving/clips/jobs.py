@@ -25,7 +25,7 @@ _REFERENCE = ".reference"
 
 
 class CreateVideo(BaseModel):
-    """The body of ``POST /v1/videos``. ``seed`` and ``schedule`` are ours; the rest is OpenAI's."""
+    """The body of `POST /v1/videos`. `seed` and `schedule` are ours; the rest is OpenAI's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -111,7 +111,7 @@ class JobStore:
     def add(self, request: CreateVideo, *, model: str, size: str, reference: bytes | None) -> Job:
         """A new job, recorded, with the file of the image that it starts from, if there is one.
 
-        Raises :class:`RequestError` if it cannot be.
+        Raises `RequestError` if it cannot be.
         """
         job = Job(
             id=_ID + secrets.token_hex(12),
@@ -133,7 +133,7 @@ class JobStore:
         return job
 
     def get(self, identity: str) -> Job:
-        """A job. Raises :class:`RequestError` (404) if there is none of that id."""
+        """A job. Raises `RequestError` (404) if there is none of that id."""
         job = self.jobs.get(identity)
         if job is None:
             raise RequestError("not_found", "there is no video of that id", status=404)

@@ -71,7 +71,7 @@ class Encoder(Protocol):
     kind: Literal["h264", "jpeg"]
 
     def encode(self, frames: NDArray[np.uint8], *, keyframe: bool) -> list[Encoded]:
-        """Encode frames, uint8 ``[N, H, W, 3]``; with ``keyframe`` the first of them can be shown on its own."""
+        """Encode frames, uint8 `[N, H, W, 3]`; with `keyframe` the first of them can be shown on its own."""
 
     def close(self) -> None:
         """Let go of the encoder."""
@@ -88,7 +88,7 @@ class H264Encoder:
         self._count = 0
 
     def encode(self, frames: NDArray[np.uint8], *, keyframe: bool) -> list[Encoded]:
-        """See :meth:`Encoder.encode`."""
+        """See `Encoder.encode`."""
         from av.video.frame import PictureType
 
         units: list[Encoded] = []
@@ -105,7 +105,7 @@ class H264Encoder:
         return units
 
     def close(self) -> None:
-        """See :meth:`Encoder.close`."""
+        """See `Encoder.close`."""
         self._context = None
 
     def _pictures(self, frames: NDArray[np.uint8]) -> Iterator[Any]:
@@ -125,7 +125,7 @@ class JpegEncoder:
     kind: Literal["h264", "jpeg"] = "jpeg"
 
     def encode(self, frames: NDArray[np.uint8], *, keyframe: bool) -> list[Encoded]:
-        """See :meth:`Encoder.encode`."""
+        """See `Encoder.encode`."""
         from PIL import Image
 
         files: list[Encoded] = []
@@ -146,9 +146,9 @@ def new_encoder(kind: Literal["h264", "jpeg"], shape: VideoShape) -> Encoder:
 
 @lru_cache(maxsize=8)
 def h264_codec(shape: VideoShape) -> tuple[str, str]:
-    """The H.264 encoder that works here for this shape, and its codec string for WebCodecs, such as ``avc1.64000b``.
+    """The H.264 encoder that works here for this shape, and its codec string for WebCodecs, such as `avc1.64000b`.
 
-    Found by encoding a frame. Raises :class:`ServingError` if none works.
+    Found by encoding a frame. Raises `ServingError` if none works.
     """
     reasons = []
     for name, _ in _H264:
@@ -179,7 +179,7 @@ def _open(shape: VideoShape, name: str) -> Any:
 
 
 def _codec_string(unit: bytes) -> str:
-    """``avc1.`` and profile, constraints and level in hexadecimal, from the access unit's parameter set."""
+    """`avc1.` and profile, constraints and level in hexadecimal, from the access unit's parameter set."""
     position = unit.find(b"\0\0\1")
     while position >= 0:
         if unit[position + 3] & 0x1F == _SPS:

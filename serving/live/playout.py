@@ -50,7 +50,7 @@ class Playout:
         return self._eager
 
     def sent(self, chunk: int, seconds: float, now: float) -> float:
-        """A chunk that lasts ``seconds`` is sent; how long the client had nothing to show before it, in seconds."""
+        """A chunk that lasts `seconds` is sent; how long the client had nothing to show before it, in seconds."""
         due = self._begins + self._lasts
         stall = max(0.0, now - due) if self._running else 0.0
         self._begins = max(now, due) if self._running else now
@@ -68,11 +68,11 @@ class Playout:
             self._begins = max(now, self._begins - _EARLY * self._lasts)
 
     def deadline(self, seconds: float) -> float:
-        """When a chunk of ``seconds``, due after the last one sent, is dropped if that one has not begun to show."""
+        """When a chunk of `seconds`, due after the last one sent, is dropped if that one has not begun to show."""
         return self._begins + self._lasts + max(_GRACE * seconds, _LEAST_GRACE)
 
     def dropped(self, seconds: float) -> None:
-        """A chunk of ``seconds`` was not sent; the client shows the last one for longer."""
+        """A chunk of `seconds` was not sent; the client shows the last one for longer."""
         self._lasts += seconds
 
     def silent_for(self, now: float) -> float:
@@ -91,7 +91,7 @@ class Playout:
         self._heard = now
 
     def measured(self, latency: float, seconds: float) -> None:
-        """A chunk of ``seconds`` took ``latency`` seconds from being asked for."""
+        """A chunk of `seconds` took `latency` seconds from being asked for."""
         if latency * _SPARE > seconds:
             self._eager, self._in_time = True, 0
             return

@@ -1,4 +1,4 @@
-"""The messages of ``/v1/stream``, version 1. docs/serving.md describes them for people who write clients."""
+"""The messages of `/v1/stream`, version 1. docs/serving.md describes them for people who write clients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Message(BaseModel):
 
 
 class ScheduledPrompt(BaseModel):
-    """A prompt that applies from chunk ``at`` on, over ``over`` chunks."""
+    """A prompt that applies from chunk `at` on, over `over` chunks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,7 +55,7 @@ class ScheduledPrompt(BaseModel):
 
 
 class Start(_Message):
-    """Begin a session. ``seconds`` is whole chunks rounded up, or null for no end."""
+    """Begin a session. `seconds` is whole chunks rounded up, or null for no end."""
 
     type: Literal["start"]
     prompt: Prompt
@@ -76,13 +76,13 @@ class SetPrompt(_Message):
 
 
 class Pause(_Message):
-    """Send nothing more until ``resume``."""
+    """Send nothing more until `resume`."""
 
     type: Literal["pause"]
 
 
 class Resume(_Message):
-    """Go on after ``pause``."""
+    """Go on after `pause`."""
 
     type: Literal["resume"]
 
@@ -120,7 +120,7 @@ _CLIENT: TypeAdapter[Start | Control | Ack] = TypeAdapter(ClientMessage)
 
 
 def parse_client_message(text: str) -> Start | Control | Ack:
-    """Read one message; :class:`RequestError` says what is wrong with it, without repeating it."""
+    """Read one message; `RequestError` says what is wrong with it, without repeating it."""
     try:
         return _CLIENT.validate_json(text)
     except ValidationError as error:
@@ -157,7 +157,7 @@ def refusal(message: Start | Control, error: RequestError) -> dict[str, Any]:
 class MediaFrame:
     """One picture: an H.264 access unit (Annex B) or a JPEG file.
 
-    On the wire, little-endian: ``"LF"``, kind (1 H.264, 2 JPEG), flags (1 keyframe, 2 first of its chunk, 4 last of its
+    On the wire, little-endian: `"LF"`, kind (1 H.264, 2 JPEG), flags (1 keyframe, 2 first of its chunk, 4 last of its
     chunk, 8 a gap lies before it), chunk (u32), frame (u32, from the start of the session), presentation time
     (u64, microseconds), then the payload.
     """
@@ -180,7 +180,7 @@ class MediaFrame:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MediaFrame:
-        """Read a binary message, for clients in Python. Raises :class:`ValueError` if it is not one."""
+        """Read a binary message, for clients in Python. Raises `ValueError` if it is not one."""
         if len(data) < _HEADER.size or data[:2] != _MAGIC or data[2] not in (1, 2):
             raise ValueError(f"{len(data)} bytes are no picture of this protocol")
         _, kind, flags, chunk, frame, time_us = _HEADER.unpack_from(data)

@@ -38,9 +38,9 @@ EndReason = Literal["completed", "cancelled", "failed", "shutdown", "silent", "i
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """The frames of a chunk, uint8 ``[N, H, W, 3]``, for an outlet. ``keyframe``: the first must stand on its own.
+    """The frames of a chunk, uint8 `[N, H, W, 3]`, for an outlet. `keyframe`: the first must stand on its own.
 
-    ``gap``: chunks before it were left out. ``frame`` is the number of the first frame in the session.
+    `gap`: chunks before it were left out. `frame` is the number of the first frame in the session.
     """
 
     chunk: int
@@ -57,11 +57,11 @@ class Outlet(Protocol):
         """Send a message."""
 
     async def picture(self, picture: Picture, describe: Callable[[float], dict[str, Any]]) -> float:
-        """Encode and send frames, after the event that ``describe`` makes of the encoder's seconds; returns those."""
+        """Encode and send frames, after the event that `describe` makes of the encoder's seconds; returns those."""
 
 
 class LiveSession:
-    """One rollout for one client. :meth:`run` is its life; the other methods may be called meanwhile."""
+    """One rollout for one client. `run` is its life; the other methods may be called meanwhile."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class LiveSession:
     async def run(self) -> tuple[EndReason, str]:
         """Open the session, stream until something ends it, close it: why, and a sentence for people.
 
-        Raises :class:`RequestError` if it cannot be opened. Not to be cancelled: :meth:`end` ends it.
+        Raises `RequestError` if it cannot be opened. Not to be cancelled: `end` ends it.
         """
         await self._open()
         try:
@@ -137,7 +137,7 @@ class LiveSession:
         self._news.set()
 
     async def control(self, message: Control) -> dict[str, Any]:
-        """Do what a message asks for; its receipt. Raises :class:`RequestError` if it is refused."""
+        """Do what a message asks for; its receipt. Raises `RequestError` if it is refused."""
         session = self._session
         if session is None or self._end is not None:
             raise RequestError("no_session", "no session is running; send start first", status=409)
@@ -279,7 +279,7 @@ class LiveSession:
                 return
 
     async def _until_room(self, chunk: int) -> bool:
-        """Wait until the client holds no chunk that it has not begun to show; False if it is too late for ``chunk``."""
+        """Wait until the client holds no chunk that it has not begun to show; False if it is too late for `chunk`."""
         session = self._session
         assert session is not None
         seconds = (session.first_frame(chunk + 1) - session.first_frame(chunk)) / self._fps
@@ -407,7 +407,7 @@ class LiveSession:
 
 
 def check_prompts(prompts: Iterable[str], limits: Limits) -> None:
-    """Raise :class:`RequestError` if there are too many prompts, or one is too long."""
+    """Raise `RequestError` if there are too many prompts, or one is too long."""
     for count, prompt in enumerate(prompts):
         if len(prompt) > limits.prompt_chars:
             raise RequestError(

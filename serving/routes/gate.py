@@ -25,7 +25,7 @@ _HEADERS = (
 
 
 class Gate:
-    """Middleware that refuses what :class:`~serving.security.Guard` refuses, and bodies that are too large."""
+    """Middleware that refuses what `Guard` refuses, and bodies that are too large."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app

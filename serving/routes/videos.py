@@ -1,4 +1,4 @@
-"""``/v1/videos``: clips, asynchronously, in the shape of OpenAI's video API."""
+"""`/v1/videos`: clips, asynchronously, in the shape of OpenAI's video API."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/videos")
     async def create(request: Request) -> dict[str, Any]:
-        """Queue a clip: ``prompt``, and optionally ``seconds``, ``size``, ``model``, ``seed``, ``schedule``.
+        """Queue a clip: `prompt`, and optionally `seconds`, `size`, `model`, `seed`, `schedule`.
 
-        A form may bring an image as ``input_reference``, from which the clip goes on.
+        A form may bring an image as `input_reference`, from which the clip goes on.
         """
         manifest = service.manifest
         model = manifest.model
@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos")
     async def catalogue(limit: int = _PAGE, after: str | None = None, order: str = "desc") -> dict[str, Any]:
-        """Clips, newest first unless ``order`` is ``asc``."""
+        """Clips, newest first unless `order` is `asc`."""
         if order not in ("asc", "desc"):
             raise RequestError("bad_request", "order is neither 'asc' nor 'desc'")
         if not 1 <= limit <= _LARGEST_PAGE:
@@ -78,7 +78,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/videos/{identity}")
     async def retrieve(identity: str) -> dict[str, Any]:
-        """A clip's state: ``status``, ``progress`` in percent, ``seconds_left``."""
+        """A clip's state: `status`, `progress` in percent, `seconds_left`."""
         return service.clips.store.get(identity).public()
 
     @routes.get("/v1/videos/{identity}/content")

@@ -59,7 +59,7 @@ NewOutlet = Callable[["Connection", Start, str], ClosableOutlet]
 
 @contextmanager
 def connected(service: Service, client: str) -> Iterator[None]:
-    """Count a connection of a client's address. Raises :class:`RequestError` if it has too many."""
+    """Count a connection of a client's address. Raises `RequestError` if it has too many."""
     limit = service.settings.limits.sessions_per_client
     if service.connections.get(client, 0) >= limit:
         service.metrics.refused.labels("too_many_connections").inc()
@@ -79,7 +79,7 @@ class Connection:
     """One client. Reads its messages; a task of its own lives through each session that it asks for."""
 
     def __init__(self, socket: Socket, service: Service, new_outlet: NewOutlet | None = None) -> None:
-        """``new_outlet`` makes where a session's pictures go; by default they go over the socket, encoded."""
+        """`new_outlet` makes where a session's pictures go; by default they go over the socket, encoded."""
         self._socket = socket
         self._new_outlet = new_outlet or self._encoding_outlet
         self._service = service
@@ -147,7 +147,7 @@ class Connection:
         }
 
     async def _receive(self) -> Start | Control | Ack | None:
-        """The next message that makes sense; ``None`` for one that does not."""
+        """The next message that makes sense; `None` for one that does not."""
         idle = self._task is None or self._task.done()
         try:
             async with asyncio.timeout(self._limits.idle_timeout if idle else None):

@@ -29,7 +29,7 @@ class Wire(Protocol):
 
 
 class EncodingOutlet:
-    """Implements :class:`~serving.live.session.Outlet` over a wire."""
+    """Implements `Outlet` over a wire."""
 
     def __init__(self, wire: Wire, kind: Literal["h264", "jpeg"], shape: VideoShape, session: str) -> None:
         self._wire = wire
@@ -38,11 +38,11 @@ class EncodingOutlet:
         self._encoder = new_encoder(kind, shape)
 
     async def event(self, message: dict[str, Any]) -> None:
-        """See :meth:`Outlet.event <serving.live.session.Outlet.event>`."""
+        """See `Outlet.event`."""
         await self._wire.event(message)
 
     async def picture(self, picture: Picture, describe: Callable[[float], dict[str, Any]]) -> float:
-        """See :meth:`Outlet.picture <serving.live.session.Outlet.picture>`."""
+        """See `Outlet.picture`."""
         loop = asyncio.get_running_loop()
         frames, seconds = await loop.run_in_executor(_encoders, self._encode, picture)
         await self._wire.event(describe(seconds))

@@ -1,7 +1,7 @@
-"""``POST /v1/webrtc``: the same sessions over WebRTC, for networks where it is needed.
+"""`POST /v1/webrtc`: the same sessions over WebRTC, for networks where it is needed.
 
-The client offers a data channel, which carries the control messages of ``/v1/stream``, and a video track to receive.
-The track shows chunks at the video's rate and says itself when it begins one, so clients send no ``ack``.
+The client offers a data channel, which carries the control messages of `/v1/stream`, and a video track to receive.
+The track shows chunks at the video's rate and says itself when it begins one, so clients send no `ack`.
 """
 
 from __future__ import annotations
@@ -157,18 +157,18 @@ class ChunkTrack(MediaStreamTrack):  # type: ignore[misc]
 
 
 class TrackOutlet:
-    """Implements :class:`~serving.live.session.Outlet`: events by the channel, pictures by the track, which encodes."""
+    """Implements `Outlet`: events by the channel, pictures by the track, which encodes."""
 
     def __init__(self, wire: Connection, track: ChunkTrack) -> None:
         self._wire = wire
         self._track = track
 
     async def event(self, message: dict[str, Any]) -> None:
-        """See :meth:`Outlet.event <serving.live.session.Outlet.event>`."""
+        """See `Outlet.event`."""
         await self._wire.event(message)
 
     async def picture(self, picture: Picture, describe: Callable[[float], dict[str, Any]]) -> float:
-        """See :meth:`Outlet.picture <serving.live.session.Outlet.picture>`. The track's encoder reports no times."""
+        """See `Outlet.picture`. The track's encoder reports no times."""
         await self._wire.event(describe(0.0))
         self._track.play(picture)
         return 0.0
@@ -179,7 +179,7 @@ class TrackOutlet:
 
 
 class ChannelSocket:
-    """Implements :class:`~serving.transport.connection.Socket` over the client's data channel."""
+    """Implements `Socket` over the client's data channel."""
 
     def __init__(self, peer: RTCPeerConnection, track: ChunkTrack) -> None:
         self.application_state = WebSocketState.CONNECTED
@@ -192,11 +192,11 @@ class ChannelSocket:
         peer.on("connectionstatechange", self._changed)
 
     async def receive(self) -> dict[str, Any]:
-        """See :meth:`Socket.receive <serving.transport.connection.Socket.receive>`."""
+        """See `Socket.receive`."""
         return await self._received.get()
 
     async def send_json(self, data: Any) -> None:
-        """See :meth:`Socket.send_json <serving.transport.connection.Socket.send_json>`."""
+        """See `Socket.send_json`."""
         if data.get("type") == "receipt" and data["accepted"]:
             self._track.steer(data["action"])
         if self._channel is not None and self._channel.readyState == "open":

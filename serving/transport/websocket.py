@@ -1,4 +1,4 @@
-"""``/v1/stream``: live sessions over a WebSocket."""
+"""`/v1/stream`: live sessions over a WebSocket."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def spec_for(frame_tokens: int, block: int, keep_frames: int = 4) -> AttentionSp
 
 
 def tensors(spec: AttentionSpec, past: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q of the chunk, keys and values of everything."""
+    """Q of the chunk, keys and values of everything."""
     generator = torch.Generator().manual_seed(seed)
     frames = (CURRENT, past + CURRENT, past + CURRENT)
     q, k, v = (

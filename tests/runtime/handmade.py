@@ -1,6 +1,6 @@
 """A small real bundle, written by hand: ONNX graphs with the components' full inputs and outputs.
 
-Two layers of one head of 8, frames of 4 tokens. Attention is dense over the frames that ``frame_slots`` names, and
+Two layers of one head of 8, frames of 4 tokens. Attention is dense over the frames that `frame_slots` names, and
 every input (cached block means and the chunk's index too) has a say in the result, so that a frame committed to the
 wrong slot, a stale prompt or a shifted position shows in the video.
 """
@@ -81,7 +81,7 @@ class Graph:
 
 
 def _rope(g: Graph, x: str, cos: str, sin: str) -> str:
-    """Interleaved pairs of x ``[T, D]``."""
+    """Interleaved pairs of x `[T, D]`."""
     pairs = g.shape(x, -1, DIM // 2, 2)
     even = g.op("Gather", pairs, g.const(0, np.int64), axis=2)
     odd = g.op("Gather", pairs, g.const(1, np.int64), axis=2)
@@ -102,9 +102,9 @@ def transformer(
     sigmas: tuple[float, ...] = SIGMAS,
     first_sigmas: tuple[float, ...] = (),
 ) -> Graph:
-    """The ``step`` component, or the ``clean`` one; the same ``rng`` state gives both the same weights.
+    """The `step` component, or the `clean` one; the same `rng` state gives both the same weights.
 
-    From ``fail_at_chunk`` on its forwards fail: they look up a table that ends there.
+    From `fail_at_chunk` on its forwards fail: they look up a table that ends there.
     """
     g = Graph()
     tokens = frames * FRAME_TOKENS
@@ -189,7 +189,7 @@ def conditioner(rng: np.random.Generator) -> Graph:
 
 
 def text_layer() -> Graph:
-    """hidden + attention(hidden * norm1) + gated FFN(that * norm2); see ``encode`` in test_text.py."""
+    """Hidden + attention(hidden * norm1) + gated FFN(that * norm2); see `encode` in test_text.py."""
     g = Graph()
     hidden, mask = g.input("hidden", TEXT_LEN, TEXT_DIM), g.input("mask", TEXT_LEN)
     shapes = {"norm1": (TEXT_DIM,), "rel_bias": (32, 1), "norm2": (TEXT_DIM,)}
@@ -277,7 +277,7 @@ def build_bundle(
     first_sigmas: tuple[float, ...] = (),
     clean_forward: bool = True,
 ) -> Manifest:
-    """Write a complete bundle into ``folder`` and return its manifest."""
+    """Write a complete bundle into `folder` and return its manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     past = (window_frames or table_frames) - chunk_frames
     schedule: dict[str, Any] = {"frames": chunk_frames, "sigmas": sigmas, "first_sigmas": first_sigmas}
@@ -388,7 +388,7 @@ def build_bundle(
 
 
 def edit_manifest(folder: Path, edit: object) -> None:
-    """Apply ``edit(dict)`` to a bundle's manifest, unchecked."""
+    """Apply `edit(dict)` to a bundle's manifest, unchecked."""
     path = folder / "manifest.json"
     raw = json.loads(path.read_text())
     edit(raw)  # type: ignore[operator]

@@ -1,7 +1,7 @@
 """A rollout written the plain way, to compare the runtime with.
 
 Everything is eager and copied: each frame's keys and values sit in a dict, each forward stacks what it may see,
-prompts switch at once. It runs the bundle's graphs through ``InferenceSession.run`` and shares no code with the
+prompts switch at once. It runs the bundle's graphs through `InferenceSession.run` and shares no code with the
 runtime.
 """
 
@@ -31,7 +31,7 @@ def load_graphs(folder: Path) -> dict[str, ort.InferenceSession]:
 
 
 class NaiveRollout:
-    """Generates the clip of one seed; ``embedding`` is ``[text_len, dim]``."""
+    """Generates the clip of one seed; `embedding` is `[text_len, dim]`."""
 
     def __init__(self, folder: Path, embedding: np.ndarray, seed: int) -> None:
         self.manifest = json.loads((folder / "manifest.json").read_text())
@@ -171,7 +171,7 @@ class NaiveRollout:
         return np.random.Generator(np.random.Philox(key=key)).standard_normal(self.latent_shape, np.float32)
 
     def next_chunk(self) -> np.ndarray:
-        """Frames uint8 ``[N, H, W, 3]`` of the next chunk."""
+        """Frames uint8 `[N, H, W, 3]` of the next chunk."""
         self.commit()
         chunk = self.chunk
         shared = self.inputs(chunk, sorted(self.frames))
@@ -196,7 +196,7 @@ class NaiveRollout:
         return np.concatenate([self.decode(out["x0"][:, i : i + 1]) for i in range(self.per_chunk)])
 
     def give(self, frames: np.ndarray) -> None:
-        """Take whole chunks from a clip, uint8 ``[N, H, W, 3]``, in place of denoising them; nothing is shown."""
+        """Take whole chunks from a clip, uint8 `[N, H, W, 3]`, in place of denoising them; nothing is shown."""
         video = (frames.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
         out = self.run("vae_encode_first", {"video": video[:1]})
         latents = [out["latent"]]

@@ -15,7 +15,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 def naive_residents(chunks: int, chunk_frames: int, sinks: int, capacity: int) -> list[int]:
-    """Resident frames after committing ``chunks`` chunks: append everything, delete the oldest non-sink."""
+    """Resident frames after committing `chunks` chunks: append everything, delete the oldest non-sink."""
     resident: list[int] = []
     for chunk in range(chunks):
         resident += [chunk * chunk_frames + i for i in range(chunk_frames)]

@@ -36,7 +36,7 @@ def naive(bundle: Path, pipe: Pipeline) -> NaiveRollout:
 
 @pytest.fixture(scope="module")
 def noise(naive: NaiveRollout) -> np.ndarray:
-    """What seed 5 draws, ``[chunks, steps, channels, frames, h, w]``."""
+    """What seed 5 draws, `[chunks, steps, channels, frames, h, w]`."""
     return np.stack([[naive.noise(chunk, step) for step in range(4)] for chunk in range(CHUNKS)])
 
 

@@ -53,7 +53,7 @@ def pipe(bundle: Path) -> Iterator[Pipeline]:
 
 
 def encode(ids: list[int], weights: dict[str, np.ndarray]) -> np.ndarray:
-    """The hand-made text encoder in float64: see ``handmade.text_layer``."""
+    """The hand-made text encoder in float64: see `handmade.text_layer`."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     x = w["token_embedding"][ids + [0] * (TEXT_LEN - len(ids))]
     real = np.arange(TEXT_LEN) < len(ids)

@@ -202,7 +202,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 
 
 def external(copy: Path, name: str, location: str) -> None:
-    """Let the first initializer that lies in another file lie in ``location``."""
+    """Let the first initializer that lies in another file lie in `location`."""
     path = copy / name
     model = onnx.load(path, load_external_data=False)
     tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)

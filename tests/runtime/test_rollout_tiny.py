@@ -125,7 +125,7 @@ def seconds_of_a_chunk(session: Session) -> float:
 
 
 def assert_flat(folder: Path, chunks: int, settled: int, slack_bytes: int) -> None:
-    """Roll out ``chunks`` chunks; from chunk ``settled`` on, memory stays where it is, and the last cost no more.
+    """Roll out `chunks` chunks; from chunk `settled` on, memory stays where it is, and the last cost no more.
 
     The last ones are timed in turns with those of a younger rollout, because a machine's speed changes within seconds.
     """

@@ -37,7 +37,7 @@ def frames(session: Session, chunks: int = CHUNKS) -> list[bytes]:
 
 
 def settle(session: Session, index: int) -> None:
-    """Wait until chunk ``index`` would be the next to start, and see that it stays so."""
+    """Wait until chunk `index` would be the next to start, and see that it stays so."""
     deadline = time.monotonic() + 20
     while session.index < index and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -47,7 +47,7 @@ def started(session: Session) -> int:
 
 
 def settles_at(session: Session, count: int) -> bool:
-    """Whether ``count`` chunks start and then no more."""
+    """Whether `count` chunks start and then no more."""
     deadline = time.monotonic() + 20
     while started(session) < count and time.monotonic() < deadline:
         time.sleep(0.002)

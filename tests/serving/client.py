@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 class StreamClient:
-    """Collects what the server sends. Begins to show each chunk when it arrives, unless ``shows`` says otherwise."""
+    """Collects what the server sends. Begins to show each chunk when it arrives, unless `shows` says otherwise."""
 
     def __init__(self, url: str, *, shows: bool = True, **options: Any) -> None:
         options.setdefault("subprotocols", [SUBPROTOCOL])
@@ -28,7 +28,7 @@ class StreamClient:
         self.messages: list[Message] = []
         self.frames: list[MediaFrame] = []
         self.times: list[float] = []
-        """When each message of ``messages`` came."""
+        """When each message of `messages` came."""
         self.hello = self.until("hello")
 
     def __enter__(self) -> StreamClient:

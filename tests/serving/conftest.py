@@ -91,7 +91,7 @@ def trained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start_server(small_bundle: Path, tmp_path: Path) -> Iterator[StartServer]:
-    """Starts servers with options of :class:`Settings` and :class:`Limits`; they end with the test."""
+    """Starts servers with options of `Settings` and `Limits`; they end with the test."""
     with ExitStack() as stack:
 
         def start(*, bundle: Path = small_bundle, limits: dict[str, Any] | None = None, **options: Any):  # type: ignore[no-untyped-def]

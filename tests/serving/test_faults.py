@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def process(
     bundle: Path, videos: Path, *options: str
 ) -> Iterator[tuple[subprocess.Popen[str], list[dict[str, Any]]]]:
-    """``python -m serving run`` as a process of its own, and its log as it grows."""
+    """`python -m serving run` as a process of its own, and its log as it grows."""
     command = [sys.executable, "-m", "serving", "run", str(bundle), "--port", "0", "--threads", "1"]
     started = subprocess.Popen(
         [*command, "--videos", str(videos), *options], cwd=ROOT, stderr=subprocess.PIPE, text=True

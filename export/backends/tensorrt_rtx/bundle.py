@@ -148,7 +148,8 @@ def _named(entries: Sequence[bundle.FileEntry], path: str) -> list[bundle.FileEn
 @dataclass(frozen=True)
 class _Quantized:
     """What the part on quantization decided: formats, the conditioner's graph, and the errors of its linears and of
-    those that are left out because of theirs."""
+    those that are left out because of theirs.
+    """
 
     formats: dict[str, Format]
     errors: dict[str, float]

@@ -92,7 +92,7 @@ class AttentionBody:
         return b("Reshape", b("Concat", past, current, axis=0), row_shape)
 
     def query_tiles(self) -> ir.Value:
-        """q as float32 [H, C*QB, block_q, D], the rows of ragged tiles filled up with zeros."""
+        """Q as float32 [H, C*QB, block_q, D], the rows of ragged tiles filled up with zeros."""
         b = self.b
         frames = b.to_float32(b("Reshape", self.q, self.frames_rows_heads_dim))
         padded = b("Pad", frames, b.vector(0, self._padding()), b.number(0.0), b.int_list(1))

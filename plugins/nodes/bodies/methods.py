@@ -233,7 +233,7 @@ class VMoBABody(AttentionBody):
 
 
 def _scattered(body: AttentionBody, like: ir.Value, order: ir.Value, chosen: ir.Value) -> ir.Value:
-    """bool of the shape of `like`: what `chosen` [..., n] says of the columns `order`, false elsewhere."""
+    """Bool of the shape of `like`: what `chosen` [..., n] says of the columns `order`, false elsewhere."""
     b = body.b
     nothing = b("Expand", b.number(0.0), b("Shape", like))
     return b("Cast", b("ScatterElements", nothing, order, chosen, axis=-1), to=ir.DataType.BOOL.value)

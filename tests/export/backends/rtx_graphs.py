@@ -107,7 +107,7 @@ def _constant(name: str, dtype: int, value: np.ndarray) -> onnx.TensorProto:
 
 
 def quantized_linear(path: Path, *, quantize_input: bool) -> Path:
-    """y = dq(q(x)) @ dq(w)^T with an FP8 weight as input; without `quantize_input`, x goes in as it is."""
+    """Y = dq(q(x)) @ dq(w)^T with an FP8 weight as input; without `quantize_input`, x goes in as it is."""
     bf16, fp8 = TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN
     scale = _constant("scale", bf16, np.array(0.05, ml_dtypes.bfloat16))
     zero = _constant("zero", fp8, np.array(0, ml_dtypes.float8_e4m3fn))

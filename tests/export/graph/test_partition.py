@@ -104,7 +104,7 @@ def test_segments_and_kernels_in_turn_compute_the_whole_graph(proto):
 
 
 def layered(layers: int, *, odd_one: int | None = None) -> ir.Model:
-    """x -> [kernel, MatMul(w_i), Mul(small), Add residual, Gather(table_i, step)] * layers."""
+    """X -> [kernel, MatMul(w_i), Mul(small), Add residual, Gather(table_i, step)] * layers."""
     nodes, initializers = [], []
     info = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [32, 32])  # noqa: E731
     previous, infos = "x", []

@@ -117,7 +117,7 @@ def feeds(model: ir.Model) -> list[Feed]:
 
 
 def linear_graph(name: str, weight: np.ndarray, *, rows: int = 4, transposed: bool = True) -> ir.Model:
-    """y = x @ weight.T, as the exporter writes it; with transposed=False the weight is stored the other way."""
+    """Y = x @ weight.T, as the exporter writes it; with transposed=False the weight is stored the other way."""
     helper = onnx.helper
     dtype = helper.np_dtype_to_tensor_dtype(weight.dtype)
     columns = weight.shape[1]

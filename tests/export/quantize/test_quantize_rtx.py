@@ -22,7 +22,7 @@ SHAPES = {"self_attn.o": (DIM, DIM), "ffn.0": (HIDDEN, DIM), "ffn.2": (DIM, HIDD
 
 
 def layer() -> ir.Model:
-    """x -> self_attn.o -> ffn.0 -> GELU -> ffn.2 -> + x in bfloat16, written as the exporter writes it."""
+    """X -> self_attn.o -> ffn.0 -> GELU -> ffn.2 -> + x in bfloat16, written as the exporter writes it."""
     helper, rng = onnx.helper, np.random.default_rng(0)
     nodes, initializers, infos, previous = [], [], [], "x"
     info = lambda name, width: helper.make_tensor_value_info(  # noqa: E731

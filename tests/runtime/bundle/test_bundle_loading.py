@@ -176,7 +176,7 @@ def test_component_path_stays_inside(copy: Path) -> None:
 
 
 def test_a_bundle_in_a_hub_cache_loads(copy: Path) -> None:
-    """Every file is a link to ``../../blobs/HASH``, the manifest too."""
+    """Every file is a link to `../../blobs/HASH`, the manifest too."""
     blobs, snapshot = copy.parent / "hub" / "blobs", copy.parent / "hub" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)

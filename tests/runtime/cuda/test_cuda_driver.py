@@ -202,7 +202,8 @@ assert list(floats[10:17]) == [3, 2, 3, 128, 1, 1, {SHARED}]
 
 def test_a_bundle_is_loaded_and_rolled_out_through_the_real_bindings(library: Path, tmp_path: Path) -> None:
     """Everything that happens on a GPU but what it computes: every thread enters the device before it calls the driver,
-    and no capture holds what a capture must not."""
+    and no capture holds what a capture must not.
+    """
     folder = build_device_bundle(tmp_path / "bundle")
     shutil.rmtree(folder / "kernels")
     names = write_kernels(folder / "kernels", arch=90)
