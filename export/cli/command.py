@@ -24,6 +24,7 @@ __all__ = [
     "bundle_name",
     "existing",
     "output",
+    "policies",
     "positive",
     "tolerance",
 ]
@@ -141,6 +142,18 @@ def natural(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
     return int(text)
+
+
+def policies(text: str) -> list[str]:
+    from runtime.bundle.policies import POLICIES
+
+    names = list(POLICIES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in POLICIES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(POLICIES)}, all")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text} names a policy twice")
+    return names
 
 
 def seed(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from export.errors import InputError
 from runtime.terminal import console
 
-from .command import Command, output, positive, tolerance
+from .command import Command, output, policies, positive, tolerance
 from .sources import (
     add_decoder_and_text_files,
     add_transformer_files,
@@ -139,18 +139,6 @@ def _policies(args: argparse.Namespace, reference: Reference | None) -> Comparis
     )
     console().print(policy_table(results, comparison.title))
     return comparison
-
-
-def policies(text: str) -> list[str]:
-    from runtime.bundle.policies import POLICIES
-
-    names = list(POLICIES) if text == "all" else text.split(",")
-    for name in names:
-        if name not in POLICIES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(POLICIES)}, all")
-    if len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text} names a policy twice")
-    return names
 
 
 def precisions(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from export.errors import InputError
 from runtime.terminal import console, write_out
 
 from .arguments import chosen_preset, chosen_variant
-from .command import Command, add_model_arguments, fraction, positive
+from .command import Command, add_model_arguments, fraction, policies, positive
 
 if TYPE_CHECKING:
     from export.request.plan import PlanRequest
@@ -64,6 +64,12 @@ class Plan(Command):
         parser.add_argument(
             "--all", action="store_true", help="every GPU in one table; --gpu is not looked at"
         )
+        parser.add_argument(
+            "--policies",
+            type=policies,
+            metavar="LIST",
+            help="methods of selection in one table, e.g. hsa,sta, or all; --gpu may name several GPUs then: a,b",
+        )
         parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -71,8 +77,12 @@ class Plan(Command):
         from export.estimate.memory import plan_memory
         from export.report.plan import plan_document, plan_tables
 
+        if args.all and args.policies:
+            raise InputError("--all compares GPUs, --policies methods; drop one of them")
         if args.all:
             return _every_card(args)
+        if args.policies:
+            return _every_policy(args)
         request = _planned(args)
         share = measured(args.measured, request.target) if args.measured else assumed(args.efficiency)
         memory, built = plan_memory(request, args.sessions), None
@@ -109,6 +119,24 @@ def _every_card(args: argparse.Namespace) -> int:
         write_out(json.dumps(cards_document(cards, args.sessions, share), indent=1) + "\n")
     else:
         console().print(cards_table(cards, args.sessions, share))
+    return 0
+
+
+def _every_policy(args: argparse.Namespace) -> int:
+    from export.estimate.efficiency import assumed
+    from export.report.policies import policies_document, policies_table
+    from export.request.targets import load_target
+
+    if args.measured or args.bundle:
+        raise InputError("--measured and --bundle are about one method; drop them, or --policies")
+    targets = [load_target(name) for name in args.gpu.split(",")]
+    args.gpu = targets[0].name
+    request, share = _planned(args), assumed(args.efficiency)
+    if args.json:
+        document = policies_document(request, targets, args.policies, share)
+        write_out(json.dumps(document, indent=1) + "\n")
+    else:
+        console().print(policies_table(request, targets, args.policies, share))
     return 0
 
 

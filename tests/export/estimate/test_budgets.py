@@ -41,3 +41,23 @@ def test_the_table_follows_the_planned_length(capsys: pytest.CaptureFixture[str]
     sparsities = [1 - chunk["kept"] / chunk["total"] for chunk in planned]
     assert sparsities == pytest.approx((0, 0.803, 0.830, 0.846, 0.857, 0.865, 0.871), abs=1 / 144)
     assert len(chunks(capsys, "--variant", "long")) == 21
+
+
+def test_methods_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: published budgets; windows of 5 frames, 3 of 4 rows and 3 of 6 columns of tiles; 1 - sqrt(1 - 0.25)."""
+    arguments = ["plan", "--gpu", "rtx5090,h200", "--preset", "wan-1.3b", "--precision", "bf16", "--json"]
+    assert main([*arguments, "--policies", "all"]) == 0
+    rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == {"hsa", "dense", "sla", "sparge", "sta", "radial", "vmoba"}
+    assert rows["hsa"]["seen"] == rows["sla"]["seen"] == rows["sparge"]["seen"] == pytest.approx(230 / 1944)
+    assert rows["dense"]["seen"] == 1
+    assert rows["sta"]["seen_last"] == pytest.approx(5 / 21 * 3 / 4 * 3 / 6, abs=1 / 504)
+    assert rows["vmoba"]["seen_last"] == pytest.approx(0.134, abs=1 / 504)
+    assert {name for name, row in rows.items() if row["assumption"]} == {"vmoba"}
+    assert [on["target"] for on in rows["hsa"]["targets"]] == ["rtx5090", "h200"]
+    for row in rows.values():
+        times = [on["attention_seconds"] for on in row["targets"]]
+        dense = [on["attention_seconds"] for on in rows["dense"]["targets"]]
+        assert all(time <= most for time, most in zip(times, dense, strict=True))
+    assert main([*arguments, "--policies", "hsa", "--all"]) == 2
+    assert "drop one of them" in capsys.readouterr().err
