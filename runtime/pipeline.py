@@ -19,6 +19,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.host.onnxruntime import check_threads
 from runtime.program.buffers import BufferPlan, check_memory, plan_buffers
 
 from .backends import load_engine, runs_on_host
@@ -38,6 +39,8 @@ from .verify import ensure_verified, require_fit
 __all__ = ["Health", "LoadStage", "Pipeline", "TextEncoderMode"]
 
 _log = logging.getLogger(__name__)
+
+_MAX_SESSIONS = 65_536
 
 LoadStage = Literal["files", "engines", "golden", "warmup", "ready"]
 
@@ -127,9 +130,9 @@ class Pipeline:
             EngineError: an engine does not load, or computes something else than it should.
             InputError: an argument is out of range.
         """
-        for name, value in (("sessions", sessions), ("threads", threads)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} is {value!r}; expected a whole number, 1 or more")
+        check_threads(threads)
+        if isinstance(sessions, bool) or not isinstance(sessions, int) or not 1 <= sessions <= _MAX_SESSIONS:
+            raise InputError(f"sessions is {sessions!r}; expected a whole number, 1 to {_MAX_SESSIONS}")
         if isinstance(device, bool) or not isinstance(device, int) or device < 0:
             raise InputError(f"device is {device!r}; expected the number of a CUDA device, from 0 on")
         if text_encoder not in _TEXT_ENCODER_MODES:

@@ -94,7 +94,15 @@ FLOORS: dict[str, tuple[str, ...]] = {
 """What stands on one floor imports from the floors below only. A place is a folder, or a module at a room's top."""
 MODULES_PER_FOLDER = 15
 FOUND = structure(ROOT)
-FROM_RUNTIME = {"plugins": ("runtime.bundle", "runtime.errors", "runtime.files", "runtime.terminal")}
+FROM_RUNTIME = {
+    "plugins": (
+        "runtime.bundle",
+        "runtime.errors",
+        "runtime.files",
+        "runtime.host_memory",
+        "runtime.terminal",
+    )
+}
 """Rooms that need less of the runtime than its faces offer: formats of files, and common ground."""
 FACES: dict[str, set[str]] = {
     "export": {"export"},

@@ -23,6 +23,7 @@ from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime.bundle import images
 from runtime.files import cache_folder, keep, kept
+from runtime.host_memory import processors
 
 from .prebuilt import source_hash
 
@@ -274,7 +275,7 @@ def build(
         archs: compute capabilities times ten.
         cache: folder of compiled kernels, keyed by source, specialisation and compiler; safe to share between
             builds that run at once. What is damaged in there is compiled again. Default: `default_cache()`.
-        jobs: worker processes; default: one per processor.
+        jobs: worker processes; default: one per processor that may be used.
         progress: called with the number of kernels compiled and to compile.
         only: which specialisations to build.
         candidates: build `specs.candidates` too, after the shipped ones, so that by default none of them is used.
@@ -301,7 +302,7 @@ def build(
     missing = [(variant, arch) for variant, arch in wanted if found[variant.name, arch] is None]
     progress(0, len(missing))
     if missing:
-        _fill(missing, paths, jobs or os.cpu_count() or 1, progress)
+        _fill(missing, paths, jobs or processors(), progress)
     stored = {key: content or kept(paths[key]) or b"" for key, content in found.items()}
 
     built = {}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from runtime.host_memory import processors
+
 from .embedding import write_embedded
 from .kernels import BuildError
 
@@ -152,7 +154,7 @@ def build_libraries(
     configure += [f"-DLIGHTFORCING_FETCH={'ON' if fetch else 'OFF'}", f"-DLIGHTFORCING_SANITIZE={sanitize}"]
     configure += [f"-DLIGHTFORCING_TESTS={'ON' if tests else 'OFF'}"]
     _run(configure, "configuring")
-    _run([cmake, "--build", libraries, "--parallel", str(jobs or os.cpu_count() or 1)], "compiling")
+    _run([cmake, "--build", libraries, "--parallel", str(jobs or processors())], "compiling")
 
     header = out / "lightforcing_launch.h"
     shutil.copyfile(_PACKAGE / "launch" / header.name, header)

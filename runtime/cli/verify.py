@@ -18,6 +18,7 @@ from runtime.bundle.golden import ComponentRunner
 from runtime.bundle.signature import check_signature
 from runtime.errors import InputError
 from runtime.files import atomic_output
+from runtime.host.onnxruntime import check_threads
 from runtime.program.buffers import plan_buffers
 from runtime.terminal import console, write_out
 from runtime.verify import Verdict, VerificationError, judge
@@ -43,6 +44,7 @@ def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) 
         raise InputError(f"folder {str(target.parent)!r} of --json does not exist; create it first")
     if options.signature is not None and options.public_key is None:
         raise InputError("--signature is given without --public-key: whose signature it is has to be known")
+    check_threads(options.threads)
     bundle = load_bundle(options.bundle, expected=options.expect)
     notes.print(f"manifest: SHA-256 {bundle.digest}", markup=False, highlight=False, soft_wrap=True)
     if options.public_key is not None:

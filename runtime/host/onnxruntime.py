@@ -10,26 +10,36 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from runtime.bundle import ELEMENT_TYPES, Bundle, TensorSpec
-from runtime.errors import BundleError, EngineError
+from runtime.errors import BundleError, EngineError, InputError
+from runtime.host_memory import processors
 
 from .onnx_file import external_tensors, read_external
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding
 
-__all__ = ["OnnxGraph", "default_threads"]
+__all__ = ["MAX_THREADS", "OnnxGraph", "check_threads", "default_threads"]
+
+MAX_THREADS = 1024
+"""Of one forward. Each takes memory, and the system has a limit on how many there may be."""
 
 _ORT_ERRORS_ONLY = 3
 
 
 def default_threads() -> int:
-    """Threads per forward: `OMP_NUM_THREADS` if set, else the cores this process may use."""
+    """Threads per forward: `OMP_NUM_THREADS` if set, else the cores that this process may keep busy."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdecimal() and int(value) > 0:
-        return int(value)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return min(int(value), MAX_THREADS)
+    return processors()
+
+
+def check_threads(threads: int | None) -> None:
+    """`InputError` if this is no number of threads; None stands for `default_threads`."""
+    if threads is not None and (
+        isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS
+    ):
+        raise InputError(f"threads is {threads!r}; expected a whole number, 1 to {MAX_THREADS}")
 
 
 class OnnxGraph:

@@ -34,7 +34,7 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from plugins.compile.kernels import needed_driver
-from runtime.host_memory import memory
+from runtime.host_memory import memory, processors
 
 from .decoder import vae_first, vae_next
 from .link import cuda_toolchain
@@ -232,7 +232,7 @@ def compile_packages(
     kept.mkdir(exist_ok=True)
     missing = [name for name in names if not (kept / f"{name}.pt2").is_file()]
     available = memory().available or _MEMORY
-    jobs = max(1, min(len(missing), os.cpu_count() or 1, available // _MEMORY))
+    jobs = max(1, min(len(missing), processors(), available // _MEMORY))
     done, lock = len(names) - len(missing), Lock()
 
     def finished(name: str, _: int, __: int) -> None:
