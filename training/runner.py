@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from runtime import atomic_output
 
 from .config import StageConfig
 from .optim import MuonAdam
@@ -60,13 +61,6 @@ class _Average:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
             self.values[name].lerp_(value, 1 - decay)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary file, so that a kill leaves the old one or the new one."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 class _Curve:
@@ -142,10 +136,12 @@ def run_stage(
             "step": step,
             "elapsed": elapsed(),
         }
-        _write(state_file, lambda path: torch.save(content, path))
+        with atomic_output(state_file) as path:
+            torch.save(content, path)
         prefix = stage.handed_on
         kept = {k.removeprefix(prefix): v for k, v in average.values.items() if k.startswith(prefix)}
-        _write(folder / "weights.safetensors", lambda path: save_tensors(kept, path))
+        with atomic_output(folder / "weights.safetensors") as path:
+            save_tensors(kept, path)
 
     while step < config.steps and elapsed() < 60 * config.minutes:
         torch.manual_seed(hash((seed, step)) & 0x7FFFFFFF)
