@@ -46,6 +46,9 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
     What is raised in the callback of a weak reference is printed and dropped, and tracing a model runs many of them;
     other libraries turn it into an error of their own, which becomes a `KeyboardInterrupt` again. Where Ctrl-C is
     ignored, as in a job in the background, it stays so.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came, and a library turned it into an error of its own.
     """
     lost = False
 

@@ -116,7 +116,11 @@ class Engine(Protocol):
     def restore(
         self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
     ) -> None:
-        """Take over what `save` gave. Raises `InputError` if it does not fit."""
+        """Take over what `save` gave.
+
+        Raises:
+            InputError: it does not fit.
+        """
 
     def close(self) -> None:
         """Free everything. No other method may be running."""

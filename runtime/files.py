@@ -23,7 +23,9 @@ _AT_FDCWD, _EXCHANGE = -100, 2
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` to write to; renamed to `path` on success, removed on any error.
 
-    Raises `OSError` if something that is no file, such as a device, has that name: it would be replaced.
+    Raises:
+        FileExistsError: something that is no file, such as a device, has that name: it would be replaced.
+        OSError: the file cannot be written.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -81,6 +83,9 @@ def exchange(first: Path, second: Path) -> bool:
     """Give each of two paths the other's name, at once: at no moment is there nothing under either.
 
     False where the system or the file system has no such step; nothing has changed then.
+
+    Raises:
+        OSError: one of them is not there, or cannot be renamed.
     """
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2

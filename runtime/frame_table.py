@@ -71,7 +71,11 @@ class FrameTable:
         return tuple(self._slots)
 
     def begin(self) -> int:
-        """Put the next chunk in flight and return its index."""
+        """Put the next chunk in flight and return its index.
+
+        Raises:
+            ValueError: a chunk is in flight already.
+        """
         if self._in_flight is not None:
             raise ValueError(f"chunk {self._in_flight} is still in flight; commit it first")
         self._in_flight = self._next
@@ -88,7 +92,11 @@ class FrameTable:
         )
 
     def restore(self, first_slot: int, state: TableState) -> None:
-        """Be as the table was that gave `state`. Raises `ValueError` if that is of another size."""
+        """Be as the table was that gave `state`.
+
+        Raises:
+            ValueError: the state is of a table of another size.
+        """
         if sorted([*(slot for _, slot in state.slots), *state.free]) != list(range(self._capacity)):
             raise ValueError(f"its slots are not those of a table of {self._capacity}")
         self._slots = {frame: slot + first_slot for frame, slot in state.slots}
@@ -99,6 +107,9 @@ class FrameTable:
         """Make the in-flight chunk's frames resident, evicting the oldest; say which frame goes where.
 
         Where the window is shorter than a chunk, only the chunk's last frames (and sinks) become resident.
+
+        Raises:
+            ValueError: no chunk is in flight.
         """
         if self._in_flight is None:
             raise ValueError("no chunk is in flight; begin one first")

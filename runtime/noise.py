@@ -24,7 +24,11 @@ _STEP_BITS = 8
 
 
 def check_seed(seed: Any) -> int:
-    """Return `seed` as an int; `InputError` unless it is a whole number in [0, 2**64)."""
+    """Return `seed` as an int.
+
+    Raises:
+        InputError: it is no whole number from 0 to 2**64 - 1.
+    """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) <= MAX_SEED:
         raise InputError(f"seed is {seed!r}; expected a whole number from 0 to 2**64 - 1")
     return int(seed)
@@ -43,8 +47,11 @@ def check_noise(noise: ArrayLike | NoiseSource, shape: tuple[int, ...]) -> Noise
     """A caller's noise as a function that gives checked float32 arrays.
 
     `noise` is such a function, or an array `[chunks, *shape]`; `shape` is a chunk's, `[steps, channels, frames,
-    h, w]`. Raises `InputError` for an array of another shape or type; the result raises it for a chunk that
-    there is no noise for, and for values that are not finite.
+    h, w]`.
+
+    Raises:
+        InputError: an array of another shape or type. The function raises it for a chunk that there is no noise for,
+            and for values that are not finite.
     """
     source: NoiseSource
     if callable(noise):

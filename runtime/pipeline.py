@@ -307,7 +307,12 @@ class Pipeline:
             return self._admit(number, partial(Rollout, seed=saved.meta.seed), revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
-        """The embedding `[text_len, dim]` of a prompt, or a checked copy of the one given."""
+        """The embedding `[text_len, dim]` of a prompt, or a checked copy of the one given.
+
+        Raises:
+            InputError: neither or both of prompt and embedding, one that is not usable, or a prompt without a text
+                encoder.
+        """
         self._require_open()
         if (prompt is None) == (embedding is None):
             raise InputError(
@@ -326,7 +331,8 @@ class Pipeline:
     def blend(self, prompts: Mapping[str, float]) -> NDArray[np.float32]:
         """A weighted mix of prompts, as an embedding `[text_len, dim]`; weights are divided by their sum.
 
-        Raises `InputError` without a prompt, or for a weight that is negative or not finite, or if all are 0.
+        Raises:
+            InputError: there is no prompt, a weight is negative or not finite, or all are 0.
         """
         total = math.fsum(prompts.values())
         if not prompts or not all(weight >= 0 for weight in prompts.values()) or not 0 < total < math.inf:

@@ -81,7 +81,8 @@ def start_clip(manifest: Manifest, start: ArrayLike) -> NDArray[np.uint8]:
     `start` is an image `[H, W, 3]` or a video. At most as many chunks are taken as attention can look back on.
     Where there are too few frames for one chunk, the first is repeated in front: one image becomes a still.
 
-    Raises `InputError` if the bundle has no encoder, or these are no frames of its size.
+    Raises:
+        InputError: the bundle has no encoder, or these are no frames of its size.
     """
     if ENCODER_COMPONENTS[0] not in manifest.components:
         raise InputError(
@@ -166,7 +167,11 @@ class Rollout:
         return self._table.state(self._slots.start), *self._engine.save(self._session, self._slots)
 
     def restore(self, table: TableState, buffers: Mapping[str, NDArray[np.uint8]], side: int) -> None:
-        """Go on where `save` was called. Raises `InputError` if that does not fit."""
+        """Go on where `save` was called.
+
+        Raises:
+            InputError: it does not fit.
+        """
         try:
             self._table.restore(self._slots.start, table)
         except ValueError as error:

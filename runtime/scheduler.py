@@ -224,7 +224,11 @@ class Scheduler:
         return os.getpid() != self._process
 
     def require_own_process(self) -> None:
-        """Raises `EngineError` in a child process: fork copies no threads, neither ours nor a library's."""
+        """Refuse to work in a child process.
+
+        Raises:
+            EngineError: this is one: fork copies no threads, neither ours nor a library's.
+        """
         if self.is_forked:
             raise EngineError(
                 f"the pipeline was loaded in process {self._process}, before it forked into {os.getpid()}; load it in "
@@ -259,7 +263,11 @@ class Scheduler:
             self._notify(lane)
 
     def switch(self, lane: Lane, switch: PromptSwitch, at: int | None, over: int = 1) -> int:
-        """Queue a prompt switch, or a transition over so many chunks; the index of the chunk where it begins."""
+        """Queue a prompt switch, or a transition over so many chunks; the index of the chunk where it begins.
+
+        Raises:
+            InputError: the chunk has started already, or too many switches wait.
+        """
         self.require_own_process()
         with self._changed:
             self._raise_if_over(lane)

@@ -37,7 +37,8 @@ _MOST_CHUNKS = 1 << 24
 def chunks_for_seconds(manifest: Manifest, seconds: float, first: int = 0) -> int:
     """Whole chunks that cover `seconds` of video, if the next chunk is number `first`.
 
-    Raises `InputError` unless `seconds` is a positive number of at most `LONGEST_STREAM`.
+    Raises:
+        InputError: `seconds` is no positive number of at most `LONGEST_STREAM`.
     """
     is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
     if not is_number or not 0 < seconds <= LONGEST_STREAM:
@@ -153,7 +154,8 @@ class Session:
         An iteration that takes longer than `timeout` seconds raises `ChunkTimeoutError`; the session goes on,
         and the stream may be asked again. For `ahead` see `ChunkStream`.
 
-        Raises `InputError` if both lengths are given or an argument is out of range.
+        Raises:
+            InputError: both lengths are given, or an argument is out of range.
         """
         if seconds is not None and chunks is not None:
             raise InputError("both seconds and chunks are given; expected one of them, or neither for no end")
@@ -195,6 +197,9 @@ class Session:
         `over` makes a transition of it: over so many chunks the embedding moves in equal steps from the prompt
         before to this one, each step recomputing what `recache` says. A newer switch ends a transition. `label`
         comes back as `Chunk.label` of the chunks made with this prompt.
+
+        Raises:
+            InputError: an argument is not usable, or comes too late.
         """
         if recache not in RECACHE_MODES:
             raise InputError(f"recache is {recache!r}; expected one of {', '.join(RECACHE_MODES)}")
@@ -219,8 +224,9 @@ class Session:
         Chunks under way are finished first. The session itself goes on too. The file is as large as what the pipeline
         keeps for a session (`pipe.memory.session_bytes`), and holds finished chunks that were not delivered.
 
-        Raises `InputError` if the session's frames stay on the device or its noise is the caller's, or if the
-        file cannot be written.
+        Raises:
+            InputError: the session's frames stay on the device, its noise is the caller's, it has not begun with what
+                it starts from, or the file cannot be written.
         """
         lane = self._lane
         if lane.rollout.has_own_noise:

@@ -95,7 +95,8 @@ def console(*, stderr: bool = False) -> Console:
 def write_out(text: str) -> None:
     """Write text, such as JSON, to standard output.
 
-    Raises `OutputError` if it cannot be written.
+    Raises:
+        OutputError: it cannot be written.
     """
     stream = _Stream(sys.stdout, counts=True)
     stream.write(text)
@@ -111,7 +112,8 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 def command_line() -> Iterator[None]:
     """Around all that a command does: prepares the streams, and turns SIGTERM into `TerminatedError`.
 
-    Raises `OutputError` at the end if standard output does not take what is left.
+    Raises:
+        OutputError: at the end, standard output does not take what is left.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

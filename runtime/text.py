@@ -45,10 +45,11 @@ class _LayerEngine(Protocol):
 
 
 def clean_prompt(prompt: str) -> str:
-    """Repair mojibake, unescape HTML twice, and collapse white space, as the text encoder was trained with.
-
-    Raises `InputError` if `prompt` is not a string of valid Unicode, or longer than `MAX_PROMPT`. It
+    """Repair mojibake, unescape HTML twice, and collapse white space, as the text encoder was trained with. It
     may be empty.
+
+    Raises:
+        InputError: `prompt` is not a string of valid Unicode, or longer than `MAX_PROMPT`. It may be empty.
     """
     import ftfy
 
@@ -65,7 +66,11 @@ def clean_prompt(prompt: str) -> str:
 
 
 def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
-    """A prompt embedding as a float32 copy `[text_len, dim]`; `InputError` if it is anything else."""
+    """A prompt embedding as a float32 copy `[text_len, dim]`.
+
+    Raises:
+        InputError: it has another shape or type, or values that are not finite.
+    """
     array = np.asarray(embedding)
     expected = (text.text_len, text.dim)
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
@@ -124,7 +129,13 @@ class TextEncoder:
         return [*ids[: limit - 1], self._text.eos_id]
 
     def encode(self, prompt: str) -> NDArray[np.float32]:
-        """The embedding of a prompt, `[text_len, dim]` float32, zero past its last token."""
+        """The embedding of a prompt, `[text_len, dim]` float32, zero past its last token.
+
+        Raises:
+            ClosedError: the pipeline is closed.
+            EngineError: the embedding is not finite.
+            InputError: the prompt is not usable.
+        """
         ids = self.tokenize(prompt)
         text = self._text
         if (known := self._known(tuple(ids))) is not None:

@@ -51,7 +51,11 @@ class VideoWriter:
         self._shape = (*size, 3)
 
     def write(self, frames: NDArray[np.uint8]) -> None:
-        """Append frames, uint8 `[N, H, W, 3]`."""
+        """Append frames, uint8 `[N, H, W, 3]`.
+
+        Raises:
+            InputError: they are no frames of this video.
+        """
         from av import VideoFrame
 
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != self._shape:
@@ -115,7 +119,9 @@ def read_frames(path: str | os.PathLike[str], *, height: int, width: int, last: 
     """The `last` frames of a video, or an image, uint8 `[N, height, width, 3]`.
 
     Pictures of another size are scaled until they cover this one, and what is too much is cut off on both sides.
-    Raises `InputError` if the file cannot be read, or holds no picture.
+
+    Raises:
+        InputError: the file cannot be read, or holds no picture.
     """
     import av
     from PIL import Image
@@ -143,6 +149,9 @@ def read_image(file: str | os.PathLike[str] | IO[bytes], *, height: int, width: 
 
     Nothing but these formats is tried, and no image of more than 64 million pixels is unpacked. Raises
     `InputError` if it cannot be read.
+
+    Raises:
+        InputError: it cannot be read.
     """
     from PIL import Image
 
@@ -169,7 +178,11 @@ def _fitted(picture: Image, height: int, width: int) -> NDArray[np.uint8]:
 def write_contact_sheet(
     path: str | os.PathLike[str], frames: Sequence[NDArray[np.uint8]], *, columns: int = _SHEET_COLUMNS
 ) -> None:
-    """Write frames, each uint8 `[H, W, 3]`, as a PNG grid, row by row."""
+    """Write frames, each uint8 `[H, W, 3]`, as a PNG grid, row by row.
+
+    Raises:
+        InputError: there are no frames.
+    """
     from PIL import Image
 
     target = check_output(path, (".png",))
@@ -191,7 +204,11 @@ def write_contact_sheet(
 
 
 def check_output(path: str | os.PathLike[str], suffixes: Sequence[str]) -> Path:
-    """`path` if a file of one of the `suffixes` can be written there; `InputError` otherwise."""
+    """`path`, where a file of one of the `suffixes` can be written.
+
+    Raises:
+        InputError: the name has another ending, or no file can be written there.
+    """
     target = Path(path)
     if target.suffix.lower() not in suffixes:
         raise InputError(f"output file {str(path)!r} must end in {' or '.join(suffixes)}")

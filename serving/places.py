@@ -67,8 +67,10 @@ class Places:
     ) -> AsyncIterator[Place]:
         """Hold a place; `tell` hears the position whenever it changes while this waits.
 
-        `seconds` is how long the place will be needed, if known. Raises `BusyError` if the queue is full,
-        unless `bounded` is False because the caller keeps a queue of its own.
+        `seconds` is how long the place will be needed, if known. `bounded` is False where callers keep a queue.
+
+        Raises:
+            BusyError: the queue is full, and `bounded`.
         """
         place = await self._take(tell, bounded)
         if seconds is not None:

@@ -52,7 +52,11 @@ class Guard:
             self._hosts.add(_name(urlsplit(origin).netloc))
 
     def check_host(self, host: str | None) -> None:
-        """Refuse names that are not this server's, where those are known."""
+        """Refuse names that are not this server's, where those are known.
+
+        Raises:
+            RequestError: (421) it is none of the server's names.
+        """
         if not self._any_host and _name(host or "") not in self._hosts:
             raise RequestError(
                 "wrong_host",
@@ -61,7 +65,11 @@ class Guard:
             )
 
     def check_origin(self, origin: str | None, host: str | None) -> None:
-        """Refuse pages of other sites. Programs that are no browsers send no origin."""
+        """Refuse pages of other sites. Programs that are no browsers send no origin.
+
+        Raises:
+            RequestError: (403) its pages may not use this server.
+        """
         if origin is None or origin.lower() in self._origins:
             return
         parts = urlsplit(origin)
@@ -74,7 +82,11 @@ class Guard:
         )
 
     def check_token(self, token: str | None) -> None:
-        """Refuse a missing or wrong token, where one is needed."""
+        """Refuse a missing or wrong token, where one is needed.
+
+        Raises:
+            RequestError: (401) there is none, or another one.
+        """
         if self._token is None:
             return
         if token is None:

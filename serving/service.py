@@ -51,7 +51,11 @@ class Service:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The loaded pipeline. Raises `RequestError` (503) while there is none, and when none is given away."""
+        """The loaded pipeline.
+
+        Raises:
+            RequestError: (503) there is none, or none is given away.
+        """
         if self.state == "draining":
             raise RequestError("draining", "the server is stopping; try another", status=503)
         if self._pipeline is None or self.state != "ready":

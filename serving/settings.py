@@ -117,7 +117,11 @@ class Settings:
 
 
 def read_token(path: str | os.PathLike[str]) -> str:
-    """The bearer token in a file: one line of 16 to 256 letters, digits and `. _ ~ -`."""
+    """The bearer token in a file: one line of 16 to 256 letters, digits and `. _ ~ -`.
+
+    Raises:
+        SettingsError: the file cannot be read, or holds no token.
+    """
     try:
         token = Path(path).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

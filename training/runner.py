@@ -107,6 +107,9 @@ def run_stage(
 
     Returns:
         the number of steps taken in all.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = MuonAdam(stage.module, lr=config.lr, adam_lr=config.adam_lr, adam_only=stage.adam_only)

@@ -42,6 +42,9 @@ def watch(command: Sequence[str], state_file: Path, budget_s: float, patience_s:
 
     The process keeps `state_file` up to date: `rows`, and `running`, what it is about to run. Whoever ends it or keeps
     it busy for `patience_s` is put into `failed`, with the reason, and left out from then on.
+
+    Raises:
+        RuntimeError: the process ended before it measured anything.
     """
     end = time.monotonic() + budget_s
     while True:

@@ -135,6 +135,9 @@ def video_inputs(shape: Shape, grid: tuple[int, int], device: str, seed: int) ->
 
     Args:
         grid: rows and columns of tokens; `shape.frame_tokens` is their product.
+
+    Raises:
+        ValueError: the grid does not make the frame's tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     rows, columns = grid

@@ -65,7 +65,11 @@ class ImageLauncher:
         buffers: Mapping[str, Tensor],
         options: Mapping[str, int | float] | None = None,
     ) -> None:
-        """Launch on PyTorch's current stream."""
+        """Launch on PyTorch's current stream.
+
+        Raises:
+            KernelError: a buffer is of another type than the image takes, or not aligned.
+        """
         addresses = {name: tensor.data_ptr() for name, tensor in buffers.items()}
         plan = self.library.plan(kernel, problem, addresses, options)
         for argument in plan.image.arguments:

@@ -279,6 +279,9 @@ def reference_row(name: str, weights: Weights, *, long: bool = False, label: str
     Args:
         long: attend within a window, as a rollout without end must.
         label: prefix of the row's name, for a second set of weights.
+
+    Raises:
+        ValueError: there is no such policy or precision.
     """
     policy, _, precision = name.partition("+")
     if policy not in POLICIES:

@@ -87,7 +87,11 @@ class ReferenceGraph:
             ) from error
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """All outputs, float32 where they are floats."""
+        """All outputs, float32 where they are floats.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
         feed = {spec.name: _feed(inputs[spec.name], spec) for spec in self.inputs}
         names = [spec.name for spec in self.outputs]
         try:

@@ -184,7 +184,11 @@ class Weights:
         return model.eval().requires_grad_(False)
 
     def vae_encoder_config(self) -> VAEConfig:
-        """The video encoder's widths: those of its file; see `vae_encoder` for the errors."""
+        """The video encoder's widths: those of its file; see `vae_encoder` for the errors.
+
+        Raises:
+            InputError: the file is a tiny autoencoder's.
+        """
         path = self.encoder or self.vae
         if path is None:
             return self.preset.vae if isinstance(self.preset.vae, VAEConfig) else LIGHT_VAE

@@ -64,7 +64,11 @@ class PolicyAttention:
         keep_q20: Sequence[int],
         **_: object,
     ) -> Tensor:
-        """What each query sees of the resident keys, bool `[H, T, K]`; arguments and errors as for a call."""
+        """What each query sees of the resident keys, bool `[H, T, K]`; arguments and errors as for a call.
+
+        Raises:
+            ConfigError: the grid is not a frame's.
+        """
         if self.grid[0] * self.grid[1] != frame_tokens:
             raise ConfigError(
                 f"the grid {self.grid[0]}x{self.grid[1]} holds {self.grid[0] * self.grid[1]} tokens; expected the "

@@ -108,7 +108,11 @@ def _other_variants() -> Iterator[Variant]:
 
 @cache
 def variants(arch: int) -> tuple[Variant, ...]:
-    """Every specialisation that is built for compute capability `arch` (e.g. 90), preferred ones first."""
+    """Every specialisation that is built for compute capability `arch` (e.g. 90), preferred ones first.
+
+    Raises:
+        KernelError: there are no kernels for that architecture.
+    """
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")

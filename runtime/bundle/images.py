@@ -201,7 +201,11 @@ def read_index(folder: Path) -> ImageSet:
 
 
 def parse_index(content: bytes, path: Path) -> ImageSet:
-    """The index that was read from `path`. Raises `BundleSchemaError` if it is of another format."""
+    """The index that was read from `path`.
+
+    Raises:
+        BundleSchemaError: it is of another format.
+    """
     try:
         return ImageSet.model_validate_json(content, strict=True)
     except ValidationError as error:
@@ -225,7 +229,11 @@ def read_cubin(folder: Path, image: Image) -> bytes:
 
 
 def check_cubin(cubin: bytes, image: Image, path: Path) -> bytes:
-    """The cubin, which was read from `path`, if it is that of `image`; else `BundleIntegrityError`."""
+    """The cubin, which was read from `path`, if it is that of `image`.
+
+    Raises:
+        BundleIntegrityError: it is not the file that the index lists.
+    """
     digest = hashlib.sha256(cubin).hexdigest()
     if digest != image.sha256 or len(cubin) != image.bytes:
         raise BundleIntegrityError(

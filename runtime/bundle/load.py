@@ -86,7 +86,11 @@ class Bundle:
         return {entry.path: entry for entry in self.manifest.files}
 
     def component(self, name: str) -> Component:
-        """The component called `name`; `BundleError` if the bundle has none."""
+        """The component called `name`.
+
+        Raises:
+            BundleError: there is none of that name.
+        """
         try:
             return self.manifest.components[name]
         except KeyError:
@@ -130,9 +134,12 @@ def load_bundle(
     """Read and validate the bundle in `folder`.
 
     `verify=False` skips hashing (sizes and paths are still checked); use it only where the folder was just
-    verified. `expected` is the SHA-256 that the manifest must have, which has those of all other files. Raises
-    `BundleError` or a subclass; never returns a partly valid bundle. Raises `InputError` where
-    `expected` is no SHA-256, or nothing is verified.
+    verified. `expected` is the SHA-256 that the manifest must have, which has those of all other files. What
+    is returned is valid as a whole.
+
+    Raises:
+        BundleError: or a subclass; there is no bundle, or no valid one.
+        InputError: `expected` is no SHA-256, or nothing is verified.
     """
     if expected is not None and not (verify and _SHA256.fullmatch(expected)):
         raise InputError(

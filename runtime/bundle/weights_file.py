@@ -150,7 +150,11 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
         return self._read(self._entry(name))
 
     def read_finite(self, name: str) -> NDArray[Any]:
-        """Like `get_required`, for a tensor of numbers that are finite; `BundleError` if they are not."""
+        """Like `get_required`, for a tensor of numbers that must be finite.
+
+        Raises:
+            BundleError: values are not finite.
+        """
         array = self.get_required(name)
         if not _is_finite(array, self.tensors[name].dtype):
             raise BundleError(

@@ -106,7 +106,11 @@ class Driver(Protocol):
 
 
 def free_memory(ordinal: int = 0) -> int:
-    """Bytes of memory that are free on a device. Raises `EngineError` if there is none."""
+    """Bytes of memory that are free on a device.
+
+    Raises:
+        EngineError: there is none.
+    """
     return CudaDriver(ordinal).memory()[0]
 
 
@@ -147,7 +151,11 @@ class CudaDriver:
     """Implements `Driver` for one device, in its primary context."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises `EngineError` if there is no such device, or no driver or bindings for it."""
+        """Enter the device.
+
+        Raises:
+            EngineError: there is no such device, or no driver or bindings for it.
+        """
         self._core = core = cuda_core()
         from cuda.bindings import driver
 

@@ -182,7 +182,11 @@ class InductorLibrary:
         return _Package(name, self._bundle.component(name), loader, self._streams, self._device)
 
     def record(self, enqueue: Callable[[], None], stream: int) -> Recording:
-        """See `ComponentLibrary.record`."""
+        """See `ComponentLibrary.record`.
+
+        Raises:
+            EngineError: PyTorch cannot record it.
+        """
         import torch
 
         graph = torch.cuda.CUDAGraph()

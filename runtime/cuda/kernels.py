@@ -76,7 +76,11 @@ _DEFAULT_SHARED_MEMORY = 48 * 1024
 
 
 def cuda_core() -> Any:
-    """The module that holds `cuda.core`'s API. Raises `EngineError` if it is not installed."""
+    """The module that holds `cuda.core`'s API.
+
+    Raises:
+        EngineError: it is not installed.
+    """
     try:
         core = import_module("cuda.core")
         # Before its release 1.0 the API lived in a module of its own.

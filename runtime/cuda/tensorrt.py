@@ -83,7 +83,11 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
 
 
 def require_same_tensors(component: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """Compare an engine's tensors with the manifest's, each described in words. Raises `BundleError`."""
+    """Compare an engine's tensors with the manifest's, each described in words.
+
+    Raises:
+        BundleError: they differ.
+    """
     wrong = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
     if wrong:
         raise BundleError(
@@ -111,7 +115,11 @@ class EngineComponent:
         return int(self._engine.device_memory_size_v2)
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, stream: int) -> None:
-        """See `DeviceComponent.enqueue`."""
+        """See `DeviceComponent.enqueue`.
+
+        Raises:
+            EngineError: the library refuses an address, or fails.
+        """
         if scratch != self._scratch:
             self._context.set_device_memory(scratch, self.scratch_bytes)
             self._scratch = scratch
@@ -152,7 +160,12 @@ class EngineLibrary(ABC):
         self._components: dict[str, EngineComponent] = {}
 
     def load(self, name: str) -> EngineComponent:
-        """See `ComponentLibrary.load`."""
+        """See `ComponentLibrary.load`.
+
+        Raises:
+            BundleError: the engine is another one than the manifest says.
+            EngineError: it does not load, or cannot be prepared.
+        """
         if name in self._components:
             return self._components[name]
         title = self._product.title
@@ -185,7 +198,7 @@ class EngineLibrary(ABC):
         self._components.clear()
 
     def _check(self, name: str, engine: Any) -> None:
-        """The engine's tensors are those of the manifest. Raises `BundleError`."""
+        """Hold the engine's tensors against the manifest's."""
         component, inputs = self._bundle.component(name), self._trt.TensorIOMode.INPUT
         types = {getattr(self._trt.DataType, ours): dtype for ours, dtype in dtypes_by("tensorrt").items()}
         found = {}

@@ -25,7 +25,11 @@ _registering = threading.Lock()
 
 
 def plugin_entry(bundle: Bundle) -> str:
-    """SHA-256 of the bundle's plugin library. Raises `BundleError` if the bundle has none."""
+    """SHA-256 of the bundle's plugin library.
+
+    Raises:
+        BundleError: the bundle has none.
+    """
     wanted = next((entry.sha256 for entry in bundle.manifest.files if entry.path == PLUGIN_FILE), None)
     if wanted is None:
         raise BundleError(f"bundle {bundle.root} has no {PLUGIN_FILE}, which its engines need; rebuild it")
@@ -69,7 +73,11 @@ class TensorRtLibrary(EngineLibrary):
     """
 
     def __init__(self, bundle: Bundle, driver: Driver) -> None:
-        """Raises `EngineError` if TensorRT is not there in the right version, or without its plugins."""
+        """Register the bundle's plugins.
+
+        Raises:
+            EngineError: TensorRT is not there in the right version, or without its plugins.
+        """
         try:
             import tensorrt as trt
         except ImportError:

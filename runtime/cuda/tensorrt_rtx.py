@@ -44,7 +44,11 @@ class TensorRtRtxLibrary(EngineLibrary):
     """
 
     def __init__(self, bundle: Bundle, driver: Driver, device: str) -> None:
-        """`device` is the name of the GPU. Raises `EngineError` if the library is not the right one."""
+        """`device` is the name of the GPU.
+
+        Raises:
+            EngineError: the library is not the right one.
+        """
         try:
             import tensorrt_rtx as trt
         except ImportError:

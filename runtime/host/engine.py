@@ -38,7 +38,11 @@ class HostEngine(ProgramEngine):
         self._threads = threads
 
     def decode_on_device(self, session: int, latent: int, *, first: bool) -> tuple[DeviceFrames, float]:
-        """Raises `InputError`: there is no device."""
+        """Refuse it.
+
+        Raises:
+            InputError: always; there is no device.
+        """
         raise InputError(
             f"bundle {self._bundle.manifest.name!r} runs on the CPU; take its frames on the host"
         )

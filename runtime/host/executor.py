@@ -107,7 +107,11 @@ class HostExecutor:
         np.copyto(self.array(copy.target, session), self.array(copy.source, session))
 
     def signal(self, session: int, latent: int) -> None:
-        """See `Executor.signal`; a latent must be finite."""
+        """See `Executor.signal`; a latent must be finite.
+
+        Raises:
+            EngineError: the latent is not finite.
+        """
         written = self.array(self._program.store_latent(latent).target, session)
         if not np.isfinite(written).all():
             raise EngineError(

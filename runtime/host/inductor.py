@@ -123,7 +123,11 @@ class InductorGraph:
         ]
 
     def run(self, binding: list[Tensor]) -> float:
-        """Run a binding; the seconds it took."""
+        """Run a binding; the seconds it took.
+
+        Raises:
+            EngineError: the component failed.
+        """
         start = time.perf_counter()
         try:
             self._loader.run(binding)

@@ -35,7 +35,11 @@ def default_threads() -> int:
 
 
 def check_threads(threads: int | None) -> None:
-    """`InputError` if this is no number of threads; None stands for `default_threads`."""
+    """Hold a number of threads against what is possible; None stands for `default_threads`.
+
+    Raises:
+        InputError: it is no such number.
+    """
     if threads is not None and (
         isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS
     ):
@@ -107,7 +111,11 @@ class OnnxGraph:
             )
 
     def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> IOBinding:
-        """Bind the component's inputs and outputs to arrays, which must stay alive and in place."""
+        """Bind the component's inputs and outputs to arrays, which must stay alive and in place.
+
+        Raises:
+            BundleError: the component has a tensor that this runtime does not know.
+        """
         binding = self._session.io_binding()
         for specs, arrays, bind in (
             (self.inputs, inputs, binding.bind_input),
@@ -124,7 +132,11 @@ class OnnxGraph:
         return binding
 
     def run(self, binding: IOBinding) -> float:
-        """Run a binding; the seconds it took."""
+        """Run a binding; the seconds it took.
+
+        Raises:
+            EngineError: the component failed.
+        """
         start = time.perf_counter()
         try:
             self._session.run_with_iobinding(binding)

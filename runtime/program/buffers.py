@@ -224,10 +224,13 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
 
 
 def check_memory(bundle: Bundle, plan: BufferPlan, free: int | None) -> None:
-    """`CapacityError` if engines and buffers do not fit into `free` bytes; `None` means unknown.
+    """Hold what engines and buffers need against `free` bytes; `None` means unknown.
 
     Engines and weights are counted with the size of their files; the text encoder's weights are streamed and not
     counted, nor are golden vectors. On a GPU, activation memory is among the buffers.
+
+    Raises:
+        CapacityError: engines and buffers do not fit.
     """
     manifest = bundle.manifest
     outside = {manifest.text.weights, manifest.golden.file if manifest.golden else ""}

@@ -254,7 +254,11 @@ class ProgramEngine:
     def restore(
         self, session: int, slots: Sequence[int], buffers: Mapping[str, NDArray[np.uint8]], side: int
     ) -> None:
-        """See `Engine.restore`."""
+        """See `Engine.restore`.
+
+        Raises:
+            InputError: the buffers are not this pipeline's.
+        """
         views = self._kept(slots)
         sizes = {name: view.nbytes for name, view in views.items()}
         if sizes != {name: array.nbytes for name, array in buffers.items()}:

@@ -95,7 +95,11 @@ class SavedSession:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], manifest: Manifest) -> SavedSession:
-        """Read a file. Raises `InputError` if it is none, or of another bundle."""
+        """Read a file.
+
+        Raises:
+            InputError: it is no such file, or one of another bundle.
+        """
         name = Path(path).name
         try:
             with np.load(path, allow_pickle=False) as file:

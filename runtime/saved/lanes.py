@@ -60,7 +60,8 @@ def capture(lane: Lane, bundle: str) -> SavedSession:
 def revive(lane: Lane, saved: SavedSession, shape: tuple[int, int], frame: tuple[int, int, int]) -> None:
     """Make a new lane be as the saved one was; `shape` is a prompt embedding's, `frame` a frame's.
 
-    Raises `InputError` if what was saved does not fit.
+    Raises:
+        InputError: what was saved does not fit.
     """
     meta = saved.meta
     _check(saved, shape, frame)

@@ -111,7 +111,8 @@ class JobStore:
     def add(self, request: CreateVideo, *, model: str, size: str, reference: bytes | None) -> Job:
         """A new job, recorded, with the file of the image that it starts from, if there is one.
 
-        Raises `RequestError` if it cannot be.
+        Raises:
+            RequestError: it cannot be recorded.
         """
         job = Job(
             id=_ID + secrets.token_hex(12),
@@ -133,7 +134,11 @@ class JobStore:
         return job
 
     def get(self, identity: str) -> Job:
-        """A job. Raises `RequestError` (404) if there is none of that id."""
+        """A job.
+
+        Raises:
+            RequestError: (404) there is none of that id.
+        """
         job = self.jobs.get(identity)
         if job is None:
             raise RequestError("not_found", "there is no video of that id", status=404)

@@ -57,7 +57,9 @@ class Clips:
     def create(self, request: CreateVideo, *, model: str, size: str, reference: bytes | None = None) -> Job:
         """Queue a clip, which may start from an image (the bytes of its file).
 
-        Raises `RequestError` if it cannot be made here, or too many wait.
+        Raises:
+            RequestError: it cannot be made here.
+            BusyError: too many wait.
         """
         if request.seconds > self._limits.seconds:
             raise RequestError(

@@ -88,7 +88,11 @@ class H264Encoder:
         self._count = 0
 
     def encode(self, frames: NDArray[np.uint8], *, keyframe: bool) -> list[Encoded]:
-        """See `Encoder.encode`."""
+        """See `Encoder.encode`.
+
+        Raises:
+            ServingError: the library gave another number of pictures than it was given.
+        """
         from av.video.frame import PictureType
 
         units: list[Encoded] = []
@@ -148,7 +152,10 @@ def new_encoder(kind: Literal["h264", "jpeg"], shape: VideoShape) -> Encoder:
 def h264_codec(shape: VideoShape) -> tuple[str, str]:
     """The H.264 encoder that works here for this shape, and its codec string for WebCodecs, such as `avc1.64000b`.
 
-    Found by encoding a frame. Raises `ServingError` if none works.
+    Found by encoding a frame.
+
+    Raises:
+        ServingError: none works.
     """
     reasons = []
     for name, _ in _H264:

@@ -120,7 +120,11 @@ _CLIENT: TypeAdapter[Start | Control | Ack] = TypeAdapter(ClientMessage)
 
 
 def parse_client_message(text: str) -> Start | Control | Ack:
-    """Read one message; `RequestError` says what is wrong with it, without repeating it."""
+    """Read one message.
+
+    Raises:
+        RequestError: it is no message of this protocol; says what is wrong with it, without repeating it.
+    """
     try:
         return _CLIENT.validate_json(text)
     except ValidationError as error:
@@ -180,7 +184,11 @@ class MediaFrame:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MediaFrame:
-        """Read a binary message, for clients in Python. Raises `ValueError` if it is not one."""
+        """Read a binary message, for clients in Python.
+
+        Raises:
+            ValueError: it is not one.
+        """
         if len(data) < _HEADER.size or data[:2] != _MAGIC or data[2] not in (1, 2):
             raise ValueError(f"{len(data)} bytes are no picture of this protocol")
         _, kind, flags, chunk, frame, time_us = _HEADER.unpack_from(data)

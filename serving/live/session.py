@@ -102,7 +102,10 @@ class LiveSession:
     async def run(self) -> tuple[EndReason, str]:
         """Open the session, stream until something ends it, close it: why, and a sentence for people.
 
-        Raises `RequestError` if it cannot be opened. Not to be cancelled: `end` ends it.
+        Not to be cancelled: `end` ends it.
+
+        Raises:
+            RequestError: it cannot be opened.
         """
         await self._open()
         try:
@@ -137,7 +140,11 @@ class LiveSession:
         self._news.set()
 
     async def control(self, message: Control) -> dict[str, Any]:
-        """Do what a message asks for; its receipt. Raises `RequestError` if it is refused."""
+        """Do what a message asks for; its receipt.
+
+        Raises:
+            RequestError: it is refused.
+        """
         session = self._session
         if session is None or self._end is not None:
             raise RequestError("no_session", "no session is running; send start first", status=409)
@@ -407,7 +414,11 @@ class LiveSession:
 
 
 def check_prompts(prompts: Iterable[str], limits: Limits) -> None:
-    """Raise `RequestError` if there are too many prompts, or one is too long."""
+    """Hold prompts against the server's limits.
+
+    Raises:
+        RequestError: a prompt or the schedule is too long.
+    """
     for count, prompt in enumerate(prompts):
         if len(prompt) > limits.prompt_chars:
             raise RequestError(

@@ -59,7 +59,11 @@ NewOutlet = Callable[["Connection", Start, str], ClosableOutlet]
 
 @contextmanager
 def connected(service: Service, client: str) -> Iterator[None]:
-    """Count a connection of a client's address. Raises `RequestError` if it has too many."""
+    """Count a connection of a client's address.
+
+    Raises:
+        RequestError: it has too many.
+    """
     limit = service.settings.limits.sessions_per_client
     if service.connections.get(client, 0) >= limit:
         service.metrics.refused.labels("too_many_connections").inc()

@@ -185,7 +185,11 @@ class Clip:
 def coverage(
     shape: str, x: float, y: float, radius: float, size: tuple[int, int] = (SIZE, SIZE)
 ) -> npt.NDArray[np.float32]:
-    """How much of each pixel of an image of `size` (height, width) the shape centred at (x, y) covers, 0..1."""
+    """How much of each pixel of an image of `size` (height, width) the shape centred at (x, y) covers, 0..1.
+
+    Raises:
+        ValueError: there is no such shape.
+    """
     v, u = np.ogrid[: size[0], : size[1]]
     u, v = (u + 0.5 - x).astype(np.float32), (v + 0.5 - y).astype(np.float32)
 

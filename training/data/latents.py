@@ -44,7 +44,11 @@ class PatchPCA:
 
     @classmethod
     def fit(cls, clips: Iterable[npt.NDArray[np.uint8]], channels: int = CHANNELS) -> PatchPCA:
-        """Fit to the patches of `clips`, each uint8 `[1 + 4 n, H, W, 3]`."""
+        """Fit to the patches of `clips`, each uint8 `[1 + 4 n, H, W, 3]`.
+
+        Raises:
+            ValueError: there are no clips.
+        """
         size = FRAME_STRIDE * STRIDE * STRIDE * 3
         total, second = np.zeros(size), np.zeros((size, size))
         count = 0

@@ -44,7 +44,11 @@ def _need(path: Path, stage: str) -> Path:
 
 
 def latest_transformer(run: Run, candidates: tuple[str, ...]) -> str:
-    """The first of `candidates` that has weights."""
+    """The first of `candidates` that has weights.
+
+    Raises:
+        StageError: no stage has weights yet.
+    """
     for name in candidates:
         if run.weights(name).exists():
             return name

@@ -53,7 +53,11 @@ def prepare_for_trt(model: ir.Model, dimensions: Mapping[str, int]) -> None:
 
 
 def quantized_products(model: ir.Model) -> dict[str, ProductType]:
-    """Matrix products whose operands are quantized: node name -> the type that an engine must compute it in."""
+    """Matrix products whose operands are quantized: node name -> the type that an engine must compute it in.
+
+    Raises:
+        ExportError: a product has no name.
+    """
     products: dict[str, ProductType] = {}
     for node in model.graph:
         if node.op_type != "MatMul" or node.inputs[0] is None:
