@@ -15,7 +15,7 @@ from runtime.bundle import ENCODER_COMPONENTS
 from .components import TRACING, cache_out
 from .tracing import save_model, trace
 
-__all__ = ["EncodeFirst", "EncodeNext", "write_vae_encoder"]
+__all__ = ["EncodeFirst", "EncodeNext", "NormByWeights", "write_vae_encoder"]
 
 
 class EncodeFirst(nn.Module):
@@ -27,6 +27,19 @@ class EncodeFirst(nn.Module):
 
     def forward(self, video: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.encoder.encode_first(video.to(self.encoder.dtype))
+
+
+class NormByWeights(nn.Module):
+    """`LatentNorm` with the statistics of the latents among the weights, for graphs without constants."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.empty(channels))
+        self.std = nn.Parameter(torch.empty(channels))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        mean, std = (values[:, None, None, None] for values in (self.mean, self.std))
+        return (latents - mean) / std
 
 
 class EncodeNext(nn.Module):

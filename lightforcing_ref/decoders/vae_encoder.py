@@ -28,7 +28,16 @@ from .layers import (
     stream_through,
 )
 
-__all__ = ["VAEEncoder", "from_uint8"]
+__all__ = ["LatentNorm", "VAEEncoder", "from_uint8"]
+
+
+class LatentNorm(nn.Module):
+    """From latents `[16, t, h, w]` as the network leaves them to `(z - mean) / std`."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        # Constants and not buffers, as in `LatentScale`.
+        mean, std = (latents.new_tensor(values)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
+        return (latents - mean) / std
 
 
 class Downsample(nn.Module):
@@ -108,6 +117,7 @@ class VAEEncoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.scale: nn.Module = LatentNorm()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,9 +174,7 @@ class VAEEncoder(nn.Module):
     def _normalise(self, moments: Tensor) -> Tensor:
         """Moments `[1, 32, t, h, w]` to latents `[16, t, h, w]`, in float32 at least."""
         means = self.conv1(moments)[0, : self.config.z_dim]
-        means = means.to(torch.promote_types(means.dtype, torch.float32))
-        mean, std = (means.new_tensor(values)[:, None, None, None] for values in (LATENT_MEAN, LATENT_STD))
-        latents: Tensor = (means - mean) / std
+        latents: Tensor = self.scale(means.to(torch.promote_types(means.dtype, torch.float32)))
         return latents
 
 

@@ -43,16 +43,26 @@ from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.decoders.tae import VideoDecoder
-from lightforcing_ref.dimensions import DecoderConfig
+from lightforcing_ref.decoders.vae_encoder import VAEEncoder
+from lightforcing_ref.dimensions import DecoderConfig, VAEConfig
 from lightforcing_ref.model import CausalWanModel
 from runtime import bundle
 
 from .components import OPERATORS, describe, operator_components
 from .decoder import LATENT_STATISTICS, channels_last, vae_first, vae_next
+from .encoder import VAE_ENCODERS
 from .golden import golden_graphs
 from .modules import Compiled, conditioner, step_segments, tensor_name
 from .null_gpu import GPUS
-from .packages import EFFORT, compile_packages, device_of, fp8_linears, is_cross, needed_drivers
+from .packages import (
+    EFFORT,
+    compile_packages,
+    device_of,
+    fp8_linears,
+    is_cross,
+    needed_drivers,
+    package_names,
+)
 
 __all__ = ["BUILDER"]
 
@@ -67,8 +77,6 @@ _GOLDEN = "golden vectors"
 
 
 def _check(request: BuildRequest, plan: StepPlan) -> None:
-    if request.with_encoder:
-        raise InputError("the inductor backend has no package for a video encoder; drop --with-encoder")
     if request.per_chunk:
         raise InputError("the inductor backend has no graph per chunk; leave --per-chunk out")
     if request.embedded:
@@ -115,14 +123,22 @@ def _check(request: BuildRequest, plan: StepPlan) -> None:
 
 
 def _weight_tensors(
-    model: CausalWanModel, decoder: VideoDecoder, plan: StepPlan, linears: frozenset[str]
+    model: CausalWanModel,
+    decoder: VideoDecoder,
+    plan: StepPlan,
+    linears: frozenset[str],
+    encoder: VAEEncoder | None = None,
 ) -> Iterable[StoredTensor]:
     """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
-    state |= {f"decoder.{name}": channels_last(tensor) for name, tensor in decoder.state_dict().items()}
-    state |= {f"decoder.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
-    section = _section(plan, decoder.config, linears)
+    for stem, network in (("decoder", decoder), ("encoder", encoder)):
+        if network is not None:
+            state |= {
+                f"{stem}.{name}": channels_last(tensor) for name, tensor in network.state_dict().items()
+            }
+            state |= {f"{stem}.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
+    section = _section(plan, decoder.config, linears, None if encoder is None else encoder.config)
     rows = (section.first, *section.layers, section.last, *section.prepare, *section.outside.values())
     names = {tensor for row in rows for tensor in row.values()}
 
@@ -159,13 +175,17 @@ def _operator_weights(layers: int) -> list[dict[str, str]]:
     ]
 
 
-def _section(plan: StepPlan, vae: DecoderConfig, linears: frozenset[str]) -> bundle.Segments:
+def _section(
+    plan: StepPlan, vae: DecoderConfig, linears: frozenset[str], encoder: VAEConfig | None = None
+) -> bundle.Segments:
     layers, segments = plan.preset.dit.layers, step_segments(plan, torch.float32, linears)
     outside = {
         "conditioner": conditioner(plan.preset.dit, torch.float32),
         "vae_first": vae_first(vae, torch.float32, plan),
         "vae_next": vae_next(vae, torch.float32, plan),
     }
+    if encoder is not None:
+        outside |= {name: make(encoder, torch.float32, plan) for name, make in VAE_ENCODERS.items()}
 
     def binding(part: Compiled, layer: int) -> dict[str, str]:
         return {weight: tensor_name(weight, layer, linears) for weight in part.weights.values()}
@@ -232,7 +252,8 @@ def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
 
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
-    parts = {"packages": sum(EFFORT.values()), "tokenizer": 1.0, "text encoder": 60.0, "weights": 60.0}
+    packages = sum(EFFORT[name] for name in package_names(request))
+    parts = {"packages": packages, "tokenizer": 1.0, "text encoder": 60.0, "weights": 60.0}
     parts |= {"operators": 10.0} if device_of(request) == "cpu" else {"kernels": 30.0}
     return parts | {_GOLDEN: 60.0}
 
@@ -252,11 +273,13 @@ def _compile(run: Run) -> tuple[list[bundle.FileEntry], bundle.Kernels | None]:
 def _packages_key(request: BuildRequest, plan: StepPlan) -> str:
     """What decides packages: no weights, of the libraries PyTorch and Triton alone, and the code that is compiled."""
     own = [
-        Path(__file__).with_name(name) for name in ("decoder.py", "lowering.py", "modules.py", "packages.py")
+        Path(__file__).with_name(name)
+        for name in ("decoder.py", "encoder.py", "lowering.py", "modules.py", "packages.py")
     ]
     code = [*_code(lightforcing_ref), *_code(graph), *own, Path(numerics.__file__)]
     preset = replace(plan.preset, vae=request.weights.vae_config())
-    model = (preset, plan.height, plan.width, plan.fingerprint(), graph_types(request))
+    encoder = request.weights.vae_encoder_config() if request.with_encoder else None
+    model = (preset, encoder, plan.height, plan.width, plan.fingerprint(), graph_types(request))
     linears = sorted(fp8_linears(request, plan))
     versions = (torch.__version__, _triton())
     return digest(versions, files_digest(code), model, linears, request.target.compute_capability)
@@ -282,7 +305,8 @@ def _build(run: Run) -> Built:
 
     def write_weights(folder: Path) -> list[str]:
         decoder = models.decoder(types.decoder)
-        tensors = _weight_tensors(models.take_dit(types.transformer), decoder, plan, linears)
+        encoder = models.weights.vae_encoder(types.decoder) if request.with_encoder else None
+        tensors = _weight_tensors(models.take_dit(types.transformer), decoder, plan, linears, encoder)
         write_tensors(folder / WEIGHTS, tensors, run.within)
         return [WEIGHTS]
 
@@ -298,7 +322,8 @@ def _build(run: Run) -> Built:
     components = describe(request, linears)
     if device == "cpu":
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}
-    section = _section(plan, request.weights.vae_config(), linears)
+    encoder = request.weights.vae_encoder_config() if request.with_encoder else None
+    section = _section(plan, request.weights.vae_config(), linears, encoder)
     golden, written = _golden(run, components, section, linears)
     return Built(
         components=components,
@@ -319,7 +344,7 @@ def _library(run: Run) -> bundle.Library:
     if device_of(run.request) == "cpu":
         return torch_alone
     arch = kernel_arch(run.request.target)
-    driver = needed_drivers([run.folder / f"{name}.pt2" for name in EFFORT], arch)
+    driver = needed_drivers([run.folder / f"{name}.pt2" for name in package_names(run.request)], arch)
     return torch_alone.model_copy(update={"triton": _triton(), "driver": driver})
 
 

@@ -15,16 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from export.graph.components import ScaleByWeights, VAEFirst, VAENext
+from export.graph.components import ScaleByWeights, VAEFirst, VAENext, cache_out
 from export.request.geometry import StepPlan
 from lightforcing_ref.decoders.layers import LATENT_MEAN, LATENT_STD, CacheSpec
-from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
+from lightforcing_ref.decoders.tae import video_decoder
 from lightforcing_ref.decoders.vae import LatentScale
 from lightforcing_ref.dimensions import DecoderConfig
+from runtime.bundle import TensorSpec
 
 from .modules import Compiled, tensor_spec, weights_of
 
-__all__ = ["LATENT_STATISTICS", "channels_last", "vae_first", "vae_next"]
+__all__ = [
+    "LATENT_STATISTICS",
+    "ChannelsLast",
+    "cache_specs",
+    "channels_last",
+    "used",
+    "vae_first",
+    "vae_next",
+]
 
 LATENT_STATISTICS = {"scale.mean": LATENT_MEAN, "scale.std": LATENT_STD}
 """Weights of the compiled decoder that are no weights of the model's."""
@@ -40,27 +49,51 @@ def _channels_second(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 1) if tensor.ndim > 3 else tensor
 
 
-class _Decode(nn.Module):
-    """The decoder in the type of its weights, from float32 latents, which are denormalised in float32.
+class ChannelsLast(nn.Module):
+    """A streaming network whose parameters and caches have their channels last.
 
-    Its parameters and its caches have their channels last.
+    Args:
+        network: takes a tensor and, but for the first frame, the caches; returns a tensor and the caches written.
     """
 
-    def __init__(self, decoder: VideoDecoder, caches: Sequence[CacheSpec] | None) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.decode = VAENext(decoder) if caches is None else VAEFirst(decoder, caches)
-        decoder.entry.register_forward_pre_hook(_narrow)
-        for parameter in self.decode.parameters():
+        self.network = network
+        for parameter in network.parameters():
             parameter.data = channels_last(parameter.data)
 
-    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        weights = {name: _channels_second(weight) for name, weight in self.decode.named_parameters()}
+    def forward(self, given: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        weights = {name: _channels_second(weight) for name, weight in self.network.named_parameters()}
         history = ([_channels_second(cache) for cache in caches],) if caches else ()
-        frames, written = functional_call(self.decode, weights, (latent, *history))
-        return (frames, *(channels_last(cache) for cache in written))
+        out, written = functional_call(self.network, weights, (given, *history))
+        return (out, *(channels_last(cache) for cache in written))
+
+    def weights(self, wanted: re.Pattern[str]) -> dict[str, str]:
+        """Those that are wanted, as `Compiled` takes them; named as in the network."""
+        return weights_of(self, "network.", wanted)
+
+
+def cache_specs(
+    caches: Sequence[CacheSpec], dtype: torch.dtype, *, first: bool
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of a package that are caches: the first frame reads none, and may not write all."""
+    shapes = {cache.name: channels_last(torch.empty(cache.shape, device="meta")).shape for cache in caches}
+    outputs = [
+        tensor_spec(cache_out(cache), shapes[cache.name], dtype)
+        for cache in caches
+        if cache.written_by_first or not first
+    ]
+    inputs = [] if first else [tensor_spec(name, shape, dtype) for name, shape in shapes.items()]
+    return inputs, outputs
+
+
+def used(*, first: bool) -> re.Pattern[str]:
+    """The weights that a package reads: in the first frame time is not resampled."""
+    return re.compile(r"(?!.*\.time_conv\.).*" if first else ".*")
 
 
 def _narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Latents are float32, and denormalised as such; from here on it is the type of the weights."""
     return (args[0].to(cast(Tensor, module.weight).dtype), *args[1:])
 
 
@@ -70,22 +103,15 @@ def _decoder(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan, *, first
         if isinstance(decoder.scale, LatentScale):
             decoder.scale = ScaleByWeights(config.z_dim)
         decoder.requires_grad_(False)
+    decoder.entry.register_forward_pre_hook(_narrow)
     height, width = plan.latent_size
     caches = decoder.cache_specs(height, width)
-    shapes = {cache.name: channels_last(torch.empty(cache.shape, device="meta")).shape for cache in caches}
+    inputs, outputs = cache_specs(caches, dtype, first=first)
     latent = tensor_spec("latent", (config.z_dim, 1, height, width), torch.float32)
     count = 1 if first else config.temporal_factor
     frames = tensor_spec("frames", (count, plan.height, plan.width, 3), torch.uint8)
-    outputs = [
-        tensor_spec(cache.name.replace("cache.", "cache_out."), shapes[cache.name], dtype)
-        for cache in caches
-        if cache.written_by_first or not first
-    ]
-    inputs = [] if first else [tensor_spec(name, shape, dtype) for name, shape in shapes.items()]
-    body = _Decode(decoder, caches if first else None)
-    # Time is not upsampled in the first frame.
-    wanted = re.compile(r"(?!.*\.time_conv\.).*" if first else ".*")
-    return Compiled(body, [latent, *inputs], [frames, *outputs], weights_of(body, "decode.", wanted))
+    body = ChannelsLast(VAEFirst(decoder, caches) if first else VAENext(decoder))
+    return Compiled(body, [latent, *inputs], [frames, *outputs], body.weights(used(first=first)))
 
 
 def vae_first(config: DecoderConfig, dtype: torch.dtype, plan: StepPlan) -> Compiled:

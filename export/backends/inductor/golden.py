@@ -25,6 +25,7 @@ from runtime import bundle
 from runtime.bundle.golden import Arrays
 
 from .decoder import vae_first, vae_next
+from .encoder import VAE_ENCODERS
 from .modules import Compiled, Fp8Linear, conditioner, step_segments, text_layer
 
 __all__ = ["golden_graphs"]
@@ -95,6 +96,11 @@ def golden_graphs(
         "vae_first": (vae_first(vae, wide.decoder, plan), types.decoder),
         "vae_next": (vae_next(vae, wide.decoder, plan), types.decoder),
     }
+    if request.with_encoder:
+        encoder = request.weights.vae_encoder_config()
+        compiled |= {
+            name: (make(encoder, wide.decoder, plan), types.decoder) for name, make in VAE_ENCODERS.items()
+        }
     graphs: dict[str, GoldenGraph] = {}
     for name, (module, dtype) in compiled.items():
         is_fp8 = any(spec.dtype == "float8_e4m3fn" for spec in components[name].inputs)

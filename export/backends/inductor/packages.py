@@ -34,9 +34,11 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from plugins.compile.kernels import needed_driver
+from runtime.bundle import ENCODER_COMPONENTS
 from runtime.host_memory import memory, processors
 
 from .decoder import vae_first, vae_next
+from .encoder import VAE_ENCODERS
 from .link import cuda_toolchain
 from .lowering import package_lowerings
 from .modules import Compiled, conditioner, step_segments, text_layer
@@ -51,6 +53,7 @@ __all__ = [
     "is_cross",
     "needed_drivers",
     "package_modules",
+    "package_names",
 ]
 
 EFFORT: Mapping[str, float] = {
@@ -61,6 +64,7 @@ EFFORT: Mapping[str, float] = {
     "last": 15.0,
     "vae_next": 50.0,
     "vae_first": 110.0,
+    **dict.fromkeys(ENCODER_COMPONENTS, 50.0),
 }
 """The packages, with the seconds that compiling takes at full size."""
 
@@ -123,7 +127,20 @@ def package_modules(request: BuildRequest) -> dict[str, Callable[[], Compiled]]:
         **{name: partial(_same, segment) for name, segment in segments.items()},
         "vae_first": partial(vae_first, vae, types.decoder, plan),
         "vae_next": partial(vae_next, vae, types.decoder, plan),
+        **_encoders(request),
     }
+
+
+def _encoders(request: BuildRequest) -> dict[str, Callable[[], Compiled]]:
+    if not request.with_encoder:
+        return {}
+    config, dtype = request.weights.vae_encoder_config(), graph_types(request).decoder
+    return {name: partial(make, config, dtype, request.plan) for name, make in VAE_ENCODERS.items()}
+
+
+def package_names(request: BuildRequest) -> tuple[str, ...]:
+    """The packages of a bundle."""
+    return tuple(name for name in EFFORT if request.with_encoder or name not in ENCODER_COMPONENTS)
 
 
 def _same(module: Compiled) -> Compiled:
@@ -213,7 +230,7 @@ def compile_packages(
     folder: Path,
     key: str,
     progress: StepCallback,
-    names: Sequence[str] = tuple(EFFORT),
+    names: Sequence[str] | None = None,
 ) -> list[str]:
     """Compile packages of a request into `folder`, side by side as cores and memory allow.
 
@@ -230,6 +247,7 @@ def compile_packages(
     """
     kept = folder / f".packages-{key[:16]}"
     kept.mkdir(exist_ok=True)
+    names = package_names(request) if names is None else names
     missing = [name for name in names if not (kept / f"{name}.pt2").is_file()]
     available = memory().available or _MEMORY
     jobs = max(1, min(len(missing), processors(), available // _MEMORY))

@@ -47,6 +47,11 @@ _WITH_OPERATORS = ("step", "clean")
 _OPERATORS = [contract.HIERARCHICAL_SPARSE_ATTENTION, contract.QK_PREPARE]
 
 
+def _engines(request: BuildRequest) -> Mapping[str, float]:
+    encoder = dict.fromkeys(bundle.ENCODER_COMPONENTS, 60.0) if request.with_encoder else {}
+    return {**encoder, **_ENGINES}
+
+
 def _find_plugin() -> Path:
     found = find_plugin()
     if found is None:
@@ -64,10 +69,6 @@ def _machine(request: BuildRequest) -> TrtMachine:
 def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
     if request.execution != "whole":
         raise InputError("the tensorrt backend builds the step as one engine; use --execution whole")
-    if request.with_encoder:
-        raise InputError(
-            "the tensorrt backend builds no video encoder; drop --with-encoder, or use --backend tensorrt-rtx"
-        )
     if request.per_chunk:
         raise InputError("--per-chunk writes graphs for onnxruntime; drop it, or use --backend onnxruntime")
     _machine(request)
@@ -78,7 +79,7 @@ def _check(request: BuildRequest, plan: StepPlan) -> QuantizationPlan | None:
 
 def _parts(request: BuildRequest, plan: StepPlan) -> Mapping[str, float]:
     del plan
-    engines = {f"engine {name}": effort for name, effort in _ENGINES.items()}
+    engines = {f"engine {name}": effort for name, effort in _engines(request).items()}
     return {
         **graph_parts(request),
         "quantization": 60.0,
@@ -103,10 +104,10 @@ def _build(run: Run) -> Built:
 
     files = [*exported["tokenizer"], *plugin_files, *images]
     files += [entry for entry in exported["text encoder"] if entry.path == components.TEXT_WEIGHTS]
-    graphs = {name: folder / quantized.graphs.get(name, f"{name}.onnx") for name in _ENGINES}
+    graphs = {name: folder / quantized.graphs.get(name, f"{name}.onnx") for name in _engines(request)}
     entries: dict[str, bundle.Component] = {}
     version = machine.version
-    for name in _ENGINES:
+    for name in _engines(request):
         build = partial(_write_engine, run=run, name=name, graph=graphs[name], machine=machine, plugin=plugin)
         built, written = run.section(f"engine {name}", BuiltEngine, build)
         entries[name], version = built.component, built.version

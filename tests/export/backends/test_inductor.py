@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -122,10 +123,10 @@ def weight_tensors(plan: StepPlan, linears: frozenset[str]) -> list[StoredTensor
     return list(inductor._weight_tensors(model, decoder, plan, linears))
 
 
-def frames(bundle: Path, chunks: int = 2) -> np.ndarray:
+def frames(bundle: Path, chunks: int = 2, **options: object) -> np.ndarray:
     with (
         Pipeline.load(bundle, warmup=False, threads=1) as pipeline,
-        pipeline.session(embedding=EMBEDDING, seed=2) as session,
+        pipeline.session(embedding=EMBEDDING, seed=2, **options) as session,
     ):
         return np.concatenate([chunk.frames for chunk in session.stream(chunks=chunks)])
 
@@ -300,10 +301,11 @@ def test_a_bundle_of_onnx_graphs_imports_no_pytorch(tiny_bundle: Path) -> None:
 def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str, tmp_path: Path) -> None:
     """Every tensor of every forward has a place, the type, and the shape that package, weights and kernels want."""
     chosen = load_variant(variant).model_copy(update={"block": TINY.block})
-    request = request_for("rtx5090", precision=precision, variant=chosen)
+    request = request_for("rtx5090", precision=precision, variant=chosen, with_encoder=precision == "fp8")
     plan, linears, models = request.plan, fp8_linears(request, request.plan), Models(request.weights)
     components = describe(request, linears)
     assert components["qk_prepare"].file is None
+    encoder = request.weights.vae_encoder(torch.float16) if request.with_encoder else None
     shapes = umt5_shapes(TINY.text)
     write_tensors(
         tmp_path / TEXT_WEIGHTS,
@@ -313,16 +315,17 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
     files = [TEXT_WEIGHTS, "tokenizer.json", inductor.WEIGHTS]
     for component in components.values():
         if component.file is not None:
-            (tmp_path / component.file).write_bytes(component.file.encode())
+            with zipfile.ZipFile(tmp_path / component.file, "w") as archive:
+                archive.writestr("name", component.file)
             files.append(component.file)
     write_tensors(
         tmp_path / inductor.WEIGHTS,
         inductor._weight_tensors(
-            models.take_dit(torch.bfloat16), models.decoder(torch.float16), plan, linears
+            models.take_dit(torch.bfloat16), models.decoder(torch.float16), plan, linears, encoder
         ),
     )
     files += write_kernels(tmp_path / "kernels")
-    section = inductor._section(plan, TINY.vae, linears)
+    section = inductor._section(plan, TINY.vae, linears, TINY.vae if request.with_encoder else None)
     graphs = golden_graphs(plan, request, components, linears)
     assert graphs["layer"].precision == precision
     quick = [(name, graph) for name, graph in graphs.items() if not name.startswith("vae")]
@@ -404,7 +407,7 @@ def test_attention_statistics_do_not_change_the_work() -> None:
 
 @pytest.fixture(scope="module")
 def whole_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("inductor"), "short", backend="inductor")
+    return build(tmp_path_factory.mktemp("inductor"), "short", backend="inductor", with_encoder=True)
 
 
 @pytest.mark.slow
@@ -416,12 +419,16 @@ def test_a_bundle_built_by_the_command_runs_by_itself(whole_bundle: Path, tiny_b
         Library(name="torch", version=torch.__version__),
     )
     packaged = {"first", "layer", "last", "conditioner", "text_encoder", "vae_first", "vae_next"}
+    packaged |= {"vae_encode_first", "vae_encode_next"}
     assert {name for name, c in manifest.components.items() if (c.file or "").endswith(".pt2")} == packaged
     assert manifest.components.keys() >= load_bundle(tiny_bundle).manifest.components.keys() & {
         "step",
         "clean",
     }
     assert np.abs(frames(whole_bundle).astype(int) - frames(tiny_bundle).astype(int)).max() <= 1
+    start = np.random.default_rng(0).integers(0, 256, (9, 128, 128, 3)).astype(np.uint8)
+    started = [frames(folder, start=start) for folder in (whole_bundle, tiny_bundle)]
+    assert np.abs(started[0].astype(int) - started[1].astype(int)).max() <= 1
     with Pipeline.load(whole_bundle, threads=1) as found, Pipeline.load(tiny_bundle, threads=1) as wanted:
         a, b = (torch.from_numpy(pipe.embed("a red fox")) for pipe in (found, wanted))
     assert relative_error(a, b) < 1e-4

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from export.backends.inductor.decoder import LATENT_STATISTICS, channels_last, vae_first, vae_next
+from export.backends.inductor.encoder import VAE_ENCODERS
 from export.request.geometry import StepPlan
 from lightforcing_ref.decoders.tae import video_decoder
 from lightforcing_ref.decoders.vae import to_uint8
+from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import TINY_TAE, TINY_VAE, DecoderConfig
 from tests.export.backends.test_inductor import request_for
 
@@ -48,3 +50,25 @@ def test_channels_last_decodes_as_the_reference(config: DecoderConfig, plan: Ste
             torch.testing.assert_close(channels_last(cache), mine, rtol=1e-4, atol=1e-4)
         for spec, mine in zip(module.outputs[1:], written, strict=True):
             own[int(spec.name.partition(".")[2])] = mine
+
+
+def test_channels_last_encodes_as_the_reference(plan: StepPlan) -> None:
+    torch.manual_seed(0)
+    reference = VAEEncoder(TINY_VAE).requires_grad_(False)
+    stored = {f"encoder.{name}": channels_last(value) for name, value in reference.state_dict().items()}
+    stored |= {f"encoder.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
+    video = torch.rand(5, 3, plan.height, plan.width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    own: list[torch.Tensor] = []
+    caches: list[torch.Tensor] = []
+    for turn, make in enumerate(VAE_ENCODERS.values()):
+        module = make(TINY_VAE, torch.float32, plan)
+        given = (video[1:] if turn else video[:1], *own, *(stored[name] for name in module.weights.values()))
+        assert [tuple(tensor.shape) for tensor in given] == [spec.shape for spec in module.inputs]
+        latent, *own = module.examples("cpu")[len(module.inputs) :]
+        module(*given, latent, *own)
+        wanted, caches = (
+            reference.encode_next(video[1:], caches) if turn else reference.encode_first(video[:1])
+        )
+        torch.testing.assert_close(latent, wanted, rtol=1e-4, atol=1e-4)
+        for cache, mine in zip(caches, own, strict=True):
+            torch.testing.assert_close(channels_last(cache), mine, rtol=1e-4, atol=1e-4)
