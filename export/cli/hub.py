@@ -56,9 +56,8 @@ class Models(Command):
             return 0
         for line in file_lines(models[0], _here):
             shown.print(line, markup=False, highlight=False, soft_wrap=True)
-        if models[0].unsupported is None:
-            command = f"python -m export build --gpu rtx5090 --model {shlex.quote(args.model)}"
-            shown.print(f"build it with\n  {command}", markup=False, highlight=False, soft_wrap=True)
+        command = f"python -m export build --gpu rtx5090 --model {shlex.quote(args.model)}"
+        shown.print(f"build it with\n  {command}", markup=False, highlight=False, soft_wrap=True)
         return 0
 
 

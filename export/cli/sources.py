@@ -116,15 +116,13 @@ def fill_model(args: argparse.Namespace) -> KnownModel | None:
     A known checkpoint that is given by itself is recognised, too; only its size is filled in.
 
     Raises:
-        InputError: no such model, it cannot be built, or other arguments say that it is something else.
+        InputError: no such model, or other arguments say that it is something else.
     """
     from export.hub.known import ROLES, load_model
 
     known = load_model(args.model) if args.model else _recognised(args.checkpoint)
     args.expected = {}
     if known is not None and args.model:
-        if known.unsupported:
-            raise InputError(f"{known.name} cannot be built: {known.unsupported}")
         for role in ROLES:
             name, file = role.replace("-", "_"), known.files.get(role)
             if file is not None and getattr(args, name, "") is None:

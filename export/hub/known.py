@@ -67,7 +67,6 @@ class _Model(_Spec):
     encoder: str | None = None
     text_encoder: str
     tokenizer: str
-    unsupported: str | None = None
 
 
 class _Document(BaseModel):
@@ -118,7 +117,6 @@ class KnownModel:
         variants: those that its weights were made for, the usual one first.
         height, width: of its videos as it was trained, in pixels.
         files: by role; without a LoRA where it needs none.
-        unsupported: why it cannot be built; None where it can.
     """
 
     name: str
@@ -128,7 +126,6 @@ class KnownModel:
     height: int
     width: int
     files: Mapping[Role, KnownFile]
-    unsupported: str | None = None
 
     @property
     def resolution(self) -> str:
@@ -223,7 +220,6 @@ def _models(document: _Document, folder: Path, local: frozenset[str] = frozenset
             height=int(height),
             width=int(width),
             files=files,
-            unsupported=entry.unsupported,
         )
 
 

@@ -31,7 +31,7 @@ def model_table(models: Iterable[KnownModel]) -> Table:
             model.resolution,
             readable_size(model.bytes) if model.bytes else "?",
             _products(model),
-            model.title if model.unsupported is None else f"{model.title} (not supported)",
+            model.title,
         )
     return table
 
@@ -40,8 +40,6 @@ def file_lines(model: KnownModel, cached: Cached) -> Iterator[str]:
     """A model and its files, in lines that may be copied from."""
     yield f"{model.name}: {model.title}"
     yield f"  {model.preset}, {model.resolution}, variant {' or '.join(model.variants)}"
-    if model.unsupported is not None:
-        yield f"  cannot be built: {model.unsupported}"
     for role, file in model.files.items():
         size = readable_size(file.bytes) if file.bytes else "size not published"
         yield f"{role}: {size}{', here' if cached(file) else ''}"
@@ -59,7 +57,6 @@ def model_document(model: KnownModel, cached: Cached) -> dict[str, Any]:
         "preset": model.preset,
         "variants": list(model.variants),
         "resolution": model.resolution,
-        "unsupported": model.unsupported,
         "files": {
             role: {
                 "source": str(file.source),

@@ -71,7 +71,6 @@ def test_what_is_given_stays() -> None:
     ("arguments", "message"),
     [
         ("--model self-forcin", "unknown model 'self-forcin'; did you mean self-forcing"),
-        ("--model causal-forcing-pp-1step", "cannot be built: it makes one latent frame a chunk"),
         ("--model self-forcing --preset tiny", "self-forcing is a wan-1.3b, not a tiny; drop --preset"),
         ("--model self-forcing --init random", "--model and random weights exclude each other"),
         (

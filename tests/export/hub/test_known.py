@@ -43,10 +43,7 @@ def test_the_public_models_are_there() -> None:
     assert MODELS["longlive"].files["lora"].base == MODELS["longlive"].files["checkpoint"].name
     assert MODELS["longlive"].files["checkpoint"].products == "forbidden"
     assert MODELS["self-forcing"].resolution == "480x832"
-    assert {name for name, model in MODELS.items() if model.unsupported} == {
-        "causal-forcing-pp-1step",
-        "causal-forcing-pp-2step",
-    }
+    assert MODELS["causal-forcing-pp-1step"].variants == ("causal-framewise-1step",)
     encoder = MODELS["self-forcing"].files["text-encoder"].source
     assert isinstance(encoder, HubReference)
     assert encoder.name == "models_t5_umt5-xxl-enc-bf16.pth"
