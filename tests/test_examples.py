@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -63,3 +67,66 @@ def test_comparing_with_polygraphy(tiny_bundle: Path, tiny_long_bundle: Path) ->
     assert same.returncode == 0, same.stderr + same.stdout
     strict = run("compare_polygraphy", tiny_bundle, tiny_bundle, "--component", "no_such_component")
     assert strict.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.runtime import handmade
+
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    handmade.build_bundle(folder)
+    return folder
+
+
+def test_the_fastapi_app_streams_jpegs(small_bundle: Path) -> None:
+    pytest.importorskip("fastapi")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    script = ROOT / "examples" / "fastapi_app.py"  # stands for run("fastapi_app"), which would not return
+    command = [sys.executable, str(script), str(small_bundle), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = f"http://127.0.0.1:{port}/stream?prompt=a%20red%20fox&chunks=2"
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    with urllib.request.urlopen(url, timeout=60) as answer:
+                        assert answer.headers["Content-Type"].startswith("multipart/x-mixed-replace")
+                        body = answer.read()
+                    break
+                except urllib.error.URLError:
+                    assert process.poll() is None, process.stderr.read() if process.stderr else ""
+                    assert time.monotonic() < until
+                    time.sleep(0.2)
+        finally:
+            process.terminate()
+    assert body.count(b"Content-Type: image/jpeg") == body.count(b"\xff\xd8\xff") == 9 + 12
+
+
+def test_the_gradio_apps_frames(small_bundle: Path) -> None:
+    done = run("gradio_app", small_bundle, "--count", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "21\n"
+
+
+def test_the_gradio_page_is_built(small_bundle: Path) -> None:
+    gradio = pytest.importorskip("gradio", reason="a large package, in no default set-up")
+    from examples.gradio_app import page
+    from runtime import Pipeline
+
+    with Pipeline.load(small_bundle) as pipeline:
+        assert isinstance(page(pipeline), gradio.Interface)
+
+
+def test_the_comfyui_node(small_bundle: Path) -> None:
+    done = run("comfyui_node", small_bundle)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\(21, \d+, \d+, 3\) torch.float32 True 16\n", done.stdout)
+
+
+def test_the_diffusers_block(small_bundle: Path) -> None:
+    pytest.importorskip("diffusers", reason="a large package, in no default set-up")
+    done = run("diffusers_block", small_bundle)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\(21, \d+, \d+, 3\) uint8", done.stdout)
