@@ -9,8 +9,9 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -75,6 +76,7 @@ class Pipeline:
         self._scheduler = Scheduler()
         self._lock = threading.Lock()
         self._free = list(range(plan.sessions))
+        self._forgotten: deque[Callable[[], None]] = deque()
         self._closed = False
         # Runs when the pipeline is dropped, and before the interpreter ends: workers that are still in a library's code
         # then would abort the process.
@@ -250,6 +252,9 @@ class Pipeline:
     @contextmanager
     def _place(self) -> Iterator[int]:
         """A place for a session, taken before anything is done for it, and given back if that fails."""
+        while self._forgotten:
+            with suppress(IndexError):  # another thread was faster
+                self._forgotten.popleft()()
         with self._lock:
             self._require_open()
             if not self._free:
@@ -281,6 +286,7 @@ class Pipeline:
             manifest=self.manifest,
             embed=self.embed,
             release=lambda: self._release(number),
+            forgotten=self._forgotten,
         )
 
     def resume(
@@ -350,7 +356,8 @@ class Pipeline:
         ready, decoding = self._scheduler.backlog()
         with self._lock:
             alive = not self._closed and self._scheduler.alive
-            return Health(alive, self._plan.sessions, self._plan.sessions - len(self._free), ready, decoding)
+            taken = self._plan.sessions - len(self._free) - len(self._forgotten)
+            return Health(alive, self._plan.sessions, taken, ready, decoding)
 
     def close(self) -> None:
         """End all sessions and free everything; waits for the forwards that are running. May be called twice.

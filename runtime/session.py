@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import math
 import os
+import weakref
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -121,7 +124,8 @@ class ChunkStream:
 
 
 class Session:
-    """One rollout. Created by `Pipeline.session`; close it, or use it in a `with` statement.
+    """One rollout. Created by `Pipeline.session`; close it, or use it in a `with` statement. One that is dropped
+    gives its place to the next session that wants one.
 
     All methods may be called from any thread, also while another iterates over the stream.
     """
@@ -134,12 +138,17 @@ class Session:
         manifest: Manifest,
         embed: Callable[[str | None, ArrayLike | None], NDArray[np.float32]],
         release: Callable[[], None],
+        forgotten: deque[Callable[[], None]],
     ) -> None:
+        """What closes the session is put into `forgotten` when it is dropped without being closed."""
         self._scheduler = scheduler
         self._lane = lane
         self._manifest = manifest
         self._embed = embed
         self._release = release
+        # The collector may run anywhere, also where the scheduler's lock is held: nothing may wait there.
+        self._finalizer = weakref.finalize(self, forgotten.append, partial(_close, scheduler, lane, release))
+        self._finalizer.atexit = False
 
     def stream(
         self,
@@ -280,8 +289,8 @@ class Session:
 
     def close(self) -> None:
         """End the session and give its slots back; waits for the forward that is running. May be called twice."""
-        if self._scheduler.remove(self._lane):
-            self._release()
+        self._finalizer.detach()
+        _close(self._scheduler, self._lane, self._release)
 
     def __enter__(self) -> Self:
         return self
@@ -290,6 +299,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(scheduler: Scheduler, lane: Lane, release: Callable[[], None]) -> None:
+    if scheduler.remove(lane):
+        release()
 
 
 def _listener() -> tuple[asyncio.Future[None], Callable[[], None]]:

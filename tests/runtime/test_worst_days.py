@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from runtime import Pipeline
 from runtime.bundle import file_entry, load_bundle, write_manifest
-from runtime.errors import EngineError, InputError, SessionFailedError
+from runtime.errors import CapacityError, EngineError, InputError, SessionFailedError
 from runtime.scheduler import MAX_SWITCHES
 from runtime.verify import verdict as verdicts
 
@@ -106,6 +106,32 @@ def test_a_pipeline_that_is_dropped_frees_its_threads_and_engine(bundle: Path) -
     gc.collect()
     assert threading.active_count() == before
     assert engine() is None
+
+
+def test_a_session_that_is_dropped_gives_its_place_to_the_next(bundle: Path) -> None:
+    with Pipeline.load(bundle, sessions=2) as pipe:
+        text = pipe.manifest.text
+        embedding = np.zeros((text.text_len, text.dim), np.float32)
+        kept = pipe.session(embedding=embedding)
+        for _ in range(20):
+            stream = pipe.session(embedding=embedding).stream()  # the stream keeps its session
+            next(stream)
+            gc.collect()
+            assert pipe.health().open == 2
+            with pytest.raises(CapacityError):
+                pipe.session(embedding=embedding)
+            del stream
+            gc.collect()
+            assert pipe.health().open == 1
+        stream = kept.stream()
+        assert [next(stream).index for _ in range(3)] == [0, 1, 2]
+        with pipe.session(embedding=embedding) as session:
+            session.close()
+        del session
+        gc.collect()
+        assert pipe.health().open == 1, "closed and dropped is one place, not two"
+        pipe.session(embedding=embedding)  # forgotten at once
+        assert pipe.session(embedding=embedding).index == 0
 
 
 def test_switches_that_are_superseded_are_dropped_and_their_number_is_bounded(bundle: Path) -> None:
