@@ -16,7 +16,7 @@ from export.errors import ComparisonError
 from export.graph.modules import CACHE_STEMS, LAYER_STEMS, StepModule
 from export.graph.oracles import ORACLES
 from export.request.methods import attends
-from export.request.targets import CachePolicy, SparsityPolicy, Variant
+from export.request.targets import CachePolicy, SchedulePolicy, SparsityPolicy, Variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.attention import qk_prepare
 from lightforcing_ref.cache import AttentionSpec, LayerKV
@@ -62,6 +62,24 @@ def _attends(
     return attends(manifest.attention.method, model.layers, model.token_grid[1], kernels)
 
 
+def _schedule_policy(manifest: Manifest) -> SchedulePolicy:
+    """The schedule that a manifest's timesteps were warped from, with the usual shift."""
+    schedule, shift = manifest.schedule, SchedulePolicy().shift
+
+    def steps(warped: Sequence[float]) -> tuple[int, ...]:
+        shares = [timestep / 1000 for timestep in warped if timestep]
+        return tuple(round(1000 * share / (shift - (shift - 1) * share)) for share in shares)
+
+    return SchedulePolicy.model_validate(
+        {
+            "steps": steps(schedule.timesteps),
+            "first_steps": steps(schedule.first_timesteps),
+            "chunk_frames": manifest.model.chunk_frames,
+            "clean_forward": schedule.clean_forward,
+        }
+    )
+
+
 def variant_of(manifest: Manifest) -> Variant:
     """The variant that a bundle's manifest was written from."""
     sparsity, attention, cache = manifest.sparsity, manifest.attention, manifest.cache
@@ -69,6 +87,7 @@ def variant_of(manifest: Manifest) -> Variant:
         schema_version=1,
         name="compared",
         title=manifest.variant,
+        schedule=_schedule_policy(manifest),
         attention=attention.method,
         sparsity=SparsityPolicy(
             target=sparsity.target,

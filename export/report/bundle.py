@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from export.errors import InputError
+from export.estimate.selection import own_share
 from export.request.targets import load_target
 from export.units import readable_size
-from lightforcing_ref.sparsity import kept_blocks
+from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 from runtime.bundle import (
     Bundle,
     Component,
@@ -24,6 +25,7 @@ from runtime.bundle import (
     Manifest,
     load_bundle,
 )
+from runtime.bundle.policies import AttentionPolicy, HsaPolicy
 from runtime.program.buffers import plan_buffers
 from runtime.program.kernels import KernelLibrary
 from runtime.terminal import console, write_out
@@ -136,14 +138,22 @@ def _launches(manifest: Manifest) -> dict[str, int] | None:
 
 
 def _sparsity(manifest: Manifest) -> list[dict[str, Any]]:
-    sparsity, model = manifest.sparsity, manifest.model
+    sparsity, model, attention = manifest.sparsity, manifest.model, manifest.attention
+    geometry = BlockGeometry(model.frame_tokens, attention.block_q, attention.block_k)
     rows = []
     for chunk in range(max(len(sparsity.values), sparsity.table_frames // model.chunk_frames)):
         value = sparsity.values[min(chunk, len(sparsity.values) - 1)]
         frames = min((chunk + 1) * model.chunk_frames, manifest.window_frames)
         total = frames * manifest.key_blocks
-        kept = kept_blocks(sparsity.keep_q20, chunk, total) if chunk else total
-        rows.append({"chunk": chunk, "sparsity": value, "kept": kept, "of": total})
+        row: dict[str, Any] = {"chunk": chunk, "sparsity": value, "of": total, "assumption": None}
+        own = own_share(
+            attention.method, geometry, model.token_grid, frames - model.chunk_frames, model.chunk_frames
+        )
+        if own is not None:
+            row |= {"sparsity": 1 - own.value, "kept": round(own.value * total), "assumption": own.assumption}
+        else:
+            row["kept"] = kept_blocks(sparsity.keep_q20, chunk, total) if chunk else total
+        rows.append(row)
     return rows
 
 
@@ -215,8 +225,10 @@ def _summary(bundle: Bundle) -> Table:
         "variant": manifest.variant,
         "schedule": _schedule(manifest),
         "attention": (
-            f"blocks of {attention.block_q} x {attention.block_k}, keep {attention.keep_frames} frames "
-            f"(sink {attention.sink_frames}, near {attention.near_frames})"
+            f"{_selection(attention.method)}, blocks of {attention.block_q} x {attention.block_k}, keep "
+            f"{attention.keep_frames} frames (sink {attention.sink_frames}, near {attention.near_frames})"
+            if isinstance(attention.method, HsaPolicy)
+            else f"{_selection(attention.method)}, blocks of {attention.block_q} x {attention.block_k}"
         ),
         "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
         "weights": manifest.provenance.checkpoint.described,
@@ -241,6 +253,12 @@ def _schedule(manifest: Manifest) -> str:
     clean = "then a clean forward" if schedule.clean_forward else "no clean forward"
     steps = listed(schedule.timesteps[:-1])
     return f"{frames} latent frame{'s' if frames > 1 else ''} a chunk at timesteps {steps}{first}; {clean}"
+
+
+def _selection(method: AttentionPolicy) -> str:
+    """The method and its parameters: `sta (windows ((5, 3, 3),), tile (8, 8), sink_frames 0)`."""
+    parameters = ", ".join(f"{name} {value}" for name, value in method.model_dump(exclude={"policy"}).items())
+    return f"{method.policy} ({parameters})" if parameters else method.policy
 
 
 def _judgement(verdict: Verdict | None) -> str:
@@ -369,7 +387,11 @@ def _memory_table(manifest: Manifest) -> Table:
 
 def _sparsity_table(manifest: Manifest) -> Table:
     table = _table("Sparsity", "chunk", "sparsity", "key blocks kept", "of")
-    for row in _sparsity(manifest):
+    rows = _sparsity(manifest)
+    assumption = rows[-1]["assumption"]
+    if assumption is not None:
+        table.caption = f"the data decides; this is what is kept if {escape(assumption)}"
+    for row in rows:
         table.add_row(str(row["chunk"]), f"{row['sparsity']:.3f}", str(row["kept"]), str(row["of"]))
     return table
 

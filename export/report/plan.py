@@ -129,9 +129,19 @@ def _chunks(request: Planned, clip: ClipPrediction, efficiency: Efficiency) -> T
         "linear to VAE in TFLOP; ms: at 100 % of the published peak rates, every operation by itself and the longer of "
         f"arithmetic and traffic; ms {efficiency.short}: {_explained(efficiency)}. A chunk is "
         "the clean forward of the one before, the denoising forwards, and the decoding. Selection and launches are not "
-        "counted"
+        f"counted{_assumption(request)}"
     )
     return table
+
+
+def _assumption(request: Planned) -> str:
+    """What the key blocks rest on where the data decides."""
+    workload = Workload(request)
+    share = workload.own_share(workload.planned_chunks - 1)
+    if share is None or share.assumption is None:
+        return ""
+    method = request.variant.attention.policy
+    return f". How many key blocks {method} keeps depends on the data: here if {share.assumption}"
 
 
 def _explained(efficiency: Efficiency) -> str:

@@ -50,7 +50,7 @@ def variant_table(variants: Iterable[Variant]) -> Table:
         keep = "all" if sparsity.keep_frames is None else sparsity.keep_frames
         table.add_row(
             variant.name,
-            f"{sparsity.target:.2f}/{sparsity.base:.2f}" if sparsity.target else "dense",
+            _sparsity(variant),
             str(sparsity.table_frames),
             f"{keep}/{sparsity.sink_frames}/{sparsity.near_frames}",
             str(variant.window_frames),
@@ -60,6 +60,15 @@ def variant_table(variants: Iterable[Variant]) -> Table:
             variant.title,
         )
     return table
+
+
+def _sparsity(variant: Variant) -> str:
+    """The budget, or the method where it is another than hierarchical selection."""
+    if variant.is_dense:
+        return "dense"
+    if variant.attention.policy != "hsa":
+        return variant.attention.policy
+    return f"{variant.sparsity.target:.2f}/{variant.sparsity.base:.2f}"
 
 
 def _steps(variant: Variant) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,21 @@ def test_a_bundle_rolls_out_as_the_reference(method_bundle: Path) -> None:
     films = Film("bundle", play(bundle, CHUNKS)), Film("PyTorch", decoded(reference, latents))
     row = frames_row(method.policy, *films, allowed=PIXELS)
     assert row.passed, row
+
+
+def test_inspect_tells_what_a_method_keeps(method_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(method_bundle), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    method, rows = document["attention"]["method"], document["sparsity_per_chunk"]
+    assert len(rows) == 21
+    assert rows[0]["kept"] == rows[0]["of"]
+    if method["policy"] == "sta":
+        # Windows (3, 1, 3) and (5, 3, 1) in tiles of 4 x 2 on 8 x 8 tokens: of 12 frames one is a sink, whole; of the
+        # other 11 a query sees 3 (5), of 2 rows of tiles 1 (2), of 4 columns 3 (1).
+        shares = [1 / 12 + 3 / 12 * 1 / 2 * 3 / 4, 1 / 12 + 5 / 12 * 2 / 2 * 1 / 4]
+        assert 1 - rows[-1]["sparsity"] == pytest.approx(sum(shares) / 2)
+    elif method["policy"] == "vmoba":
+        assert rows[-1]["assumption"] == "a token's scores are spread evenly"
 
 
 @pytest.mark.parametrize(
