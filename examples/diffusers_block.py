@@ -27,6 +27,10 @@ class LightForcingBlock(ModularPipelineBlocks):  # type: ignore[misc]
         super().__init__()
         self._pipeline = pipeline
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LightForcingBlock:
+        # Diffusers copies its blocks; the loaded bundle is shared.
+        return LightForcingBlock(self._pipeline)
+
     @property
     def description(self) -> str:
         return "Generates a clip with a bundle of Light Forcing."

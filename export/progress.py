@@ -18,6 +18,10 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from runtime.host_memory import memory
+
+from .units import readable_size
+
 __all__ = ["ProgressCallback", "StepCallback", "kept_interrupts", "no_steps", "progress_bars", "time_left"]
 
 ProgressCallback = Callable[[str, float, float], None]
@@ -75,6 +79,12 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def memory_left() -> str:
+    """Main memory that is free for the work: "5.2 GiB of memory free"; empty where the system does not tell."""
+    available = memory().available
+    return "" if available is None else f"{readable_size(available)} of memory free"
+
+
 @contextmanager
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
     """A bar on `console` while the body runs; call the result as the work goes on.
@@ -89,14 +99,15 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
+        TextColumn("{task.fields[free]}"),
     )
     started = time.monotonic()
     with kept_interrupts() as check, Progress(*columns, console=console) as bars:
-        task = bars.add_task("starting", total=None, left="")
+        task = bars.add_task("starting", total=None, left="", free="")
 
         def show(part: str, done: float, total: float) -> None:
             check()
             left = time_left(time.monotonic() - started, done, total)
-            bars.update(task, description=part, completed=done, total=total, left=left)
+            bars.update(task, description=part, completed=done, total=total, left=left, free=memory_left())
 
         yield show

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -83,6 +84,7 @@ class Build(Command):
 
         from export.build import build_bundle, check_build
         from export.progress import progress_bars
+        from export.report.built import built_lines
         from export.report.engines import engine_table
         from export.report.plan import memory_table
         from runtime.bundle import load_bundle
@@ -95,12 +97,15 @@ class Build(Command):
         )
         shown.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
         shown.print(memory_table(checked.memory))
+        started = time.monotonic()
         with _kept(request), progress_bars(shown) as progress:
             folder = build_bundle(checked, progress)
         manifest = load_bundle(folder, verify=False).manifest
         if manifest.library is not None:
             shown.print(engine_table(manifest))
-        shown.print(f"built {folder} (status: {manifest.status}); try:", markup=False, soft_wrap=True)
+        for line in built_lines(folder, manifest, request.target.title, time.monotonic() - started):
+            shown.print(line, markup=False, highlight=False, soft_wrap=True)
+        shown.print("next:")
         on_device = manifest.target.compute_capability is not None
         for command in _next_commands(str(folder), request.weights.example_prompt, on_device=on_device):
             shown.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
@@ -130,5 +135,9 @@ def _next_commands(folder: str, prompt: str, *, on_device: bool) -> list[str]:
     folder, prompt = shlex.quote(folder), shlex.quote(prompt)
     generate = f"python -m runtime generate {folder} --prompt {prompt} --out clip.mp4"
     if not on_device:
-        return [generate]
-    return [f"python -m runtime verify --dry-run {folder}", f"{generate}   (on the target)"]
+        return [generate, f"python -m runtime verify {folder}"]
+    return [
+        f"python -m runtime verify --dry-run {folder}",
+        f"python -m runtime verify {folder}   (on the target)",
+        f"{generate}   (on the target)",
+    ]

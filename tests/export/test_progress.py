@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import weakref
 
@@ -22,6 +23,14 @@ def lose_an_interruption() -> None:
     reference = weakref.ref(node, lambda _: signal.raise_signal(signal.SIGINT))
     del node
     assert reference() is None
+
+
+def test_time_and_memory_that_are_left_are_shown() -> None:
+    shown = io.StringIO()
+    with progress_bars(Console(file=shown, force_terminal=True, width=140)) as progress:
+        progress("one", 1, 4)
+    assert "one" in shown.getvalue()
+    assert re.search(r"[\d.]+ GiB of memory free", shown.getvalue())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

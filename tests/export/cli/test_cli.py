@@ -349,5 +349,6 @@ def test_the_prompt_that_a_build_suggests_is_one_that_its_weights_know(arguments
     args.command_line = ""
     request, _ = build_request(args)
     assert request.weights.example_prompt == prompt
-    (command,) = _next_commands("built here", prompt, on_device=False)
+    command, verify = _next_commands("built here", prompt, on_device=False)
+    assert shlex.split(verify) == ["python", "-m", "runtime", "verify", "built here"]
     assert shlex.split(command)[4:7] == ["built here", "--prompt", prompt]
