@@ -207,6 +207,10 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         if weights.lora_source is not None:
             lora = bundle.SourceFile(source=weights.lora_source, sha256=digests["lora"])
         origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"], lora=lora)
+    sections = plan.manifest_sections()
+    if built.segments is None and plan.variant.cache.recache == "joint":
+        # Layers of several chunks take turns in it, and one graph has them all.
+        sections["cache"] = sections["cache"].model_copy(update={"recache": "window"})
     return bundle.Manifest(
         name=request.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -216,7 +220,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         library=built.library,
         variant=request.variant.name,
         status=built.status,
-        **plan.manifest_sections(),
+        **sections,
         text=bundle.Text(
             encoder="umt5",
             text_len=dit.text_len,

@@ -143,6 +143,12 @@ class FrameCache:
             evictable = [frame for frame in self.resident() if frame >= self.sink_frames]
             del self.frames[evictable[0]]
 
+    def flush(self, keep: int) -> None:
+        """Forget all frames but the sinks and the latest `keep`."""
+        recent = [frame for frame in self.resident() if frame >= self.sink_frames]
+        for frame in recent[: max(0, len(recent) - keep)]:
+            del self.frames[frame]
+
     def commit(self, first_frame: int, new: Sequence[LayerKV], *, only: Sequence[int] | None = None) -> None:
         """Store the frames of a chunk that starts at `first_frame`; `only` restricts which ones."""
         count = new[0][2].shape[0]

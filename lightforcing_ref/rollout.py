@@ -20,8 +20,10 @@ __all__ = ["Noise", "Recache", "Rollout"]
 Noise = Callable[[int, int], Tensor]
 """(chunk, step) -> noise `[channels, frames, h, w]`; step 0 is the initial latent, later ones are re-noising."""
 
-Recache = Literal["window", "all", "none"]
-"""Which cached frames a prompt switch recomputes: all but the sinks, all, or none."""
+Recache = Literal["window", "all", "none", "joint", "flush", "cut"]
+"""What a prompt switch does to cached frames: recompute all but the sinks, or all, chunk by chunk; nothing; recompute
+all that attention sees in one forward without a mask (LongLive); forget all but the sinks and the latest
+(Infinity-RoPE); and moreover let what follows lie far from them in time."""
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Rollout:
     window_frames: int | None = None
     sink_frames: int = 0
     sink_positions: SinkPositions = "absolute"
+    flush_frames: int = 2
+    """Latest frames that outlive a flush or a cut."""
+    cut_frames: int = 42
+    """How far a cut moves what follows it, in latent frames."""
     schedule: FlowSchedule = field(default_factory=FlowSchedule.warped)
     attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
     """The attention operator, one for all layers or one for each; the oracle unless another execution or policy is
@@ -56,6 +62,7 @@ class Rollout:
         )
         self.latents: dict[int, Tensor] = {}
         self.next_chunk = 0
+        self._jumps: list[tuple[int, int]] = []
         self._pending: Tensor | None = None
         self.cross = self._condition(self.text)
 
@@ -64,13 +71,23 @@ class Rollout:
             return self.model.embed_text(text[None])
 
     def set_prompt(self, text: Tensor, recache: Recache = "window") -> int:
-        """Switch the prompt from the next chunk on, recomputing cached frames block-causally, oldest first.
+        """Switch the prompt from the next chunk on; "window" and "all" recompute block-causally, oldest first.
 
         Returns the index of the chunk where the new prompt applies.
         """
+        if recache == "joint" and self.next_chunk:
+            self.cross = self._condition(text)
+            self._recache_jointly()
+            return self.next_chunk
         self._commit_pending()
         self.cross = self._condition(text)
-        if recache == "none" or self.next_chunk == 0:
+        if recache in ("none", "joint") or self.next_chunk == 0:
+            return self.next_chunk
+        if recache in ("flush", "cut"):
+            self.cache.flush(self.flush_frames)
+            first = self.next_chunk * self.schedule.chunk_frames
+            if recache == "cut" and first >= self.sink_frames:
+                self._jumps.append((first, self.cut_frames))
             return self.next_chunk
         self.cache.make_room(self.schedule.chunk_frames)
         resident = self.cache.resident()
@@ -82,12 +99,40 @@ class Rollout:
             self.cache.commit(first, new, only=renewed)
         return self.next_chunk
 
+    def _recache_jointly(self) -> None:
+        """One forward on the latents of everything that attention sees, without a mask, the latest chunk included.
+
+        Sinks are read and left as they are once there are more frames than the window holds; before, they are
+        recomputed like all others, as in LongLive's code.
+        """
+        frames = self.schedule.chunk_frames
+        made, chunks = self.next_chunk * frames, sorted({frame // frames for frame in self.cache.resident()})
+        if self._pending is not None:
+            self.latents[self.next_chunk - 1], self._pending = self._pending, None
+            chunks.append(self.next_chunk - 1)
+        protected: list[int] = []
+        if self.window_frames is not None and made > self.window_frames:
+            protected = [frame for frame in self.cache.resident() if frame < self.sink_frames]
+            chunks = [chunk for chunk in chunks if chunk * frames >= self.sink_frames]
+        latents = torch.cat([self.latents[chunk] for chunk in chunks], dim=1)
+        _, new = self._forward(latents, self.schedule.clean_step, chunks, protected)
+        for index, chunk in enumerate(chunks):
+            rows = slice(index * frames * self.spec.geometry.frame_tokens, None)
+            part = [(k[rows], v[rows], means[index * frames : (index + 1) * frames]) for k, v, means in new]
+            self.cache.commit(chunk * frames, part)
+
+    def position(self, frame: int) -> int:
+        """Where a frame lies in time."""
+        return frame + sum(distance for first, distance in self._jumps if frame >= first)
+
     def past(self, layer: int, chunk: int, frames: list[int] | None = None) -> LayerKV:
         """Keys, values and block means that `chunk` sees in `layer`: those of `frames`, by default all resident."""
         resident = self.cache.resident()
         recent = [frame for frame in resident if frame >= self.sink_frames]
         # A sink that is recomputed does not push those before it out of the way.
-        first_recent = recent[0] if recent else max(chunk * self.schedule.chunk_frames, len(resident))
+        own = max(chunk * self.schedule.chunk_frames, len(resident))
+        # A cut lies between what is left, sinks among it, and what follows.
+        first_recent = self.position(recent[0]) if recent else self.position(own - 1) + 1
         return self.cache.past(layer, resident if frames is None else frames, first_recent)
 
     def forward(
@@ -96,9 +141,14 @@ class Rollout:
         """The forward of a chunk in a row of the schedule: (flow `[channels, frames, h, w]`, new keys and values per
         layer).
         """
-        frames = self.cache.resident() if past_frames is None else past_frames
-        config = self.model.config
-        positions = torch.arange(chunk * self.schedule.chunk_frames, (chunk + 1) * self.schedule.chunk_frames)
+        return self._forward(x, row, [chunk], self.cache.resident() if past_frames is None else past_frames)
+
+    def _forward(
+        self, x: Tensor, row: int, chunks: Sequence[int], frames: list[int]
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """The same for several chunks, which all see each other."""
+        config, count, chunk = self.model.config, self.schedule.chunk_frames, chunks[-1]
+        positions = torch.tensor([self.position(c * count + index) for c in chunks for index in range(count)])
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
         core = CachedAttention(
             self.spec,
@@ -109,7 +159,7 @@ class Rollout:
             chunk,
             attend=self.attend,
         )
-        t = torch.full((1, self.schedule.chunk_frames), self.schedule.row_timesteps[row], dtype=torch.float64)
+        t = torch.full((1, len(positions)), self.schedule.row_timesteps[row], dtype=torch.float64)
         with torch.no_grad():
             flow = self.model(x[None], t, self.cross, core)[0]
         return flow, core.new

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .bundle.golden import ComponentRunner
     from .frames import DeviceFrames
 
-__all__ = ["Engine", "Placement"]
+__all__ = ["Engine", "JointChunk", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Placement:
     first_frame: int
     frame_slots: tuple[int, ...]
     latent: int
+
+
+@dataclass(frozen=True)
+class JointChunk:
+    """A chunk that a joint forward recomputes: where it lies in time, its latent's slot, and where its frames go."""
+
+    first_frame: int
+    latent: int
+    moves: tuple[Move, ...]
 
 
 class Engine(Protocol):
@@ -79,6 +88,14 @@ class Engine(Protocol):
 
     def clean(self, session: int) -> float:
         """The forward on the clean latent whose only results are the chunk's keys and values."""
+
+    def recache(
+        self, session: int, chunk: int, chunks: Sequence[JointChunk], frame_slots: Sequence[int]
+    ) -> float:
+        """One forward on the clean latents of `chunks`, oldest first, all of which see each other and the frames of
+        `frame_slots`. All but the last are committed by it, layer by layer; the last one's keys and values are left
+        for `commit`. Only where the bundle's cache is recomputed jointly. `chunk` is as in `Placement`.
+        """
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:
         """Copy keys, values and block means of the last forward into the pool."""

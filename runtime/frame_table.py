@@ -35,6 +35,8 @@ class TableState:
     in_flight: int | None
     slots: tuple[tuple[int, int], ...]
     free: tuple[int, ...]
+    jumps: tuple[tuple[int, int], ...] = ()
+    """Frames from which on positions in time are further on than their number, and by how much."""
 
 
 class FrameTable:
@@ -54,6 +56,7 @@ class FrameTable:
         self._slots: dict[int, int] = {}  # frame -> slot; insertion order is oldest first
         self._next = 0
         self._in_flight: int | None = None
+        self._jumps: list[tuple[int, int]] = []
 
     @property
     def next_chunk(self) -> int:
@@ -89,6 +92,7 @@ class FrameTable:
             self._in_flight,
             tuple((frame, slot - first_slot) for frame, slot in self._slots.items()),
             tuple(slot - first_slot for slot in self._free),
+            tuple(self._jumps),
         )
 
     def restore(self, first_slot: int, state: TableState) -> None:
@@ -102,6 +106,7 @@ class FrameTable:
         self._slots = {frame: slot + first_slot for frame, slot in state.slots}
         self._free = [slot + first_slot for slot in state.free]
         self._next, self._in_flight = state.next_chunk, state.in_flight
+        self._jumps = list(state.jumps)
 
     def commit(self) -> tuple[Move, ...]:
         """Make the in-flight chunk's frames resident, evicting the oldest; say which frame goes where.
@@ -128,6 +133,22 @@ class FrameTable:
                 moves.append(Move(offset=frame - first, slot=slot, frame=frame))
         self._in_flight = None
         return tuple(moves)
+
+    def flush(self, keep: int) -> None:
+        """Forget every frame but the sinks and the latest `keep`."""
+        recent = [frame for frame in self._slots if frame >= self._sink_frames]
+        for frame in recent[: max(0, len(recent) - keep)]:
+            self._free.append(self._slots.pop(frame))
+
+    def jump(self, frames: int) -> None:
+        """Move what is begun from now on by so many frames in time; nothing happens before there are all sinks."""
+        first = self._next * self._chunk_frames
+        if first >= self._sink_frames:
+            self._jumps.append((first, frames))
+
+    def position(self, frame: int) -> int:
+        """Where a frame lies in time."""
+        return frame + sum(distance for first, distance in self._jumps if frame >= first)
 
     def frame_slots(self, before: int | None = None) -> tuple[int, ...]:
         """Slots of the resident frames (those below frame `before`), oldest first, padded with -1."""
@@ -159,7 +180,7 @@ class FrameTable:
         """
         sinks = len(self.sink_slots())
         recent = next((frame for frame in self._slots if frame >= self._sink_frames), None)
-        first = self._next * self._chunk_frames if recent is None else recent
+        first = self.position(self._next * self._chunk_frames if recent is None else recent)
         return max(0, first - sinks) if sinks else 0
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import ENCODER_COMPONENTS, Manifest
-from .engine import Engine, Placement
+from .bundle import ENCODER_COMPONENTS, Manifest, Recache
+from .engine import Engine, JointChunk, Placement
 from .errors import InputError, SessionCancelledError
 from .frame_table import FrameTable, LatentRing, TableState
 from .noise import NoiseSource, check_noise, fill_noise
 
 __all__ = [
-    "RECACHE_MODES",
     "PromptSwitch",
-    "Recache",
     "Rollout",
     "chunk_first_frame",
     "chunk_pixel_frames",
@@ -33,13 +31,10 @@ __all__ = [
     "start_clip",
 ]
 
-Recache = Literal["window", "all", "none"]
-RECACHE_MODES: tuple[Recache, ...] = ("window", "all", "none")
-
 
 @dataclass(frozen=True, eq=False)
 class PromptSwitch:
-    """A new prompt embedding `[text_len, dim]`, which cached frames are recomputed with it, and the caller's label.
+    """A new prompt embedding `[text_len, dim]`, what happens to cached frames with it, and the caller's label.
 
     `step` marks what follows the first chunk of a transition: a newer switch takes its place.
     """
@@ -241,11 +236,14 @@ class Rollout:
     def _finish_last(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
         """Commit the chunk in flight, if any, and apply the prompt switch, if any."""
         chunk, recache = self._table.in_flight, switch.recache if switch else "none"
+        if switch is not None and recache == "joint":
+            return self._engine.condition(self._session, switch.embedding) + self._recache_jointly(cancelled)
+        recomputes = recache in ("window", "all")
         seconds = 0.0
         if chunk is not None:
             # Recomputing makes the clean forward with the old prompt pointless, unless it is what fills the sinks.
             sinks_pending = chunk * self._manifest.model.chunk_frames < self._manifest.cache.sink_frames
-            if recache == "none" or (recache == "window" and sinks_pending):
+            if not recomputes or (recache == "window" and sinks_pending):
                 _check(cancelled)
                 seconds += self._clean(self._placement(chunk))
                 self._engine.commit(self._session, self._table.commit())
@@ -255,8 +253,46 @@ class Rollout:
                 self._place_sinks()
         if switch is not None:
             seconds += self._engine.condition(self._session, switch.embedding)
-            if recache != "none":
+            if recache in ("flush", "cut"):
+                self._forget(cut=recache == "cut")
+            if recomputes:
                 seconds += self._recache(recache, cancelled)
+        return seconds
+
+    def _forget(self, *, cut: bool) -> None:
+        """Flush the cache; with `cut`, let what follows lie far away in time."""
+        self._table.flush(self._manifest.cache.flush_frames)
+        self._place_sinks()  # before the jump: what is left keeps its distances
+        if cut:
+            self._table.jump(self._manifest.cache.cut_frames)
+
+    def _recache_jointly(self, cancelled: Callable[[], bool]) -> float:
+        """Recompute everything that attention sees in one forward, the chunk in flight included.
+
+        As in LongLive's code, sinks are protected only once there are more frames than the window holds: before, the
+        forward begins with the first frame and writes all of them.
+        """
+        model, table = self._manifest.model, self._table
+        last = table.in_flight
+        if last is None and not table.frames:
+            return 0.0
+        known = [*table.resident_chunks(), *([] if last is None else [last])]
+        if (known[-1] + 1) * model.chunk_frames > self._manifest.window_frames:
+            known = [
+                chunk for chunk in known if chunk * model.chunk_frames >= self._manifest.cache.sink_frames
+            ]
+        chunks = [
+            JointChunk(
+                first_frame=table.position(chunk * model.chunk_frames),
+                latent=self._latents.slot(chunk),
+                moves=table.moves(chunk, sinks=True) if chunk != last else (),
+            )
+            for chunk in known
+        ]
+        _check(cancelled)
+        before = None if last is not None else known[-1] * model.chunk_frames
+        seconds = self._engine.recache(self._session, known[-1], chunks, table.frame_slots(before))
+        self._engine.commit(self._session, chunks[-1].moves if last is None else table.commit())
         return seconds
 
     def _recache(self, recache: Recache, cancelled: Callable[[], bool]) -> float:
@@ -281,7 +317,7 @@ class Rollout:
     def _placement(self, chunk: int, *, before: int | None = None) -> Placement:
         return Placement(
             chunk=chunk,
-            first_frame=chunk * self._manifest.model.chunk_frames,
+            first_frame=self._table.position(chunk * self._manifest.model.chunk_frames),
             frame_slots=self._table.frame_slots(before),
             latent=self._latents.slot(chunk),
         )

@@ -17,9 +17,9 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Manifest
+from .bundle import RECACHE_MODES, Manifest, Recache
 from .errors import InputError
-from .rollout import RECACHE_MODES, PromptSwitch, Recache, chunk_first_frame, chunk_pixel_frames
+from .rollout import PromptSwitch, chunk_first_frame, chunk_pixel_frames
 from .saved.file import bundle_digest
 from .saved.lanes import capture
 from .scheduler import Chunk, Lane, Scheduler, SessionStatistics, StreamEndedError
@@ -189,7 +189,7 @@ class Session:
         prompt: str | None = None,
         *,
         embedding: ArrayLike | None = None,
-        recache: Recache = "window",
+        recache: Recache | None = None,
         at: int | None = None,
         over: int = 1,
         label: str | None = None,
@@ -200,8 +200,10 @@ class Session:
         fall due together the last one counts. The prompt is encoded before this returns; recomputing cached keys
         and values happens when the chunk starts and is part of its latency.
 
-        `recache` says which cached frames are recomputed with the new prompt: `"window"` all but the sinks,
-        `"all"`, or `"none"`.
+        `recache` says what happens to cached frames: they are recomputed with the new prompt chunk by chunk, all but
+        the sinks (`"window"`) or `"all"`; they stay (`"none"`); all that attention sees is recomputed in one
+        forward without a mask (`"joint"`, for bundles that are built for it); all but the sinks and the latest are
+        forgotten (`"flush"`), or besides, the scene changes (`"cut"`). `None` is what the bundle says.
 
         `over` makes a transition of it: over so many chunks the embedding moves in equal steps from the prompt
         before to this one, each step recomputing what `recache` says. A newer switch ends a transition. `label`
@@ -210,12 +212,18 @@ class Session:
         Raises:
             InputError: an argument is not usable, or comes too late.
         """
-        if recache not in RECACHE_MODES:
-            raise InputError(f"recache is {recache!r}; expected one of {', '.join(RECACHE_MODES)}")
+        recache = self._manifest.cache.recache if recache is None else recache
+        known = [mode for mode in RECACHE_MODES if mode != "joint" or self._manifest.joint_chunks]
+        if recache not in known:
+            raise InputError(f"recache is {recache!r}; with this bundle, expected one of {', '.join(known)}")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
             raise InputError(f"at is {at!r}; expected the index of a chunk, or None for the next one")
         if isinstance(over, bool) or not isinstance(over, int) or over < 1:
             raise InputError(f"over is {over!r}; expected a number of chunks, 1 or more")
+        if over > 1 and recache == "cut":
+            raise InputError(
+                f"a cut is at one chunk, and over is {over}; leave it out, or use recache 'flush'"
+            )
         switch = PromptSwitch(self._embed(prompt, embedding), recache, label)
         return self._scheduler.switch(self._lane, switch, at, over)
 

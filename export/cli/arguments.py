@@ -27,7 +27,8 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     target, variant = chosen_variant(args)
     choice = choose_backend(target, getattr(args, "backend", "auto"), getattr(args, "precision", None))
     ways = BACKENDS[choice.backend].execution
-    execution = getattr(args, "execution", None) or ways[0]
+    usual = "segmented" if variant.cache.recache == "joint" and "segmented" in ways else ways[0]
+    execution = getattr(args, "execution", None) or usual
     if execution not in ways:
         raise InputError(
             f"{choice.backend} executes the step {ways[0]} only, not {execution}; drop --execution, or choose another "

@@ -74,7 +74,8 @@ def attention_maps(
     manifest = bundle.manifest
     if policy is not None:
         _, manifest = with_policy(manifest, reference, policy)
-    model, steps = manifest.model, manifest.schedule.denoise_steps
+    model, schedule = manifest.model, manifest.schedule
+    steps = min(len(schedule.rows(0)), len(schedule.rows(1)))
     if step >= steps:
         raise ComparisonError(f"there is no step {step}; a chunk has the denoising forwards 0 to {steps - 1}")
     wanted = range(model.layers) if layers is None else layers

@@ -101,6 +101,8 @@ def variant_of(manifest: Manifest) -> Variant:
             window_frames=cache.window_frames,
             sink_frames=cache.sink_frames,
             sink_positions=cache.sink_positions,
+            flush_frames=cache.flush_frames,
+            cut_frames=cache.cut_frames,
         ),
     )
 

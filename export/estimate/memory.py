@@ -233,6 +233,10 @@ class _Planner:
         recent = self.past - sinks
         return -(-sinks // self.chunk_frames) + (-(-recent // self.chunk_frames) + 1 if recent else 0) + 2
 
+    def _joint_chunks(self) -> int:
+        variant = self.request.variant
+        return variant.window_frames // self.chunk_frames if variant.cache.recache == "joint" else 0
+
     def buffers(self) -> Iterator[MemoryItem]:
         """What passes between the parts of a chunk's work."""
         dit, tokens = self.dit, self.tokens
@@ -262,6 +266,11 @@ class _Planner:
         key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
         selection = dit.heads * q_blocks * (8 * key_blocks + 4) + 4 * q_blocks * dit.dim
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
+        if joint := self._joint_chunks():
+            # Residual stream twice, queries, rotary tables, latents, and pooled queries.
+            each = 3 * tokens * dit.dim * self.item + rope + self._latent + 4 * q_blocks * dit.dim
+            each += 4 * self.chunk_frames
+            yield MemoryItem("buffers", "chunks that are recomputed at once", joint * each)
         text = 4 * dit.text_len * (2 * self.request.preset.text.d_model + 1)
         yield MemoryItem("buffers", "text encoder's states and mask", text)
 

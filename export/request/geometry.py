@@ -147,6 +147,9 @@ class StepPlan:
                 max_past_frames=self.max_past_frames,
                 sink_frames=cache.sink_frames,
                 sink_positions=cache.sink_positions,
+                recache=cache.recache,
+                flush_frames=cache.flush_frames,
+                cut_frames=cache.cut_frames,
             ),
         }
 

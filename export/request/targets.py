@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from export.errors import InputError
 from lightforcing_ref.schedule import STEPS, FlowSchedule
 from lightforcing_ref.sparsity import SparsityTable
-from runtime.bundle import AttentionPolicy, BackendName, Precision
+from runtime.bundle import AttentionPolicy, BackendName, Precision, Recache
 from runtime.bundle.policies import POLICIES, HsaPolicy, SlaPolicy, SpargePolicy, keeps_everything
 
 __all__ = [
@@ -178,11 +178,18 @@ class CachePolicy(_Spec):
         sink_frames: first frames of the rollout, which are never evicted.
         sink_positions: "absolute" leaves them where they were, "window" moves them to just before the oldest
             recent frame whenever the window slides.
+        recache: what a prompt switch does to cached frames where the switch does not say; "joint" is for full attention
+            and for bundles whose step is cut into segments.
+        flush_frames: latest frames that outlive a flush or a cut, besides the sinks.
+        cut_frames: how far a cut moves what follows it in time, in latent frames.
     """
 
     window_frames: _Frames | None = None
     sink_frames: _Count = 0
     sink_positions: Literal["absolute", "window"] = "absolute"
+    recache: Recache = "window"
+    flush_frames: Annotated[int, Field(ge=0, le=1000)] = 2
+    cut_frames: Annotated[int, Field(ge=1, le=1000)] = 42
 
 
 class SchedulePolicy(_Spec):
@@ -269,6 +276,26 @@ class Variant(_Spec):
             raise ValueError(
                 f"cache.sink_frames is {self.cache.sink_frames}; expected at most the {self.max_past_frames} past "
                 f"frames of a window of {self.window_frames}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes_jointly(self) -> Variant:
+        cache, frames = self.cache, self.schedule.chunk_frames
+        if cache.recache != "joint":
+            return self
+        if not self.is_dense:
+            raise ValueError(
+                "cache.recache is 'joint', which is for full attention; use 'window', or a sparsity of 0"
+            )
+        if self.window_frames % frames or cache.sink_frames % frames:
+            raise ValueError(
+                f"cache.recache is 'joint', and the window of {self.window_frames} frames or the {cache.sink_frames} "
+                f"sinks are no whole chunks of {frames}; expected whole chunks, or another recache"
+            )
+        if cache.sink_frames and cache.sink_positions != "absolute":
+            raise ValueError(
+                "cache.recache is 'joint', which needs sinks that stay where they are: 'absolute'"
             )
         return self
 

@@ -54,6 +54,7 @@ from .manifest import (
 )
 from .policies import AttentionPolicy
 from .provenance import Checkpoint, Provenance, RandomInit, SourceFile
+from .rollout import RECACHE_MODES, Recache
 
 __all__ = [
     "ELEMENT_TYPES",
@@ -61,6 +62,7 @@ __all__ = [
     "FLOATS",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
+    "RECACHE_MODES",
     "REQUIRED_COMPONENTS",
     "SCHEMA_VERSION",
     "AnyDtype",
@@ -88,6 +90,7 @@ __all__ = [
     "Provenance",
     "Quantization",
     "RandomInit",
+    "Recache",
     "Rope",
     "Schedule",
     "Segments",

@@ -416,6 +416,8 @@ class Manifest(Part):
                 f"video is {self.model.video_height}x{self.model.video_width}, but the latent and the "
                 f"decoder's factor {factor} give {expected[0]}x{expected[1]}"
             )
+        if self.cache.recache == "joint":
+            self._require_joint()
         if self.segments is not None:
             layers = self.model.layers
             if (len(self.segments.layers), len(self.segments.prepare)) != (layers - 1, layers):
@@ -424,6 +426,20 @@ class Manifest(Part):
                     f"qk_prepare, but {layers} layers need {layers - 1} and {layers}"
                 )
         return self
+
+    def _require_joint(self) -> None:
+        sinks, frames = self.cache.sink_frames, self.model.chunk_frames
+        if self.segments is None or self.window_frames % frames or sinks % frames:
+            raise ValueError(
+                f"cache.recache is 'joint', which needs a step in segments and a window and sinks of whole chunks of "
+                f"{frames} frames; found {'segments' if self.segments else 'no segments'}, a window of "
+                f"{self.window_frames} and {sinks} sinks"
+            )
+
+    @property
+    def joint_chunks(self) -> int:
+        """Chunks that a joint forward may recompute at once; 0 where there is no such forward."""
+        return self.window_frames // self.model.chunk_frames if self.cache.recache == "joint" else 0
 
     @property
     def window_frames(self) -> int:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from .fields import NonNegative, NonNegativeFloat, Part, Positive, Steps
 
-__all__ = ["Cache", "Schedule"]
+__all__ = ["RECACHE_MODES", "Cache", "Recache", "Schedule"]
+
+Recache = Literal["window", "all", "none", "joint", "flush", "cut"]
+"""What happens to cached frames when the prompt changes.
+
+They are recomputed chunk by chunk, each seeing only what came before it: all but the sinks (`"window"`), or
+`"all"`. They stay as they are (`"none"`). All that attention sees is recomputed in one forward without a mask
+(`"joint"`, LongLive's). They are forgotten but for the sinks and the latest few (`"flush"`, Infinity-RoPE's), and
+moreover what follows lies far from them in time, so that the scene changes (`"cut"`).
+"""
+RECACHE_MODES: tuple[Recache, ...] = get_args(Recache)
 
 _FirstSteps = Annotated[tuple[NonNegativeFloat, ...], Field(max_length=1000)]
 
@@ -85,12 +95,18 @@ class Cache(Part):
 
     `sink_positions`: `"absolute"` keeps sink keys where they were committed, `"window"` moves them to
     just before the first recent frame whenever the window slides.
+
+    `recache` is what a prompt switch does where it does not say; `flush_frames` is how many frames besides the
+    sinks outlive a flush or a cut, `cut_frames` how far a cut moves what follows it, in latent frames.
     """
 
     window_frames: Positive | None
     max_past_frames: NonNegative
     sink_frames: NonNegative
     sink_positions: Literal["absolute", "window"]
+    recache: Recache = "window"
+    flush_frames: NonNegative = 2
+    cut_frames: NonNegative = 42
 
     @model_validator(mode="after")
     def _consistent(self) -> Cache:

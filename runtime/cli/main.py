@@ -55,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--recache",
-        choices=("window", "all", "none"),
-        default="window",
-        help="cached frames recomputed at a switch: all but the sinks, all, or none (window)",
+        choices=("window", "all", "none", "joint", "flush", "cut"),
+        help="cached frames at a switch: recompute all but the sinks, all, or none, or all in one forward; forget "
+        "them; or cut the scene (what the bundle says)",
     )
 
     bench = commands.add_parser("bench", help="measure frames per second and where the time goes")

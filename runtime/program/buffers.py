@@ -180,6 +180,7 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
         buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
     if manifest.segments is not None:
         buffers += _segment_buffers(manifest)
+        buffers += _joint_buffers(manifest)
     encoder = manifest.components["text_encoder"]
     buffers += [_renamed(spec, f"encoder.{spec.name}") for spec in (*encoder.inputs, *encoder.outputs)]
     scratch: dict[str, int] = {}
@@ -191,6 +192,25 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
         *buffers,
         *(Buffer(f"scratch.{queue}", "uint8", (size,)) for queue, size in scratch.items() if size),
     )
+
+
+def _joint_buffers(manifest: Manifest) -> list[Buffer]:
+    """What each of the chunks keeps that are recomputed at once."""
+    components = manifest.components
+    first, prepare = components["first"], components["qk_prepare"]
+    given, taken = _named(first.inputs), _named(prepare.inputs)
+    residual, query = _require(_named(first.outputs), "x_out", first), _named(prepare.outputs)
+    return [
+        buffer
+        for chunk in range(manifest.joint_chunks)
+        for buffer in (
+            _renamed(_require(given, "latent", first), f"joint.{chunk}.latent"),
+            *(_renamed(_require(taken, name, prepare), f"joint.{chunk}.{name}") for name in ("cos", "sin")),
+            *(_renamed(residual, f"joint.{chunk}.x.{side}") for side in (0, 1)),
+            *(_renamed(_require(query, name, prepare), f"joint.{chunk}.{name}") for name in ("q", "q_mean")),
+            Buffer(f"joint.{chunk}.slots", "int32", (manifest.model.chunk_frames,)),
+        )
+    ]
 
 
 def _segment_buffers(manifest: Manifest) -> list[Buffer]:

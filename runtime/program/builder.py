@@ -106,6 +106,7 @@ class _Builder:
             *(self._forward(f"denoise.{row}", (), self._step(row)) for row in self._denoising()),
             self._forward("begin_clean", _PLACEMENT, []),
             self._forward("clean", (), self._step(None)),
+            *self._joint(),
             self._forward("commit", ("commit_slots",), self._commit()),
             *self._sinks(),
             self._decode("decode_first", "vae_first", "frames_first", [], sides["a"]),
@@ -260,6 +261,53 @@ class _Builder:
                 operations.append(self._segment(name, tensors, segments.layers[layer], layer))
         return operations
 
+    def _joint(self) -> list[Forward]:
+        """Forwards that recompute one, two, ... chunks at once: every chunk sees every other one, in every layer."""
+        forwards = []
+        for count in range(1, self.manifest.joint_chunks + 1):
+            feeds = ["chunk", "frame_slots"]
+            for chunk in range(count):
+                kinds = ("cos", "sin", "slots") if chunk < count - 1 else ("cos", "sin")
+                feeds += [f"joint.{chunk}.{kind}" for kind in kinds]
+            forwards.append(self._forward(f"joint.{count}", tuple(feeds), self._jointly(count)))
+        return forwards
+
+    def _jointly(self, count: int) -> list[Operation]:
+        """A layer of all chunks before the next layer of any. Keys and values lie in the pool but for the last chunk's.
+
+        Attention without a budget of blocks asks only which keys there are. So every chunk's queries are given the last
+        chunk's keys as those of the current chunk, and all others as past.
+        """
+        segments = self.manifest.segments
+        assert segments is not None
+        operations: list[Operation] = []
+        step = self.view(f"step.{self.manifest.schedule.clean_step}")
+        for layer in range(self.model.layers):
+            for chunk in range(count):
+                own = {kind: self.view(f"joint.{chunk}.{kind}") for kind in ("cos", "sin", "q", "q_mean")}
+                tensors = {
+                    "latent": self.view(f"joint.{chunk}.latent"),
+                    "step": step,
+                    "qkv": self.view("qkv"),
+                    "x_out": self.view(f"joint.{chunk}.x.{layer % 2}"),
+                }
+                if layer == 0:
+                    operations.append(self._segment("first", tensors, segments.first, None))
+                else:
+                    operations += self._attention(layer - 1, own)
+                    tensors |= {
+                        "x": self.view(f"joint.{chunk}.x.{(layer + 1) % 2}"),
+                        "attention_out": self.view("attention_out"),
+                        "cross_k": self.view(f"cross_k.{layer - 1}"),
+                        "cross_v": self.view(f"cross_v.{layer - 1}"),
+                    }
+                    name, weights = segments.layer_component(layer - 1), segments.layers[layer - 1]
+                    operations.append(self._segment(name, tensors, weights, layer - 1))
+                operations.append(self._prepare(layer, segments.prepare[layer], own))
+                if chunk < count - 1:
+                    operations.append(self._commit_layer(layer, self.view(f"joint.{chunk}.slots")))
+        return operations
+
     def _outside(self, name: str) -> Views:
         """The weights of a component outside of the step."""
         segments = self.manifest.segments
@@ -279,13 +327,15 @@ class _Builder:
             )
         return bound
 
-    def _prepare(self, layer: int, weights: Mapping[str, str]) -> Operation:
+    def _prepare(self, layer: int, weights: Mapping[str, str], own: Views | None = None) -> Operation:
+        """`own` stands for the buffers of the same names."""
         tensors = {
             "qkv": self.view("qkv"),
             "cos": self.view("rope_cos"),
             "sin": self.view("rope_sin"),
             **{name: self._weight("qk_prepare", tensor) for name, tensor in weights.items()},
             **self._projections(layer),
+            **(own or {}),
         }
         if self.manifest.kernels is None:
             return self._run("qk_prepare", tensors.get, layer=layer)
@@ -300,10 +350,12 @@ class _Builder:
             "k_mean": self.view(f"kmean.{layer}"),
         }
 
-    def _attention(self, layer: int) -> list[Operation]:
+    def _attention(self, layer: int, own: Views | None = None) -> list[Operation]:
+        """`own` stands for the buffers of the same names."""
         past = {name: self.view(f"{name}.{layer}") for name in ("past_k", "past_v", "past_kmean")}
         shared = {name: self.view(name) for name in ("frame_slots", "chunk")}
         tensors = {**self._projections(layer), **past, **shared, "out": self.view("attention_out")}
+        tensors |= own or {}
         if self.manifest.kernels is None:
             return [self._run("attention", tensors.get, layer=layer)]
         tensors |= {name: self.view(name) for name in ("scores", "lists", "counts", "keep_q20")}
@@ -316,22 +368,14 @@ class _Builder:
         ]
 
     def _commit(self) -> list[Operation]:
-        return [
-            KernelLaunch(
-                "commit",
-                self.problem,
-                {
-                    **{
-                        name: self.view(f"{name}.{layer}")
-                        for name in ("past_k", "past_v", "past_kmean", "k", "v")
-                    },
-                    "k_mean": self.view(f"kmean.{layer}"),
-                    "commit_slots": self.view("commit_slots"),
-                },
-                layer=layer,
-            )
-            for layer in range(self.model.layers)
-        ]
+        slots = self.view("commit_slots")
+        return [self._commit_layer(layer, slots) for layer in range(self.model.layers)]
+
+    def _commit_layer(self, layer: int, slots: View) -> Operation:
+        names = ("past_k", "past_v", "past_kmean", "k", "v")
+        views = {name: self.view(f"{name}.{layer}") for name in names}
+        views |= {"k_mean": self.view(f"kmean.{layer}"), "commit_slots": slots}
+        return KernelLaunch("commit", self.problem, views, layer=layer)
 
     def _sinks(self) -> list[Forward]:
         """Copies of the sinks as committed, one forward per chunk that holds some, and writing them turned."""

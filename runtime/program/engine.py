@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import Manifest
-from runtime.engine import Placement
+from runtime.engine import JointChunk, Placement
 from runtime.errors import InputError
 from runtime.frame_table import ABSENT, Move
 
@@ -80,6 +80,7 @@ class ProgramEngine:
         self._executor = executor
         self._schedule = manifest.schedule
         self._chunk_frames = manifest.model.chunk_frames
+        self._joint_chunks = manifest.joint_chunks
         self._sinks = manifest.cache.sink_frames if "place_sinks" in program.forwards else 0
         self._rope = RopeTables(manifest.model)
         self._latent = [0] * program.sessions
@@ -112,6 +113,8 @@ class ProgramEngine:
             self.denoise(0, row)
         self.begin(0, placement, None)
         self.clean(0)
+        for count in range(1, self._joint_chunks + 1):
+            self.recache(0, 0, [JointChunk(0, 0, ())] * count, placement.frame_slots)
         first, following = shapes["frames_first"], shapes["frames_next"]
         frames = first[0] + (self._chunk_frames - 1) * following[0]
         self.decode(0, 0, first=True, out=np.empty((frames, *first[1:]), dtype=np.uint8))
@@ -178,12 +181,26 @@ class ProgramEngine:
         """See `Engine.clean`."""
         return self._executor.run(session, "clean")
 
+    def recache(
+        self, session: int, chunk: int, chunks: Sequence[JointChunk], frame_slots: Sequence[int]
+    ) -> float:
+        """See `Engine.recache`."""
+        forward = f"joint.{len(chunks)}"
+        with self._executor.feed(session, forward) as arrays:
+            arrays["chunk"][...] = chunk
+            arrays["frame_slots"][...] = frame_slots
+            for number, one in enumerate(chunks):
+                self._rope.fill(one.first_frame, arrays[f"joint.{number}.cos"], arrays[f"joint.{number}.sin"])
+                if number < len(chunks) - 1:
+                    _fill_slots(arrays[f"joint.{number}.slots"], one.moves)
+        for number, one in enumerate(chunks):
+            self._executor.copy(session, self._program.load_joint_latent(one.latent, number), "forward")
+        return self._executor.run(session, forward)
+
     def commit(self, session: int, moves: Sequence[Move]) -> None:
         """See `Engine.commit`."""
         with self._executor.feed(session, "commit") as arrays:
-            arrays["commit_slots"].fill(ABSENT)
-            for move in moves:
-                arrays["commit_slots"][move.offset] = move.slot
+            _fill_slots(arrays["commit_slots"], moves)
         self._executor.run(session, "commit")
         for chunk in sorted({move.frame // self._chunk_frames for move in moves if move.frame < self._sinks}):
             self._executor.run(session, f"keep_sinks.{chunk}")
@@ -283,3 +300,9 @@ class ProgramEngine:
     def close(self) -> None:
         """Free everything."""
         self._executor.close()
+
+
+def _fill_slots(slots: NDArray[Any], moves: Sequence[Move]) -> None:
+    slots.fill(ABSENT)
+    for move in moves:
+        slots[move.offset] = move.slot

@@ -189,7 +189,8 @@ class Program:
 
     `forwards` has, in the order a rollout first needs them: `load` (once), `reset` (once per rollout),
     `condition`; `encode_first`, `encode_next.a` and `encode_next.b` where a rollout can start from frames;
-    `begin`, `denoise.ROW` for each row, `begin_clean`, `clean`, `commit`; `keep_sinks.0` and on (copies of
+    `begin`, `denoise.ROW` for each row, `begin_clean`, `clean`, `joint.N`
+    where so many chunks may be recomputed at once, `commit`; `keep_sinks.0` and on (copies of
     the sinks that chunk holds) and `place_sinks` where sinks move; `decode_first`, `decode_next.a` and
     `decode_next.b`, `encode_text_layer`. What ends in a side reads the caches of that side and writes the other's.
 
@@ -226,6 +227,10 @@ class Program:
     def store_encoded(self, slot: int, frame: int) -> Copy:
         """Keep what the encoder made of the frames that `frame` of a latent stands for."""
         return Copy(self.buffers["encoded"].view, self._latent_frame(slot, frame))
+
+    def load_joint_latent(self, slot: int, chunk: int) -> Copy:
+        """Hand a kept latent to the joint forward, as that of its chunk number `chunk`."""
+        return Copy(self.buffers["latents"].view.index(slot), self.buffers[f"joint.{chunk}.latent"].view)
 
     def decode_latent(self, slot: int, frame: int) -> Copy:
         """Hand one frame of a kept latent to the decoder."""

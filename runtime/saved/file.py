@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.bundle import Manifest
+from runtime.bundle import Manifest, Recache
 from runtime.errors import InputError
 from runtime.files import atomic_output
-from runtime.rollout import Recache
 
 __all__ = ["SavedChunk", "SavedMeta", "SavedPrompt", "SavedSession", "SavedTable", "bundle_digest"]
 
@@ -37,6 +36,7 @@ class SavedTable(_Part):
     in_flight: int | None
     slots: tuple[tuple[Count, Count], ...]
     free: tuple[Count, ...]
+    jumps: tuple[tuple[Count, Count], ...] = ()
 
 
 class SavedPrompt(_Part):

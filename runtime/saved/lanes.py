@@ -67,7 +67,9 @@ def revive(lane: Lane, saved: SavedSession, shape: tuple[int, int], frame: tuple
     _check(saved, shape, frame)
     table = meta.table
     lane.rollout.restore(
-        TableState(table.next_chunk, table.in_flight, table.slots, table.free), saved.buffers, meta.side
+        TableState(table.next_chunk, table.in_flight, table.slots, table.free, table.jumps),
+        saved.buffers,
+        meta.side,
     )
     lane.started, lane.delivered, lane.flushed = meta.started, meta.delivered, meta.flushed
     lane.asked = meta.delivered

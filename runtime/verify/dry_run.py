@@ -205,6 +205,10 @@ def _rollout(program: Program) -> Iterator[Forward]:
 
     last_denoise = [name for name in program.forwards if name.startswith("denoise.")][-1]
     for name, forward in program.forwards.items():
+        if name.startswith("joint."):
+            number = int(name.removeprefix("joint.")) - 1
+            for slot in range(program.latent_slots):
+                yield between(f"load_joint_latent.{slot}.{number}", program.load_joint_latent(slot, number))
         yield forward
         if name == last_denoise:
             for slot in range(program.latent_slots):

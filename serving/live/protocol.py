@@ -70,7 +70,7 @@ class SetPrompt(_Message):
 
     type: Literal["set_prompt"]
     prompt: Prompt
-    recache: Literal["window", "all", "none"] = "window"
+    recache: Literal["window", "all", "none", "joint", "flush", "cut"] | None = None
     at: ChunkIndex | None = None
     over: Annotated[int, Field(ge=1, le=64)] = 1
 

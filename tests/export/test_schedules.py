@@ -63,7 +63,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cut into segments, by a variant of one's own."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.toml").write_text(OWN)
-    return build(folder, str(folder / "own.toml"), name="own", execution="segmented")
+    return build(folder, "own", variant=load_variant(str(folder / "own.toml")), execution="segmented")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

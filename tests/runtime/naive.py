@@ -51,6 +51,7 @@ class NaiveRollout:
         self.frames: dict[int, Layers] = {}
         self.latents: dict[int, np.ndarray] = {}
         self.committed: set[int] = set()
+        self.jumps: dict[int, int] = {}  # first frame -> how far it and all later ones are moved in time
         self.vae_caches: list[np.ndarray] | None = None
         self.cross = self.condition(embedding)
 
@@ -62,6 +63,9 @@ class NaiveRollout:
 
     def condition(self, embedding: np.ndarray) -> dict[str, np.ndarray]:
         return self.run("conditioner", {"text": embedding.astype(np.float32)})
+
+    def position(self, frame: int) -> int:
+        return frame + sum(distance for first, distance in self.jumps.items() if first <= frame)
 
     def rope(self, positions: list[int]) -> tuple[np.ndarray, np.ndarray]:
         model = self.manifest["model"]
@@ -83,7 +87,9 @@ class NaiveRollout:
         recent = [other for other in resident if other >= self.sinks]
         # Window-relative positions count from the first sink, and not all sinks exist from the start.
         sinks = len([f for f in resident if f < self.sinks])
-        shift = recent[0] - sinks if recent else max(0, own_first - sinks)
+        # A cut lies between what is left, sinks among it, and what follows.
+        after = self.position(recent[0]) if recent else self.position(max(own_first, sinks) - 1) + 1
+        shift = after - sinks
         time_dim = self.manifest["model"]["rope"]["dims_thw"][0]
         theta = self.manifest["model"]["rope"]["theta"]
 
@@ -100,7 +106,7 @@ class NaiveRollout:
 
     def inputs(self, chunk: int, past: list[int]) -> dict[str, np.ndarray]:
         first = chunk * self.per_chunk
-        cos, sin = self.rope([first + i for i in range(self.per_chunk)])
+        cos, sin = self.rope([self.position(first) + i for i in range(self.per_chunk)])
         resident = sorted(self.frames)
         entries = [self.seen(frame, resident, first) for frame in past]
         order = np.random.default_rng(chunk).permutation(self.capacity)[
@@ -160,6 +166,13 @@ class NaiveRollout:
         self.commit()
         self.cross = self.condition(embedding)
         if recache == "none":
+            return
+        if recache in ("flush", "cut"):
+            recent = sorted(frame for frame in self.frames if frame >= self.sinks)
+            for frame in recent[:-2]:
+                del self.frames[frame]
+            if recache == "cut" and self.chunk * self.per_chunk >= self.sinks:
+                self.jumps[self.chunk * self.per_chunk] = 42
             return
         resident = sorted(self.frames)
         renewed = [frame for frame in resident if recache == "all" or frame >= self.sinks]

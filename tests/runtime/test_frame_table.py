@@ -57,6 +57,43 @@ def test_eviction_order_against_a_list(shape: tuple[int, int, int], chunks: int,
         assert len(visible) == capacity
 
 
+@given(
+    shape=shapes(),
+    switches=st.lists(st.sampled_from(["", "", "flush", "cut"]), max_size=12),
+    keep=st.integers(0, 4),
+)
+def test_flushes_and_cuts_against_a_list(shape: tuple[int, int, int], switches: list[str], keep: int) -> None:
+    chunk_frames, sinks, capacity = shape
+    table = FrameTable(range(capacity), chunk_frames=chunk_frames, sink_frames=sinks)
+    resident: list[int] = []
+    positions: list[int] = []  # of every frame that was ever begun
+    position = 0
+    for chunk, switch in enumerate(switches):
+        if switch:
+            recent = [frame for frame in resident if frame >= sinks]
+            gone = recent[: len(recent) - min(keep, len(recent))]
+            resident = [frame for frame in resident if frame not in gone]
+            table.flush(keep)
+        if switch == "cut":
+            table.jump(7)
+            position += 7 if len(positions) >= sinks else 0
+        assert table.begin() == chunk
+        for _ in range(chunk_frames):
+            resident.append(len(positions))
+            positions.append(position)
+            position += 1
+        table.commit()
+        while len(resident) > capacity:
+            resident.remove(min(frame for frame in resident if frame >= sinks))
+        assert list(table.frames) == resident
+        assert [table.position(frame) for frame in range(len(positions))] == positions
+        assert len({slot for slot in table.frame_slots() if slot >= 0}) == len(resident)
+        again = FrameTable(range(5, 5 + capacity), chunk_frames=chunk_frames, sink_frames=sinks)
+        again.restore(5, table.state(0))
+        assert (again.frames, again.sink_shift()) == (table.frames, table.sink_shift())
+        assert again.position(len(positions)) == position
+
+
 def test_light_forcing_long_window() -> None:
     """1 sink + 8 recent + 3 current: the sink moves up as the window slides."""
     table = FrameTable(range(9), chunk_frames=3, sink_frames=1)

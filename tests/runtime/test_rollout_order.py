@@ -54,7 +54,12 @@ def load() -> Iterator[Callable[[Path], Pipeline]]:
 )
 @pytest.mark.parametrize(
     ("switch_at", "recache"),
-    [(None, "window"), *itertools.product([1, 2, 6], ["window", "all"]), (1, "none"), (6, "none")],
+    [
+        (None, "window"),
+        *itertools.product([1, 2, 6], ["window", "all", "flush", "cut"]),
+        (1, "none"),
+        (6, "none"),
+    ],
 )
 def test_against_the_plain_rollout(
     make_bundle: MakeBundle,
