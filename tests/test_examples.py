@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -130,3 +133,32 @@ def test_the_diffusers_block(small_bundle: Path) -> None:
     done = run("diffusers_block", small_bundle)
     assert done.returncode == 0, done.stderr
     assert re.search(r"\(21, \d+, \d+, 3\) uint8", done.stdout)
+
+
+def test_polygraphy_as_its_page_prints_it(tiny_bundle: Path) -> None:
+    """The commands of docs/polygraphy.md, in the folder of a bundle."""
+    pytest.importorskip("polygraphy")
+    page = (ROOT / "docs" / "polygraphy.md").read_text()
+    commands = re.findall(r"^    (polygraphy .*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for command in commands:
+        name, *arguments = shlex.split(command.replace("../../../examples", str(ROOT / "examples")))
+        tool = shutil.which(name, path=str(Path(sys.executable).parent)) or name
+        done = subprocess.run(
+            [tool, *arguments], cwd=tiny_bundle, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "PASSED" in done.stdout or "Graph Input" in done.stdout
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "examples" / "polygraphy_inputs.py"),
+        ],  # also as run("polygraphy_inputs") would
+        cwd=tiny_bundle,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(r"^frame_slots int32 \(18,\)$", done.stdout, re.MULTILINE), done.stderr
