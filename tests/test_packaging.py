@@ -206,6 +206,23 @@ def test_a_bundle_runs_with_the_published_package(site: Path, tmp_path: Path) ->
     assert re.fullmatch(r"\(9, \d+, \d+, 3\)\n", done.stdout)
 
 
+def test_a_product_with_a_runtime_of_its_own_embeds_ours(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "__init__.py").write_text("OWN = 1\n")
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(site)!r}]; "
+        "import runtime, lightforcing_runtime as ours; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(runtime.OWN, ours.Pipeline.__module__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "1 lightforcing_runtime.pipeline\n", done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheels_install_into_an_empty_environment(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     """Needs a package index. Nothing but the base dependencies: help and targets work, a build says what it lacks."""
