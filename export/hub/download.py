@@ -118,7 +118,12 @@ class Hub:
                     "switch it on once, or copy the file here and name it by its path"
                 )
             return _checked(here, sha256, reference)
-        metadata = self._metadata(reference)
+        try:
+            metadata = self._metadata(reference)
+        except _UnreachableError:
+            if here is None:
+                raise
+            return _checked(here, sha256, reference)
         assert metadata.etag is not None
         blob = self._blobs(reference) / metadata.etag
         digest = sha256 or _digest_of(metadata.etag)
@@ -224,6 +229,10 @@ class _NoSuchFileError(DownloadError):
     """The repository has no such file."""
 
 
+class _UnreachableError(DownloadError):
+    """The hub does not answer."""
+
+
 def _refuse(
     error: Exception, reference: HubReference, endpoint: str | None, kept: Path | None = None
 ) -> NoReturn:
@@ -266,6 +275,7 @@ def _refuse(
             if kept is not None and kept.exists() and kept.stat().st_size
             else "; check the network and its proxy (HTTPS_PROXY), or copy the file here and name it by its path"
         )
+        raise _UnreachableError(text) from error
     elif isinstance(error, OSError):
         text = f"{reference}: {_first_line(error)}; make room or mend the connection, and run the same command again"
     else:

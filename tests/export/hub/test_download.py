@@ -155,6 +155,12 @@ def test_a_commit_in_the_cache_needs_no_network(server: LocalHub, hub: Hub) -> N
     assert nowhere.fetch(pinned) == path
 
 
+def test_what_is_in_the_cache_is_taken_where_the_hub_cannot_be_reached(server: LocalHub, hub: Hub) -> None:
+    server.files["org/repo", FILE.file] = BIG
+    path = hub.fetch(FILE)
+    assert Hub("http://127.0.0.1:9", hub.folder).fetch(FILE) == path
+
+
 def test_errors_say_what_to_do(server: LocalHub, hub: Hub) -> None:
     server.files["org/repo", "here.pt"] = b"x"
     server.files["org/gated", "here.pt"] = b"x"
