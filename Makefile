@@ -72,6 +72,12 @@ docs: setup
 slow: setup
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# Damage at random, for a bounded time: bundles, manifests, checkpoints, terminals, kills, exits. Prints its seed.
+FUZZ_SECONDS ?= 300
+.PHONY: fuzz
+fuzz: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
 # The GPU machine's versions of PyTorch, Triton and numpy in an environment of their own: gigabytes, Python 3.12 or newer
 # (tools/gpu_versions.txt); and the tests that depend on them.
 GPU_VENV := .venv-gpu

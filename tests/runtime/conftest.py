@@ -36,15 +36,6 @@ def bundle(make_bundle: MakeBundle) -> Path:
 @pytest.fixture(scope="session")
 def golden_bundle(make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hand-made bundle with golden vectors. Do not change its files."""
-    from export.parts.golden import write_golden
-    from lightforcing_ref.schedule import FlowSchedule
-    from runtime.bundle import file_entry, load_bundle, write_manifest
-
     folder = tmp_path_factory.mktemp("golden") / "handmade"
     shutil.copytree(make_bundle(), folder)
-    manifest = load_bundle(folder).manifest
-    parts = {name: folder / str(component.file) for name, component in manifest.components.items()}
-    files, section = write_golden(folder, parts, FlowSchedule.warped())
-    entries = (*manifest.files, *(file_entry(folder, file) for file in files))
-    write_manifest(folder, manifest.model_copy(update={"files": entries, "golden": section}))
-    return folder
+    return handmade.add_golden(folder)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from runtime.bundle import Component, Manifest, TensorSpec, file_entry, write_manifest
+from runtime.bundle import Component, Manifest, TensorSpec, file_entry, load_bundle, write_manifest
 
 CHANNELS, CHUNK, SIZE, LAYERS, DIM, FRAME_TOKENS = 2, 3, 4, 2, 8, 4
 TEXT_LEN, TEXT_DIM, FFN = 6, 8, 16
@@ -404,4 +404,17 @@ def relist(folder: Path, *changed: str) -> Path:
         raw["files"] = list(entries.values())
 
     edit_manifest(folder, edit)
+    return folder
+
+
+def add_golden(folder: Path) -> Path:
+    """Give a bundle golden vectors."""
+    from export.parts.golden import write_golden
+    from lightforcing_ref.schedule import FlowSchedule
+
+    manifest = load_bundle(folder).manifest
+    parts = {name: folder / str(component.file) for name, component in manifest.components.items()}
+    files, section = write_golden(folder, parts, FlowSchedule.warped())
+    entries = (*manifest.files, *(file_entry(folder, file) for file in files))
+    write_manifest(folder, manifest.model_copy(update={"files": entries, "golden": section}))
     return folder
