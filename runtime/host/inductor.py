@@ -25,6 +25,9 @@ __all__ = ["SUFFIX", "InductorGraph", "load_package", "load_package_file", "requ
 SUFFIX = ".pt2"
 """Files of this kind are packages."""
 
+_VECTORS = ("DEFAULT", "AVX2", "AVX512", "AMX")
+"""Vector instructions of x86, each with those before it, as PyTorch calls what a processor has and a package wants."""
+
 
 def require_torch(bundle: Bundle) -> None:
     """Check that the PyTorch that compiled the bundle's packages is the one installed.
@@ -65,7 +68,22 @@ def load_package(bundle: Bundle, name: str, *, device_index: int = -1) -> Any:
     with bundle.opened(_file(bundle, name)) as file:
         loader = load_package_file(file.path, name, device_index)
         file.check_name()
+    if device_index < 0:
+        _require_instructions(name, loader)
     return loader
+
+
+def _require_instructions(name: str, loader: Any) -> None:
+    """Refuse a package whose vector instructions this processor lacks: the first one it met would end the process."""
+    import torch
+
+    wanted = str(loader.get_metadata().get("AOTI_CPU_ISA", ""))
+    known = torch.backends.cpu.get_cpu_capability()
+    if known in _VECTORS and wanted.startswith(_VECTORS[_VECTORS.index(known) + 1 :]):
+        raise EngineError(
+            f"component {name!r} was compiled for a processor with {wanted}, and this one has {known}; rebuild the "
+            f"bundle here, or run it where it was built"
+        )
 
 
 def load_package_file(path: Path, name: str, device_index: int) -> Any:

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from pathlib import Path
 import torch
 from runtime.bundle import BundleFile, file_entry
+from runtime.errors import EngineError
 from runtime.host.inductor import load_package
 folder = Path(sys.argv[1])
 bundle = SimpleNamespace(
@@ -28,7 +29,11 @@ bundle = SimpleNamespace(
     opened=lambda path: BundleFile(folder, file_entry(folder, path), None),
     component=lambda name: SimpleNamespace(file=f"{name}.pt2"),
 )
-result = load_package(bundle, "twice").run([torch.full((4,), 3.0)])
+try:
+    package = load_package(bundle, "twice")
+except EngineError as error:
+    sys.exit(str(error))
+result = package.run([torch.full((4,), 3.0)])
 assert result[0].tolist() == [6.0] * 4, result
 """
 
@@ -46,9 +51,18 @@ def test_a_package_is_loaded_without_a_compiler(tmp_path: Path) -> None:
     compiler.chmod(0o755)
     # With a cache of its own: PyTorch keeps what a compiler told it about this machine.
     environment = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+
+    def load(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            cwd=ROOT, env={**environment, **more}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    result = load()
     assert result.returncode == 0, result.stderr
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        less = load(ATEN_CPU_CAPABILITY="default")  # as on a processor without vectors
+        assert less.returncode == 1
+        assert "was compiled for a processor with AVX" in less.stderr
+        assert "and this one has DEFAULT" in less.stderr
     assert not (tmp_path / "called").exists(), "loading has started the compiler"
