@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.terminal import OutputError, command_line, console, exit_code, printable
+from runtime.terminal import console, printable, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,17 +151,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_false",
         help="do not fetch the TensorRT headers from the vendor's repository where there are none",
     )
+    build.add_argument("--debug", action="store_true", help="show the traceback of an error")
     build.set_defaults(run=_build)
     args = parser.parse_args(argv)
-    try:
-        with command_line():
-            return int(args.run(args))
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; what was compiled is kept in the cache", file=sys.stderr)
-        return exit_code(interrupt)
-    except (OutputError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
+    return run_command(
+        lambda: int(args.run(args)),
+        lambda line: print(printable(line), file=sys.stderr),
+        expected=lambda error: None,
+        install="pip install '.[kernels,plugin]'",
+        debug=args.debug,
+        left=lambda: "what was compiled is kept in the cache",
+    )
 
 
 if __name__ == "__main__":

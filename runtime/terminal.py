@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["OutputError", "TerminatedError", "command_line", "console", "exit_code", "printable", "write_out"]
+__all__ = [
+    "BAD_INPUT",
+    "FAILED",
+    "OutputError",
+    "TerminatedError",
+    "command_line",
+    "console",
+    "exit_code",
+    "printable",
+    "run_command",
+    "write_out",
+]
+
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes of commands that did not do what they were asked for, beside those of signals."""
 
 _PIPED_WIDTH = 10_000
 """Columns where nobody looks at a screen: tables are as wide as what they hold, and no cell is cut."""
@@ -106,6 +120,54 @@ def write_out(text: str) -> None:
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """What a shell expects of a process that a signal ended: 128 and the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, TerminatedError) else signal.SIGINT)
+
+
+def run_command(
+    work: Callable[[], int],
+    say: Callable[[str], None],
+    *,
+    expected: Callable[[Exception], int | None],
+    install: str,
+    debug: bool = False,
+    left: Callable[[], str] = str,
+) -> int:
+    """Run a command, and end it in one line whatever happens: the exit code.
+
+    Args:
+        work: the command; returns its exit code.
+        say: tells people a line.
+        expected: the exit code of an error whose message is meant for people; None of any other.
+        install: what installs a module that is missing.
+        debug: let errors through, with their traceback.
+        left: what the command leaves behind where it is cut short, if anything is worth saying.
+    """
+
+    def end(message: str, code: int, error: BaseException, after: str = "") -> int:
+        parts = [message, *getattr(error, "__notes__", ()), after]
+        say("; ".join(" ".join(part.split()) for part in parts if part))
+        return code
+
+    try:
+        with command_line():
+            return work()
+    except KeyboardInterrupt as interrupt:
+        word = "terminated" if isinstance(interrupt, TerminatedError) else "interrupted"
+        return end(word, exit_code(interrupt), interrupt, left())
+    except Exception as error:
+        if debug:
+            raise
+        if (code := expected(error)) is not None:
+            return end(f"error: {error}", code, error)
+        if isinstance(error, OutputError):
+            return end(f"error: standard output cannot be written ({error})", FAILED, error, left())
+        if isinstance(error, ModuleNotFoundError):
+            return end(f"error: {error}; install it: {install}", BAD_INPUT, error)
+        if isinstance(error, OSError | MemoryError):
+            return end(f"error: {error or 'not enough memory'}", FAILED, error, left())
+        unforeseen = "This was not foreseen: please report it, with what --debug adds"
+        return end(
+            f"error: {type(error).__name__}: {error}", FAILED, error, f"{left()}. {unforeseen}".lstrip(". ")
+        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from runtime.terminal import OutputError, TerminatedError, command_line, exit_code, printable
+from runtime.terminal import BAD_INPUT, printable, run_command
 
 from .attention_map import AttentionMap
 from .build import Build
@@ -51,19 +51,20 @@ COMMANDS: tuple[Command, ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def work() -> int:
         args = _parser().parse_args(arguments)
         args.command_line = shlex.join(["python", "-m", "export", *map(_portable, arguments)])
         command: Command = args.command
-        with command_line():
-            return command.run(args)
-    except KeyboardInterrupt as interrupt:
-        _say("terminated" if isinstance(interrupt, TerminatedError) else "interrupted", interrupt)
-        return exit_code(interrupt)
-    except Exception as error:
-        if "--debug" in arguments:
-            raise
-        return _report(error)
+        return command.run(args)
+
+    return run_command(
+        work,
+        lambda line: print(printable(line), file=sys.stderr),
+        expected=_expected,
+        install="pip install '.[cpu,text,video,export]'",
+        debug="--debug" in arguments,
+    )
 
 
 def _portable(argument: str) -> str:
@@ -72,34 +73,12 @@ def _portable(argument: str) -> str:
     return f"{option}{equals}{PurePath(value).name}" if PurePath(value).is_absolute() else argument
 
 
-def _report(error: Exception) -> int:
-    """Say in a line what went wrong; the exit code."""
-    if isinstance(error, ModuleNotFoundError):
-        _say(f"error: {error}; install the export tools: pip install '.[cpu,text,video,export]'", error)
-    elif isinstance(error, OutputError):
-        _say(f"error: standard output cannot be written ({error})", error)
-        return 1
-    elif isinstance(error, _expected()):
-        _say(f"error: {error}", error)
-    else:
-        what = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
-        _say(f"error: {what}. This was not foreseen: please report it, with what --debug adds", error)
-        return 1
-    return 2
-
-
-def _say(message: str, error: BaseException) -> None:
-    """The message, and what was noted on the way here."""
-    lines = [message, *getattr(error, "__notes__", ())]
-    print("; ".join(printable(" ".join(line.split())) for line in lines), file=sys.stderr)
-
-
-def _expected() -> tuple[type[Exception], ...]:
+def _expected(error: Exception) -> int | None:
     from export.errors import ExportError
     from lightforcing_ref.errors import LightForcingError as ReferenceError_
     from runtime.errors import LightForcingError as RuntimeError_
 
-    return ExportError, ReferenceError_, RuntimeError_, OSError
+    return BAD_INPUT if isinstance(error, ExportError | ReferenceError_ | RuntimeError_ | OSError) else None
 
 
 def _parser() -> argparse.ArgumentParser:

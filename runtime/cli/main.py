@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtime.errors import EngineError, LightForcingError, SessionFailedError
-from runtime.terminal import OutputError, TerminatedError, command_line, console, exit_code
+from runtime.terminal import BAD_INPUT, FAILED, console, run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["build_parser", "main"]
-
-_FAILED, _BAD_INPUT = 1, 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,9 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", metavar="FILE", help="write the result as JSON; '-' for standard output")
     verify.add_argument("--threads", type=int, help="CPU threads (OMP_NUM_THREADS, else all cores)")
     for command in (generate, bench, verify):
-        command.add_argument(
-            "--debug", action="store_true", help="show the traceback of an error that was not foreseen"
-        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -112,37 +108,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def show(message: Warning | str, *_: object, **__: object) -> None:
         say(f"warning: {message}", "yellow")
 
+    def work() -> int:
+        _run(options, notes, written)
+        return 0
+
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
-        try:
-            with command_line():
-                _run(options, notes, written)
-        except KeyboardInterrupt as interrupt:
-            word = "terminated" if isinstance(interrupt, TerminatedError) else "interrupted"
-            say(f"{word}; {_left(written)}")
-            return exit_code(interrupt)
-        except LightForcingError as error:
-            say(f"error: {error}")
-            return _FAILED if isinstance(error, (EngineError, SessionFailedError)) else _BAD_INPUT
-        except OutputError as error:
-            say(f"error: standard output cannot be written ({error}); {_left(written)}")
-            return _FAILED
-        except ModuleNotFoundError as error:
-            say(f"error: {error}; install it: pip install '.[cpu,text,video]', or gpu in place of cpu")
-            return _BAD_INPUT
-        except (OSError, MemoryError) as error:
-            say(f"error: {error or 'not enough memory'}; {_left(written)}")
-            return _FAILED
-        except Exception as error:
-            if options.debug:
-                raise
-            say(
-                f"error: {type(error).__name__}: {error}; {_left(written)}. This was not foreseen: please report it, "
-                "with what --debug adds"
-            )
-            return _FAILED
-    return 0
+        return run_command(
+            work,
+            say,
+            expected=_expected,
+            install="pip install '.[cpu,text,video]', or gpu in place of cpu",
+            debug=options.debug,
+            left=lambda: _left(written),
+        )
+
+
+def _expected(error: Exception) -> int | None:
+    if not isinstance(error, LightForcingError):
+        return None
+    return FAILED if isinstance(error, (EngineError, SessionFailedError)) else BAD_INPUT
 
 
 def _run(options: argparse.Namespace, notes: Console, written: list[str]) -> None:
