@@ -330,6 +330,16 @@ class Variant(_Spec):
         """Whether every token sees everything, so that weights that were never finetuned for sparsity suit it."""
         return keeps_everything(self.attention, self.sparsity.target)
 
+    @property
+    def _idle(self) -> frozenset[str]:
+        """Fields of `sparsity` that the method does not look at."""
+        method, idle = self.attention, set()
+        if not isinstance(method, HsaPolicy):
+            idle |= {"keep_frames", "sink_frames", "near_frames"}
+        if not isinstance(getattr(method, "budget", None), str):
+            idle |= {"target", "base"}
+        return frozenset(idle)
+
     def blocks(self, target: Target, preset_block: int) -> Blocks:
         """Attention blocks: the variant's own, else the target's, else what suits the preset's frames."""
         if self.block is not None:
@@ -379,11 +389,17 @@ class Variant(_Spec):
                 the variant's own distance (target 0 is dense: base 0).
 
         Raises:
-            InputError: the values do not go together.
+            InputError: the values do not go together, or the variant's method does not look at them.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         if not given:
             return self
+        idle = [name for name in given if name in self._idle]
+        if idle:
+            raise InputError(
+                f"the policy {self.attention.policy} of the variant {self.name} does not look at {', '.join(idle)}; "
+                "leave that out, or choose --policy hsa"
+            )
         if "target" in given and "base" not in given:
             target, distance = given["target"], self.sparsity.base - self.sparsity.target
             given["base"] = min(round(target + distance, 6), _MAX_BASE) if target else 0.0

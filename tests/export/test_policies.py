@@ -148,6 +148,28 @@ def test_one_stage_has_no_choice_of_frames() -> None:
     assert variant_of("sla").frame_choice == (9, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        (variant_of("sta"), "target"),
+        (variant_of("dense"), "base"),
+        (variant_of("sla", budget=0.3), "target"),
+        (variant_of("sla"), "keep_frames"),
+        (variant_of("radial"), "near_frames"),
+    ],
+)
+def test_what_a_method_does_not_look_at_is_refused(variant: Variant, change: str) -> None:
+    with pytest.raises(
+        InputError, match=f"the policy {variant.attention.policy} .* does not look at {change}"
+    ):
+        variant.changed(**{change: 0.5 if change in ("target", "base") else 3})
+
+
+def test_a_budget_by_the_table_takes_another_sparsity() -> None:
+    assert variant_of("sla").changed(target=0.5).sparsity.target == 0.5
+    assert variant_of("sta").changed(window_frames=9).window_frames == 9
+
+
 def test_windows_fit_the_heads() -> None:
     plan = functools.partial(StepPlan.of, PRESETS["tiny"], height=128, width=128, block_q=32, block_k=32)
     with pytest.raises(ConfigError, match="3 windows; expected one, or one for each of the 2 heads of tiny"):
