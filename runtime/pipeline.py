@@ -148,9 +148,8 @@ class Pipeline:
             raise InputError(
                 f"device is {device}, and bundle {bundle.manifest.name!r} runs on the CPU; leave device out"
             )
-        plan = plan_buffers(bundle.manifest, sessions)
+        plan = require_fit(bundle, sessions) if engine is None else plan_buffers(bundle.manifest, sessions)
         if engine is None:
-            require_fit(bundle, plan)
             free = _free_memory(bundle, device) if memory_limit is None else memory_limit
             check_memory(bundle, plan, free)
             stage("engines")

@@ -60,7 +60,7 @@ def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) 
         report = dry_run(bundle)
         _write(json.dumps(report.to_json(), indent=1), report, options.json, target, written)
         return
-    require_fit(bundle, plan_buffers(bundle.manifest, 1))
+    require_fit(bundle, 1)
     with _runner(bundle, options.threads) as runner, notes.status("verifying") as status:
         verdict = judge(
             bundle,

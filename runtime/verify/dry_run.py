@@ -115,13 +115,23 @@ def dry_run(bundle: Bundle, *, sessions: int = 1) -> DryRunReport:
     """
     flaws = Flaws()
     check_contents(bundle, flaws)
-    program = build_program(bundle, plan_buffers(bundle.manifest, sessions))
-    return check_program(bundle, program, flaws)
+    check_contract(bundle, flaws)
+    try:
+        program = build_program(bundle, plan_buffers(bundle.manifest, sessions))
+        return check_program(bundle, program, flaws)
+    except DryRunError:
+        raise
+    except Exception:  # tensors that are not what they must be leave nothing to walk
+        _require_none(bundle, flaws)
+        raise
 
 
-def require_fit(bundle: Bundle, plan: BufferPlan) -> None:
+def require_fit(bundle: Bundle, sessions: int) -> BufferPlan:
     """The part of a dry run that costs next to nothing, before engines are loaded: what the manifest says of the model
     and of each component's tensors, what is bound to them, and what the weights files hold.
+
+    Returns:
+        The buffers for `sessions` sessions.
 
     Raises:
         DryRunError: something does not fit; all flaws are listed.
@@ -131,12 +141,14 @@ def require_fit(bundle: Bundle, plan: BufferPlan) -> None:
     check_contract(bundle, flaws)
     _require_none(bundle, flaws)
     runs = RunChecker(bundle.manifest, flaws)
+    plan = plan_buffers(bundle.manifest, sessions)
     for forward, operation in build_program(bundle, plan).walk():
         if isinstance(operation, EngineRun):
             runs.check(operation, _where(forward, operation))
         elif isinstance(operation, KernelLaunch):
             runs.check_operator(operation, _where(forward, operation))
     _require_none(bundle, flaws)
+    return plan
 
 
 def _require_none(bundle: Bundle, flaws: Flaws) -> None:

@@ -68,6 +68,7 @@ def more_channels_everywhere(raw: Raw) -> None:
         (lambda raw: raw["text"].update(vocab=12), r"'token_embedding': it is \[11, 8\], expected \[12, 8\]"),
         (lambda raw: raw["text"].update(text_len=7), r"'cross_k\.0': it is .* and the model makes it \[7, 1, 8\]"),
         (lambda raw: raw["components"]["text_encoder"]["inputs"][2].update(shape=[4]), r"'layers\.0\.norm1': it is"),
+        (lambda raw: raw["components"]["step"]["inputs"][-1].update(shape=[]), r"'step', input .*: it is \[\]"),
         (lambda raw: raw["components"]["vae_next"]["outputs"].pop(), r"component 'vae_next', output .*: it is missing"),
     ],
 )  # fmt: skip
@@ -77,6 +78,9 @@ def test_a_manifest_that_is_not_of_its_files_does_not_load(
     edit_manifest(copy, edit)
     with pytest.raises(BundleError, match=message):
         Pipeline.load(copy)
+    if edit is not more_channels_everywhere:
+        with pytest.raises(BundleError, match=message):
+            dry_run(load_bundle(copy))
 
 
 def test_weights_are_not_cast_where_that_loses_digits(copy: Path) -> None:
