@@ -6,6 +6,7 @@ are data of the `engines` package, one file per precision, for the version of Py
 
 from __future__ import annotations
 
+import re
 import tomllib
 import zipfile
 from collections import Counter
@@ -25,12 +26,15 @@ from .generated import read_package
 __all__ = ["PackageExpectation", "load_package_expectations"]
 
 
+_ATTENTION = re.compile(r"_scaled_dot_product_(?:cudnn|flash)_attention")
+
+
 class PackageExpectation(BaseModel):
     """The figures of one package.
 
     Attributes:
         kernels: launches of kernels that Inductor generated.
-        libraries: calls of libraries, by operator.
+        libraries: calls of libraries, by operator; fused attention by `attention`, whichever the GPU has.
         wide_per_token: elements of the largest float32 tensor between kernels, per token; None where it is not held.
         moved_per_token: bytes that Inductor's kernels move at most, per token, of the tiny model.
     """
@@ -53,7 +57,8 @@ class PackageExpectation(BaseModel):
         """
         launches = read_package(path, component)
         kernels = sum(launch.is_generated for launch in launches)
-        libraries = dict(Counter(launch.name for launch in launches if not launch.is_generated))
+        names = (_ATTENTION.sub("attention", launch.name) for launch in launches if not launch.is_generated)
+        libraries = dict(Counter(names))
         own = {spec.name for spec in component.outputs}
         wide = max(
             (
