@@ -77,7 +77,11 @@ QUICK = (
 )
 NOT_QUICK = (
     "tests/export/request/test_weights.py",
+    "tests/lightforcing_ref/checkpoint/test_spec.py",
     "tests/lightforcing_ref/decoders/test_vae.py",
+    "tests/lightforcing_ref/test_text.py",
+    "tests/runtime/bundle/test_ranges.py",
+    "tests/runtime/bundle/test_weights_file.py",
     "tests/runtime/cuda/test_cuda_driver.py",
     "tests/runtime/host/test_inductor_packages.py",
     "tests/runtime/test_rollout_tiny.py",

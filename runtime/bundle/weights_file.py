@@ -6,6 +6,7 @@ The library's own numpy reader knows no float8. A file is an 8-byte little-endia
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ __all__ = ["StoredTensor", "WeightsFile"]
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100 << 20
 """Larger headers are refused, as by the safetensors library."""
+_MOST = 1 << 48
+"""No size, no offset and no product of sizes is larger: numpy refuses such, even beside a size of 0."""
 
 _STORED: Final = dtypes_by("safetensors")
 
@@ -49,13 +52,15 @@ def _stored(name: str, entry: Any) -> StoredTensor:
     if not isinstance(kind, str) or kind not in _STORED:
         raise ValueError(f"tensor {name!r} has the type {kind!r}, expected {', '.join(_STORED)}")
     begin, end = offsets
+    if math.prod(size or 1 for size in shape) >= _MOST:
+        raise ValueError(f"tensor {name!r} has the shape {shape!r}")
     if end - begin != nbytes(_STORED[kind], shape):
         raise ValueError(f"tensor {name!r} of shape {shape} claims the bytes {begin} to {end}")
     return StoredTensor(_STORED[kind], tuple(shape), begin, end - begin)
 
 
 def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MOST for value in values)
 
 
 class WeightsFile(Mapping[str, NDArray[Any]]):

@@ -171,3 +171,12 @@ def test_a_header_with_a_tensor_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
     with pytest.raises(BundleError, match="the key 't' twice"):
         WeightsFile(tmp_path / "w")
+
+
+@pytest.mark.parametrize("shape", [[0, 2**63], [0, 2**47, 2**47]])
+def test_sizes_that_numpy_cannot_hold_are_refused(tmp_path: Path, shape: list[int]) -> None:
+    """Beside a size of 0, they make a tensor of no bytes."""
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(header(entry(shape=shape, end=0)))
+    with pytest.raises(BundleError, match=r"has the shape \[0, "):
+        WeightsFile(path)
