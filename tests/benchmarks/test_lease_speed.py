@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from benchmarks.lease.convolutions import FORMS, Convolution, convolutions_of
 from benchmarks.lease.main import main
 from benchmarks.lease.native import chosen_otherwise
+from benchmarks.lease.stages import BUNDLE
+from benchmarks.rollout.bundles import request_for
+from benchmarks.rollout.ladder import LADDER, Case
 from export.backends.inductor.generated import Configuration, parse_configurations
 
 
@@ -22,6 +25,11 @@ def test_a_decoders_convolutions_are_found_with_their_counts() -> None:
     assert found[Convolution((1, 24, 6, 512, 768), (3, 24, 3, 3, 3), (0, 1, 1))] == 1
     assert found[Convolution((4, 48, 512, 768), (24, 48, 3, 3), (1, 1))] == 1
     assert sum(found.values()) == 39
+
+
+def test_stages_take_the_bundle_that_the_ladder_builds() -> None:
+    case = Case("wan-1.3b", 512, 768, 81)
+    assert request_for(case, LADDER[-1], "h200", Path("nowhere")).name == BUNDLE
 
 
 @pytest.mark.parametrize("taps", [(3, 3, 3), (3, 1, 1)])
