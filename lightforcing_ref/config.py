@@ -110,6 +110,15 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             width=768,
             block=64,
         ),
+        "wan-14b": Preset(
+            name="wan-14b",
+            dit=DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40, text_dim=4096, text_len=512),
+            vae=LIGHT_VAE,
+            text=UMT5_XXL,
+            height=480,
+            width=832,
+            block=64,
+        ),
     }
 )
 

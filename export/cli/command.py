@@ -65,7 +65,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TARGET",
         help="target name or TOML file, or auto for the GPU of this machine (default: cpu)",
     )
-    parser.add_argument("--preset", help="model size: tiny or wan-1.3b (default: tiny, or the model's)")
+    parser.add_argument(
+        "--preset", help="model size: tiny, wan-1.3b or wan-14b (default: tiny, or the model's)"
+    )
     parser.add_argument(
         "--decoder",
         metavar="NAME",

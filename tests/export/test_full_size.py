@@ -1,4 +1,4 @@
-"""The 1.3B model at its real size: exports within bounds, and a real layer against PyTorch."""
+"""The models at their real size: the 1.3B exports within bounds, and a real layer of each against PyTorch."""
 
 from __future__ import annotations
 
@@ -65,9 +65,11 @@ def test_the_whole_model_exports_within_memory(tmp_path, resolution, tokens):
     assert (folder / "step.weights").stat().st_size == pytest.approx(4 * 1.25e9, rel=0.02)
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 768), (480, 832)])
-def test_one_real_layer_at_chunk_seven_agrees_with_pytorch(tmp_path, height, width):
-    preset = PRESETS["wan-1.3b"]
+@pytest.mark.parametrize(
+    ("name", "height", "width"), [("wan-1.3b", 512, 768), ("wan-1.3b", 480, 832), ("wan-14b", 480, 832)]
+)
+def test_one_real_layer_at_chunk_seven_agrees_with_pytorch(tmp_path, name, height, width):
+    preset = PRESETS[name]
     preset = replace(preset, dit=replace(preset.dit, layers=1))
     plan = StepPlan.of(preset, load_variant("short"), height, width, block_q=64, block_k=64)
     torch.manual_seed(0)

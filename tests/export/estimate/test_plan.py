@@ -76,6 +76,7 @@ def test_parameters_are_those_of_the_checkpoints(name):
 
 def test_published_parameters():
     assert transformer_parameters(preset("wan-1.3b").dit) == 1_418_996_800
+    assert transformer_parameters(preset("wan-14b").dit) == 14_288_491_584
     assert round(decoder_parameters(WAN_VAE) / 1e6, 1) == 73.3
     assert round(decoder_parameters(LIGHT_VAE) / 1e6, 2) == 4.62
 
@@ -172,6 +173,30 @@ def test_long_clips_cost_a_window():
     name = "keys and values of past frames"
     frames = {plan: next(i.bytes for i in plan.items if i.name == name) for plan in (short, long)}
     assert frames[short] * 9 == frames[long] * 18
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "variant", "fits"),
+    [
+        ("rtx5090", "bf16", "dense", False),
+        ("rtx5090", "fp8", "longlive", False),
+        ("rtx5090", "nvfp4", "longlive", True),
+        ("h200", "bf16", "dense", True),
+    ],
+)
+def test_fourteen_billion_parameters(target, precision, variant, fits):
+    """Weights of 40 layers by hand: 13.0e9 elements of block linears in the step, in 2, 1 or 0.5 to 1 bytes."""
+    request = PlanRequest(load_target(target), load_variant(variant), preset("wan-14b"), 480, 832, precision)
+    plan = plan_memory(request)
+    assert plan.fits == fits
+    sizes = {item.name: item.bytes for item in plan.items}
+    elements = (
+        40 * (3 + 1 + 1 + 1) * 5120**2 + 40 * 2 * 5120 * 13824
+    )  # qkv, o; q, o of cross-attention; feed-forward
+    each = {"bf16": (2.0, 2.0), "fp8": (1.0, 1.001), "nvfp4": (0.5, 1.0)}[precision]
+    assert each[0] * elements <= sizes["transformer, block linears"] <= each[1] * elements
+    past = {"dense": 18, "longlive": 9}[variant]
+    assert sizes["keys and values of past frames"] == past * 40 * 2 * 1560 * 5120 * 2
 
 
 def test_verdicts():

@@ -66,6 +66,7 @@ blocks.@.modulation 1 6 dim
 """
 
 DIT_1_3B = {"dim": 1536, "ffn": 8960, "text": 4096, "freq": 256, "layers": 30}
+DIT_14B = {"dim": 5120, "ffn": 13824, "text": 4096, "freq": 256, "layers": 40}
 DIT_SMALL = {"dim": 16, "ffn": 24, "text": 12, "freq": 256, "layers": 2}
 
 LORA_LAYER = """

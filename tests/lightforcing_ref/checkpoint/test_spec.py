@@ -26,16 +26,26 @@ def shapes_of(model: nn.Module) -> fixtures.Shapes:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def test_dit_has_the_published_tensors() -> None:
-    published = fixtures.dit(fixtures.DIT_1_3B)
-    config = PRESETS["wan-1.3b"].dit
+@pytest.mark.parametrize(
+    ("name", "sizes", "tensors", "parameters"),
+    [
+        ("wan-1.3b", fixtures.DIT_1_3B, 825, 1_418_996_800),
+        ("wan-14b", fixtures.DIT_14B, 1095, 14_288_491_584),  # 57,153,966,336 bytes in float32 at Wan-AI
+    ],
+)
+def test_dit_has_the_published_tensors(
+    name: str, sizes: dict[str, int], tensors: int, parameters: int
+) -> None:
+    published = fixtures.dit(sizes)
+    config = PRESETS[name].dit
     with torch.device("meta"):
         model = CausalWanModel(config)
     assert shapes_of(model) == published
     assert dit_shapes(config) == published
-    assert len(published) == 825
-    assert sum(parameter.numel() for parameter in model.parameters()) == 1_418_996_800
-    assert fixtures.count(published.values()) == 1_418_996_800
+    assert config.head_dim == 128
+    assert len(published) == tensors
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert fixtures.count(published.values()) == parameters
 
 
 def test_lora_targets_are_the_published_ones() -> None:
