@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
 }
 FLOORS: dict[str, tuple[str, ...]] = {
     "lightforcing_ref": (
+        "rolling",
         "checkpoint rollout",
         "cache decoders policies text",
         "model schedule",
