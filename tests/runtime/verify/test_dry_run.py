@@ -52,6 +52,21 @@ def flaws(bundle: Bundle) -> list[str]:
     return []
 
 
+def test_chunks_that_are_recomputed_at_once_are_walked(tmp_path: Path) -> None:
+    folder = device.build_device_bundle(tmp_path / "joint", sink_positions="absolute")
+    bundle = load_bundle(folder)
+    cache = bundle.manifest.cache.model_copy(update={"recache": "joint"})
+    bundle = Bundle(root=folder, manifest=bundle.manifest.model_copy(update={"cache": cache}))
+    costs = {cost.name: cost for cost in dry_run(bundle, sessions=2).forwards}
+    layers = device.LAYERS
+    # A window of three chunks. The last layer's attention is not needed, and the last chunk is not committed.
+    for chunks in (1, 2, 3):
+        cost = costs[f"joint.{chunks}"]
+        assert cost.engine_runs == chunks * layers
+        assert cost.kernel_launches == chunks * (layers + 3 * (layers - 1)) + (chunks - 1) * layers
+    assert "joint.4" not in costs
+
+
 def test_a_sound_bundle_is_counted(device_bundle: Path) -> None:
     report = dry_run(load_bundle(device_bundle), sessions=2)
     costs = {cost.name: cost for cost in report.forwards}
