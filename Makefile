@@ -60,7 +60,7 @@ lint: setup
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-# What needs no model to be built: under a minute, for the time between two edits.
+# The shortest tests, with no model built, for the time between two edits.
 quick: setup
 	@$(BIN)/ruff check -q . && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m quick $(PYTEST_ARGS)
 

@@ -82,9 +82,13 @@ NOT_QUICK = (
     "tests/lightforcing_ref/test_text.py",
     "tests/runtime/bundle/test_ranges.py",
     "tests/runtime/bundle/test_weights_file.py",
+    "tests/runtime/cli/",
     "tests/runtime/cuda/test_cuda_driver.py",
     "tests/runtime/host/test_inductor_packages.py",
+    "tests/runtime/program/",
     "tests/runtime/test_rollout_tiny.py",
+    "tests/runtime/test_worst_days.py",
+    "tests/runtime/verify/test_verify.py",
     "tests/test_docs.py",
     "tests/test_packaging.py",
 )
