@@ -215,7 +215,7 @@ class Session:
         recache = self._manifest.cache.recache if recache is None else recache
         known = [mode for mode in RECACHE_MODES if mode != "joint" or self._manifest.joint_chunks]
         if recache not in known:
-            raise InputError(f"recache is {recache!r}; with this bundle, expected one of {', '.join(known)}")
+            raise InputError(f"recache is {recache!r}; expected one of {', '.join(known)} with this bundle")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
             raise InputError(f"at is {at!r}; expected the index of a chunk, or None for the next one")
         if isinstance(over, bool) or not isinstance(over, int) or over < 1:
