@@ -37,6 +37,7 @@ class PolicyAttention:
         Raises:
             ConfigError: the grid does not hold `frame_tokens` tokens.
         """
+        self._require_grid(attributes["frame_tokens"])
         q, k, v, _, _, past_k, past_v, _, frame_slots, _ = tensors
         slots = frame_slots[frame_slots >= 0].long()
         keys = torch.cat((past_k[slots].flatten(0, 1), k))
@@ -69,11 +70,7 @@ class PolicyAttention:
         Raises:
             ConfigError: the grid is not a frame's.
         """
-        if self.grid[0] * self.grid[1] != frame_tokens:
-            raise ConfigError(
-                f"the grid {self.grid[0]}x{self.grid[1]} holds {self.grid[0] * self.grid[1]} tokens; expected the "
-                f"{frame_tokens} of a frame"
-            )
+        self._require_grid(frame_tokens)
         slots = frame_slots[frame_slots >= 0].long()
         keys = torch.cat((past_k[slots].flatten(0, 1), k))
         if slots.numel() == 0:
@@ -90,3 +87,10 @@ class PolicyAttention:
             keep_q20=tuple(keep_q20),
         )
         return self.policy.visible(view).expand(q.shape[1], -1, -1)
+
+    def _require_grid(self, frame_tokens: int) -> None:
+        if self.grid[0] * self.grid[1] != frame_tokens:
+            raise ConfigError(
+                f"the grid {self.grid[0]}x{self.grid[1]} holds {self.grid[0] * self.grid[1]} tokens; expected the "
+                f"{frame_tokens} of a frame"
+            )
