@@ -16,11 +16,12 @@ from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
 from export.quantize.decision import QuantizationPlan
 from export.request.graph_types import graph_types
-from export.request.methods import check_backend
+from export.request.methods import check_backend, operator_of
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from export.request.weights import Weights
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
+from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
 from runtime import bundle
 
 from .errors import InputError
@@ -93,10 +94,21 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     """Refuse what cannot be built, before any long work. `build_bundle` takes the result, or does so itself.
 
     Raises:
-        As `build_bundle`.
+        InputError: the backend or the method has no keys and values in fp8; besides, as `build_bundle`.
     """
     plan = request.plan
     check_backend(request.variant.attention, request.backend, request.execution)
+    if plan.spec.kv is not None and request.backend == "tensorrt":
+        raise InputError(
+            "the plugin of the backend tensorrt holds keys and values in the type that the model computes in; drop "
+            "--kv fp8, or use --backend inductor, tensorrt-rtx or onnxruntime"
+        )
+    operator = operator_of(request.variant.attention)
+    if plan.spec.kv is not None and operator != HIERARCHICAL_SPARSE_ATTENTION:
+        raise InputError(
+            f"the policy {request.variant.attention.policy} ({operator}) is not there over keys and values in fp8; "
+            "drop --kv fp8, or use --policy hsa"
+        )
     quantization = _BUILDERS[request.backend]().check(request, plan)
     memory = check_target_memory(request)
     check_memory(request, plan)

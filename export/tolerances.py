@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-__all__ = ["FORWARD", "GOLDEN", "GOLDEN_LAYERS", "GOLDEN_PIXELS", "LINEAR", "PIXELS", "ROLLOUT_FACTOR"]
+__all__ = [
+    "CODES",
+    "FORWARD",
+    "GOLDEN",
+    "GOLDEN_LAYERS",
+    "GOLDEN_PIXELS",
+    "LINEAR",
+    "PIXELS",
+    "ROLLOUT_FACTOR",
+]
 
 GOLDEN: Final[Mapping[str, float]] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2, "fp8": 5e-2, "nvfp4": 6e-2}
 """Golden vectors of a component, by the coarsest type that its graph computes in: three to four times the error of the
@@ -26,6 +35,9 @@ Wide: they find faults, and whether a precision is good enough is for the frames
 
 ROLLOUT_FACTOR: Final = 30.0
 """How many times `FORWARD` a rollout's frames may be off: forwards feed on each other's errors."""
+
+CODES: Final = 5e-3
+"""At least this much where keys and values are codes: what lies between two of them falls to either."""
 
 PIXELS: Final = 1e-3
 """Pixels that differ by nothing but rounding."""

@@ -9,30 +9,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .attention import hsa_attention, qk_prepare
 from .config import DiTConfig
+from .fp8_cache import KVFormat, dequantize_blocks, oracles, quantize_blocks
 from .model import QKVParams
 from .rope import apply_rope, rope_angles
 from .sparsity import BlockGeometry, HSAConfig
 
-__all__ = ["AttentionSpec", "CachedAttention", "FrameCache", "LayerKV", "SinkPositions"]
+__all__ = ["AttentionSpec", "CachedAttention", "FrameCache", "KVFormat", "LayerKV", "SinkPositions"]
 
 SinkPositions = Literal["absolute", "window"]
 """Where sink frames sit: at their own positions (LongLive), or just before the window (Light Forcing long)."""
 
-LayerKV = tuple[Tensor, Tensor, Tensor]
-"""Keys, values and key block means of one layer."""
+LayerKV = tuple[Tensor, ...]
+"""Keys, values and key block means of one layer; behind them, where they are codes, the scales of both."""
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Constants of the self-attention operators of one model variant."""
+    """Constants of the self-attention operators of one model variant; `kv` None = in the compute type."""
 
     heads: int
     geometry: BlockGeometry
     hsa: HSAConfig
     keep_q20: tuple[int, ...]
     scale: float
+    kv: KVFormat | None = None
 
     def prepare_attributes(self) -> dict[str, int]:
         """Integer attributes of QKPrepare."""
@@ -62,12 +63,12 @@ class AttentionSpec:
 class CachedAttention:
     """A `SelfAttentionCore` that attends to cached frames and collects the chunk's own keys and values.
 
-    `prepare` and `attend` are the two operators: the oracle by default, exportable ones when tracing. `attend` is one
-    for all layers, or one for each.
+    `prepare` and `attend` are the two operators, those over codes where `spec.kv` says so: the oracle by default,
+    exportable ones when tracing. `attend` is one for all layers, or one for each.
 
     Args:
         cos, sin: float32 `[T, D/2]` of the chunk.
-        past: per layer (k, v, k block means), each with frame slots first.
+        past: per layer what `LayerKV` lists, each with frame slots first.
         frame_slots: int32 `[F]`.
         chunk: index into the sparsity table; a 0-dim tensor when tracing.
     """
@@ -78,13 +79,18 @@ class CachedAttention:
     past: Sequence[LayerKV]
     frame_slots: Tensor
     chunk: Tensor | int
-    prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = qk_prepare
-    attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
+    prepare: Callable[..., tuple[Tensor, ...]] | None = None
+    attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None
     new: list[LayerKV] = field(default_factory=list)
-    """Per layer, keys and values `[T, H, D]` and key block means `[frames, blocks, H, D]` of the chunk."""
+    """Per layer, keys and values `[T, H, D]`, key block means `[frames, blocks, H, D]` and scales of the chunk."""
+
+    def __post_init__(self) -> None:
+        prepare, attend = oracles(self.spec.kv)
+        self.prepare, self.attend = self.prepare or prepare, self.attend or attend
 
     def __call__(self, layer: int, qkv: Tensor, params: QKVParams) -> Tensor:
-        q, k, v, q_mean, k_mean = self.prepare(
+        assert self.prepare is not None and self.attend is not None
+        q, k, v, q_mean, *rest = self.prepare(
             qkv[0],
             params.bias,
             params.norm_q,
@@ -94,14 +100,14 @@ class CachedAttention:
             **self.spec.prepare_attributes(),
             eps=params.eps,
         )
-        self.new.append((k, v, k_mean))
+        self.new.append((k, v, *rest))
         attend = self.attend if callable(self.attend) else self.attend[layer]
         out = attend(
             q,
             k,
             v,
             q_mean,
-            k_mean,
+            *rest,
             *self.past[layer],
             self.frame_slots,
             self.chunk,
@@ -128,8 +134,10 @@ class FrameCache:
     window_frames: int | None
     sink_frames: int
     sink_positions: SinkPositions = "absolute"
+    kv: KVFormat | None = None
     frames: dict[int, list[LayerKV]] = field(default_factory=dict)
-    """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`)."""
+    """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`, scales `[blocks, H]`
+    of both if they are codes)."""
 
     def resident(self) -> list[int]:
         """Absolute indices of the cached frames, oldest first."""
@@ -156,7 +164,9 @@ class FrameCache:
             frame = first_frame + index
             if only is None or frame in only:
                 tokens = slice(index * self.geometry.frame_tokens, (index + 1) * self.geometry.frame_tokens)
-                self.frames[frame] = [(k[tokens], v[tokens], means[index]) for k, v, means in new]
+                self.frames[frame] = [
+                    (k[tokens], v[tokens], *(blocks[index] for blocks in rest)) for k, v, *rest in new
+                ]
 
     def past(self, layer: int, frames: Sequence[int], first_recent: int) -> LayerKV:
         """Stacked keys, values and means of `frames`.
@@ -166,19 +176,33 @@ class FrameCache:
                 sinks with window positions sit just before it.
         """
         sinks = sum(frame < self.sink_frames for frame in self.frames)
-        keys, values, means = [], [], []
+        found = []
         for frame in frames:
-            k, v, mean = self.frames[frame][layer]
+            entry = self.frames[frame][layer]
             if self.sink_positions == "window" and frame < self.sink_frames:
-                k, mean = (self._shift(x, first_recent - sinks) for x in (k, mean))
-            keys.append(k)
-            values.append(v)
-            means.append(mean)
-        if not keys:
-            heads, head_dim = self.config.heads, self.config.head_dim
-            empty = torch.zeros(0, self.geometry.frame_tokens, heads, head_dim)
-            return empty, empty, torch.zeros(0, self.geometry.k_blocks, heads, head_dim)
-        return torch.stack(keys), torch.stack(values), torch.stack(means)
+                entry = self._turned(entry, first_recent - sinks)
+            found.append(entry)
+        if found:
+            return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        heads, tokens, blocks = (
+            (self.config.heads, self.config.head_dim),
+            self.geometry.frame_tokens,
+            self.geometry.k_blocks,
+        )
+        empty = torch.zeros(0, tokens, *heads, dtype=torch.float32 if self.kv is None else torch.uint8)
+        scales = () if self.kv is None else 2 * (torch.zeros(0, blocks, heads[0]),)
+        return (empty, empty, torch.zeros(0, blocks, *heads), *scales)
+
+    def _turned(self, entry: LayerKV, frames: int) -> LayerKV:
+        """A sink frame as it is at another temporal position; codes of its keys are rounded a second time."""
+        k, v, mean, *scales = entry
+        if self.kv is None:
+            return self._shift(k, frames), v, self._shift(mean, frames)
+        block = self.geometry.block_k
+        # A rotation turns a key less its mean into the turned key less the turned mean.
+        turned = self._shift(dequantize_blocks(k[None], scales[0][None], block)[0], frames)
+        codes, scale = quantize_blocks(turned[None], block)
+        return codes[0], v, self._shift(mean, frames), scale[0], scales[1]
 
     def _shift(self, x: Tensor, frames: int) -> Tensor:
         """Rotate `x` `[rows, H, D]` by `frames` in time; all rows lie in one frame, so one rotation serves all."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import hsa_attention
 from .cache import AttentionSpec, CachedAttention, FrameCache, LayerKV, SinkPositions
+from .fp8_cache import with_fp8_cache
 from .model import CausalWanModel, CrossKV
 from .rope import rope_tables
 from .schedule import FlowSchedule
@@ -58,7 +59,12 @@ class Rollout:
 
     def __post_init__(self) -> None:
         self.cache = FrameCache(
-            self.model.config, self.spec.geometry, self.window_frames, self.sink_frames, self.sink_positions
+            self.model.config,
+            self.spec.geometry,
+            self.window_frames,
+            self.sink_frames,
+            self.sink_positions,
+            self.spec.kv,
         )
         self.latents: dict[int, Tensor] = {}
         self.next_chunk = 0
@@ -118,12 +124,22 @@ class Rollout:
         _, new = self._forward(latents, self.schedule.clean_step, chunks, protected)
         for index, chunk in enumerate(chunks):
             rows = slice(index * frames * self.spec.geometry.frame_tokens, None)
-            part = [(k[rows], v[rows], means[index * frames : (index + 1) * frames]) for k, v, means in new]
+            blocks = slice(index * frames, (index + 1) * frames)
+            part = [(k[rows], v[rows], *(x[blocks] for x in rest)) for k, v, *rest in new]
             self.cache.commit(chunk * frames, part)
 
     def position(self, frame: int) -> int:
         """Where a frame lies in time."""
         return frame + sum(distance for first, distance in self._jumps if frame >= first)
+
+    @property
+    def _attend(self) -> Callable[..., Tensor] | Sequence[Callable[..., Tensor]]:
+        """The attention, over codes where the cache holds such."""
+        if self.spec.kv is None:
+            return self.attend
+        if callable(self.attend):
+            return with_fp8_cache(self.attend)
+        return [with_fp8_cache(attend) for attend in self.attend]
 
     def past(self, layer: int, chunk: int, frames: list[int] | None = None) -> LayerKV:
         """Keys, values and block means that `chunk` sees in `layer`: those of `frames`, by default all resident."""
@@ -157,7 +173,7 @@ class Rollout:
             [self.past(layer, chunk, frames) for layer in range(config.layers)],
             torch.arange(len(frames), dtype=torch.int32),
             chunk,
-            attend=self.attend,
+            attend=self._attend,
         )
         t = torch.full((1, len(positions)), self.schedule.row_timesteps[row], dtype=torch.float64)
         with torch.no_grad():

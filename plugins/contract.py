@@ -407,12 +407,12 @@ def _frames(owner: str, name: str, tokens: Dim, frame_tokens: int) -> Dim:
 def hsa_output_shapes(
     attributes: AttentionAttributes, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of an attention operator and derive its output shapes.
+    """Check the input shapes of an attention operator, over codes or not, and derive its output shapes.
 
-    The number of slots may be symbolic and is not compared between the three caches.
+    The number of slots may be symbolic and is not compared between the caches.
 
     Args:
-        shapes: shape of every input in `HSA_INPUTS`.
+        shapes: shape of every input of the operator.
 
     Raises:
         ContractError: a shape does not fit; the message names the input and both shapes.
@@ -428,6 +428,14 @@ def hsa_output_shapes(
     for name in ("past_k", "past_v"):
         _expect(owner, shapes, name, ("slots", attributes.frame_tokens, heads, dim))
     _expect(owner, shapes, "past_kmean", ("slots", attributes.k_blocks, heads, dim))
+    for name, count in (
+        ("k_scale", frames),
+        ("v_scale", frames),
+        ("past_kscale", "slots"),
+        ("past_vscale", "slots"),
+    ):
+        if name in shapes:
+            _expect(owner, shapes, name, (count, attributes.k_blocks, heads))
     _expect(owner, shapes, "frame_slots", ("past frames",))
     _expect(owner, shapes, "chunk", ())
     return {"out": (tokens, heads, dim)}
@@ -436,7 +444,7 @@ def hsa_output_shapes(
 def qk_prepare_output_shapes(
     attributes: QKPrepareAttributes, shapes: Mapping[str, Shape]
 ) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of `QKPrepare` and derive its output shapes.
+    """Check the input shapes of `QKPrepare`, with codes as results or not, and derive its output shapes.
 
     Args:
         shapes: shape of every input in `QK_PREPARE_INPUTS`.
@@ -467,4 +475,5 @@ def qk_prepare_output_shapes(
         "v": head,
         "q_mean": (frames, attributes.q_blocks, heads, dim),
         "k_mean": (frames, attributes.k_blocks, heads, dim),
+        **dict.fromkeys(("k_scale", "v_scale"), (frames, attributes.k_blocks, heads)),
     }

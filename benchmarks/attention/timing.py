@@ -158,7 +158,7 @@ class Steps:
         self.lists = lists
         self.out = torch.empty_like(inputs.q)
         self._scores = torch.empty(lists.entries.shape, device=lists.entries.device)
-        self._geometry = {
+        self._geometry: dict[str, Any] = {
             "frame_tokens": shape.frame_tokens,
             "block_q": shape.block_q,
             "block_k": shape.block_k,

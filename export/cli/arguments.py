@@ -151,4 +151,5 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
         ),
     )
     changed.table()
-    return target, changed
+    kv = getattr(args, "kv", None)
+    return target, changed if kv is None else changed.holding("fp8" if kv == "fp8" else None)

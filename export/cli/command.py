@@ -104,6 +104,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--sink", type=natural, metavar="N", help="first frames that are always kept")
     sparse.add_argument("--near", type=natural, metavar="N", help="latest frames that are always kept")
     sparse.add_argument("--window", type=positive, metavar="N", help="latent frames attention may see")
+    parser.add_argument(
+        "--kv",
+        choices=("bf16", "fp8"),
+        help="what keys and values are held in: the type that the model computes in, or E4M3 with a scale for every "
+        "block, half the cache (default: the variant's)",
+    )
     sparse.add_argument(
         "--frames",
         type=positive,

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.errors import ComparisonError
-from export.graph.modules import CACHE_STEMS, LAYER_STEMS, StepModule
+from export.graph.modules import StepModule, cache_stems, chunk_stems
 from export.graph.oracles import ORACLES
 from export.request.methods import attends
 from export.request.targets import CachePolicy, SchedulePolicy, SparsityPolicy, Variant
 from export.request.weights import Weights, shipped_weights
-from lightforcing_ref.attention import qk_prepare
 from lightforcing_ref.cache import AttentionSpec, LayerKV
 from lightforcing_ref.checkpoint import checkpoint_sha256
 from lightforcing_ref.config import Preset, preset
@@ -26,6 +25,7 @@ from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
 from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
+from lightforcing_ref.fp8_cache import oracles
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
@@ -40,7 +40,9 @@ __all__ = ["Feed", "GraphRollout", "Reference", "exact_length", "step_feeds", "s
 Feed = dict[str, NDArray[Any]]
 """What one run of a component is given, by the names of its inputs."""
 
-CROSS_STEMS = LAYER_STEMS[:2]
+_NAN_CODE = 0x7F
+
+CROSS_STEMS = ("cross_k", "cross_v")
 
 
 def _spec(manifest: Manifest) -> AttentionSpec:
@@ -51,6 +53,7 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         hsa=HSAConfig(attention.keep_frames, attention.sink_frames, attention.near_frames),
         keep_q20=manifest.sparsity.keep_q20,
         scale=attention.scale,
+        kv=manifest.cache.kv,
     )
 
 
@@ -103,6 +106,7 @@ def variant_of(manifest: Manifest) -> Variant:
             sink_positions=cache.sink_positions,
             flush_frames=cache.flush_frames,
             cut_frames=cache.cut_frames,
+            kv=cache.kv,
         ),
     )
 
@@ -224,9 +228,9 @@ class Reference:
         spec = _spec(manifest)
         if chunk is not None:
             spec = replace(spec, keep_q20=(spec.keep_q20[min(chunk, len(spec.keep_q20) - 1)],))
-        return StepModule(
-            self.model, spec, _schedule(manifest), prepare=qk_prepare, attend=_attends(manifest)
-        )
+        prepare, attend = oracles(spec.kv)
+        attends = _attends(manifest) if spec.kv is None else attend
+        return StepModule(self.model, spec, _schedule(manifest), prepare=prepare, attend=attends)
 
     def rollout(
         self,
@@ -359,10 +363,8 @@ class GraphRollout(Rollout):
         def stem(name: str, layer: int) -> Tensor:
             return torch.from_numpy(out[f"{name}.{layer}"])
 
-        return [
-            (stem("k", layer), stem("v", layer), stem("kmean", layer))
-            for layer in range(self._manifest.model.layers)
-        ]
+        stems = chunk_stems(self._manifest.cache.kv)
+        return [tuple(stem(name, layer) for name in stems) for layer in range(self._manifest.model.layers)]
 
     def commit(self, x0: Tensor, chunk: int) -> None:
         clean = self.schedule.clean_step
@@ -414,8 +416,10 @@ def _inputs(
         "rope_sin": sin.numpy(),
     }
     for layer, cached in enumerate(past):
-        for stem, values in zip(CACHE_STEMS, cached, strict=True):
-            pool = np.full((capacity + 2, *values.shape[1:]), np.nan, dtype=np.float32)
+        for stem, values in zip(cache_stems(manifest.cache.kv), cached, strict=True):
+            # What no slot names is NaN, in codes too.
+            blank = np.nan if values.dtype == np.float32 else _NAN_CODE
+            pool = np.full((capacity + 2, *values.shape[1:]), blank, dtype=values.dtype)
             pool[slots] = values
             feed[f"{stem}.{layer}"] = pool
     return feed
@@ -425,7 +429,7 @@ def exact_length(feed: Feed) -> Feed:
     """A feed of the `step` component for a specialised graph: a cache of exactly the resident frames, in order."""
     slots = feed["frame_slots"][feed["frame_slots"] >= 0]
     exact = {
-        name: value[slots] if name.rpartition(".")[0] in CACHE_STEMS else value
+        name: value[slots] if name.rpartition(".")[0] in cache_stems("fp8") else value
         for name, value in feed.items()
     }
     return {**exact, "frame_slots": np.arange(len(slots), dtype=np.int32)}

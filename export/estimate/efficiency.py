@@ -12,7 +12,15 @@ from pathlib import Path
 
 from export.errors import InputError
 from export.request.plan import PlanRequest
-from export.request.targets import Blocks, CachePolicy, SparsityPolicy, Target, Variant
+from export.request.targets import (
+    Blocks,
+    CachePolicy,
+    SchedulePolicy,
+    SparsityPolicy,
+    Target,
+    Variant,
+    list_variants,
+)
 from lightforcing_ref.config import Preset, preset
 from lightforcing_ref.dimensions import DECODERS, TAEConfig
 from runtime.bundle.benchmark import Benchmark, MeasuredBundle, read_benchmark
@@ -129,12 +137,14 @@ def _preset(bundle: MeasuredBundle, path: Path) -> Preset:
 
 
 def _variant(bundle: MeasuredBundle) -> Variant:
-    """The variant that the bundle was built with, but for its blocks."""
+    """The variant that the bundle was built with, but for its blocks; a schedule of its own is the shipped one's."""
     attention, sparsity, cache = bundle.attention, bundle.sparsity, bundle.cache
     return Variant(
         schema_version=1,
         name=bundle.variant,
         title=bundle.variant,
+        schedule=_schedule(bundle.variant),
+        attention=bundle.attention.method,
         sparsity=SparsityPolicy(
             target=sparsity.target,
             base=sparsity.base,
@@ -147,5 +157,14 @@ def _variant(bundle: MeasuredBundle) -> Variant:
             window_frames=cache.window_frames,
             sink_frames=cache.sink_frames,
             sink_positions=cache.sink_positions,
+            kv=cache.kv,
         ),
     )
+
+
+def _schedule(name: str) -> SchedulePolicy:
+    """The schedule of the shipped variant that `name` is made from; the usual one where it is made from none."""
+    made_from = [
+        variant for variant in list_variants() if name == variant.name or name.startswith(f"{variant.name}-")
+    ]
+    return max(made_from, key=lambda variant: len(variant.name)).schedule if made_from else SchedulePolicy()

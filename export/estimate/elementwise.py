@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Pass", "StepPasses", "activation_bytes", "decoder_passes"]
 
 _SCALE = 4
-"""Bytes of a scale of one token's activations, float32."""
+"""Bytes of a scale, of one token's activations or of one block's keys or values, float32."""
 _FP4_BLOCK = 16
 _LATENT = 4
 """Latents and noise are float32."""
@@ -58,9 +58,18 @@ def activation_bytes(kind: str, precision: Precision, tokens: int, width: int) -
 
 
 class StepPasses:
-    """The passes of one forward of one chunk, `tokens` long."""
+    """The passes of one forward of one chunk, `tokens` long; `codes`: keys and values are in eight bits."""
 
-    def __init__(self, dit: DiTConfig, geometry: BlockGeometry, tokens: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        dit: DiTConfig,
+        geometry: BlockGeometry,
+        tokens: int,
+        precision: Precision,
+        *,
+        codes: bool = False,
+    ) -> None:
+        self._codes = codes
         self._dit, self._geometry, self._tokens, self._precision = dit, geometry, tokens, precision
         self._stream = tokens * dit.dim * item_bytes(precision)
         """Bytes of the residual stream, and of everything else that is as wide."""
@@ -83,7 +92,11 @@ class StepPasses:
         geometry, dit, frames = self._geometry, self._dit, self._tokens // self._geometry.frame_tokens
         tables = 2 * self._tokens * (dit.head_dim // 2) * 4
         means = frames * (geometry.q_blocks + geometry.k_blocks) * dit.dim * 4
-        return Pass("prepare q, k, v", 3 * self._stream + tables, 3 * self._stream + means)
+        written = 3 * self._stream
+        if self._codes:
+            scales = 2 * frames * geometry.k_blocks * dit.heads * _SCALE
+            written = self._stream + 2 * self._tokens * dit.dim + scales
+        return Pass("prepare q, k, v", 3 * self._stream + tables, written + means)
 
     def layer(self, *, is_last: bool = False) -> Iterator[Pass]:
         """From a layer's attention output to the input of the next one's projection, or to that of the head."""

@@ -197,7 +197,14 @@ class _Planner:
     def _frames(self, frames: int) -> tuple[int, int]:
         """Bytes of keys (as many of values) and of their block means for cached frames, all layers."""
         elements = self.dit.layers * self.dit.dim * frames
-        return elements * self.geometry.frame_tokens * self.item, elements * self.geometry.k_blocks * 4
+        blocks = self.geometry.k_blocks
+        if self.request.variant.cache.kv is None:
+            keys = elements * self.geometry.frame_tokens * self.item
+        else:
+            keys = (
+                elements * self.geometry.frame_tokens + self.dit.layers * self.dit.heads * frames * blocks * 4
+            )
+        return keys, elements * blocks * 4
 
     def cache(self) -> Iterator[MemoryItem]:
         """Keys and values of past frames, and what else a session keeps."""

@@ -130,7 +130,8 @@ class Workload:
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
         self.schedule = request.variant.schedule.resolved()
         self.tokens = self.schedule.chunk_frames * frame_tokens
-        self.passes = StepPasses(self.dit, self.geometry, self.tokens, request.precision)
+        codes = request.variant.cache.kv is not None
+        self.passes = StepPasses(self.dit, self.geometry, self.tokens, request.precision, codes=codes)
 
     @property
     def planned_chunks(self) -> int:
@@ -178,7 +179,8 @@ class Workload:
         kept, total = self.visible_blocks(chunk)
         keys = self.resident_frames(chunk) * self.geometry.frame_tokens
         flops = 4 * self.tokens * keys * self.dit.dim
-        moved = 2 * (self.tokens + keys) * self.dit.dim * self.item
+        held = self.item if self.request.variant.cache.kv is None else 1
+        moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
         return Work("self-attention", self.wide, flops if dense else flops * kept // total, moved)
 
     def linear(self, kind: str) -> Work:

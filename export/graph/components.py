@@ -20,10 +20,10 @@ from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Layer
 from plugins.nodes.functions import AttentionForm
 from runtime.bundle import ELEMENT_TYPES, Component, TensorSpec, dtypes_by
 
-from .modules import ConditionerModule, StepModule, merge_qkv
+from .modules import ConditionerModule, StepModule, cache_stems, merge_qkv
 from .rewrites import sink_uint8
 from .tensor_files import store, write_tensors
-from .tracing import OPERATORS, prepare, save_model, trace
+from .tracing import OPERATORS, operators, save_model, trace
 from .variants import clean_graph, per_chunk_graph
 
 __all__ = [
@@ -99,16 +99,17 @@ def write_step(
     """
     progress(TRACING, 0, 1)
     merge_qkv(model)
-    module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=plan.attends(OPERATORS))
+    prepare, attend = operators(plan.spec.kv, plan.attends(OPERATORS))
+    module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
     layers = plan.preset.dit.layers
     slots = torch.export.Dim("slots", min=1)
-    cache: list[object] = [[{0: slots}] * layers] * 3
+    past: tuple[object, ...] = ([{0: slots}] * layers,) * len(cache_stems(plan.spec.kv))
     step = trace(
         module,
         module.example_inputs(plan.latent_size, plan.max_past_frames, plan.chunk_frames),
         input_names=module.input_names,
         output_names=module.output_names,
-        dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, *cache),
+        dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, past),
         attention=attention_form(plan),
         metadata={"lightforcing.component": "step"},
     )

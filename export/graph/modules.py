@@ -11,18 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightforcing_ref.cache import AttentionSpec, CachedAttention
+from lightforcing_ref.cache import AttentionSpec, CachedAttention, KVFormat
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 
-__all__ = ["CACHE_STEMS", "LAYER_STEMS", "ConditionerModule", "StepModule", "layer_names", "merge_qkv"]
+__all__ = [
+    "ConditionerModule",
+    "StepModule",
+    "cache_stems",
+    "chunk_stems",
+    "layer_names",
+    "layer_stems",
+    "merge_qkv",
+]
 
 
-CACHE_STEMS = ("past_k", "past_v", "past_kmean")
-"""Inputs of the step that hold the cache, one of each per layer."""
+def cache_stems(kv: KVFormat | None) -> tuple[str, ...]:
+    """Inputs of the step that hold the cache, one of each per layer, in the order of `LayerKV`."""
+    return ("past_k", "past_v", "past_kmean", *(("past_kscale", "past_vscale") if kv else ()))
 
-LAYER_STEMS = ("cross_k", "cross_v", *CACHE_STEMS)
-"""Inputs of the step of which there is one per layer, in their order."""
+
+def chunk_stems(kv: KVFormat | None) -> tuple[str, ...]:
+    """Outputs of the step that a commit copies into the cache, in the same order."""
+    return tuple(stem.removeprefix("past_") for stem in cache_stems(kv))
+
+
+def layer_stems(kv: KVFormat | None) -> tuple[str, ...]:
+    """Inputs of the step of which there is one per layer, in their order."""
+    return ("cross_k", "cross_v", *cache_stems(kv))
 
 
 def layer_names(stem: str, layers: int) -> list[str]:
@@ -57,7 +73,7 @@ class StepModule(nn.Module):
         spec: AttentionSpec,
         schedule: FlowSchedule,
         *,
-        prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+        prepare: Callable[..., tuple[Tensor, ...]],
         attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
     ) -> None:
         super().__init__()
@@ -83,17 +99,15 @@ class StepModule(nn.Module):
         rope_sin: Tensor,
         cross_k: Sequence[Tensor],
         cross_v: Sequence[Tensor],
-        past_k: Sequence[Tensor],
-        past_v: Sequence[Tensor],
-        past_kmean: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Shapes are those of the `step` component; see docs/bundle.md."""
+        *past: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, *tuple[list[Tensor], ...]]:
+        """Shapes are those of the `step` component; see docs/bundle.md. `past` is as `cache_stems` lists it."""
         index = step.reshape(1)
         core = CachedAttention(
             self.spec,
             rope_cos,
             rope_sin,
-            list(zip(past_k, past_v, past_kmean, strict=True)),
+            list(zip(*past, strict=True)),
             frame_slots,
             chunk,
             prepare=self.prepare,
@@ -110,14 +124,13 @@ class StepModule(nn.Module):
         sigma, following = self.sigmas.index_select(1, index).chunk(2, dim=0)
         x0 = latent - sigma * flow
         following_latent = (1 - following) * x0 + following * noise
-        k, v, kmean = (list(part) for part in zip(*core.new, strict=True))
-        return following_latent, x0, k, v, kmean
+        return following_latent, x0, *(list(part) for part in zip(*core.new, strict=True))
 
     @property
     def input_names(self) -> list[str]:
         layers = self.model.config.layers
         names = ["latent", "noise", "step", "chunk", "frame_slots", "rope_cos", "rope_sin"]
-        for stem in LAYER_STEMS:
+        for stem in layer_stems(self.spec.kv):
             names += layer_names(stem, layers)
         return names
 
@@ -125,7 +138,7 @@ class StepModule(nn.Module):
     def output_names(self) -> list[str]:
         layers = self.model.config.layers
         names = ["next_latent", "x0"]
-        for stem in ("k", "v", "kmean"):
+        for stem in chunk_stems(self.spec.kv):
             names += layer_names(stem, layers)
         return names
 
@@ -145,6 +158,11 @@ class StepModule(nn.Module):
         latent = torch.zeros(config.channels, chunk_frames, *latent_size)
         scalar = torch.zeros((), dtype=torch.int32)
         rope = torch.zeros(tokens, head_dim // 2)
+        held = dtype if self.spec.kv is None else torch.uint8
+        scales = [
+            per_layer(slots, geometry.k_blocks, heads, dtype=torch.float32)
+            for _ in cache_stems(self.spec.kv)[3:]
+        ]
         return (
             latent,
             latent.clone(),
@@ -155,9 +173,10 @@ class StepModule(nn.Module):
             rope.clone(),
             per_layer(config.text_len, heads, head_dim),
             per_layer(config.text_len, heads, head_dim),
-            per_layer(slots, geometry.frame_tokens, heads, head_dim),
-            per_layer(slots, geometry.frame_tokens, heads, head_dim),
+            per_layer(slots, geometry.frame_tokens, heads, head_dim, dtype=held),
+            per_layer(slots, geometry.frame_tokens, heads, head_dim, dtype=held),
             per_layer(slots, geometry.k_blocks, heads, head_dim, dtype=torch.float32),
+            *scales,
         )
 
 

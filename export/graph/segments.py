@@ -15,6 +15,7 @@ from export.errors import ExportError
 from export.progress import StepCallback, no_steps
 from plugins import contract
 from plugins.nodes import functions
+from plugins.operators import OPERATORS
 from runtime.bundle import ELEMENT_TYPES, FLOATS, Dtype, Segments
 
 from .partition import Partition, Segment, merge_repeated, partition
@@ -151,12 +152,14 @@ def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
     """The two operators of every layer."""
     prepare, attend = [], []
     for stage in cut.kernels:
-        prepares = [node for node in stage if node.op_type == contract.QK_PREPARE]
-        attends = [node for node in stage if node.op_type in contract.ATTENTION_OPERATORS]
-        if (len(stage), len(prepares), len(attends)) != (2, 1, 1):
+        known = [OPERATORS[node.op_type] for node in stage if node.op_type in OPERATORS]
+        prepares = [node for node in stage if (found := OPERATORS.get(node.op_type)) and found.prepares]
+        attends = [node for node in stage if (found := OPERATORS.get(node.op_type)) and not found.prepares]
+        alike = len({operator.over_codes for operator in known}) == 1
+        if (len(stage), len(prepares), len(attends)) != (2, 1, 1) or not alike:
             raise ExportError(
                 f"a layer has the operators {', '.join(node.op_type for node in stage)}; expected one "
-                f"{contract.QK_PREPARE} and one of {', '.join(contract.ATTENTION_OPERATORS)}"
+                f"{contract.QK_PREPARE} and one of {', '.join(contract.ATTENTION_OPERATORS)}, or both over codes"
             )
         prepare += prepares
         attend += attends
@@ -214,17 +217,14 @@ def _kernel_weights(node: ir.Node) -> dict[str, str]:
 
 def _operator_model(model: ir.Model, node: ir.Node, attention: functions.AttentionForm) -> ir.Model:
     """A model of one operator node, with its function body, under the operator's own tensor names."""
-    input_names: Sequence[str] = contract.QK_PREPARE_INPUTS
-    output_names: Sequence[str] = contract.QK_PREPARE_OUTPUTS
-    if node.op_type in contract.ATTENTION_OPERATORS:
-        input_names, output_names = contract.HSA_INPUTS, contract.HSA_OUTPUTS
+    operator = OPERATORS[node.op_type]
     inputs = [
         ir.Value(name=name, shape=value.shape, type=value.type)
-        for name, value in zip(input_names, node.inputs, strict=True)
+        for name, value in zip(operator.inputs, node.inputs, strict=True)
         if value is not None
     ]
     copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
-    for new, old, name in zip(copy.outputs, node.outputs, output_names, strict=True):
+    for new, old, name in zip(copy.outputs, node.outputs, operator.outputs, strict=True):
         new.name, new.shape, new.type = name, old.shape, old.type
     graph = ir.Graph(
         inputs, copy.outputs, nodes=[copy], opset_imports=dict(model.opset_imports), name=node.op_type

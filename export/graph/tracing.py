@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from export.progress import StepCallback, no_steps
 from lightforcing_ref.attention import qk_prepare
+from lightforcing_ref.cache import KVFormat
+from lightforcing_ref.fp8_cache import hsa_attention_fp8, qk_prepare_fp8
 from plugins import contract
 from plugins.nodes import functions, ops
 
 from .oracles import ORACLES
 
-__all__ = ["OPERATORS", "OPSET", "attend", "prepare", "save_model", "trace"]
+__all__ = ["OPERATORS", "OPSET", "operators", "save_model", "trace"]
 
 OPSET = 23
 """ONNX opset of every graph: the first with Attention, RMSNormalization and RotaryEmbedding."""
@@ -37,10 +39,26 @@ ops.bind(
     hsa=ORACLES[contract.HIERARCHICAL_SPARSE_ATTENTION],
     qk_prepare=qk_prepare,
     methods={name: ORACLES[name] for name in ORACLES if name != contract.HIERARCHICAL_SPARSE_ATTENTION},
+    codes=(qk_prepare_fp8, hsa_attention_fp8),
 )
 
-prepare: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = torch.ops.lightforcing.qk_prepare
-attend: Callable[..., Tensor] = torch.ops.lightforcing.hierarchical_sparse_attention
+
+_Attend = Callable[..., Tensor]
+
+
+def operators(
+    kv: KVFormat | None,
+    attend: _Attend | Sequence[_Attend] = torch.ops.lightforcing.hierarchical_sparse_attention,
+) -> tuple[Callable[..., tuple[Tensor, ...]], _Attend | Sequence[_Attend]]:
+    """Preparation and attention of a layer as PyTorch ops.
+
+    Args:
+        attend: the attention where keys and values are in the compute type.
+    """
+    if kv is None:
+        return torch.ops.lightforcing.qk_prepare, attend
+    return torch.ops.lightforcing.qk_prepare_fp8, torch.ops.lightforcing.hierarchical_sparse_attention_fp8
+
 
 OPERATORS: Mapping[str, Callable[..., Tensor]] = {
     operator: getattr(torch.ops.lightforcing, name) for operator, name in ops.OPS.items()

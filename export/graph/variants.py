@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from .modules import CACHE_STEMS
+from .modules import cache_stems, chunk_stems
 
 __all__ = ["clean_graph", "constant_input", "keep_outputs", "per_chunk_graph"]
 
@@ -43,14 +43,9 @@ def clean_graph(step: ir.Model, clean_step: int) -> ir.Model:
     Returns `step` itself, edited.
     """
     constant_input(step, "step", np.array(clean_step, dtype=np.int32))
-    keep_outputs(
-        step,
-        [
-            name
-            for output in step.graph.outputs
-            if (name := output.name or "").startswith(("k.", "v.", "kmean."))
-        ],
-    )
+    kept = frozenset(chunk_stems("fp8"))
+    names = (output.name or "" for output in step.graph.outputs)
+    keep_outputs(step, [name for name in names if name.rpartition(".")[0] in kept])
     return step
 
 
@@ -71,7 +66,7 @@ def per_chunk_graph(step: ir.Model, chunk: int, past_frames: int) -> ir.Model:
         name = value.name or ""
         if name == "frame_slots":
             value.shape = ir.Shape([past_frames])
-        elif name.rpartition(".")[0] in CACHE_STEMS:
+        elif name.rpartition(".")[0] in cache_stems("fp8"):
             assert value.shape is not None
             value.shape = ir.Shape([past_frames, *value.shape[1:]])
         else:

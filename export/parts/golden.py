@@ -26,6 +26,7 @@ from lightforcing_ref.text import LAYER_WEIGHTS
 from runtime import bundle
 from runtime.bundle.golden import (
     METADATA_KEY,
+    Codes,
     Expected,
     GoldenCase,
     GoldenCases,
@@ -34,6 +35,7 @@ from runtime.bundle.golden import (
     Normal,
     Recipe,
     Rotary,
+    Scales,
     Stored,
     sample,
     seed_of,
@@ -47,7 +49,12 @@ __all__ = ["GOLDEN_FILE", "write_golden", "write_vectors"]
 
 GOLDEN_FILE = "golden.safetensors"
 
+PIXELS = "frames"
+"""The one output that is pixels; other bytes are codes of E4M3."""
 PIXEL_CENTRE = 127.5
+
+CODE_SCALE = 1 / 112
+"""Scale with which drawn codes stand for numbers around one."""
 
 LAYER_SAMPLES = 3
 """Runs of a component that serves all layers: the first, the last, and one between them."""
@@ -145,10 +152,13 @@ def write_vectors(
 
 
 def _tolerance(graph: GoldenGraph) -> float:
-    if any(spec.dtype == "uint8" for spec in graph.outputs):
+    if any(spec.name == PIXELS for spec in graph.outputs):
         return tolerances.GOLDEN_PIXELS[graph.precision]
     depth = max(1.0, graph.layers / tolerances.GOLDEN_LAYERS)
-    return round(tolerances.GOLDEN[graph.precision] * math.sqrt(depth), 5)
+    # What lies between two codes falls to either, a sixteenth apart.
+    codes = any(spec.dtype == "uint8" for spec in (*graph.inputs, *graph.outputs))
+    tolerance = max(tolerances.GOLDEN[graph.precision], tolerances.GOLDEN["fp8"] if codes else 0.0)
+    return round(tolerance * math.sqrt(depth), 5)
 
 
 # ---- which runs ----
@@ -233,7 +243,11 @@ def _recipes(graph: GoldenGraph, scenario: _Scenario, chunk_frames: int) -> tupl
             recipes[spec.name] = Rotary(kind="cos" if spec.name.endswith("cos") else "sin", seed=angle)
         elif spec.name == "mask":
             recipes[spec.name] = Mask(ones=max(1, math.prod(int(dim) for dim in spec.shape) // 3))
-        elif spec.dtype in ("float32", "float16", "bfloat16"):
+        elif spec.dtype == "uint8":
+            recipes[spec.name] = Codes(seed=seed)
+        elif spec.name.partition(".")[0].endswith("scale"):
+            recipes[spec.name] = Scales(seed=seed, scale=CODE_SCALE)
+        elif spec.dtype in bundle.FLOATS:
             recipes[spec.name] = Normal(seed=seed, scale=_scale(spec.name))
         else:
             raise ExportError(
@@ -275,15 +289,17 @@ def _run(
     outputs: dict[str, Expected] = {}
     samples: dict[str, NDArray[np.float32]] = {}
     for name, value in graph.run(inputs).items():
-        centre = PIXEL_CENTRE if value.dtype == np.uint8 else 0.0
+        centre, codes = (PIXEL_CENTRE if name == PIXELS else 0.0), value.dtype == np.uint8 and name != PIXELS
         seed = seed_of(scenario.label, name)
-        picked, norm = sample(value, Expected(size=value.size, seed=seed, norm=0.0, centre=centre))
+        picked, norm = sample(
+            value, Expected(size=value.size, seed=seed, norm=0.0, centre=centre, codes=codes)
+        )
         if not np.isfinite(norm):
             raise ExportError(
                 f"{component}: the output {name!r} is not finite on golden inputs ({scenario.label}); the weights are "
                 "damaged, or the graph overflows: check the checkpoint"
             )
-        outputs[name] = Expected(size=value.size, seed=seed, norm=norm, centre=centre)
+        outputs[name] = Expected(size=value.size, seed=seed, norm=norm, centre=centre, codes=codes)
         samples[f"{scenario.label}/{name}"] = picked
     case = GoldenCase(name=scenario.label, component=component, slots=slots, inputs=recipes, outputs=outputs)
     return case, samples

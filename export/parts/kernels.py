@@ -22,6 +22,8 @@ __all__ = ["FOLDER", "kernel_arch", "kernel_variants", "write_kernels"]
 FOLDER = "kernels"
 
 _ALWAYS = ("prepare", "score", "select", "attend", "commit")
+_OVER_CODES = {kernel: f"{kernel}_fp8" for kernel in ("prepare", "attend", "commit", "rope_sink")}
+"""What takes a kernel's place where keys and values are codes."""
 
 
 def kernel_arch(target: Target) -> int:
@@ -60,7 +62,9 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
         block_k=geometry.block_k,
         sinks=cache.sink_frames if moves_sinks else 0,
     )
-    kernels = (*_ALWAYS, "rope_sink") if moves_sinks else _ALWAYS
+    kernels = [*_ALWAYS, "rope_sink"] if moves_sinks else [*_ALWAYS]
+    if plan.spec.kv is not None:
+        kernels = [_OVER_CODES.get(kernel, kernel) for kernel in kernels]
     try:
         return frozenset(specs.find_variant(kernel, problem, arch).name for kernel in kernels)
     except PluginError as error:

@@ -230,7 +230,8 @@ def _summary(bundle: Bundle) -> Table:
             if isinstance(attention.method, HsaPolicy)
             else f"{_selection(attention.method)}, blocks of {attention.block_q} x {attention.block_k}"
         ),
-        "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})",
+        "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})"
+        f"{', keys and values in fp8' if cache.kv else ''}",
         "weights": manifest.provenance.checkpoint.described,
         **{name.replace("_", " "): file.described for name, file in manifest.provenance.files.items()},
         "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",

@@ -59,6 +59,7 @@ class StepPlan:
             hsa=HSAConfig(*variant.frame_choice),
             keep_q20=table.keep_q20(frames * geometry.k_blocks for frames in resident),
             scale=preset.dit.head_dim**-0.5,
+            kv=variant.cache.kv,
         )
         return cls(preset, variant, height, width, geometry, table, spec, schedule)
 
@@ -150,6 +151,7 @@ class StepPlan:
                 recache=cache.recache,
                 flush_frames=cache.flush_frames,
                 cut_frames=cache.cut_frames,
+                kv=cache.kv,
             ),
         }
 

@@ -182,6 +182,7 @@ class CachePolicy(_Spec):
             and for bundles whose step is cut into segments.
         flush_frames: latest frames that outlive a flush or a cut, besides the sinks.
         cut_frames: how far a cut moves what follows it in time, in latent frames.
+        kv: what keys and values are held in; None = the type that the model computes in.
     """
 
     window_frames: _Frames | None = None
@@ -190,6 +191,7 @@ class CachePolicy(_Spec):
     recache: Recache = "window"
     flush_frames: Annotated[int, Field(ge=0, le=1000)] = 2
     cut_frames: Annotated[int, Field(ge=1, le=1000)] = 42
+    kv: Literal["fp8"] | None = None
 
 
 class SchedulePolicy(_Spec):
@@ -380,6 +382,13 @@ class Variant(_Spec):
             return self
         document = self.model_dump() | {"attention": {"policy": name}, "name": f"{self.name}-{name}"}
         return _validated(Variant, document, f"variant {self.name!r} with the policy {name}")
+
+    def holding(self, kv: Literal["fp8"] | None) -> Variant:
+        """This variant with keys and values held as `kv` says, called `NAME-kv8` where that is fp8."""
+        if kv == self.cache.kv:
+            return self
+        name = f"{self.name}-kv8" if kv else self.name.removesuffix("-kv8")
+        return self.model_copy(update={"name": name, "cache": self.cache.model_copy(update={"kv": kv})})
 
     def changed(self, **changes: int | float | None) -> Variant:
         """This variant with other values, called `NAME-custom`; itself where every value is None.

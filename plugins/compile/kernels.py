@@ -35,6 +35,7 @@ _POINTER_TYPES = {
     "float32": "*fp32",
     "int32": "*i32",
     "int16": "*i16",
+    "uint8": "*u8",
 }
 _SCALAR_TYPES = {"int32": "i32", "float32": "fp32"}
 # Old enough for every driver of CUDA 12.8 or later; the instruction set is the same.

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from plugins import contract, operators
 from plugins.kernels.specs import (
     KernelError,
     KernelProblem,
@@ -27,6 +28,12 @@ from runtime.bundle import FLOATS
 from .interpreter import mend_interpreter
 
 __all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
+
+_CODES_TAKE = ("k_mean", "k_scale", "v_scale", "past_kmean", "past_kscale", "past_vscale")
+"""What *attend* over codes takes besides."""
+
+_CACHE_DTYPE = "bfloat16"
+"""What a problem of the cache kernels over codes says; they hold nothing in a compute type."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class TritonLauncher:
         constants = dict(variant.constants)
         if "INTERPRET" in constants:
             constants["INTERPRET"] = interpret
+        if interpret and "HARDWARE" in constants:
+            constants["HARDWARE"] = False
         values = {**problem.sizes(), **buffers, **(options or {})}
         with torch.cuda.device_of(next(iter(buffers.values()))):
             kernel_function(kernel)[variant.grid_for(problem)](
@@ -140,8 +149,9 @@ class TorchKernels:
         block_k: int,
         eps: float,
         out: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The operator `QKPrepare`; `out`, if given, receives q, k, v, q_mean and k_mean."""
+        codes: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """The operator `QKPrepare`, or with `codes` `QKPrepareFP8`; `out`, if given, receives its results."""
         tokens, width = qkv.shape[0], qkv.shape[1] // 3
         problem = KernelProblem(
             _dtype_name(qkv),
@@ -154,21 +164,32 @@ class TorchKernels:
             block_k,
         )
         sizes = problem.sizes()
+        operator = operators.OPERATORS[operators.QK_PREPARE_FP8 if codes else contract.QK_PREPARE]
         if out is None:
-            heads_shape = (tokens, heads, problem.head_dim)
-            mean = (heads, problem.head_dim)
-            q, k, v = (qkv.new_empty(heads_shape) for _ in range(3))
-            q_mean, k_mean = (
-                qkv.new_empty((problem.chunk_frames, sizes[blocks], *mean), dtype=torch.float32)
-                for blocks in ("q_blocks", "k_blocks")
-            )
-        else:
-            q, k, v, q_mean, k_mean = out
-        buffers = {"q": q, "k": k, "v": v, "q_mean": q_mean, "k_mean": k_mean, "qkv": qkv, "bias": bias}
+            head = (heads, problem.head_dim)
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("q", "k", "v"), (tokens, *head))
+            shapes |= {
+                f"{name}_mean": (problem.chunk_frames, sizes[f"{name}_blocks"], *head) for name in ("q", "k")
+            }
+            scales = (problem.chunk_frames, sizes["k_blocks"], heads)
+            shapes |= dict.fromkeys(("k_scale", "v_scale"), scales)
+            types = {
+                **dict.fromkeys(("q", "k", "v"), qkv.dtype),
+                **dict.fromkeys(("k", "v") * codes, torch.uint8),
+            }
+            out = [
+                qkv.new_empty(shapes[name], dtype=types.get(name, torch.float32)) for name in operator.outputs
+            ]
+        results = dict(zip(operator.outputs, out, strict=True))
+        buffers = {**results, "qkv": qkv, "bias": bias}
         buffers |= {"norm_q": norm_q, "norm_k": norm_k, "cos": cos, "sin": sin}
         _whole(buffers)
-        self._launcher.launch("prepare", problem, buffers, {"eps": eps})
-        return q, k, v, q_mean, k_mean
+        self._launcher.launch("prepare_fp8" if codes else "prepare", problem, buffers, {"eps": eps})
+        return tuple(out)
+
+    def qk_prepare_fp8(self, *tensors: Tensor, **attributes: Any) -> tuple[Tensor, ...]:
+        """The operator `QKPrepareFP8`."""
+        return self.qk_prepare(*tensors, **attributes, codes=True)
 
     def select(
         self,
@@ -236,6 +257,7 @@ class TorchKernels:
         block_k: int,
         scale: float,
         out: Tensor | None = None,
+        codes: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Softmax attention of each query block over its listed key blocks, `[T, H, D]`.
 
@@ -243,6 +265,8 @@ class TorchKernels:
             q, k, v: `[T, H, D]`, the current chunk.
             past_k, past_v: `[slots, frame_tokens, H, D]`.
             frame_slots: int32 `[F]`.
+            codes: where keys and values are such: block means of the keys and scales of both, by the names of
+                `HierarchicalSparseAttentionFP8`.
         """
         tokens, heads, head_dim = q.shape
         problem = KernelProblem(
@@ -257,9 +281,14 @@ class TorchKernels:
         )
         out = torch.empty_like(q) if out is None else out
         buffers = {"out": out, "q": q, "k": k, "v": v, "past_k": past_k, "past_v": past_v}
-        buffers |= {"frame_slots": frame_slots, "lists": lists.entries, "counts": lists.counts}
+        buffers |= {
+            "frame_slots": frame_slots,
+            "lists": lists.entries,
+            "counts": lists.counts,
+            **(codes or {}),
+        }
         _whole(buffers)
-        self._launcher.launch("attend", problem, buffers, {"scale": scale})
+        self._launcher.launch("attend" if codes is None else "attend_fp8", problem, buffers, {"scale": scale})
         return out
 
     def hierarchical_sparse_attention(
@@ -283,8 +312,9 @@ class TorchKernels:
         near_frames: int,
         scale: float,
         keep_q20: Sequence[int],
+        codes: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """The operator `HierarchicalSparseAttention`."""
+        """The operator `HierarchicalSparseAttention`; `codes` as for `attend`."""
         lists = self.select(
             q_mean,
             k_mean,
@@ -311,6 +341,15 @@ class TorchKernels:
             block_q=block_q,
             block_k=block_k,
             scale=scale,
+            codes=codes,
+        )
+
+    def hierarchical_sparse_attention_fp8(self, *tensors: Tensor, **attributes: Any) -> Tensor:
+        """The operator `HierarchicalSparseAttentionFP8`."""
+        given = dict(zip(operators.HSA_FP8_INPUTS, tensors, strict=True))
+        codes = {name: given[name] for name in _CODES_TAKE}
+        return self.hierarchical_sparse_attention(
+            *(given[name] for name in contract.HSA_INPUTS), **attributes, codes=codes
         )
 
     def commit(
@@ -322,6 +361,8 @@ class TorchKernels:
         v: Tensor,
         k_mean: Tensor,
         commit_slots: Tensor,
+        *,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy the frames of a chunk into the cache, in place.
 
@@ -329,14 +370,16 @@ class TorchKernels:
             past_k, past_v: `[slots, frame_tokens, H, D]`; past_kmean: float32 `[slots, k_blocks, H, D]`.
             k, v: `[T, H, D]`; k_mean: float32 `[frames, k_blocks, H, D]`.
             commit_slots: int32 `[frames]`, the slot of each frame; negative: skip the frame.
+            scales: where keys and values are codes: `k_scale`, `v_scale`, `past_kscale`, `past_vscale`.
         """
         problem = _cache_problem(past_k, past_kmean, chunk_frames=k_mean.shape[0])
         bits = {"past_k": past_k, "past_v": past_v, "k": k, "v": v}
         if k.element_size() == 2:
             bits = {name: tensor.view(torch.int16) for name, tensor in bits.items()}
         buffers = {**bits, "past_kmean": past_kmean, "k_mean": k_mean, "commit_slots": commit_slots}
+        buffers |= scales or {}
         _whole(buffers)
-        self._launcher.launch("commit", problem, buffers)
+        self._launcher.launch("commit" if scales is None else "commit_fp8", problem, buffers)
 
     def rope_sink(
         self,
@@ -347,6 +390,9 @@ class TorchKernels:
         sink_slots: Tensor,
         cos: Tensor,
         sin: Tensor,
+        *,
+        scales: Mapping[str, Tensor] | None = None,
+        block_k: int | None = None,
     ) -> None:
         """Write sink frames into their slots, rotated along time, in place.
 
@@ -356,12 +402,14 @@ class TorchKernels:
             sink_slots: int32 `[sinks]`; negative: skip the frame.
             cos, sin: float32 `[sinks, pairs]`, the rotation of the first `pairs` pairs of every head from the
                 committed to the new temporal position.
+            scales, block_k: where keys are codes: `sink_kscale` and `past_kscale`, and the tokens of a block.
         """
-        problem = _cache_problem(past_k, past_kmean, sinks=sink_k.shape[0])
+        problem = _cache_problem(past_k, past_kmean, sinks=sink_k.shape[0], block_k=block_k)
         buffers = {"past_k": past_k, "past_kmean": past_kmean, "sink_k": sink_k, "sink_kmean": sink_kmean}
-        buffers |= {"sink_slots": sink_slots, "cos": cos, "sin": sin}
+        buffers |= {"sink_slots": sink_slots, "cos": cos, "sin": sin, **(scales or {})}
         _whole(buffers)
-        self._launcher.launch("rope_sink", problem, buffers, {"turned_pairs": cos.shape[1]})
+        kernel = "rope_sink" if scales is None else "rope_sink_fp8"
+        self._launcher.launch(kernel, problem, buffers, {"turned_pairs": cos.shape[1]})
 
 
 def empty_lists(problem: KernelProblem, device: torch.device) -> BlockLists:
@@ -375,13 +423,18 @@ def empty_lists(problem: KernelProblem, device: torch.device) -> BlockLists:
 
 
 def _cache_problem(
-    past_k: Tensor, past_kmean: Tensor, *, chunk_frames: int = 0, sinks: int = 0
+    past_k: Tensor,
+    past_kmean: Tensor,
+    *,
+    chunk_frames: int = 0,
+    sinks: int = 0,
+    block_k: int | None = None,
 ) -> KernelProblem:
     _, frame_tokens, heads, head_dim = past_k.shape
-    # Only the number of blocks matters to the cache kernels; this size gives it back.
-    block_k = -(-frame_tokens // past_kmean.shape[1])
+    # Where only the number of blocks matters, this size gives it back.
+    block_k = block_k or -(-frame_tokens // past_kmean.shape[1])
     return KernelProblem(
-        _dtype_name(past_k),
+        _CACHE_DTYPE if past_k.dtype == torch.uint8 else _dtype_name(past_k),
         heads,
         head_dim,
         frame_tokens,
@@ -398,4 +451,9 @@ def bind_cuda() -> None:
     from plugins.nodes import ops
 
     kernels = TorchKernels()
-    ops.bind("cuda", hsa=kernels.hierarchical_sparse_attention, qk_prepare=kernels.qk_prepare)
+    ops.bind(
+        "cuda",
+        hsa=kernels.hierarchical_sparse_attention,
+        qk_prepare=kernels.qk_prepare,
+        codes=(kernels.qk_prepare_fp8, kernels.hierarchical_sparse_attention_fp8),
+    )

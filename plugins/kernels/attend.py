@@ -7,14 +7,14 @@ import triton.language as tl
 
 from .select import BLOCK_BITS, count_present
 
-__all__ = ["attend"]
+__all__ = ["attend", "load_if", "load_rows", "store_rows"]
 
 _ENTRY_BITS = tl.constexpr(BLOCK_BITS)
 _ENTRY_MASK = tl.constexpr((1 << BLOCK_BITS) - 1)
 
 
 @triton.jit
-def _load_if(pointer, wanted, INTERPRET: tl.constexpr):
+def load_if(pointer, wanted, INTERPRET: tl.constexpr):
     """int32 at `pointer` where `wanted`, else 0.
 
     Written in PTX because Triton's pipeliner spends a stage of the loop on every `tl.load` that feeds the address
@@ -33,14 +33,16 @@ def _load_if(pointer, wanted, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(pointers, inside, EVEN: tl.constexpr):
+def load_rows(pointers, inside, EVEN: tl.constexpr):
+    """A tile, of which rows that are not `inside` are zero; `EVEN`: all are."""
     if EVEN:
         return tl.load(pointers)
-    return tl.load(pointers, mask=inside[:, None], other=0.0)
+    return tl.load(pointers, mask=inside[:, None], other=0)
 
 
 @triton.jit
-def _store_rows(pointers, value, inside, EVEN: tl.constexpr):
+def store_rows(pointers, value, inside, EVEN: tl.constexpr):
+    """Write the rows of a tile that are `inside`; `EVEN`: all are."""
     if EVEN:
         tl.store(pointers, value)
     else:
@@ -90,7 +92,7 @@ def attend(
     query = (query_block % q_blocks) * Q_TILE + tl.arange(0, Q_TILE)
     query_inside = query < frame_tokens
     query_base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
-    q_tile = _load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
+    q_tile = load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
     to_log2 = scale * 1.4426950408889634
     if INTERPRET:  # the interpreter's bfloat16 matrix product is wrong
         q_tile = q_tile.to(tl.float32)
@@ -109,18 +111,18 @@ def attend(
     acc = tl.zeros([Q_TILE, V_TILE], tl.float32)
     acc_high = tl.zeros([Q_TILE, V_TILE], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        entry = _load_if(entries + (step >> shift), step < steps, INTERPRET)
+        entry = load_if(entries + (step >> shift), step < steps, INTERPRET)
         frame = entry >> _ENTRY_BITS
         start = (entry & _ENTRY_MASK) * block_k + (step & ((1 << shift) - 1)) * K_TILE
         past = frame < present
-        slot = _load_if(frame_slots + frame, past, INTERPRET)
+        slot = load_if(frame_slots + frame, past, INTERPRET)
         token = tl.where(past, slot, frame - present).to(tl.int64) * frame_tokens + start
         base = token * stride + head * HEAD_DIM
         k_base = tl.where(past, past_k, k) + base
         v_base = tl.where(past, past_v, v) + base
 
         key_inside = key < frame_tokens - start
-        k_tile = _load_rows(k_base + key_offset, key_inside, EVEN)
+        k_tile = load_rows(k_base + key_offset, key_inside, EVEN)
         if INTERPRET:
             k_tile = k_tile.to(tl.float32)
         logits = tl.dot(q_tile, tl.trans(k_tile))
@@ -134,13 +136,13 @@ def attend(
         best = new_best
 
         weights = weights.to(v.dtype.element_ty)
-        v_tile = _load_rows(v_base + value_offset, key_inside, EVEN)
+        v_tile = load_rows(v_base + value_offset, key_inside, EVEN)
         if INTERPRET:
             weights = weights.to(tl.float32)
             v_tile = v_tile.to(tl.float32)
         acc = tl.dot(weights, v_tile, acc * decay[:, None])
         if V_TILE < HEAD_DIM:
-            v_tile = _load_rows(v_base + V_TILE + value_offset, key_inside, EVEN)
+            v_tile = load_rows(v_base + V_TILE + value_offset, key_inside, EVEN)
             if INTERPRET:
                 v_tile = v_tile.to(tl.float32)
             acc_high = tl.dot(weights, v_tile, acc_high * decay[:, None])
@@ -148,6 +150,6 @@ def attend(
     # An empty list leaves zeros.
     inverse = 1.0 / tl.where(norm > 0, norm, 1.0)[:, None]
     o_pointers = out + query_base + query[:, None] * stride + value_column[None, :]
-    _store_rows(o_pointers, (acc * inverse).to(out.dtype.element_ty), query_inside, EVEN)
+    store_rows(o_pointers, (acc * inverse).to(out.dtype.element_ty), query_inside, EVEN)
     if V_TILE < HEAD_DIM:
-        _store_rows(o_pointers + V_TILE, (acc_high * inverse).to(out.dtype.element_ty), query_inside, EVEN)
+        store_rows(o_pointers + V_TILE, (acc_high * inverse).to(out.dtype.element_ty), query_inside, EVEN)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["commit", "rope_sink"]
+__all__ = ["commit", "move", "rope_sink"]
+
+
+@triton.jit
+def move(target, source, slot, frame, size, element):
+    """Copy those of the elements of a frame, `size` in all, into a slot."""
+    inside = element < size
+    moved = tl.load(source + frame.to(tl.int64) * size + element, mask=inside)
+    tl.store(target + slot * size + element, moved, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "frame_tokens", "k_blocks"])
@@ -34,18 +42,12 @@ def commit(
         return
     width = heads * HEAD_DIM
     element = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    size = frame_tokens * width
-    inside = element < size
     values = tl.program_id(2) == 1
-    moved = tl.load(tl.where(values, v, k) + frame.to(tl.int64) * size + element, mask=inside)
-    tl.store(tl.where(values, past_v, past_k) + slot * size + element, moved, mask=inside)
+    move(tl.where(values, past_v, past_k), tl.where(values, v, k), slot, frame, frame_tokens * width, element)
     if values:
         return
     # There are never more blocks than tokens, so the same tiles cover the block means.
-    means = k_blocks * width
-    inside = element < means
-    mean = tl.load(k_mean + frame.to(tl.int64) * means + element, mask=inside)
-    tl.store(past_kmean + slot * means + element, mean, mask=inside)
+    move(past_kmean, k_mean, slot, frame, k_blocks * width, element)
 
 
 @triton.jit

@@ -5,7 +5,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "rotated_rows"]
+
+
+@triton.jit
+def rotated_rows(
+    x,
+    weight,
+    here,
+    alive,
+    cos_base,
+    sin_base,
+    width,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """RMS norm over the full width and rotation of rows `here` of a block, float32 `[ROWS, WIDTH]`.
+
+    Rows that are not `alive` and columns past `width` must be zero, and stay so.
+    """
+    angle = tl.arange(0, HEAD_DIM // 2)
+    rms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    scaled = x * rms[:, None] * weight[None, :]
+    even, odd = tl.split(tl.reshape(scaled, [ROWS, WIDTH // HEAD_DIM, HEAD_DIM // 2, 2]))
+    turn = here[:, None] * (HEAD_DIM // 2) + angle[None, :]
+    c = tl.load(cos_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
+    s = tl.load(sin_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, WIDTH])
 
 
 @triton.jit(
@@ -54,7 +82,6 @@ def prepare(
     width = heads * HEAD_DIM
     column = tl.arange(0, WIDTH)
     inside = column < width
-    angle = tl.arange(0, HEAD_DIM // 2)
     token0 = (frame * frame_tokens + start).to(tl.int64)
     source = qkv + token0 * (3 * width) + role * width
     shift = tl.load(bias + role * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -81,13 +108,9 @@ def prepare(
             x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
             # Rows and columns past the end must stay zero, for the norm and for the mean.
             x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
-            rms = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
-            scaled = x * rms[:, None] * weight[None, :]
-            even, odd = tl.split(tl.reshape(scaled, [ROWS, WIDTH // HEAD_DIM, HEAD_DIM // 2, 2]))
-            turn = here[:, None] * (HEAD_DIM // 2) + angle[None, :]
-            c = tl.load(cos_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
-            s = tl.load(sin_base + turn, mask=alive[:, None], other=0.0)[:, None, :]
-            turned = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, WIDTH])
+            turned = rotated_rows(
+                x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS
+            )
             rounded = turned.to(q.dtype.element_ty)
             tl.store(target + here[:, None] * width + column[None, :], rounded, mask=mask)
             total += tl.sum(rounded.to(tl.float32), 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.bundle.images import KernelProblem
 
-from .tuning import attend_variants, candidates, prepare_variant
+from .tuning import COMMIT_TILE, attend_variants, candidates, fp8_variants, prepare_variant
 from .variant import (
     ARCHS,
     DRIVERS,
@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 _ROPE_TILE = 64
-_COMMIT_TILE = 4096
 _SCORE_Q, _SCORE_K = 32, 64
 
 
@@ -71,9 +70,9 @@ def _other_variants() -> Iterator[Variant]:
         yield Variant(
             "commit",
             f"commit-d{head_dim}",
-            {"HEAD_DIM": head_dim, "TILE": _COMMIT_TILE},
+            {"HEAD_DIM": head_dim, "TILE": COMMIT_TILE},
             4,
-            (GridAxis("frame_elements", _COMMIT_TILE), GridAxis("chunk_frames"), 2),
+            (GridAxis("frame_elements", COMMIT_TILE), GridAxis("chunk_frames"), 2),
             kernel_arguments("commit", "int16"),
             {"head_dim": (head_dim,)},
         )
@@ -116,7 +115,7 @@ def variants(arch: int) -> tuple[Variant, ...]:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")
-    return (*_other_variants(), *attend_variants(arch))
+    return (*_other_variants(), *attend_variants(arch), *fp8_variants(arch))
 
 
 def image_arch(capability: int) -> int:

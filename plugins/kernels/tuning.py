@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from .variant import (
@@ -17,15 +18,21 @@ from .variant import (
 )
 
 __all__ = [
+    "COMMIT_TILE",
     "Tiles",
     "Warpgroups",
     "attend_variant",
     "attend_variants",
     "candidates",
+    "fp8_variants",
     "prepare_variant",
     "warp_prepare_variant",
     "warpgroup_variant",
 ]
+
+
+COMMIT_TILE = 4096
+"""Elements of a frame that a program of `commit` copies."""
 
 
 class Tiles(NamedTuple):
@@ -187,6 +194,66 @@ def attend_variants(arch: int) -> Iterator[Variant]:
                 for even in (True, False):
                     tiles = _attend_tiles(arch, head_dim, block_q, even)
                     yield attend_variant(dtype, head_dim, block_q, even, tiles)
+
+
+_CONVERTS_E4M3 = 89
+"""The first architecture that converts E4M3 in hardware."""
+
+
+def _fp8_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
+    """Chosen so that nothing spills, but for some bytes on sm_80: queries stay in registers for their products with
+    the means of blocks, and codes are widened there, so that tiles are smaller than those of `attend`.
+    """
+    if arch in (90, 100):
+        return Tiles(32 if block_q == 32 else 64, head_dim, 4 if block_q == 32 else block_q // 16, 3)
+    if block_q == 32:
+        return Tiles(32, min(head_dim, 64), 4 if head_dim == 128 else 2, 2)
+    narrow = not even or (arch == 120 and head_dim == 128)
+    warps = 8 if head_dim == 128 and not even and arch < _CONVERTS_E4M3 else block_q // 16
+    return Tiles(32 if narrow else 64, min(head_dim, 64), warps, 2)
+
+
+def fp8_variants(arch: int) -> Iterator[Variant]:
+    """Every specialisation of the kernels over codes: compute type bfloat16."""
+    dtype, hardware = "bfloat16", arch >= _CONVERTS_E4M3
+    for head_dim in (128, 64):
+        sizes: dict[str, tuple[int | str, ...]] = {"head_dim": (head_dim,)}
+        yield replace(
+            prepare_variant(dtype, head_dim),
+            kernel="prepare_fp8",
+            name=f"prepare_fp8-{DTYPES[dtype]}-d{head_dim}",
+            constants={**prepare_variant(dtype, head_dim).constants, "HARDWARE": hardware},
+            arguments=kernel_arguments("prepare_fp8", dtype),
+        )
+        yield Variant(
+            "commit_fp8",
+            f"commit_fp8-d{head_dim}",
+            {"HEAD_DIM": head_dim, "TILE": COMMIT_TILE},
+            4,
+            (GridAxis("frame_elements", COMMIT_TILE), GridAxis("chunk_frames"), 2),
+            kernel_arguments("commit_fp8", dtype),
+            sizes,
+        )
+        yield Variant(
+            "rope_sink_fp8",
+            f"rope_sink_fp8-d{head_dim}",
+            {"HEAD_DIM": head_dim, "TILE": 32, "HARDWARE": hardware},
+            4,
+            (GridAxis("k_blocks"), GridAxis("heads"), GridAxis("sinks")),
+            kernel_arguments("rope_sink_fp8", dtype),
+            sizes,
+        )
+        for block_q in (128, 64, 32):
+            for even in (True, False):
+                tiles = _fp8_tiles(arch, head_dim, block_q, even)
+                plain = attend_variant(dtype, head_dim, block_q, even, tiles)
+                yield replace(
+                    plain,
+                    kernel="attend_fp8",
+                    name=plain.name.replace("attend", "attend_fp8"),
+                    constants={**plain.constants, "HARDWARE": hardware},
+                    arguments=kernel_arguments("attend_fp8", dtype),
+                )
 
 
 _WARP_CANDIDATES = (12, 8, 6, 4)

@@ -119,7 +119,7 @@ class Variant:
         )
 
 
-_F32, _I32 = "float32", "int32"
+_F32, _I32, _CODES = "float32", "int32", "uint8"
 _OPTIONS = {
     "eps": _F32,
     "scale": _F32,
@@ -208,6 +208,53 @@ KERNELS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
             "sin": _F32,
         },
         ("heads", "frame_tokens", "k_blocks", "turned_pairs"),
+    ),
+}
+
+
+_SCALES = dict.fromkeys(("k_scale", "v_scale"), _F32)
+_PAST_SCALES = dict.fromkeys(("past_kscale", "past_vscale"), _F32)
+
+
+def _over_codes(kernel: str, codes: tuple[str, ...], more: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The buffers of `kernel` where `codes` hold such; `more` gives what comes behind a buffer."""
+    buffers: dict[str, str] = {}
+    for name, element in KERNELS[kernel][1].items():
+        buffers[name] = _CODES if name in codes else element
+        buffers |= more.get(name, {})
+    return buffers
+
+
+KERNELS |= {
+    "prepare_fp8": (
+        "fp8",
+        _over_codes("prepare", ("k", "v"), {"k_mean": _SCALES}),
+        KERNELS["prepare"][2],
+    ),
+    "attend_fp8": (
+        "fp8",
+        _over_codes(
+            "attend",
+            ("k", "v", "past_k", "past_v"),
+            {"v": {"k_mean": _F32, **_SCALES}, "past_v": {"past_kmean": _F32, **_PAST_SCALES}},
+        ),
+        ("heads", "frame_tokens", "past_frames", "q_blocks", "k_blocks", "key_blocks", "block_k", "scale"),
+    ),
+    "commit_fp8": (
+        "fp8",
+        _over_codes(
+            "commit", ("past_k", "past_v", "k", "v"), {"past_kmean": _PAST_SCALES, "k_mean": _SCALES}
+        ),
+        KERNELS["commit"][2],
+    ),
+    "rope_sink_fp8": (
+        "fp8",
+        _over_codes(
+            "rope_sink",
+            ("past_k", "sink_k"),
+            {"past_kmean": {"past_kscale": _F32}, "sink_kmean": {"sink_kscale": _F32}},
+        ),
+        ("heads", "frame_tokens", "k_blocks", "block_k", "turned_pairs"),
     ),
 }
 

@@ -19,6 +19,7 @@ from onnxscript import values
 from plugins import contract
 from plugins.contract import AttentionAttributes, QKPrepareAttributes
 from plugins.errors import ContractError, PluginError
+from plugins.operators import OPERATORS, Operator
 from runtime.bundle import ELEMENT_TYPES, FLOATS
 
 from . import bodies as onnx_bodies
@@ -41,8 +42,11 @@ _PYTHON_TYPES: Final[Mapping[contract.AttributeKind, Any]] = {
 }
 _COMPUTE_TYPES: Final = [ELEMENT_TYPES[dtype].onnxruntime for dtype in FLOATS]
 _OTHER_TYPES: Final = {"frame_slots": "tensor(int32)", "chunk": "tensor(int32)"} | dict.fromkeys(
-    ("q_mean", "k_mean", "past_kmean", "cos", "sin"), "tensor(float)"
+    ("q_mean", "k_mean", "past_kmean", "cos", "sin", "k_scale", "v_scale", "past_kscale", "past_vscale"),
+    "tensor(float)",
 )
+_CODES: Final = dict.fromkeys(("k", "v", "past_k", "past_v"), "tensor(uint8)")
+"""Types of what the operators over codes hold as codes."""
 
 
 def attach(model: ir.Model, form: AttentionForm = "scan") -> None:
@@ -77,8 +81,9 @@ def attach(model: ir.Model, form: AttentionForm = "scan") -> None:
 def _body(
     op_type: str, found: Sequence[AttentionAttributes | QKPrepareAttributes], form: AttentionForm
 ) -> ir.Function:
-    if op_type == contract.QK_PREPARE:
-        return onnx_bodies.qk_prepare()
+    operator = OPERATORS[op_type]
+    if operator.prepares:
+        return onnx_bodies.qk_prepare(operator)
     first = found[0]
     for other in found:
         if onnx_bodies.fixed_attributes(other) != onnx_bodies.fixed_attributes(first):
@@ -87,24 +92,18 @@ def _body(
                 "every layer"
             )
     assert not isinstance(first, QKPrepareAttributes)
-    return onnx_bodies.attention(first, form)
+    return onnx_bodies.attention(operator, first, form)
 
 
 def _checked(node: ir.Node) -> AttentionAttributes | QKPrepareAttributes:
     """Hold a node to the contract; its attributes."""
-    attributes: type[AttentionAttributes | QKPrepareAttributes]
-    if node.op_type in contract.ATTENTION_OPERATORS:
-        attributes = contract.ATTENTION_OPERATORS[node.op_type]
-        inputs, outputs = contract.HSA_INPUTS, contract.HSA_OUTPUTS
-    elif node.op_type == contract.QK_PREPARE:
-        attributes = QKPrepareAttributes
-        inputs, outputs = contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS
-    else:
+    operator = OPERATORS.get(node.op_type)
+    if operator is None:
         raise ContractError(
             f"node {node.name!r} is {node.domain}::{node.op_type}, which has no body; expected "
-            f"{', '.join(contract.ATTENTION_OPERATORS)} or {contract.QK_PREPARE}"
+            f"{' or '.join(OPERATORS)}"
         )
-    names = contract.attribute_kinds(attributes)
+    inputs, outputs, names = operator.inputs, operator.outputs, operator.attributes
     who = f"{node.op_type} node {node.name!r}"
     if len(node.inputs) != len(inputs) or None in node.inputs:
         raise ContractError(f"{who} has {len(node.inputs)} inputs; expected {', '.join(inputs)}")
@@ -113,29 +112,26 @@ def _checked(node: ir.Node) -> AttentionAttributes | QKPrepareAttributes:
     given = {name: value.value for name, value in node.attributes.items() if name != "plugin_namespace"}
     if set(given) != set(names):
         raise ContractError(f"{who} has attributes {sorted(given)}; expected {sorted(names)}")
-    return attributes(**given)
+    return operator.made(**given)
 
 
-def _schema(
-    op_type: str,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    attributes: Mapping[str, contract.AttributeKind],
-) -> onnx.defs.OpSchema:
+def _schema(operator: Operator) -> onnx.defs.OpSchema:
     """The operator's schema; it stays unregistered, so importing this module changes nothing for other users."""
     schema = onnx.defs.OpSchema
+    types = _OTHER_TYPES | (_CODES if operator.over_codes else {})
 
     def parameter(name: str) -> onnx.defs.OpSchema.FormalParameter:
-        return schema.FormalParameter(name, _OTHER_TYPES.get(name, "T"))
+        return schema.FormalParameter(name, types.get(name, "T"))
 
     return schema(
-        op_type,
+        operator.name,
         contract.DOMAIN,
         contract.VERSION,
-        inputs=[parameter(name) for name in inputs],
-        outputs=[parameter(name) for name in outputs],
+        inputs=[parameter(name) for name in operator.inputs],
+        outputs=[parameter(name) for name in operator.outputs],
         attributes=[
-            schema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True) for name, kind in attributes.items()
+            schema.Attribute(name, _ATTRIBUTE_TYPES[kind], required=True)
+            for name, kind in operator.attributes.items()
         ],
         type_constraints=[("T", _COMPUTE_TYPES, "the compute type")],
     )
@@ -147,38 +143,21 @@ def export_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     Pass the exported model to `attach` afterwards. For node creation any compute type will do, bfloat16 included.
     """
     namespace = getattr(torch.ops, contract.DOMAIN)
-    table = {
-        getattr(namespace, name).default: _translation(
-            operator,
-            contract.HSA_INPUTS,
-            contract.HSA_OUTPUTS,
-            contract.attribute_kinds(contract.ATTENTION_OPERATORS[operator]),
-        )
-        for operator, name in ops.OPS.items()
+    return {
+        getattr(namespace, name).default: _translation(OPERATORS[operator])
+        for name, operator in ops.NAMES.items()
     }
-    kinds = contract.attribute_kinds(QKPrepareAttributes)
-    table[getattr(namespace, ops.QK_PREPARE).default] = _translation(
-        contract.QK_PREPARE,
-        contract.QK_PREPARE_INPUTS,
-        contract.QK_PREPARE_OUTPUTS,
-        {name: kinds[name] for name in contract.QK_PREPARE_ATTRIBUTES},
-    )
-    return table
 
 
-def _translation(
-    op_type: str,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    attributes: Mapping[str, contract.AttributeKind],
-) -> Callable[..., Any]:
+def _translation(operator: Operator) -> Callable[..., Any]:
     """What the exporter calls for one op: it makes the node."""
     opset = values.Opset(contract.DOMAIN, contract.VERSION)
-    operator = values.Op(opset, op_type, _schema(op_type, inputs, outputs, attributes))
+    node = values.Op(opset, operator.name, _schema(operator))
+    inputs, attributes = operator.inputs, operator.attributes
 
     def translate(*args: Any, **given: Any) -> Any:
         called = signature.bind(*args, **given).arguments
-        return operator(*(called[name] for name in inputs), **{name: called[name] for name in attributes})
+        return node(*(called[name] for name in inputs), **{name: called[name] for name in attributes})
 
     # The exporter reads the signature: annotated parameters become attributes, the others inputs.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

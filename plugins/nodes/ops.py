@@ -1,8 +1,8 @@
 """PyTorch custom ops of the operators: schemas and shape inference, without a computation of their own.
 
-`torch.ops.lightforcing.hierarchical_sparse_attention`, `torch.ops.lightforcing.qk_prepare` and one op for each other
-method (`OPS`) exist once this module is imported, and can be traced and exported then. `bind` gives them a kernel per
-device.
+`torch.ops.lightforcing.hierarchical_sparse_attention`, `torch.ops.lightforcing.qk_prepare`, both over codes
+(`..._fp8`), and one op for each other method (`OPS`) exist once this module is imported, and can be traced and exported
+then. `bind` gives them a kernel per device.
 """
 
 from __future__ import annotations
@@ -15,14 +15,25 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from plugins import contract
+from plugins import contract, operators
 from plugins.contract import AttentionAttributes, QKPrepareAttributes
 from plugins.errors import PluginError, UnboundOperatorError
+from plugins.operators import Operator
 
-__all__ = ["HIERARCHICAL_SPARSE_ATTENTION", "OPS", "QK_PREPARE", "bind"]
+__all__ = [
+    "HIERARCHICAL_SPARSE_ATTENTION",
+    "HIERARCHICAL_SPARSE_ATTENTION_FP8",
+    "NAMES",
+    "OPS",
+    "QK_PREPARE",
+    "QK_PREPARE_FP8",
+    "bind",
+]
 
 HIERARCHICAL_SPARSE_ATTENTION: Final = "hierarchical_sparse_attention"
 QK_PREPARE: Final = "qk_prepare"
+HIERARCHICAL_SPARSE_ATTENTION_FP8: Final = "hierarchical_sparse_attention_fp8"
+QK_PREPARE_FP8: Final = "qk_prepare_fp8"
 
 OPS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -35,66 +46,62 @@ OPS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Attention operator -> its op."""
 
+NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **{name: operator for operator, name in OPS.items()},
+        QK_PREPARE: contract.QK_PREPARE,
+        HIERARCHICAL_SPARSE_ATTENTION_FP8: operators.HIERARCHICAL_SPARSE_ATTENTION_FP8,
+        QK_PREPARE_FP8: operators.QK_PREPARE_FP8,
+    }
+)
+"""Op -> operator."""
+
 _TYPES: Final[Mapping[contract.AttributeKind, str]] = {"int": "int", "float": "float", "ints": "int[]"}
 
 
-def _attention_schema(operator: str) -> str:
-    kinds = contract.attribute_kinds(contract.ATTENTION_OPERATORS[operator])
-    tensors = [f"Tensor {name}" for name in contract.HSA_INPUTS]
-    return f"({', '.join([*tensors, *(f'{_TYPES[kind]} {name}' for name, kind in kinds.items())])}) -> Tensor"
+def _schema(operator: Operator) -> str:
+    parameters = [f"Tensor {name}" for name in operator.inputs]
+    parameters += [f"{_TYPES[kind]} {name}" for name, kind in operator.attributes.items()]
+    results = ", ".join(["Tensor"] * len(operator.outputs))
+    return f"({', '.join(parameters)}) -> {results if len(operator.outputs) == 1 else f'({results})'}"
 
 
-_SCHEMAS: Final = {
-    **{name: _attention_schema(operator) for operator, name in OPS.items()},
-    QK_PREPARE: (
-        "(Tensor qkv, Tensor bias, Tensor norm_q, Tensor norm_k, Tensor cos, Tensor sin, int heads, "
-        "int frame_tokens, int block_q, int block_k, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-}
-AttentionKernel = Callable[..., Tensor]
-QKPrepareKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+Kernel = Callable[..., Any]
 
 # A reload must not drop what is bound: the registrations live as long as these objects.
 _bound: dict[str, Library] = globals().get("_bound", {})
 
 
-def _attention_arguments(
-    operator: str, args: tuple[Any, ...]
-) -> tuple[tuple[Tensor, ...], AttentionAttributes, torch.Size]:
-    """Split positional arguments into tensors and attributes, validated; also the output's shape."""
-    count, kind = len(contract.HSA_INPUTS), contract.ATTENTION_OPERATORS[operator]
+def _arguments(
+    operator: Operator, args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], AttentionAttributes | QKPrepareAttributes, dict[str, tuple[Any, ...]]]:
+    """Split positional arguments into tensors and attributes, validated; also the shapes of the outputs."""
+    count = len(operator.inputs)
     tensors = args[:count]
-    attributes = kind(**dict(zip(contract.attribute_kinds(kind), args[count:], strict=True)))
-    shapes = {name: tensor.shape for name, tensor in zip(contract.HSA_INPUTS, tensors, strict=True)}
-    return tensors, attributes, torch.Size(contract.hsa_output_shapes(attributes, shapes)["out"])
+    attributes = operator.made(**dict(zip(operator.attributes, args[count:], strict=True)))
+    shapes = {name: tensor.shape for name, tensor in zip(operator.inputs, tensors, strict=True)}
+    if isinstance(attributes, QKPrepareAttributes):
+        return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes)
+    return tensors, attributes, contract.hsa_output_shapes(attributes, shapes)
 
 
-def _qk_prepare_arguments(
-    args: tuple[Any, ...],
-) -> tuple[tuple[Tensor, ...], QKPrepareAttributes, dict[str, tuple[Any, ...]]]:
-    count = len(contract.QK_PREPARE_INPUTS)
-    tensors = args[:count]
-    attributes = QKPrepareAttributes(**dict(zip(contract.QK_PREPARE_ATTRIBUTES, args[count:], strict=True)))
-    shapes = {name: tensor.shape for name, tensor in zip(contract.QK_PREPARE_INPUTS, tensors, strict=True)}
-    return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes)
+def _fake(operator: Operator) -> Kernel:
+    codes = ("k", "v") if operator.over_codes else ()
 
+    def dtype(name: str, compute: torch.dtype) -> torch.dtype:
+        if name in codes:
+            return torch.uint8
+        return torch.float32 if name.endswith(("_mean", "_scale")) else compute
 
-def _fake_attention(operator: str) -> Callable[..., Tensor]:
-    def fake(*args: Any) -> Tensor:
-        tensors, _, shape = _attention_arguments(operator, args)
-        return tensors[0].new_empty(shape)
+    def call(*args: Any) -> Any:
+        tensors, _, shapes = _arguments(operator, args)
+        made = [
+            tensors[0].new_empty(shapes[name], dtype=dtype(name, tensors[0].dtype))
+            for name in operator.outputs
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
 
-    return fake
-
-
-def _fake_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
-    tensors, _, shapes = _qk_prepare_arguments(args)
-    return tuple(
-        tensors[0].new_empty(
-            shapes[name], dtype=torch.float32 if name.endswith("_mean") else tensors[0].dtype
-        )
-        for name in contract.QK_PREPARE_OUTPUTS
-    )
+    return call
 
 
 def _unbound(name: str) -> Callable[..., Any]:
@@ -108,23 +115,22 @@ def _unbound(name: str) -> Callable[..., Any]:
 
 
 def _define() -> None:
-    fakes: dict[str, Callable[..., Any]] = {name: _fake_attention(operator) for operator, name in OPS.items()}
-    fakes[QK_PREPARE] = _fake_qk_prepare
-    for name, schema in _SCHEMAS.items():
+    for name, of in NAMES.items():
         if hasattr(getattr(torch.ops, contract.DOMAIN), name):
             continue  # this module was reloaded, or another copy of it was imported before
-        qualified = f"{contract.DOMAIN}::{name}"
-        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        operator, qualified = operators.OPERATORS[of], f"{contract.DOMAIN}::{name}"
+        torch.library.define(qualified, _schema(operator), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "default", _unbound(name))
-        torch.library.register_fake(qualified, fakes[name])
+        torch.library.register_fake(qualified, _fake(operator))
 
 
 def bind(
     device: str,
     *,
-    hsa: AttentionKernel,
-    qk_prepare: QKPrepareKernel,
-    methods: Mapping[str, AttentionKernel] = MappingProxyType({}),
+    hsa: Kernel,
+    qk_prepare: Kernel,
+    methods: Mapping[str, Kernel] = MappingProxyType({}),
+    codes: tuple[Kernel, Kernel] | None = None,
 ) -> None:
     """Make the ops callable on one type of device; binding again replaces the kernels.
 
@@ -136,35 +142,35 @@ def bind(
         hsa: kernel of `hierarchical_sparse_attention`.
         qk_prepare: kernel of `qk_prepare`.
         methods: kernels of other methods, by operator; one that is not named raises `UnboundOperatorError`.
+        codes: kernels of `qk_prepare_fp8` and `hierarchical_sparse_attention_fp8`; None leaves them uncallable.
 
     Raises:
         PluginError: another device.
     """
     if device not in ("cpu", "cuda"):
         raise PluginError(f"cannot bind kernels for device {device!r}; expected 'cpu' or 'cuda'")
-
-    def attention(operator: str, kernel: AttentionKernel) -> Callable[..., Tensor]:
-        def run(*args: Any) -> Tensor:
-            tensors, attributes, _ = _attention_arguments(operator, args)
-            return kernel(*tensors, **attributes.as_dict()).contiguous()
-
-        return run
-
-    def run_qk_prepare(*args: Any) -> tuple[Tensor, ...]:
-        tensors, attributes, _ = _qk_prepare_arguments(args)
-        return tuple(result.contiguous() for result in qk_prepare(*tensors, **attributes.as_dict()))
-
+    kernels = {HIERARCHICAL_SPARSE_ATTENTION: hsa, QK_PREPARE: qk_prepare}
+    kernels |= {OPS[operator]: kernel for operator, kernel in methods.items()}
+    if codes is not None:
+        kernels |= {QK_PREPARE_FP8: codes[0], HIERARCHICAL_SPARSE_ATTENTION_FP8: codes[1]}
     _bound.pop(device, None)  # dropping the library withdraws its kernels
     library = Library(contract.DOMAIN, "IMPL")
-    kernels = {contract.HIERARCHICAL_SPARSE_ATTENTION: hsa, **methods}
-    runs: dict[str, Callable[..., Any]] = {
-        OPS[operator]: attention(operator, kernel) for operator, kernel in kernels.items()
-    }
-    for name, run in (runs | {QK_PREPARE: run_qk_prepare}).items():
-        library.impl(
-            name, run, device.upper(), allow_override=True
-        )  # another copy of this module may have bound one
+    for name, kernel in kernels.items():
+        run = _checked(operators.OPERATORS[NAMES[name]], kernel)
+        # Another copy of this module may have bound one.
+        library.impl(name, run, device.upper(), allow_override=True)
     _bound[device] = library
+
+
+def _checked(operator: Operator, kernel: Kernel) -> Kernel:
+    def run(*args: Any) -> Any:
+        tensors, attributes, _ = _arguments(operator, args)
+        results = kernel(*tensors, **attributes.as_dict())
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(result.contiguous() for result in results)
+
+    return run
 
 
 _define()

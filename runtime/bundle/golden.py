@@ -25,6 +25,7 @@ from pydantic import Field, ValidationError
 from runtime.errors import BundleError
 
 from .dtypes import numpy_dtype
+from .e4m3 import E4M3_MAX, decode, encode
 from .fields import BundlePath, Count, Finite, NonNegative, NonNegativeFloat, Part, PositiveFloat, Seed, Size
 from .load import Bundle
 from .manifest import Component, TensorSpec
@@ -34,6 +35,7 @@ __all__ = [
     "METADATA_KEY",
     "SAMPLES",
     "Arrays",
+    "Codes",
     "ComponentRunner",
     "Expected",
     "GoldenCase",
@@ -45,6 +47,7 @@ __all__ = [
     "Platform",
     "Recipe",
     "Rotary",
+    "Scales",
     "Stored",
     "error_of",
     "generate",
@@ -83,6 +86,21 @@ class Rotary(Part):
     seed: Seed
 
 
+class Scales(Part):
+    """Numbers between `scale` / 8 and about four times `scale`: scales of blocks."""
+
+    kind: Literal["scales"] = "scales"
+    seed: Seed
+    scale: PositiveFloat
+
+
+class Codes(Part):
+    """Codes of E4M3, of normally distributed numbers with a deviation of a quarter of the largest one."""
+
+    kind: Literal["e4m3"] = "e4m3"
+    seed: Seed
+
+
 class Integers(Part):
     """The integers themselves: a step, a chunk's index, a table of slots."""
 
@@ -105,7 +123,7 @@ class Stored(Part):
     tensor: str
 
 
-Recipe = Annotated[Normal | Rotary | Integers | Mask | Stored, Field(discriminator="kind")]
+Recipe = Annotated[Normal | Rotary | Scales | Codes | Integers | Mask | Stored, Field(discriminator="kind")]
 
 
 class Expected(Part):
@@ -113,13 +131,15 @@ class Expected(Part):
 
     `size` is its number of elements, `seed` gives the positions of the samples, and `norm` is the L2 norm of
     all of it. `centre` is taken from every element first: pixels are spread around the middle of their range, and
-    what lies in the middle is no signal.
+    what lies in the middle is no signal. `codes`: the output is codes of E4M3, which are judged by what they stand
+    for.
     """
 
     size: Size
     seed: Seed
     norm: NonNegativeFloat
     centre: Finite = 0.0
+    codes: bool = False
 
 
 class GoldenCase(Part):
@@ -240,6 +260,11 @@ def generate(recipe: Recipe, count: int, files: Mapping[str, WeightsFile]) -> ND
         case Rotary():
             angles = _angles(recipe.seed, count)
             return (np.cos(angles) if recipe.kind == "cos" else np.sin(angles)).astype(np.float32)
+        case Scales():
+            drawn = np.abs(standard_normal(recipe.seed, count)) + np.float32(0.125)
+            return drawn * np.float32(recipe.scale)
+        case Codes():
+            return encode(standard_normal(recipe.seed, count) * (E4M3_MAX / 4))
         case Mask():
             return (np.arange(count) < recipe.ones).astype(np.float32)
         case Integers():
@@ -255,7 +280,7 @@ def generate(recipe: Recipe, count: int, files: Mapping[str, WeightsFile]) -> ND
 
 def sample(output: NDArray[Any], expected: Expected) -> tuple[NDArray[np.float32], float]:
     """Samples of an output at its positions, and its norm; see `Expected`."""
-    flat = output.reshape(-1)
+    flat = decode(output.reshape(-1)) if expected.codes else output.reshape(-1)
     picked = flat[positions(expected.seed, flat.size)].astype(np.float32) - np.float32(expected.centre)
     square = 0.0
     for start in range(0, flat.size, _DRAW):

@@ -92,7 +92,7 @@ class Argument(Part):
 
     name: Name
     type: Literal["pointer", "int32", "float32"]
-    element: Literal["bfloat16", "float16", "float32", "int32", "int16"] | None = None
+    element: Literal["bfloat16", "float16", "float32", "int32", "int16", "uint8"] | None = None
     source: Literal["buffer", "option", "size", "null"]
 
     @model_validator(mode="after")

@@ -94,7 +94,8 @@ class Cache(Part):
     """Cache policy. `window_frames` counts the current chunk too; null means `sparsity.table_frames`.
 
     `sink_positions`: `"absolute"` keeps sink keys where they were committed, `"window"` moves them to
-    just before the first recent frame whenever the window slides.
+    just before the first recent frame whenever the window slides. `kv` is null where keys and values are held in
+    the type that the model computes in, and `"fp8"` where they are codes of E4M3 (docs/operators.md).
 
     `recache` is what a prompt switch does where it does not say; `flush_frames` is how many frames besides the
     sinks outlive a flush or a cut, `cut_frames` how far a cut moves what follows it, in latent frames.
@@ -107,6 +108,7 @@ class Cache(Part):
     recache: Recache = "window"
     flush_frames: NonNegative = 2
     cut_frames: NonNegative = 42
+    kv: Literal["fp8"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Cache:

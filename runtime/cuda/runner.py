@@ -15,7 +15,7 @@ from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Arrays, Platform
 from runtime.errors import EngineError
 from runtime.program.buffers import Buffer
-from runtime.program.builder import attention_launches, kernel_problem, prepare_options
+from runtime.program.builder import attention_launches, kernel_name, kernel_problem, prepare_options
 from runtime.program.program import ALIGNMENT, KernelLaunch
 
 from .driver import CudaDriver, host_bytes
@@ -82,7 +82,7 @@ class CudaComponentRunner:
         dtype = next(spec.dtype for spec in component.inputs if spec.name in ("qkv", "q"))
         problem = kernel_problem(manifest, dtype)
         if name == "qk_prepare":
-            launches = [("prepare", prepare_options(manifest))]
+            launches = [(kernel_name(manifest, "prepare"), prepare_options(manifest))]
         else:
             launches = attention_launches(manifest)
             sizes = problem.sizes()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.bundle.dtypes import numpy_dtype
+from runtime.bundle.e4m3 import narrow, widen
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import EngineError
 from runtime.program.program import Copy, EngineRun, Fill, Operation, Program, Queue, View
@@ -178,6 +180,8 @@ class HostExecutor:
             copied = arrays({"source": operation.source, "target": operation.target})
             return lambda: _timed(lambda: np.copyto(copied["target"], copied["source"]))
         kernel = KERNELS.get(operation.kernel)
+        if operation.kernel == "rope_sink_fp8":
+            kernel = partial(_rope_sink_fp8, block=operation.problem.block_k)
         if kernel is None:
             raise EngineError(
                 f"kernel {operation.kernel!r} runs on a GPU only; a bundle for the host holds a graph in its place"
@@ -207,9 +211,20 @@ def _empty(dtype: Any, shape: tuple[int | str, ...]) -> NDArray[Any]:
     return np.empty([int(dim) for dim in shape], dtype=numpy_dtype(dtype))
 
 
+_STAGED = {
+    "past_k": "k",
+    "past_v": "v",
+    "past_kmean": "k_mean",
+    "past_kscale": "k_scale",
+    "past_vscale": "v_scale",
+}
+
+
 def _commit(arrays: Arrays) -> None:
-    """The kernel `commit`, see docs/kernels.md."""
-    for past, staged in (("past_k", "k"), ("past_v", "v"), ("past_kmean", "k_mean")):
+    """The kernels `commit` and `commit_fp8`, see docs/kernels.md."""
+    for past, staged in _STAGED.items():
+        if past not in arrays:
+            continue
         pool = arrays[past]
         frames = arrays[staged].reshape(-1, *pool.shape[1:])
         for frame, slot in enumerate(arrays["commit_slots"]):
@@ -223,15 +238,34 @@ def _rope_sink(arrays: Arrays) -> None:
         for sink, slot in enumerate(arrays["sink_slots"]):
             if slot < 0:
                 continue
-            cos, sin = arrays["cos"][sink], arrays["sin"][sink]
-            source, target = arrays[kept][sink], arrays[past][slot]
-            turned = 2 * len(cos)
-            even = source[..., 0:turned:2].astype(np.float32)
-            odd = source[..., 1:turned:2].astype(np.float32)
-            target[..., 0:turned:2] = even * cos - odd * sin
-            target[..., 1:turned:2] = even * sin + odd * cos
-            target[..., turned:] = source[..., turned:]
+            _turn(arrays[kept][sink], arrays[past][slot], arrays["cos"][sink], arrays["sin"][sink])
 
 
-KERNELS: Mapping[str, Callable[[Arrays], None]] = {"commit": _commit, "rope_sink": _rope_sink}
+def _turn(source: NDArray[Any], target: NDArray[Any], cos: NDArray[Any], sin: NDArray[Any]) -> None:
+    turned = 2 * len(cos)
+    even = source[..., 0:turned:2].astype(np.float32)
+    odd = source[..., 1:turned:2].astype(np.float32)
+    target[..., 0:turned:2] = even * cos - odd * sin
+    target[..., 1:turned:2] = even * sin + odd * cos
+    target[..., turned:] = source[..., turned:]
+
+
+def _rope_sink_fp8(arrays: Arrays, block: int) -> None:
+    """The kernel `rope_sink_fp8`: what the codes stand for is turned and rounded once more."""
+    for sink, slot in enumerate(arrays["sink_slots"]):
+        if slot < 0:
+            continue
+        cos, sin = arrays["cos"][sink], arrays["sin"][sink]
+        _turn(arrays["sink_kmean"][sink], arrays["past_kmean"][slot], cos, sin)
+        keys = widen(arrays["sink_k"][sink], arrays["sink_kscale"][sink], block)
+        turned = np.empty_like(keys)
+        _turn(keys, turned, cos, sin)
+        arrays["past_k"][slot], arrays["past_kscale"][slot] = narrow(turned, block)
+
+
+KERNELS: Mapping[str, Callable[[Arrays], None]] = {
+    "commit": _commit,
+    "commit_fp8": _commit,
+    "rope_sink": _rope_sink,
+}
 """The kernels of the cache on arrays named as their buffers."""

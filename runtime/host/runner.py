@@ -33,6 +33,9 @@ _LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "inductor": ("t
 """Distributions that execute a backend's components, of which one is enough."""
 
 
+_NAN_CODE = 0x7F
+
+
 class HostRunner:
     """Implements `ComponentRunner`; holds one loaded component at a time.
 
@@ -104,7 +107,8 @@ class HostRunner:
                     views |= operation.tensors  # latents and noise lie in other places in every forward
             outputs = {spec.name: executor.array(views[spec.name]) for spec in specs.outputs}
             for array in outputs.values():
-                array.fill(np.nan)  # or what an earlier run wrote would pass for this one's
+                # Not a number, in codes of E4M3 too, or what an earlier run wrote would pass for this one's.
+                array.fill(_NAN_CODE if array.dtype == np.uint8 else np.nan)
             for spec in specs.inputs:
                 value = inputs[spec.name]
                 executor.array(views[spec.name])[tuple(slice(size) for size in value.shape)] = value

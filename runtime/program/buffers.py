@@ -130,7 +130,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
                 buffer.name.replace("past_", "sink_"), buffer.dtype, (cache.sink_frames, *buffer.shape[1:])
             )
             for buffer in pool
-            if not buffer.name.startswith("past_v.")
+            if not buffer.name.startswith("past_v")  # values do not turn, nor do their scales
         ]
     return BufferPlan(
         sessions=sessions,

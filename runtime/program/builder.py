@@ -25,7 +25,7 @@ from .program import (
     View,
 )
 
-__all__ = ["attention_launches", "build_program", "kernel_problem", "prepare_options"]
+__all__ = ["attention_launches", "build_program", "kernel_name", "kernel_problem", "prepare_options"]
 
 Views = Mapping[str, View]
 
@@ -60,6 +60,11 @@ def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
     )
 
 
+def kernel_name(manifest: Manifest, kernel: str) -> str:
+    """The kernel that does what `kernel` does, on keys and values as the bundle holds them."""
+    return f"{kernel}_fp8" if manifest.cache.kv == "fp8" else kernel
+
+
 def prepare_options(manifest: Manifest) -> dict[str, int | float]:
     """Scalar arguments of the kernel `prepare`."""
     return {"eps": manifest.attention.eps}
@@ -74,7 +79,8 @@ def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | fl
         "sink_frames": attention.sink_frames,
         "near_frames": attention.near_frames,
     }
-    return [("score", choice), ("select", choice), ("attend", {"scale": attention.scale})]
+    attend = kernel_name(manifest, "attend")
+    return [("score", choice), ("select", choice), (attend, {"scale": attention.scale})]
 
 
 class _Builder:
@@ -92,7 +98,10 @@ class _Builder:
         self.session_bytes = self._place(plan.session, per_session=True)
         self.pool = [buffer.name for buffer in plan.pool]
         self.weights = self._place_weights()
-        self.problem = kernel_problem(manifest, self.view("k.0").dtype)
+        self.problem = kernel_problem(manifest, self.view("cross_k.0").dtype)
+        codes = manifest.cache.kv is not None
+        self.scales = ("kscale", "vscale") if codes else ()
+        """Stems of what belongs to keys and values that are codes."""
 
     def build(self) -> Program:
         manifest, caches = self.manifest, len(self.manifest.vae.caches)
@@ -339,23 +348,35 @@ class _Builder:
         }
         if self.manifest.kernels is None:
             return self._run("qk_prepare", tensors.get, layer=layer)
-        return KernelLaunch("prepare", self.problem, tensors, prepare_options(self.manifest), layer)
+        kernel = kernel_name(self.manifest, "prepare")
+        return KernelLaunch(kernel, self.problem, tensors, prepare_options(self.manifest), layer)
 
     def _projections(self, layer: int) -> dict[str, View]:
+        return {"q": self.view("q"), "q_mean": self.view("q_mean"), **self._staged(layer)}
+
+    def _staged(self, layer: int) -> dict[str, View]:
+        """What a chunk leaves for the cache."""
         return {
-            "q": self.view("q"),
             "k": self.view(f"k.{layer}"),
             "v": self.view(f"v.{layer}"),
-            "q_mean": self.view("q_mean"),
             "k_mean": self.view(f"kmean.{layer}"),
+            **{f"{stem[0]}_scale": self.view(f"{stem}.{layer}") for stem in self.scales},
         }
+
+    def _past(self, layer: int) -> dict[str, View]:
+        stems = ("k", "v", "kmean", *self.scales)
+        return {f"past_{stem}": self.view(f"past_{stem}.{layer}") for stem in stems}
 
     def _attention(self, layer: int, own: Views | None = None) -> list[Operation]:
         """`own` stands for the buffers of the same names."""
-        past = {name: self.view(f"{name}.{layer}") for name in ("past_k", "past_v", "past_kmean")}
         shared = {name: self.view(name) for name in ("frame_slots", "chunk")}
-        tensors = {**self._projections(layer), **past, **shared, "out": self.view("attention_out")}
-        tensors |= own or {}
+        tensors = {
+            **self._projections(layer),
+            **self._past(layer),
+            **shared,
+            "out": self.view("attention_out"),
+            **(own or {}),
+        }
         if self.manifest.kernels is None:
             return [self._run("attention", tensors.get, layer=layer)]
         tensors |= {name: self.view(name) for name in ("scores", "lists", "counts", "keep_q20")}
@@ -372,10 +393,8 @@ class _Builder:
         return [self._commit_layer(layer, slots) for layer in range(self.model.layers)]
 
     def _commit_layer(self, layer: int, slots: View) -> Operation:
-        names = ("past_k", "past_v", "past_kmean", "k", "v")
-        views = {name: self.view(f"{name}.{layer}") for name in names}
-        views |= {"k_mean": self.view(f"kmean.{layer}"), "commit_slots": slots}
-        return KernelLaunch("commit", self.problem, views, layer=layer)
+        views = {**self._past(layer), **self._staged(layer), "commit_slots": slots}
+        return KernelLaunch(kernel_name(self.manifest, "commit"), self.problem, views, layer=layer)
 
     def _sinks(self) -> list[Forward]:
         """Copies of the sinks as committed, one forward per chunk that holds some, and writing them turned."""
@@ -388,7 +407,7 @@ class _Builder:
             count = min(frames, sinks - first)
             copies: list[Operation] = []
             for layer in range(self.model.layers):
-                for stem in ("k", "kmean"):
+                for stem in ("k", "kmean", *self.scales[:1]):
                     target = self.view(f"sink_{stem}.{layer}")
                     staged = self.view(f"{stem}.{layer}")
                     by_frame = View(staged.buffer, staged.dtype, (frames, *target.shape[1:]))
@@ -396,13 +415,14 @@ class _Builder:
             forwards.append(self._forward(f"keep_sinks.{chunk}", (), copies))
         turn: list[Operation] = [
             KernelLaunch(
-                "rope_sink",
+                kernel_name(self.manifest, "rope_sink"),
                 self.problem,
                 {
-                    "past_k": self.view(f"past_k.{layer}"),
-                    "past_kmean": self.view(f"past_kmean.{layer}"),
-                    "sink_k": self.view(f"sink_k.{layer}"),
-                    "sink_kmean": self.view(f"sink_kmean.{layer}"),
+                    **{
+                        f"{side}_{stem}": self.view(f"{side}_{stem}.{layer}")
+                        for side in ("past", "sink")
+                        for stem in ("k", "kmean", *self.scales[:1])
+                    },
                     "sink_slots": self.view("sink_slots"),
                     "cos": self.view("sink_cos"),
                     "sin": self.view("sink_sin"),
@@ -457,5 +477,10 @@ _BUFFERS: Mapping[str, tuple[str, ...]] = {
     "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
     "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
     "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
+    "attend_fp8": (
+        *("out", "q", "k", "v", "k_mean", "k_scale", "v_scale"),
+        *("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),
+        *("frame_slots", "lists", "counts"),
+    ),
 }
 """What each kernel of the attention operator may take; an image takes what it needs of it."""

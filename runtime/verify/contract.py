@@ -20,10 +20,13 @@ _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         ("kmean", "past_kmean", "q_mean", "k_mean", "rope_cos", "rope_sin", "cos", "sin"), ("float32",)
     ),
+    **dict.fromkeys(("kscale", "vscale", "k_scale", "v_scale", "past_kscale", "past_vscale"), ("float32",)),
     "frames": ("uint8",),
 }
 """Element types of tensors by name; all others are floating point."""
 _LAYER: Final = re.compile(r"layers\.\d+\.")
+_CODES: Final = dict.fromkeys(("k", "v", "past_k", "past_v"), ("uint8",))
+"""The same where keys and values are codes."""
 _BETWEEN: Final = ("x", "attention_out", "step", "cross_k", "cross_v")
 _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "first": (("latent", "step"), ("x_out", "qkv")),
@@ -41,12 +44,20 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     **dict.fromkeys(ENCODER_COMPONENTS, (("video",), ("latent",))),
 }
 """Inputs and outputs without which a component does not do its part. Layers' and caches' are checked apart."""
+_CHUNK_SCALES: Final = ("k_scale", "v_scale")
+_PAST_SCALES: Final = ("past_kscale", "past_vscale")
+_NEEDED_SCALES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "qk_prepare": ((), _CHUNK_SCALES),
+    "attention": ((*_CHUNK_SCALES, *_PAST_SCALES), ()),
+}
+"""The same, besides, where keys and values are codes."""
 
 
 def check_contract(bundle: Bundle, flaws: Flaws) -> None:
     """Hold the components against the model's sizes, and the text encoder's weights against its layer."""
     manifest = bundle.manifest
     wanted = _shapes(manifest)
+    types = _TYPES if manifest.cache.kv is None else {**_TYPES, **_CODES}
     for name, tensors in wanted.items():
         component = manifest.components[name]
         for kind, specs in (("input", component.inputs), ("output", component.outputs)):
@@ -56,7 +67,7 @@ def check_contract(bundle: Bundle, flaws: Flaws) -> None:
                 if stem in ("cache", "cache_out") and name not in ENCODER_COMPONENTS:
                     _check_cache(manifest, spec, index, where, flaws)
                 elif stem in tensors:
-                    _check(spec, tensors[stem], _TYPES.get(stem, FLOATS), where, flaws)
+                    _check(spec, tensors[stem], types.get(stem, FLOATS), where, flaws)
     _check_needed(manifest, flaws)
     _check_encoder(manifest, flaws)
     _check_layers(manifest, flaws)
@@ -77,6 +88,7 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         "past_k": ("slots", model.frame_tokens, *head),
         "past_v": ("slots", model.frame_tokens, *head),
         "past_kmean": ("slots", k_blocks, *head),
+        **dict.fromkeys(_PAST_SCALES, ("slots", k_blocks, model.heads)),
         "frame_slots": (manifest.cache.max_past_frames,),
         "chunk": (),
     }
@@ -92,8 +104,13 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         "k": projected["k"],
         "v": projected["v"],
         "kmean": (frames, k_blocks, *head),
+        **dict.fromkeys(("kscale", "vscale"), (frames, k_blocks, model.heads)),
     }
-    means: dict[str, Dims] = {"q_mean": (frames, q_blocks, *head), "k_mean": (frames, k_blocks, *head)}
+    means: dict[str, Dims] = {
+        "q_mean": (frames, q_blocks, *head),
+        "k_mean": (frames, k_blocks, *head),
+        **dict.fromkeys(_CHUNK_SCALES, (frames, k_blocks, model.heads)),
+    }
     decoded: dict[str, Dims] = {"latent": (model.latent_channels, 1, *size)}
     shapes: dict[str, dict[str, Dims]] = {
         "step": step,
@@ -150,10 +167,14 @@ def _check_cache(manifest: Manifest, spec: TensorSpec, index: str, where: str, f
 
 def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
     for name, component in manifest.components.items():
-        inputs, outputs = _NEEDED.get(name.partition(".")[0], ((), ()))
+        stem = name.partition(".")[0]
+        inputs, outputs = _NEEDED.get(stem, ((), ()))
+        more: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+        if manifest.cache.kv is not None:
+            more = _NEEDED_SCALES.get(stem, more)
         for kind, specs, wanted in (
-            ("input", component.inputs, inputs),
-            ("output", component.outputs, outputs),
+            ("input", component.inputs, (*inputs, *more[0])),
+            ("output", component.outputs, (*outputs, *more[1])),
         ):
             for missing in sorted(set(wanted) - {spec.name for spec in specs}):
                 flaws.add(f"component {name!r}, {kind} {missing!r}", "it is missing")
@@ -192,12 +213,13 @@ def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
     step = manifest.components["step"]
     inputs = {spec.name for spec in step.inputs}
     outputs = {spec.name for spec in step.outputs}
-    wanted = {
-        f"{stem}.{i}" for stem in ("past_k", "past_v", "past_kmean", "cross_k", "cross_v") for i in layers
-    }
+    codes = manifest.cache.kv is not None
+    past = ("past_k", "past_v", "past_kmean", *(_PAST_SCALES if codes else ()))
+    made = ("k", "v", "kmean", *(("kscale", "vscale") if codes else ()))
+    wanted = {f"{stem}.{i}" for stem in (*past, "cross_k", "cross_v") for i in layers}
     for name in sorted(wanted - inputs):
         flaws.add(f"component 'step', input {name!r}", "it is missing")
-    for name in sorted({f"{stem}.{i}" for stem in ("k", "v", "kmean") for i in layers} - outputs):
+    for name in sorted({f"{stem}.{i}" for stem in made for i in layers} - outputs):
         flaws.add(f"component 'step', output {name!r}", "it is missing")
     following = manifest.components["vae_next"]
     for index in range(len(manifest.vae.caches)):

@@ -93,9 +93,29 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     },
 }
 
+_CHUNK_SCALES: Final = dict.fromkeys(("k_scale", "v_scale"), ("chunk_frames", "k_blocks", "heads"))
+_PAST_SCALES: Final = dict.fromkeys(("past_kscale", "past_vscale"), ("slots", "k_blocks", "heads"))
+_FP8_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "prepare_fp8": {**_SIZES["prepare"], **_CHUNK_SCALES},
+    "attend_fp8": {
+        **_SIZES["attend"],
+        **_CHUNK_SCALES,
+        **_PAST_SCALES,
+        "k_mean": _SIZES["score"]["k_mean"],
+        "past_kmean": _SIZES["score"]["past_kmean"],
+    },
+    "commit_fp8": {**_SIZES["commit"], **_CHUNK_SCALES, **_PAST_SCALES},
+    "rope_sink_fp8": {
+        **_SIZES["rope_sink"],
+        "past_kscale": _PAST_SCALES["past_kscale"],
+        "sink_kscale": ("sinks", "k_blocks", "heads"),
+    },
+}
+"""The same of the kernels over codes."""
+
 _OPERATORS: Final[Mapping[str, str]] = {
-    "prepare": "qk_prepare",
-    **dict.fromkeys(("score", "select", "attend"), "attention"),
+    **dict.fromkeys(("prepare", "prepare_fp8"), "qk_prepare"),
+    **dict.fromkeys(("score", "select", "attend", "attend_fp8"), "attention"),
 }
 """The component that each kernel executes, or a part of it."""
 
@@ -202,7 +222,7 @@ class LaunchChecker:
     def check(self, launch: KernelLaunch, where: str) -> None:
         """Note what differs between `launch` and the kernel's image."""
         self.count += 1
-        sizes = _SIZES.get(launch.kernel)
+        sizes = _SIZES.get(launch.kernel) or _FP8_SIZES.get(launch.kernel)
         if sizes is None:
             self._flaws.add(where, "there is no such kernel")
             return

@@ -151,6 +151,8 @@ def test_output_shapes() -> None:
         "v": (60, 2, 16),
         "q_mean": (3, 3, 2, 16),
         "k_mean": (3, 5, 2, 16),
+        "k_scale": (3, 5, 2),
+        "v_scale": (3, 5, 2),
     }
 
 

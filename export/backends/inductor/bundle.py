@@ -27,7 +27,8 @@ from export.errors import BuildError, InputError
 from export.graph.components import TEXT_WEIGHTS, attention_form, component_of
 from export.graph.modules import StepModule, merge_qkv
 from export.graph.tensor_files import StoredTensor, store, write_tensors
-from export.graph.tracing import attend, prepare, save_model, trace
+from export.graph.tracing import operators as torch_operators
+from export.graph.tracing import save_model, trace
 from export.machine import importable
 from export.parts.golden import write_vectors
 from export.parts.graphs import tokenizer_part
@@ -131,6 +132,7 @@ def _weight_tensors(
 ) -> Iterable[StoredTensor]:
     """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
+    prepare, attend = torch_operators(plan.spec.kv)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
     for stem, network in (("decoder", decoder), ("encoder", encoder)):
         if network is not None:
@@ -219,7 +221,8 @@ class _Operator(nn.Module):
 def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
     """The operators as ONNX graphs, for hosts."""
     spec, eps = plan.spec, plan.preset.dit.eps
-    operators: dict[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
+    prepare, attend = torch_operators(spec.kv)
+    operators: dict[str, tuple[Any, Mapping[str, Any]]] = {
         "qk_prepare": (prepare, {**spec.prepare_attributes(), "eps": eps}),
         "attention": (attend, spec.attend_attributes()),
     }

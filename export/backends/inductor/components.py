@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from export.graph.modules import LAYER_STEMS, layer_names
+from export.graph.modules import chunk_stems, layer_names, layer_stems
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
-from plugins import contract
+from plugins import operators
 from runtime import bundle
 
 from .modules import StepSegments, step_segments
@@ -47,15 +47,22 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         "k_mean": (frames, geometry.k_blocks, *heads),
         **dict.fromkeys(("past_k", "past_v"), ("slots", geometry.frame_tokens, *heads)),
         "past_kmean": ("slots", geometry.k_blocks, *heads),
+        **dict.fromkeys(("k_scale", "v_scale"), (frames, geometry.k_blocks, dit.heads)),
+        **dict.fromkeys(("past_kscale", "past_vscale"), ("slots", geometry.k_blocks, dit.heads)),
         "frame_slots": (plan.max_past_frames,),
         "chunk": (),
     }
-    wide = {"cos", "sin", "q_mean", "k_mean", "past_kmean"}
+    fixed = {
+        **dict.fromkeys(
+            ("cos", "sin", *(name for name in shapes if name.endswith(("mean", "scale")))), "float32"
+        ),
+        **dict.fromkeys(("frame_slots", "chunk"), "int32"),
+        **dict.fromkeys(("k", "v", "past_k", "past_v") if plan.spec.kv else (), "uint8"),
+    }
+    prepare, attention = operators.operators(plan.spec.kv)
 
     def specs(names: Iterable[str]) -> tuple[bundle.TensorSpec, ...]:
-        kinds = {
-            n: "int32" if n in ("frame_slots", "chunk") else "float32" if n in wide else None for n in names
-        }
+        kinds = {name: fixed.get(name) for name in names}
         return tuple(
             bundle.TensorSpec.model_validate(
                 {"name": n, "dtype": kind or bundle.dtype_name(dtype), "shape": shapes[n]}
@@ -65,10 +72,10 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
 
     return {
         "qk_prepare": bundle.Component(
-            file=None, inputs=specs(contract.QK_PREPARE_INPUTS), outputs=specs(contract.QK_PREPARE_OUTPUTS)
+            file=None, inputs=specs(prepare.inputs), outputs=specs(prepare.outputs)
         ),
         "attention": bundle.Component(
-            file=None, inputs=specs(contract.HSA_INPUTS), outputs=specs(contract.HSA_OUTPUTS)
+            file=None, inputs=specs(attention.inputs), outputs=specs(attention.outputs)
         ),
     }
 
@@ -92,12 +99,16 @@ def step_components(
     placement += [*named("cos", "rope_cos"), *named("sin", "rope_sin")]
 
     def inputs(first: list[bundle.TensorSpec], count: int) -> tuple[bundle.TensorSpec, ...]:
-        return (*first, *placement, *(spec for stem in LAYER_STEMS for spec in per_layer(stem, stem, count)))
+        return (
+            *first,
+            *placement,
+            *(spec for stem in layer_stems(plan.spec.kv) for spec in per_layer(stem, stem, count)),
+        )
 
     cache = [
         spec
-        for source, stem in (("k", "k"), ("v", "v"), ("k_mean", "kmean"))
-        for spec in per_layer(source, stem)
+        for stem in chunk_stems(plan.spec.kv)
+        for spec in per_layer(stem if stem in ("k", "v") else f"{stem[0]}_{stem[1:]}", stem)
     ]
     step = [*named("latent", "latent"), *named("noise", "noise"), *named("step", "step")]
     return {

@@ -7,6 +7,7 @@ was compiled, not what rounding the weights costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from export.parts.golden_reference import GoldenGraph
 from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
-from lightforcing_ref.attention import hsa_attention, qk_prepare
+from lightforcing_ref.attention import hsa_attention
+from lightforcing_ref.fp8_cache import oracles, with_fp8_cache
 from runtime import bundle
 from runtime.bundle.golden import Arrays
 
@@ -109,13 +111,16 @@ def golden_graphs(
     precision = _precision(types.transformer)
     prepare_attributes: dict[str, Any] = {**plan.spec.prepare_attributes(), "eps": plan.preset.dit.eps}
     attend_attributes: dict[str, Any] = plan.spec.attend_attributes()
+    qk_prepare, _ = oracles(plan.spec.kv)
+    # Gathering keeps the memory of a full-size call small.
+    gathering = partial(hsa_attention, form="gather")
+    attention = with_fp8_cache(gathering) if plan.spec.kv else gathering
 
     def prepare(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return qk_prepare(*given.values(), **prepare_attributes)
 
     def attend(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        # Gathering keeps the memory of a full-size call small.
-        return [hsa_attention(*given.values(), **attend_attributes, form="gather")]
+        return [attention(*given.values(), **attend_attributes)]
 
     graphs["qk_prepare"] = _TorchGraph("qk_prepare", components["qk_prepare"], precision, prepare)
     graphs["attention"] = _TorchGraph("attention", components["attention"], precision, attend)

@@ -12,8 +12,10 @@ from plugins.contract import (
     SpargeAttributes,
     VMoBAAttributes,
 )
+from plugins.operators import Operator
 
 from .attention import AttentionForm
+from .codes import HierarchicalCodesBody
 from .hsa import HierarchicalBody
 from .methods import RadialBody, SlidingTileBody, SpargeBody, VMoBABody
 from .prepare import qk_prepare
@@ -34,7 +36,7 @@ def fixed_attributes(attributes: AttentionAttributes | QKPrepareAttributes) -> o
     return None
 
 
-def attention(attributes: AttentionAttributes, form: AttentionForm) -> ir.Function:
+def attention(operator: Operator, attributes: AttentionAttributes, form: AttentionForm) -> ir.Function:
     """The body of an attention operator in one of its forms; both compute the same."""
     body: HierarchicalBody | RadialBody | SlidingTileBody | SpargeBody | VMoBABody
     match attributes:
@@ -47,8 +49,7 @@ def attention(attributes: AttentionAttributes, form: AttentionForm) -> ir.Functi
         case contract.SlidingTileAttributes():
             body = SlidingTileBody()
         case contract.HSAAttributes():
-            body = HierarchicalBody()
-    name = next(name for name, kind in contract.ATTENTION_OPERATORS.items() if isinstance(attributes, kind))
+            body = HierarchicalCodesBody(operator) if operator.over_codes else HierarchicalBody()
     kinds = {
         "int": ir.AttributeType.INT,
         "float": ir.AttributeType.FLOAT,
@@ -56,7 +57,7 @@ def attention(attributes: AttentionAttributes, form: AttentionForm) -> ir.Functi
     }
     return function(
         body.b,
-        name,
+        operator.name,
         body.inputs,
         dict(zip(contract.HSA_OUTPUTS, [body.emit(form)], strict=True)),
         {attribute: kinds[kind] for attribute, kind in contract.attribute_kinds(type(attributes)).items()},

@@ -28,11 +28,14 @@ class AttentionBody:
     query and key blocks per frame.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: tuple[str, ...] = contract.HSA_INPUTS) -> None:
         b = self.b = Body()
-        self.inputs = [ir.Value(name=name) for name in contract.HSA_INPUTS]
-        (self.q, self.k, self.v, self.q_mean, self.k_mean) = self.inputs[:5]
-        (self.past_k, self.past_v, self.past_kmean, frame_slots, self.chunk) = self.inputs[5:]
+        named = self.named = {name: ir.Value(name=name) for name in inputs}
+        self.inputs = list(named.values())
+        (self.q, self.k, self.v, self.q_mean, self.k_mean) = (named[name] for name in contract.HSA_INPUTS[:5])
+        (self.past_k, self.past_v, self.past_kmean, frame_slots, self.chunk) = (
+            named[name] for name in contract.HSA_INPUTS[5:]
+        )
         self.frame_tokens, self.block_q, self.block_k = map(
             b.attribute, ("frame_tokens", "block_q", "block_k")
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from plugins import contract
+from plugins.operators import Operator
 
+from .codes import codes_of
 from .tape import Body, function, reference
 
 __all__ = ["qk_prepare"]
 
 
-def qk_prepare() -> ir.Function:
-    """The body of `QKPrepare`."""
+def qk_prepare(operator: Operator) -> ir.Function:
+    """The body of `QKPrepare`, or of the one that gives keys and values as codes."""
     b = Body()
     inputs = [ir.Value(name=name) for name in contract.QK_PREPARE_INPUTS]
     qkv, bias, norm_q, norm_k, cos, sin = inputs
@@ -55,12 +57,18 @@ def qk_prepare() -> ir.Function:
 
     q, k = rotated(q, norm_q), rotated(k, norm_k)
     v = b("CastLike", b("Reshape", v, head_shape), qkv)
-    outputs = (q, k, v, means(q, b.attribute("block_q")), means(k, b.attribute("block_k")))
+    block_k = b.attribute("block_k")
+    q_mean, k_mean = means(q, b.attribute("block_q")), means(k, block_k)
+    outputs: tuple[ir.Value, ...] = (q, k, v, q_mean, k_mean)
+    if operator.over_codes:
+        k, k_scale = codes_of(b, k, block_k, frame_tokens, k_mean)
+        v, v_scale = codes_of(b, v, block_k, frame_tokens, None)
+        outputs = (q, k, v, q_mean, k_mean, k_scale, v_scale)
     return function(
         b,
-        contract.QK_PREPARE,
+        operator.name,
         inputs,
-        dict(zip(contract.QK_PREPARE_OUTPUTS, outputs, strict=True)),
+        dict(zip(operator.outputs, outputs, strict=True)),
         {
             name: ir.AttributeType.FLOAT if name == "eps" else ir.AttributeType.INT
             for name in contract.QK_PREPARE_ATTRIBUTES

@@ -21,7 +21,7 @@ def write_components(folder: Path, *, layers: int = 3) -> None:
     from export.graph.modules import ConditionerModule, StepModule, merge_qkv
     from export.graph.partition import merge_repeated, partition
     from export.graph.segments import is_kernel, is_parameter
-    from export.graph.tracing import attend, prepare, save_model, trace
+    from export.graph.tracing import operators, save_model, trace
     from export.request.geometry import StepPlan
     from export.request.targets import load_variant
     from lightforcing_ref.checkpoint.spec import umt5_shapes
@@ -44,6 +44,7 @@ def write_components(folder: Path, *, layers: int = 3) -> None:
     )
     save_model(graph, folder / "conditioner.onnx", "conditioner.weights")
     merge_qkv(model)
+    prepare, attend = operators(None)
     step = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
     graph = trace(
         step,

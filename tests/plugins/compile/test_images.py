@@ -389,7 +389,7 @@ def test_every_specialisation_builds_in_time_without_spilling(tmp_path: Path) ->
     built = builder.build(specs.ARCHS, tmp_path / "out", cache=tmp_path / "cache")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 2 * 180, "three minutes on two cores"
+    assert seconds < 2 * 480, "eight minutes on two cores"
     assert len(built) == len(specs.ARCHS)
     for arch in specs.ARCHS:
         image_set, cubins = images.read_images(tmp_path / "out" / f"sm_{arch}")

@@ -1,0 +1,405 @@
+"""The kernels over codes: keys and values as E4M3 with a scale per block and head, keys less the mean of their block.
+
+What they compute is in docs/operators.md, "Eight bits". Codes are uint8 everywhere. `HARDWARE` says whether the
+architecture converts E4M3 itself (sm_89 and later); without, a few integer instructions do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attend import load_if, load_rows, store_rows
+from .cache import move
+from .prepare import rotated_rows
+from .select import BLOCK_BITS, count_present
+
+__all__ = ["attend_fp8", "commit_fp8", "prepare_fp8", "rope_sink_fp8", "to_codes", "to_half"]
+
+_ENTRY_BITS = tl.constexpr(BLOCK_BITS)
+_ENTRY_MASK = tl.constexpr((1 << BLOCK_BITS) - 1)
+_E4M3_MAX = tl.constexpr(448.0)
+_SMALLEST_SCALE = tl.constexpr(2.0**-24)
+_TO_HALF = tl.constexpr(2.0**8)
+"""What the bits of a code, moved to where float16 has them, are short of: the difference of the exponents' biases."""
+
+
+@triton.jit
+def to_codes(x, HARDWARE: tl.constexpr):
+    """E4M3 of float32, to nearest even and saturating, as uint8."""
+    x = tl.minimum(tl.maximum(x, -_E4M3_MAX), _E4M3_MAX)
+    if HARDWARE:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    magnitude = tl.abs(x)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    # The mantissa loses 20 bits, the exponent's bias 120. Below 2^-6, numbers are multiples of 2^-9: the sum with 2^23
+    # has the nearest one in its last bits.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    subnormal = (magnitude * 2.0**9 + 2.0**23).to(tl.int32, bitcast=True) & 0xFF
+    code = tl.where(magnitude < 2.0**-6, subnormal, normal)
+    return tl.where(x < 0, code | 0x80, code).to(tl.uint8)
+
+
+@triton.jit
+def to_half(codes, HARDWARE: tl.constexpr):
+    """Codes as float16, exactly: their values, or these over `_TO_HALF` where integers do it."""
+    if HARDWARE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    wide = codes.to(tl.int16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _scale_of(largest):
+    return tl.maximum(largest / _E4M3_MAX, _SMALLEST_SCALE)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "frame_tokens", "block_q", "block_k", "q_blocks", "k_blocks", "chunk_frames"]
+)
+def prepare_fp8(
+    q,
+    k,
+    v,
+    q_mean,
+    k_mean,
+    k_scale,
+    v_scale,
+    qkv,
+    bias,
+    norm_q,
+    norm_k,
+    cos,
+    sin,
+    heads,
+    frame_tokens,
+    block_q,
+    block_k,
+    q_blocks,
+    k_blocks,
+    chunk_frames,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """As `prepare`, one block of one frame for q, k or v: grid (chunk_frames * max(q_blocks, k_blocks), 3).
+
+    Keys and values are walked twice: for the mean and the largest magnitude, which the smallest and the largest
+    value of each channel give, and, from the cache by then, for the codes.
+    """
+    role = tl.program_id(1)
+    block = tl.where(role == 0, block_q, block_k)
+    blocks = tl.where(role == 0, q_blocks, k_blocks)
+    index = tl.program_id(0)
+    if index >= chunk_frames * blocks:
+        return
+    frame = index // blocks
+    start = (index % blocks) * block
+    rows_here = tl.minimum(block, frame_tokens - start)
+
+    width = heads * HEAD_DIM
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    token0 = (frame * frame_tokens + start).to(tl.int64)
+    source = qkv + token0 * (3 * width) + role * width
+    shift = tl.load(bias + role * width + column, mask=inside, other=0.0).to(tl.float32)
+    row = tl.arange(0, ROWS)
+    weight = tl.load(tl.where(role == 0, norm_q, norm_k) + column, mask=inside, other=0.0).to(tl.float32)
+    cos_base = cos + token0 * (HEAD_DIM // 2)
+    sin_base = sin + token0 * (HEAD_DIM // 2)
+
+    total = tl.zeros([WIDTH], tl.float32)
+    low = tl.full([WIDTH], float("inf"), tl.float32)
+    high = tl.full([WIDTH], float("-inf"), tl.float32)
+    for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
+        here = first + row
+        alive = here < rows_here
+        mask = alive[:, None] & inside[None, :]
+        x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
+        x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
+        if role != 2:
+            x = rotated_rows(x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS)
+        rounded = x.to(q.dtype.element_ty)
+        if role == 0:
+            tl.store(q + token0 * width + here[:, None] * width + column[None, :], rounded, mask=mask)
+        wide = rounded.to(tl.float32)
+        total += tl.sum(wide, 0)
+        low = tl.minimum(low, tl.min(tl.where(alive[:, None], wide, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(alive[:, None], wide, float("-inf")), 0))
+    mean = total / rows_here
+    target = index.to(tl.int64) * width
+    if role == 0:
+        tl.store(q_mean + target + column, mean, mask=inside)
+        return
+    if role == 1:
+        tl.store(k_mean + target + column, mean, mask=inside)
+    else:
+        mean = tl.zeros([WIDTH], tl.float32)
+    largest = tl.where(inside, tl.maximum(high - mean, mean - low), 0.0)
+    scale = _scale_of(tl.max(tl.reshape(largest, [WIDTH // HEAD_DIM, HEAD_DIM]), 1))
+    head = tl.arange(0, WIDTH // HEAD_DIM)
+    scales = tl.where(role == 1, k_scale, v_scale) + index.to(tl.int64) * heads
+    tl.store(scales + head, scale, mask=head < heads)
+    by_column = tl.reshape(tl.broadcast_to(scale[:, None], [WIDTH // HEAD_DIM, HEAD_DIM]), [WIDTH])
+    out = tl.where(role == 1, k, v) + token0 * width
+    for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
+        here = first + row
+        alive = here < rows_here
+        mask = alive[:, None] & inside[None, :]
+        x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
+        x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
+        if role == 1:
+            x = rotated_rows(x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS)
+        x = (x.to(q.dtype.element_ty).to(tl.float32) - mean[None, :]) / by_column[None, :]
+        tl.store(out + here[:, None] * width + column[None, :], to_codes(x, HARDWARE), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "frame_tokens",
+        "past_frames",
+        "q_blocks",
+        "k_blocks",
+        "key_blocks",
+        "block_k",
+    ]
+)
+def attend_fp8(
+    out,
+    q,
+    k,
+    v,
+    k_mean,
+    k_scale,
+    v_scale,
+    past_k,
+    past_v,
+    past_kmean,
+    past_kscale,
+    past_vscale,
+    frame_slots,
+    lists,
+    counts,
+    heads,
+    frame_tokens,
+    past_frames,
+    q_blocks,
+    k_blocks,
+    key_blocks,
+    block_k,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    V_TILE: tl.constexpr,
+    FRAMES: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """As `attend`, one query block of one head over its listed key blocks: grid (query_blocks, heads).
+
+    Products are of float16, which holds every code exactly: a logit is `s (q . code) + q . mean`. The output is kept
+    in units of the last block's scale, so that scales of values cost nothing.
+    """
+    query_block = tl.program_id(0)
+    head = tl.program_id(1)
+    present = count_present(frame_slots, past_frames, FRAMES)
+    stride = heads * HEAD_DIM
+    column = tl.arange(0, HEAD_DIM)
+    value_column = tl.arange(0, V_TILE)
+
+    query = (query_block % q_blocks) * Q_TILE + tl.arange(0, Q_TILE)
+    query_inside = query < frame_tokens
+    query_base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
+    q_tile = load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
+    q_tile = q_tile.to(tl.float16)
+    to_log2 = scale * 1.4426950408889634
+    code_to_log2 = to_log2
+    if not HARDWARE:
+        code_to_log2 = to_log2 * _TO_HALF
+
+    row = (head * tl.num_programs(0) + query_block).to(tl.int64)
+    entries = lists + row * key_blocks
+    # log2(block_k / K_TILE) for the ratios 1, 2 and 4.
+    shift = block_k // K_TILE >> 1
+    steps = tl.load(counts + row) << shift
+    key = tl.arange(0, K_TILE)
+    key_offset = key[:, None] * stride + column[None, :]
+    value_offset = key[:, None] * stride + value_column[None, :]
+
+    best = tl.full([Q_TILE], float("-inf"), tl.float32)
+    norm = tl.zeros([Q_TILE], tl.float32)
+    acc = tl.zeros([Q_TILE, V_TILE], tl.float32)
+    acc_high = tl.zeros([Q_TILE, V_TILE], tl.float32)
+    unit = 1.0
+    for step in tl.range(0, steps, num_stages=STAGES):
+        entry = load_if(entries + (step >> shift), step < steps, INTERPRET)
+        frame = entry >> _ENTRY_BITS
+        block = entry & _ENTRY_MASK
+        start = block * block_k + (step & ((1 << shift) - 1)) * K_TILE
+        past = frame < present
+        slot = load_if(frame_slots + frame, past, INTERPRET)
+        place = tl.where(past, slot, frame - present)
+        base = (place.to(tl.int64) * frame_tokens + start) * stride + head * HEAD_DIM
+        of_block = (place.to(tl.int64) * k_blocks + block) * heads + head
+        k_base = tl.where(past, past_k, k) + base
+        v_base = tl.where(past, past_v, v) + base
+
+        key_inside = key < frame_tokens - start
+        k_tile = to_half(load_rows(k_base + key_offset, key_inside, EVEN), HARDWARE)
+        mean = tl.load(tl.where(past, past_kmean, k_mean) + of_block * HEAD_DIM + column)
+        key_scale = tl.load(tl.where(past, past_kscale, k_scale) + of_block) * code_to_log2
+        value_scale = tl.load(tl.where(past, past_vscale, v_scale) + of_block)
+        of_mean = tl.sum(q_tile.to(tl.float32) * mean[None, :], 1) * to_log2
+        if INTERPRET:
+            products = tl.dot(q_tile.to(tl.float32), tl.trans(k_tile.to(tl.float32)))
+        else:
+            products = tl.dot(q_tile, tl.trans(k_tile))
+        logits = products * key_scale + of_mean[:, None]
+        if not EVEN:
+            logits = tl.where(key_inside[None, :], logits, float("-inf"))
+        # The first step of a block always has a key inside the frame, so `new_best` is finite from then on.
+        new_best = tl.maximum(best, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_best[:, None])
+        decay = tl.exp2(best - new_best)
+        norm = norm * decay + tl.sum(weights, 1)
+        best = new_best
+        value_scale = tl.maximum(value_scale, _SMALLEST_SCALE)
+        decay = decay * (unit / value_scale)
+        unit = value_scale
+
+        weights = weights.to(tl.float16)
+        v_tile = to_half(load_rows(v_base + value_offset, key_inside, EVEN), HARDWARE)
+        if INTERPRET:
+            weights = weights.to(tl.float32)
+            v_tile = v_tile.to(tl.float32)
+        acc = tl.dot(weights, v_tile, acc * decay[:, None])
+        if V_TILE < HEAD_DIM:
+            v_tile = to_half(load_rows(v_base + V_TILE + value_offset, key_inside, EVEN), HARDWARE)
+            if INTERPRET:
+                v_tile = v_tile.to(tl.float32)
+            acc_high = tl.dot(weights, v_tile, acc_high * decay[:, None])
+
+    # An empty list leaves zeros.
+    if not HARDWARE:
+        unit = unit * _TO_HALF
+    inverse = (unit / tl.where(norm > 0, norm, 1.0))[:, None]
+    o_pointers = out + query_base + query[:, None] * stride + value_column[None, :]
+    store_rows(o_pointers, (acc * inverse).to(out.dtype.element_ty), query_inside, EVEN)
+    if V_TILE < HEAD_DIM:
+        store_rows(o_pointers + V_TILE, (acc_high * inverse).to(out.dtype.element_ty), query_inside, EVEN)
+
+
+@triton.jit(do_not_specialize=["heads", "frame_tokens", "k_blocks"])
+def commit_fp8(
+    past_k,
+    past_v,
+    past_kmean,
+    past_kscale,
+    past_vscale,
+    k,
+    v,
+    k_mean,
+    k_scale,
+    v_scale,
+    commit_slots,
+    heads,
+    frame_tokens,
+    k_blocks,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As `commit`, the scales of keys and values included: grid (tiles of a frame's elements, chunk_frames, 2)."""
+    frame = tl.program_id(1)
+    slot = tl.load(commit_slots + frame).to(tl.int64)
+    if slot < 0:
+        return
+    width = heads * HEAD_DIM
+    element = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    values = tl.program_id(2) == 1
+    move(tl.where(values, past_v, past_k), tl.where(values, v, k), slot, frame, frame_tokens * width, element)
+    # There are never more blocks than tokens, so the same tiles cover what belongs to blocks.
+    scales = tl.where(values, v_scale, k_scale)
+    move(tl.where(values, past_vscale, past_kscale), scales, slot, frame, k_blocks * heads, element)
+    if not values:
+        move(past_kmean, k_mean, slot, frame, k_blocks * width, element)
+
+
+@triton.jit
+def _turned(x, c, s, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    even, odd = tl.split(tl.reshape(x, [ROWS, HEAD_DIM // 2, 2]))
+    turned = tl.join(even * c[None, :] - odd * s[None, :], even * s[None, :] + odd * c[None, :])
+    return tl.reshape(turned, [ROWS, HEAD_DIM])
+
+
+@triton.jit(do_not_specialize=["heads", "frame_tokens", "k_blocks", "block_k", "turned_pairs"])
+def rope_sink_fp8(
+    past_k,
+    past_kmean,
+    past_kscale,
+    sink_k,
+    sink_kmean,
+    sink_kscale,
+    sink_slots,
+    cos,
+    sin,
+    heads,
+    frame_tokens,
+    k_blocks,
+    block_k,
+    turned_pairs,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """As `rope_sink`, one key block of one head of one sink frame: grid (k_blocks, heads, sinks).
+
+    A rotation turns a key less its mean into the turned key less the turned mean, so the codes are turned, and rounded
+    once more to a scale of their own.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    sink = tl.program_id(2)
+    slot = tl.load(sink_slots + sink).to(tl.int64)
+    if slot < 0:
+        return
+    pair = tl.arange(0, HEAD_DIM // 2)
+    c = tl.load(cos + sink * turned_pairs + pair, mask=pair < turned_pairs, other=1.0)
+    s = tl.load(sin + sink * turned_pairs + pair, mask=pair < turned_pairs, other=0.0)
+    column = tl.arange(0, HEAD_DIM)
+    stride = heads * HEAD_DIM
+    start = block * block_k
+    rows_here = tl.minimum(block_k, frame_tokens - start)
+    size = frame_tokens * stride
+    offset = start * stride + head * HEAD_DIM
+    from_block = (sink.to(tl.int64) * k_blocks + block) * heads + head
+    to_block = (slot * k_blocks + block) * heads + head
+    old = tl.load(sink_kscale + from_block)
+
+    largest = 0.0
+    for first in tl.range(0, rows_here, TILE):
+        row = first + tl.arange(0, TILE)
+        inside = (row < rows_here)[:, None]
+        at = sink_k + sink.to(tl.int64) * size + offset + row[:, None] * stride + column[None, :]
+        x = to_half(tl.load(at, mask=inside, other=0), HARDWARE).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(_turned(x, c, s, TILE, HEAD_DIM))))
+    if not HARDWARE:
+        old = old * _TO_HALF
+    new = _scale_of(largest * old)
+    tl.store(past_kscale + to_block, new)
+    for first in tl.range(0, rows_here, TILE):
+        row = first + tl.arange(0, TILE)
+        inside = (row < rows_here)[:, None]
+        at = sink_k + sink.to(tl.int64) * size + offset + row[:, None] * stride + column[None, :]
+        x = to_half(tl.load(at, mask=inside, other=0), HARDWARE).to(tl.float32) * old
+        codes = to_codes(_turned(x, c, s, TILE, HEAD_DIM) / new, HARDWARE)
+        tl.store(past_k + slot * size + offset + row[:, None] * stride + column[None, :], codes, mask=inside)
+    mean = tl.load(sink_kmean + from_block * HEAD_DIM + column)
+    turned = _turned(tl.reshape(mean, [1, HEAD_DIM]), c, s, 1, HEAD_DIM)
+    tl.store(past_kmean + to_block * HEAD_DIM + column[None, :], turned)

@@ -1,0 +1,101 @@
+"""Every operator by name, those over codes included: tensors, attributes, and the class that holds these.
+
+Operators over codes take and give keys and values in eight bits, with scales beside them (docs/operators.md, "Eight
+bits"); their attributes are those of the operators that they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from . import contract
+from .contract import AttentionAttributes, HSAAttributes, QKPrepareAttributes
+
+__all__ = [
+    "HIERARCHICAL_SPARSE_ATTENTION_FP8",
+    "HSA_FP8_INPUTS",
+    "OPERATORS",
+    "QK_PREPARE_FP8",
+    "QK_PREPARE_FP8_OUTPUTS",
+    "Operator",
+    "operators",
+]
+
+HIERARCHICAL_SPARSE_ATTENTION_FP8: Final = "HierarchicalSparseAttentionFP8"
+QK_PREPARE_FP8: Final = "QKPrepareFP8"
+
+QK_PREPARE_FP8_OUTPUTS: Final[tuple[str, ...]] = (*contract.QK_PREPARE_OUTPUTS, "k_scale", "v_scale")
+HSA_FP8_INPUTS: Final[tuple[str, ...]] = (
+    "q",
+    "k",
+    "v",
+    "q_mean",
+    "k_mean",
+    "k_scale",
+    "v_scale",
+    "past_k",
+    "past_v",
+    "past_kmean",
+    "past_kscale",
+    "past_vscale",
+    "frame_slots",
+    "chunk",
+)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: its tensors and attributes by name in their order, and the class that holds the attributes."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    made: type[AttentionAttributes | QKPrepareAttributes]
+
+    @property
+    def attributes(self) -> dict[str, contract.AttributeKind]:
+        """Attribute name -> kind, in the order of the schema."""
+        kinds = contract.attribute_kinds(self.made)
+        return {name: kinds[name] for name in contract.QK_PREPARE_ATTRIBUTES} if self.prepares else kinds
+
+    @property
+    def prepares(self) -> bool:
+        """Whether it turns projections into queries, keys and values."""
+        return self.made is QKPrepareAttributes
+
+    @property
+    def over_codes(self) -> bool:
+        """Whether keys and values are codes."""
+        return "k_scale" in (*self.inputs, *self.outputs)
+
+
+OPERATORS: Final[Mapping[str, Operator]] = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            contract.QK_PREPARE, contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS, QKPrepareAttributes
+        ),
+        *(
+            Operator(name, contract.HSA_INPUTS, contract.HSA_OUTPUTS, made)
+            for name, made in contract.ATTENTION_OPERATORS.items()
+        ),
+        Operator(QK_PREPARE_FP8, contract.QK_PREPARE_INPUTS, QK_PREPARE_FP8_OUTPUTS, QKPrepareAttributes),
+        Operator(HIERARCHICAL_SPARSE_ATTENTION_FP8, HSA_FP8_INPUTS, contract.HSA_OUTPUTS, HSAAttributes),
+    )
+}
+"""The operators, those over codes last."""
+
+
+def operators(
+    kv: str | None, attention: str = contract.HIERARCHICAL_SPARSE_ATTENTION
+) -> tuple[Operator, Operator]:
+    """What a layer holds: preparation and attention, over codes where `kv` is "fp8".
+
+    Args:
+        attention: the attention operator of a layer whose keys and values are in the compute type.
+    """
+    if kv is None:
+        return OPERATORS[contract.QK_PREPARE], OPERATORS[attention]
+    return OPERATORS[QK_PREPARE_FP8], OPERATORS[HIERARCHICAL_SPARSE_ATTENTION_FP8]

@@ -1,0 +1,131 @@
+"""Bundles whose keys and values are codes: built, rolled out, compared with PyTorch, planned and dry-run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.build import build_bundle, check_build
+from export.compare.against_reference import against_reference
+from export.errors import InputError
+from export.estimate.memory import plan_memory
+from export.estimate.roofline import Workload
+from export.request.plan import PlanRequest
+from export.request.request import BuildRequest
+from export.request.targets import load_target, load_variant
+from export.request.weights import Weights
+from lightforcing_ref.config import PRESETS, preset
+from runtime import Pipeline
+from runtime.bundle import load_bundle
+from runtime.program.buffers import plan_buffers
+from runtime.verify.dry_run import dry_run
+
+PROMPT = "a red fox in fresh snow"
+SIZE = (PRESETS["tiny"].height, PRESETS["tiny"].width)
+
+
+def request(
+    out: Path, target: str, variant: str, backend: str, precision: str, **changes: Any
+) -> BuildRequest:
+    """A build of `tiny` with random weights, over codes."""
+    tiny = PRESETS["tiny"]
+    settings: dict[str, Any] = {
+        "target": load_target(target),
+        "variant": load_variant(variant).holding("fp8"),
+        "weights": Weights(tiny, seed=0),
+        "height": tiny.height,
+        "width": tiny.width,
+        "backend": backend,
+        "precision": precision,
+        "out": out,
+        "name": "kv8",
+    }
+    return BuildRequest(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The long mode, whose sinks move: operators run as graphs of their own, between segments."""
+    out = tmp_path_factory.mktemp("kv8")
+    return build_bundle(request(out, "cpu", "long", "onnxruntime", "fp32", execution="segmented"))
+
+
+def test_the_manifest_says_so_and_the_cache_is_smaller(segmented: Path, tiny_long_bundle: Path) -> None:
+    codes, plain = (load_bundle(root).manifest for root in (segmented, tiny_long_bundle))
+    assert (codes.cache.kv, plain.cache.kv) == ("fp8", None)
+    assert codes.variant == "long-kv8"
+    pools = [{b.name: b for b in plan_buffers(m, 1).pool} for m in (codes, plain)]
+    for name in ("past_k.0", "past_v.0"):
+        assert pools[0][name].nbytes * 4 == pools[1][name].nbytes  # float32 on the CPU
+    assert pools[0]["past_kscale.0"].shape == (9, codes.key_blocks, codes.model.heads)
+    planned = plan_memory(
+        PlanRequest(
+            load_target("cpu"), load_variant("long").holding("fp8"), PRESETS["tiny"], 128, 128, "fp32"
+        )
+    )
+    sizes = {item.name: item.bytes for item in planned.items}
+    keys = ("past_k.", "past_v.", "past_kscale.", "past_vscale.")
+    held = sum(b.nbytes for b in pools[0].values() if b.name.startswith(keys))
+    assert sizes["keys and values of past frames"] == held
+
+
+def test_it_computes_what_pytorch_does(segmented: Path) -> None:
+    """Every component, every forward from equal states, and a whole rollout, in which sinks have moved."""
+    result = against_reference(segmented, chunks=5)
+    assert result.passed, [row for row in result.rows if not row.passed]
+
+
+def test_sessions_are_isolated(segmented: Path) -> None:
+    with Pipeline.load(segmented, sessions=2, threads=1) as pipe:
+        with pipe.session(prompt=PROMPT, seed=1) as alone:
+            expected = [chunk.frames for chunk in alone.stream(chunks=5)]
+        with pipe.session(prompt=PROMPT, seed=1) as one, pipe.session(prompt="b", seed=2) as other:
+            streams = one.stream(chunks=5), other.stream(chunks=5)
+            for want, (have, _) in zip(expected, zip(*streams, strict=True), strict=True):
+                assert np.array_equal(have.frames, want)
+
+
+def test_the_cost_of_a_chunk() -> None:
+    """1.3B at 512x768: a byte for each key and value, and the scales of blocks of 64."""
+    model = preset("wan-1.3b")
+    plain, codes = (
+        PlanRequest(load_target("rtx5090"), load_variant("short").holding(kv), model, 512, 768, "fp8")
+        for kv in (None, "fp8")
+    )
+    sizes = [{i.name: i.bytes for i in plan_memory(one).items} for one in (plain, codes)]
+    name = "keys and values of past frames"
+    assert sizes[1][name] == 18 * 30 * 2 * (1536 * 1536 + 24 * 12 * 4)
+    assert sizes[0][name] == 18 * 30 * 2 * 1536 * 1536 * 2
+    moved = [Workload(one).attention(6).bytes for one in (plain, codes)]
+    assert moved[0] - moved[1] == 2 * 21 * 1536 * 1536
+    prepare = [Workload(one).passes.prepare().written for one in (plain, codes)]
+    assert prepare[0] - prepare[1] == 2 * 4608 * 1536 - 2 * 3 * 24 * 12 * 4
+
+
+def test_the_plugin_has_no_codes(tmp_path: Path) -> None:
+    asked = request(tmp_path, "h200", "short", "tensorrt", "bf16")
+    with pytest.raises(InputError, match="drop --kv fp8, or use --backend"):
+        check_build(asked)
+
+
+def test_other_methods_have_no_codes(tmp_path: Path) -> None:
+    asked = request(tmp_path, "cpu", "short", "onnxruntime", "fp32")
+    asked = replace(asked, variant=asked.variant.with_policy("radial"))
+    with pytest.raises(InputError, match=r"the policy radial .* is not there over keys and values in fp8"):
+        check_build(asked)
+
+
+def test_engines_and_kernels_for_a_gpu(tmp_path: Path) -> None:
+    """Built for real: TensorRT-RTX engines between kernels over codes, every launch checked against the images."""
+    pytest.importorskip("tensorrt_rtx")
+    root = build_bundle(request(tmp_path, "rtx4090", "long", "tensorrt-rtx", "bf16", execution="segmented"))
+    dry_run(load_bundle(root))
+    names = json.loads((root / "kernels" / "sm_89" / "kernels.json").read_text())["images"]
+    kernels = {image["kernel"] for image in names}
+    assert kernels == {"score", "select", *(f"{k}_fp8" for k in ("prepare", "attend", "commit", "rope_sink"))}
+    assert all(image["spill_stores"] == 0 for image in names)

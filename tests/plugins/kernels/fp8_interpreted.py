@@ -1,0 +1,200 @@
+"""The kernels over codes in Triton's interpreter, against the reference.
+
+Not collected by name: test_fp8_kernels.py runs this file in a process of its own, because Triton decides when it is
+imported whether it interprets. By hand: TRITON_INTERPRET=1 pytest tests/plugins/kernels/fp8_interpreted.py
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightforcing_ref import fp8_cache as oracle
+from lightforcing_ref.rope import apply_rope
+from plugins import operators
+from plugins.eager.interpreter import mend_interpreter
+from plugins.eager.launch import TorchKernels
+from plugins.kernels.fp8 import to_codes, to_half
+from tests import brute_force
+
+assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
+mend_interpreter()
+KERNELS = TorchKernels()
+GEOMETRIES = [(44, 32, 32), (64, 32, 64), (88, 64, 64)]
+"""Tokens of a frame, of a query block and of a key block: with and without a tail."""
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@triton.jit
+def _there_and_back(codes, halves, x, N: tl.constexpr):
+    index = tl.arange(0, N)
+    code = to_codes(tl.load(x + index), False)
+    tl.store(codes + index, code)
+    tl.store(halves + index, to_half(code, False))
+
+
+def test_integers_round_as_hardware_does() -> None:
+    """Every code, every midpoint and its neighbours, subnormal ones and what lies beyond the range."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()].unique()
+    middle = (values[1:] + values[:-1]) / 2
+    around = [torch.nextafter(middle, torch.tensor(side)) for side in (-1e9, 1e9)]
+    beyond = torch.tensor([449.0, 1e9, -1e9, float("inf"), 2.0**-11, -(2.0**-30), 0.0])
+    x = torch.cat((values, middle, *around, beyond))
+    padded = torch.zeros(1024)
+    padded[: len(x)] = x
+    codes, halves = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1024, dtype=torch.float16)
+    _there_and_back[(1,)](codes, halves, padded, N=1024)
+    expected = padded.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(codes.view(torch.float8_e4m3fn).float(), expected.float())
+    assert torch.equal(256 * halves.float(), expected.float())
+
+
+def prepared(geometry: tuple[int, int, int], head_dim: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    frame_tokens, block_q, block_k = geometry
+    frames, heads = 2, 3
+    tokens, width = frames * frame_tokens, heads * head_dim
+    generator = torch.Generator().manual_seed(frame_tokens)
+    qkv, bias, norm_q, norm_k = (
+        torch.randn(shape, generator=generator)
+        for shape in ((tokens, 3 * width), (3 * width,), (width,), (width,))
+    )
+    qkv[:, 2 * width : 2 * width + head_dim] = 0  # the values of a head that are all zero
+    bias[2 * width : 2 * width + head_dim] = 0
+    angle = torch.randn(tokens, head_dim // 2, generator=generator)
+    attributes: dict[str, Any] = {"heads": heads, "frame_tokens": frame_tokens, "eps": 1e-6}
+    return (qkv, bias, norm_q, norm_k, angle.cos(), angle.sin()), attributes | {
+        "block_q": block_q,
+        "block_k": block_k,
+    }
+
+
+@pytest.mark.parametrize(("geometry", "head_dim"), [(g, 128 if g[0] == 44 else 64) for g in GEOMETRIES])
+def test_prepare(geometry: tuple[int, int, int], head_dim: int) -> None:
+    inputs, attributes = prepared(geometry, head_dim)
+    found = dict(
+        zip(operators.QK_PREPARE_FP8_OUTPUTS, KERNELS.qk_prepare_fp8(*inputs, **attributes), strict=True)
+    )
+    expected = dict(
+        zip(operators.QK_PREPARE_FP8_OUTPUTS, oracle.qk_prepare_fp8(*inputs, **attributes), strict=True)
+    )
+    for name in ("q", "q_mean", "k_mean", "k_scale", "v_scale"):
+        assert relative(found[name], expected[name]) < 1e-6, name
+    for name in ("k", "v"):
+        # Sums in another order move what lies on the edge between two codes.
+        assert float((found[name] != expected[name]).float().mean()) < 2e-3, name
+
+
+def case_of(geometry: tuple[int, int, int], past: int) -> dict[str, Tensor]:
+    """Inputs of the attention over codes: of keys and values that are quantized here, in slots out of order."""
+    frame_tokens, block_q, block_k = geometry
+    case = brute_force.random_case(
+        np.random.default_rng(past),
+        heads=2,
+        head_dim=64,
+        frame_tokens=frame_tokens,
+        block_q=block_q,
+        block_k=block_k,
+        past=past,
+        max_past=past + 1,
+        chunk=1,
+    )
+    given = {name: torch.from_numpy(np.ascontiguousarray(x)).clone() for name, x in case.inputs.items()}
+    frames = (-1, frame_tokens)
+    named = {"frame_slots": given["frame_slots"], "chunk": given["chunk"]}
+    for name in ("q", "q_mean", "k_mean", "past_kmean"):
+        named[name] = given[name].float()
+    for stem in ("", "past_"):
+        keys, values = (
+            (given[f"{stem}{kind}"].float() if stem else given[kind].float().unflatten(0, frames))
+            for kind in ("k", "v")
+        )
+        keys, values = keys.nan_to_num(), values.nan_to_num()  # slots that nothing names hold anything
+        means = named["past_kmean" if stem else "k_mean"].nan_to_num()
+        codes, scale = oracle.quantize_blocks(keys, block_k, means)
+        value_codes, value_scale = oracle.quantize_blocks(
+            values * torch.linspace(0.1, 9, len(values))[:, None, None, None], block_k
+        )
+        for name, tensor in (("k", codes), ("v", value_codes)):
+            named[f"{stem}{name}"] = tensor if stem else tensor.flatten(0, 1)
+        named[f"{stem}kscale" if stem else "k_scale"] = scale
+        named[f"{stem}vscale" if stem else "v_scale"] = value_scale
+    return {name: named[name] for name in operators.HSA_FP8_INPUTS} | {"attributes": case.attributes}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(("geometry", "past"), list(zip(GEOMETRIES, (4, 0, 2), strict=True)))
+def test_attention(geometry: tuple[int, int, int], past: int) -> None:
+    given = case_of(geometry, past)
+    attributes: Any = given.pop("attributes")
+    found = KERNELS.hierarchical_sparse_attention_fp8(*given.values(), **attributes)
+    expected = oracle.hsa_attention_fp8(*given.values(), **attributes)
+    # Queries and weights are float16 in the products.
+    assert relative(found, expected) < 1e-3
+
+
+def test_commit_copies_what_belongs_to_a_frame() -> None:
+    given = case_of((44, 32, 32), 3)
+    given.pop("attributes")
+    names = ("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale")
+    pool = {name: given[name].clone() for name in names}
+    staged = [given[name] for name in ("k", "v", "k_mean")]
+    frames = given["k_mean"].shape[0]
+    slots = torch.tensor([2, -1, 0][:frames], dtype=torch.int32)
+    scales = {name: given[name] for name in ("k_scale", "v_scale")}
+    KERNELS.commit(
+        *(pool[name] for name in names[:3]), *staged, slots,
+        scales=scales | {name: pool[name] for name in names[3:]},
+    )  # fmt: skip
+    sources = [given["k"].unflatten(0, (frames, -1)), given["v"].unflatten(0, (frames, -1)), given["k_mean"]]
+    sources += [given["k_scale"], given["v_scale"]]
+    for name, source in zip(names, sources, strict=True):
+        expected = given[name].clone()
+        for frame, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                expected[slot] = source[frame]
+        assert torch.equal(pool[name].nan_to_num(), expected.nan_to_num()), name
+
+
+@pytest.mark.parametrize("geometry", [(64, 32, 32), (88, 64, 64)], ids=str)
+def test_sinks_are_turned_and_rounded_again(geometry: tuple[int, int, int]) -> None:
+    frame_tokens, _, block = geometry
+    heads, head_dim, pairs, sinks, slots = 2, 64, 12, 2, 4
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(sinks, frame_tokens, heads, head_dim, generator=generator)
+    means = torch.stack([_means(frame, block) for frame in keys])
+    codes, scale = oracle.quantize_blocks(keys, block, means)
+    angle = torch.randn(sinks, pairs, generator=generator)
+    past_k = torch.full((slots, frame_tokens, heads, head_dim), 77, dtype=torch.uint8)
+    past_kmean, past_kscale = (
+        torch.full((slots, *means.shape[1:]), 7.0),
+        torch.full((slots, *scale.shape[1:]), 7.0),
+    )
+    target = torch.tensor([3, 1], dtype=torch.int32)
+    KERNELS.rope_sink(
+        past_k, past_kmean, codes, means, target, angle.cos(), angle.sin(),
+        scales={"past_kscale": past_kscale, "sink_kscale": scale}, block_k=block,
+    )  # fmt: skip
+    whole = torch.zeros(sinks, head_dim // 2)
+    whole[:, :pairs] = angle
+    for sink, slot in enumerate(target.tolist()):
+        cos, sin = whole[sink].cos()[None], whole[sink].sin()[None]
+        assert relative(past_kmean[slot], apply_rope(means[sink], cos, sin)) < 1e-6
+        residual = oracle.dequantize_blocks(codes[sink][None], scale[sink][None], block)[0]
+        expected, new = oracle.quantize_blocks(apply_rope(residual, cos, sin)[None], block)
+        assert relative(past_kscale[slot], new[0]) < 1e-6
+        assert float((past_k[slot] != expected[0]).float().mean()) < 2e-3
+    assert (past_k[[0, 2]] == 77).all() and (past_kscale[[0, 2]] == 7).all()
+
+
+def _means(frame: Tensor, block: int) -> Tensor:
+    return torch.stack([part.mean(0) for part in frame.split(block)])
