@@ -36,6 +36,7 @@ _TYPES: Mapping[str, AnyDtype] = {
     "half": "float16",
     "bf16": "bfloat16",
     "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e8m0": "uint8",  # scales of MXFP8: an exponent, in a byte
     "fp4_e2m1": "float4_e2m1",
     "int8": "int8",
     "uint8": "uint8",
