@@ -251,7 +251,10 @@ def test_set_prompt_refuses_a_chunk_that_has_started(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "a", "recache": "some"}, "recache is 'some'; expected one of window, all, none, flush, cut"),
+        (
+            {"prompt": "a", "recache": "some"},
+            "recache is 'some'; expected one of window, all, none, flush, cut",
+        ),
         ({"prompt": "a", "at": -1}, "at is -1"),
         ({"prompt": "a", "at": 1.5}, "at is 1.5"),
         ({}, "found neither"),
