@@ -199,8 +199,8 @@ def attend_fp8(
     FRAMES: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
-    HARDWARE: tl.constexpr,
     INTERPRET: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """As `attend`, one query block of one head over its listed key blocks: grid (query_blocks, heads).
 

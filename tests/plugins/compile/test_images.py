@@ -249,6 +249,8 @@ def test_every_operator_geometry_is_served() -> None:
                             dtype, 12, head_dim, frame_tokens, 3, 18, block_q, block_k, sinks=1
                         )
                         for kernel in specs.KERNELS:
+                            if kernel.endswith("_fp8") and dtype != "bfloat16":
+                                continue  # over codes there is one compute type
                             variant = specs.find_variant(kernel, problem, arch)
                             if kernel == "attend" and variant.cuda is None:
                                 assert variant.constants["EVEN"] == (frame_tokens == 1536)
