@@ -203,7 +203,11 @@ def test_build_passes_its_settings_on(tmp_path: Path) -> None:
     assert (request.target.name, request.preset.name, request.precision) == ("rtx4090", "tiny", "fp32")
     assert (request.execution, request.embedded, request.quantization.skip) == ("whole", False, ())
     assert (request.height, request.width, request.weights.seed, request.per_chunk) == (256, 384, 5, True)
-    assert (request.out, request.name, request.command) == (tmp_path, "rtx4090-tiny-long-custom-onnxruntime", command)
+    assert (request.out, request.name, request.command) == (
+        tmp_path,
+        "rtx4090-tiny-long-custom-onnxruntime",
+        command,
+    )
     files = request.weights
     assert (files.checkpoint, files.lora, files.vae, files.text_encoder, files.tokenizer) == (None,) * 5
     sparsity, cache = request.variant.sparsity, request.variant.cache

@@ -472,5 +472,7 @@ def test_strided_tensors_are_refused() -> None:
 
 def test_other_types_are_refused() -> None:
     tensors, problem = attend_case((64, 32, 32), torch.float64, past=1, max_past=1)
-    with pytest.raises(KernelError, match=r"no kernels for torch.float64; expected one of float32, float16, bfloat16"):
+    with pytest.raises(
+        KernelError, match=r"no kernels for torch.float64; expected one of float32, float16, bfloat16"
+    ):
         attend(tensors, problem, empty_lists(problem, torch.device("cpu")))
