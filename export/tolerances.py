@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Final
 
 __all__ = [
+    "BF16_LINEAR",
     "CODES",
     "FORWARD",
     "GOLDEN",
     "GOLDEN_LAYERS",
     "GOLDEN_PIXELS",
     "LINEAR",
+    "NOISE_FACTOR",
     "PIXELS",
     "ROLLOUT_FACTOR",
 ]
@@ -45,3 +47,10 @@ PIXELS: Final = 1e-3
 LINEAR: Final[Mapping[str, float]] = {"fp8": 0.08, "nvfp4": 0.25}
 """The output of one quantized linear, by format, beyond which `--skip auto` leaves it out. On Gaussian data the errors
 of the formats themselves are 0.037 and 0.134."""
+
+BF16_LINEAR: Final = 2.0**-8
+"""Relative error of a linear's output that bfloat16's rounding stays below."""
+
+NOISE_FACTOR: Final = 3.0
+"""How many times more a precision may cost than random errors of the same size: those of weights are the same in every
+forward, and add up."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.errors import InputError
 from runtime.terminal import console
 
-from .command import Command, output, policies, positive, tolerance
+from .command import Command, output, policies, positive, seed, tolerance
 from .sources import (
     add_decoder_and_text_files,
     add_transformer_files,
@@ -56,6 +56,14 @@ class Compare(Command):
             metavar="LIST",
             help="what methods of selection cost against full attention, e.g. hsa,sta,vmoba, or all; on any machine",
         )
+        parser.add_argument(
+            "--prompt",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="what is played; repeatable (default: a prompt that the weights can show something for)",
+        )
+        parser.add_argument("--seed", dest="noise_seed", type=seed, help="of the noise (default: 3)")
         parser.add_argument("--chunks", type=positive, default=3, help="length of the rollout (default: 3)")
         parser.add_argument(
             "--tolerance", type=tolerance, help="largest relative L2 error (default: the precision's)"
@@ -92,21 +100,25 @@ class Compare(Command):
 
 def _comparison(args: argparse.Namespace, reference: Reference | None) -> Comparison:
     """What `compare` was asked for."""
+    played: dict[str, Any] = {
+        "chunks": args.chunks,
+        "prompts": args.prompt,
+        "seed": args.noise_seed,
+        "tolerance": args.tolerance,
+    }
     if args.other is not None:
         from export.compare.against_bundle import against_bundle
 
-        return against_bundle(args.bundle, args.other, chunks=args.chunks, tolerance=args.tolerance)
+        return against_bundle(args.bundle, args.other, **played)
     if args.policies is not None:
         return _policies(args, reference)
     if args.precisions is not None:
         from export.compare.against_precisions import compare_precisions
 
-        return compare_precisions(
-            args.bundle, args.precisions, chunks=args.chunks, tolerance=args.tolerance, reference=reference
-        )
+        return compare_precisions(args.bundle, args.precisions, reference=reference, **played)
     from export.compare.against_reference import against_reference
 
-    return against_reference(args.bundle, chunks=args.chunks, tolerance=args.tolerance, reference=reference)
+    return against_reference(args.bundle, reference=reference, **played)
 
 
 def _policies(args: argparse.Namespace, reference: Reference | None) -> Comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from runtime.bundle import Bundle
 from .against_reference import (
     bundle_runner,
     facts_of,
-    frames_row,
+    film_rows,
     layer_plot,
     measure,
     open_bundle,
@@ -24,6 +25,7 @@ from .against_reference import (
 )
 from .reference import synthetic_feeds
 from .result import Comparison, Film
+from .trials import Trials
 
 __all__ = ["against_bundle"]
 
@@ -51,13 +53,22 @@ def _only(bundle: Bundle, name: str, feed: dict[str, NDArray[Any]]) -> dict[str,
     return {spec.name: feed[spec.name] for spec in bundle.component(name).inputs}
 
 
-def against_bundle(path: Path, other: Path, *, chunks: int = 3, tolerance: float | None = None) -> Comparison:
+def against_bundle(
+    path: Path,
+    other: Path,
+    *,
+    chunks: int = 3,
+    prompts: Sequence[str] = (),
+    seed: int | None = None,
+    tolerance: float | None = None,
+) -> Comparison:
     """Compare the bundle at `path` with the one at `other`, which counts as right; no weights are needed.
 
     Forwards run from equal states, drawn from a seed; rollouts from the same prompt and noise.
 
     Args:
         chunks: length of the rollout.
+        prompts, seed: what is played; by default one that the weights can show something for.
         tolerance: largest relative L2 error of one forward; None = that of the lower precision.
 
     Raises:
@@ -82,11 +93,12 @@ def against_bundle(path: Path, other: Path, *, chunks: int = 3, tolerance: float
         )
         for name, of_component in (("step", denoising), ("clean", cleaning))
     }
-    films = [
-        Film(f"{right.manifest.name} (reference)", play(right, chunks)),
-        Film(manifest.name, play(bundle, chunks)),
-    ]
-    frames = frames_row(f"{chunks} chunks", films[1], films[0], max(limit * ROLLOUT_FACTOR, PIXELS))
+    trials = Trials.of(manifest, prompts, seed)
+    pairs = []
+    for prompt in trials.prompts:
+        clips = [play(side, chunks, prompt=prompt, seed=trials.seed) for side in (right, bundle)]
+        pairs.append((Film(f"{right.manifest.name} (reference)", clips[0]), Film(manifest.name, clips[1])))
+    frames = film_rows(pairs, chunks, max(limit * ROLLOUT_FACTOR, PIXELS))
     steps = measured["step"]
     return Comparison(
         title=f"{manifest.name} against {right.manifest.name}",
@@ -96,7 +108,7 @@ def against_bundle(path: Path, other: Path, *, chunks: int = 3, tolerance: float
             **{f"reference: {name}": value for name, value in facts_of(right).items()},
         },
         tools=manifest.provenance.tools,
-        rows=[*(entry.row for entry in measured.values()), frames],
+        rows=[*(entry.row for entry in measured.values()), *frames],
         plots=[step_plot(bundle, {"x0": steps}), layer_plot(bundle, {"": steps})],
-        films=films,
+        films=list(pairs[0]),
     )

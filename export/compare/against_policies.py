@@ -18,10 +18,11 @@ from export.request.geometry import StepPlan
 from export.request.targets import Variant
 from runtime.bundle import Bundle, Manifest, load_bundle
 
-from .against_reference import SEED, decoded, facts_of, reference_embedding
+from .against_reference import decoded, facts_of, reference_embedding
 from .reference import Reference, variant_of
 from .result import Comparison, Film, Row, difference, psnr
 from .selection import Recording
+from .trials import SEED
 
 __all__ = ["PolicyResult", "compare_policies", "policy_table", "with_policy"]
 

@@ -11,8 +11,9 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from export.graph.float32_twin import float32_twin
 from export.graph.modules import merge_qkv
 from export.graph.tracing import save_model
 from export.graph.variants import clean_graph
-from export.quantize.cost import fake_quantized, layer_errors
+from export.quantize.cost import fake_quantized, layer_errors, perturbed
 from export.quantize.formats import (
     ORT_SESSION_CONFIG,
     choose_formats,
@@ -44,13 +45,12 @@ from export.quantize.graph import KINDS, is_block_linear
 from export.quantize.numerics import Format
 from export.quantize.trial import Trial, block_linears
 from export.request.geometry import StepPlan
-from export.tolerances import FORWARD, LINEAR
+from export.tolerances import BF16_LINEAR, FORWARD, LINEAR, NOISE_FACTOR, PIXELS
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from runtime.bundle import Bundle, Component, Manifest, load_bundle
 
 from .against_reference import (
-    SEED,
     Measured,
     TorchRunner,
     decoded,
@@ -64,6 +64,7 @@ from .against_reference import (
 )
 from .reference import Feed, GraphRollout, Reference, step_feeds, variant_of
 from .result import Comparison, Film, Plot, Row, Series, difference
+from .trials import Trials, check_memory
 
 __all__ = ["Compared", "compare_precisions"]
 
@@ -91,11 +92,26 @@ class _Execution:
     rollout: Callable[[Tensor], Rollout]
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Largest relative L2 errors: of a forward's outputs, by name or of all, of latents and of frames."""
+
+    outputs: float | Mapping[str, float]
+    latents: float
+    frames: float
+
+
+_COPIES = 5
+"""Of the transformer in float32 that are there at once: the reference, the rounded one, three graphs."""
+
+
 def compare_precisions(
     path: Path,
     precisions: Sequence[Compared],
     *,
     chunks: int = 3,
+    prompts: Sequence[str] = (),
+    seed: int | None = None,
     tolerance: float | None = None,
     reference: Reference | None = None,
 ) -> Comparison:
@@ -103,30 +119,43 @@ def compare_precisions(
 
     The bundle may be for any target: its model, variant and weights are what counts, not its engines.
 
+    Limits follow from the model, trained or not: what random errors cost in it that are as large as those of its
+    linears in a precision, times `NOISE_FACTOR`. Every output of a forward has its own.
+
     Args:
         chunks: length of the rollouts.
-        tolerance: largest relative L2 error of all rows; None = `FORWARD` of `export.tolerances`, `LINEAR` for linears.
+        prompts, seed: what is played; by default one that the weights can show something for.
+        tolerance: largest relative L2 error of all rows; None = as above, and `LINEAR` of `export.tolerances`.
         reference: the model with the bundle's weights; None = rebuilt from the seed that the manifest names.
 
     Raises:
         BundleError: the bundle cannot be used.
-        ComparisonError: the reference's weights are needed and were not given.
+        ComparisonError: the reference's weights are needed and were not given, or there is too little memory.
     """
     G_LOGGER.module_severity = G_LOGGER.ERROR
     bundle = load_bundle(path)
     reference = reference or Reference.of(bundle.manifest)
+    check_memory(bundle.manifest, reference.preset, _COPIES)
+    trials = Trials.of(bundle.manifest, prompts, seed)
     with tempfile.TemporaryDirectory(prefix="precisions-") as folder:
-        return _Study(bundle, reference, Path(folder), chunks, tolerance).compare(precisions)
+        return _Study(bundle, reference, Path(folder), chunks, trials, tolerance).compare(precisions)
 
 
 class _Study:
     def __init__(
-        self, bundle: Bundle, reference: Reference, folder: Path, chunks: int, tolerance: float | None
+        self,
+        bundle: Bundle,
+        reference: Reference,
+        folder: Path,
+        chunks: int,
+        trials: Trials,
+        tolerance: float | None,
     ) -> None:
         self.bundle, self.manifest, self.reference = bundle, bundle.manifest, reference
-        self.folder, self.chunks, self.tolerance = folder, chunks, tolerance
+        self.folder, self.chunks, self.trials, self.tolerance = folder, chunks, trials, tolerance
         self.plan = _plan(self.manifest, reference)
-        self.embedding = reference_embedding(bundle, reference)
+        self.embeddings = tuple(reference_embedding(bundle, reference, prompt) for prompt in trials.prompts)
+        reference.forget("text_weights")
         # Weights as engines hold them; the exporter merges projections in place, so each use has its own copy.
         rounded = copy.deepcopy(reference.model).to(torch.bfloat16)
         self.rounded = copy.deepcopy(rounded).float()
@@ -136,59 +165,84 @@ class _Study:
 
     def compare(self, precisions: Sequence[Compared]) -> Comparison:
         reference, manifest = self.reference, self.manifest
-        clean_step = manifest.schedule.clean_step
-        feeds = [f for _, step, f in step_feeds(reference, manifest, self.chunks) if step != clean_step]
-        expected = self._latents(reference.rollout(manifest, self.embedding, SEED))
-        films = [Film("float32 (reference)", decoded(reference, expected))]
-        latents: dict[Compared, Tensor] = {}
+        errors = self._linear_errors(precisions)
+        rows, plots = self._linears(precisions, errors)
+        expected = self._rollout(lambda text: reference.rollout(manifest, text, self.trials.seed))
+        films = [Film("float32 (reference)", decoded(reference, expected[0]))]
+        latents: dict[Compared, list[Tensor]] = {}
         measured: dict[str, Measured] = {}
-        rows, plots = self._linears(precisions)
+        rollouts: list[Row] = []
         for precision in precisions:
+            limits = self._limits(precision, errors, expected)
             with ExitStack() as stack:
                 execution = self._execution(precision, stack)
-                measured[precision] = measure(
-                    [self._reference_runner, execution.runner],
-                    feeds,
-                    scope="step",
-                    name=precision,
-                    tolerance=self._limit(precision),
-                )
-                latents[precision] = self._latents(execution.rollout(self.embedding))
-            films.append(Film(precision, decoded(reference, latents[precision])))
-        rows += [entry.row for entry in measured.values()]
-        rows += self._rollouts(expected, latents, films)
+                measured[precision] = self._measure(execution.runner, precision, limits.outputs)
+                latents[precision] = self._rollout(execution.rollout)
+            rollouts += self._rollouts(precision, latents, expected, limits)
+            films.append(Film(precision, decoded(reference, latents[precision][0])))
+        rows += [*(entry.row for entry in measured.values()), *rollouts]
         plots += [step_plot(self.bundle, measured), layer_plot(self.bundle, measured)]
         plots.append(self._by_chunk(expected, latents))
+        facts = {"chunks": str(self.chunks), "prompts": "; ".join(self.trials.prompts)}
         return Comparison(
             title=f"{manifest.name}: {', '.join(precisions)} against float32",
             bundle=manifest.name,
-            facts={**facts_of(self.bundle), "chunks": str(self.chunks)},
+            facts={**facts_of(self.bundle), **facts, "seed": str(self.trials.seed)},
             tools=manifest.provenance.tools,
             rows=rows,
             plots=plots,
             films=films,
         )
 
-    def _limit(self, precision: Compared) -> float:
-        return FORWARD[precision] if self.tolerance is None else self.tolerance
+    def _rollout(self, play: Callable[[Tensor], Rollout]) -> list[Tensor]:
+        """Clean latents of a rollout of each prompt, `[channels, frames, h, w]`."""
+        return [torch.cat(list(play(text).stream(self.chunks)), dim=1) for text in self.embeddings]
 
-    def _latents(self, rollout: Rollout) -> Tensor:
-        """Clean latents of a rollout, `[channels, frames, h, w]`."""
-        return torch.cat(list(rollout.stream(self.chunks)), dim=1)
+    def _measure(self, runner: BaseRunner, name: str, limits: float | Mapping[str, float]) -> Measured:
+        """The denoising forwards of every prompt's rollout, from the reference's own states."""
+        clean_step, seed = self.manifest.schedule.clean_step, self.trials.seed
+        feeds = (
+            feed
+            for text in self.embeddings
+            for _, step, feed in step_feeds(
+                self.reference, self.manifest, self.chunks, embedding=text, seed=seed
+            )
+            if step != clean_step
+        )
+        return measure([self._reference_runner, runner], feeds, scope="step", name=name, tolerance=limits)
+
+    def _limits(
+        self, precision: Compared, errors: Mapping[str, Mapping[Format, float]], expected: Sequence[Tensor]
+    ) -> _Limits:
+        if self.tolerance is not None:
+            return _Limits(self.tolerance, self.tolerance, self.tolerance)
+        if precision == "bf16":
+            noise = dict.fromkeys(block_linears(self.rounded), BF16_LINEAR)
+        else:
+            noise = {name: errors[name][format] for name, format in self._formats(precision).items()}
+        with perturbed(self.rounded, noise, seed=self.trials.seed):
+            execution = self._emulation()
+            cost = self._measure(execution.runner, precision, inf)
+            found = self._rollout(execution.rollout)
+        costs = {name: max(run[name].relative for run in cost.runs) for name in cost.runs[0]}
+        # Noise averages out in means of keys; errors of weights, the same for every key, do not.
+        costs |= {
+            f"kmean.{i}": max(costs[f"kmean.{i}"], costs[f"k.{i}"]) for i in range(self.manifest.model.layers)
+        }
+        outputs = {name: NOISE_FACTOR * value + FORWARD["fp32"] for name, value in costs.items()}
+        pairs = list(zip(found, expected, strict=True))
+        latents = max(difference(ours.numpy(), theirs.numpy()).relative for ours, theirs in pairs)
+        frames = max(
+            difference(decoded(self.reference, ours), decoded(self.reference, theirs)).relative
+            for ours, theirs in pairs
+        )
+        return _Limits(outputs, NOISE_FACTOR * latents, NOISE_FACTOR * frames + PIXELS)
 
     @cached_property
     def _reference_runner(self) -> BaseRunner:
-        """The reference's step; it computes each forward once, for all precisions."""
-        function = step_function(self.reference.step_module(self.manifest))
-        known: dict[tuple[int, int], dict[str, Tensor]] = {}
-
-        def run(feed: Feed) -> dict[str, Tensor]:
-            key = int(feed["chunk"]), int(feed["step"])
-            if key not in known:
-                known[key] = function(feed)
-            return known[key]
-
-        return TorchRunner(run, self._component("step.onnx"))
+        return TorchRunner(
+            step_function(self.reference.step_module(self.manifest)), self._component("step.onnx")
+        )
 
     def _component(self, file: str) -> Component:
         """Names and shapes of a graph's tensors; values are exchanged in float32 whatever the graph's own type."""
@@ -215,7 +269,7 @@ class _Study:
         runs = {name: _run_of(session) for name, session in sessions.items()}
 
         def rollout(embedding: Tensor) -> Rollout:
-            base = self.reference.rollout(self.manifest, embedding, SEED)
+            base = self.reference.rollout(self.manifest, embedding, self.trials.seed)
             return GraphRollout(base, self.manifest, **runs)
 
         return _Execution(OnnxrtRunner(sessions["step"]), rollout)
@@ -232,11 +286,15 @@ class _Study:
     def _in_pytorch(self, precision: Literal["nvfp4"], stack: ExitStack) -> _Execution:
         """The quantized model in PyTorch while `stack` is open."""
         stack.enter_context(fake_quantized(self.rounded, self._formats(precision)))
+        return self._emulation()
+
+    def _emulation(self) -> _Execution:
+        """The rounded model in PyTorch, with whatever hooks it has now."""
         model = _WithModel(self.reference.weights, self.rounded)
         function = step_function(model.step_module(self.manifest))
         return _Execution(
             TorchRunner(function, self._component("step.onnx")),
-            lambda embedding: model.rollout(self.manifest, embedding, SEED),
+            lambda embedding: model.rollout(self.manifest, embedding, self.trials.seed),
         )
 
     def _formats(self, precision: Literal["fp8", "nvfp4"]) -> dict[str, Format]:
@@ -244,14 +302,18 @@ class _Study:
 
     # ---- findings ----
 
-    def _linears(self, precisions: Sequence[Compared]) -> tuple[list[Row], list[Plot]]:
-        """The output error of every block linear: a row for each kind, with its worst layer, and a plot."""
+    def _linear_errors(self, precisions: Sequence[Compared]) -> dict[str, dict[Format, float]]:
+        """The output error of every block linear in every format that is needed."""
+        if not set(precisions) - {"bf16"}:
+            return {}
+        trial = Trial(self.plan, self.embeddings, chunks=self.chunks, seed=self.trials.seed)
+        return layer_errors(self.rounded, trial, ("fp8", "nvfp4") if "nvfp4" in precisions else ("fp8",))
+
+    def _linears(
+        self, precisions: Sequence[Compared], errors: Mapping[str, Mapping[Format, float]]
+    ) -> tuple[list[Row], list[Plot]]:
+        """A row for each kind of block linear, with its worst layer, and a plot."""
         quantized: list[Literal["fp8", "nvfp4"]] = [p for p in precisions if p != "bf16"]
-        if not quantized:
-            return [], []
-        trial = Trial(self.plan, (self.embedding,), chunks=self.chunks, seed=SEED)
-        needed: tuple[Format, ...] = ("fp8", "nvfp4") if "nvfp4" in quantized else ("fp8",)
-        errors = layer_errors(self.rounded, trial, needed)
         rows, plots = [], []
         for precision in quantized:
             series = []
@@ -270,28 +332,40 @@ class _Study:
         return rows, plots
 
     def _rollouts(
-        self, expected: Tensor, latents: Mapping[Compared, Tensor], films: Sequence[Film]
+        self,
+        precision: Compared,
+        latents: Mapping[Compared, Sequence[Tensor]],
+        expected: Sequence[Tensor],
+        limits: _Limits,
     ) -> Iterator[Row]:
-        pairs = zip(latents.items(), films[1:], strict=True)
-        for (precision, found), film in pairs:
-            limit = self._limit(precision)
-            gap = difference(found.numpy(), expected.numpy(), limit)
-            yield Row("rollout", precision, 1, "latents", gap.relative, gap.largest, limit)
-            if precision != "bf16" and "bf16" in latents:
-                gap = difference(found.numpy(), latents["bf16"].numpy(), limit)
-                name = f"{precision} against bf16"
-                yield Row("rollout", name, 1, "latents", gap.relative, gap.largest, limit)
-            yield frames_row(precision, film, films[0], limit)
+        found = latents[precision]
+        yield _worst_row(precision, found, expected, limits.latents)
+        if precision != "bf16" and "bf16" in latents:
+            yield _worst_row(f"{precision} against bf16", found, latents["bf16"], limits.latents)
+        films = (
+            [Film("", decoded(self.reference, one)) for one in pair]
+            for pair in zip(found, expected, strict=True)
+        )
+        rows = [frames_row(precision, ours, theirs, limits.frames) for ours, theirs in films]
+        yield replace(max(rows, key=lambda row: (row.relative != row.relative, row.relative)), runs=len(rows))
 
-    def _by_chunk(self, expected: Tensor, latents: Mapping[Compared, Tensor]) -> Plot:
-        theirs = expected.chunk(self.chunks, dim=1)
+    def _by_chunk(self, expected: Sequence[Tensor], latents: Mapping[Compared, Sequence[Tensor]]) -> Plot:
+        """The error of each chunk, of the first prompt's rollout."""
+        theirs = expected[0].chunk(self.chunks, dim=1)
         series = []
         for precision, found in latents.items():
-            pairs = zip(found.chunk(self.chunks, dim=1), theirs, strict=True)
+            pairs = zip(found[0].chunk(self.chunks, dim=1), theirs, strict=True)
             gaps = [difference(a.numpy(), b.numpy()).relative for a, b in pairs]
             series.append(Series(precision, tuple(map(_finite, gaps))))
         labels = tuple(map(str, range(self.chunks)))
         return Plot("Error of a rollout's latents", labels, tuple(series), "chunk")
+
+
+def _worst_row(name: str, found: Sequence[Tensor], expected: Sequence[Tensor], limit: float) -> Row:
+    """The prompt whose latents are furthest off."""
+    gaps = [difference(a.numpy(), b.numpy(), limit) for a, b in zip(found, expected, strict=True)]
+    worst = max(gaps, key=lambda gap: gap.rank)
+    return Row("rollout", name, len(gaps), "latents", worst.relative, worst.largest, limit)
 
 
 def _by_kind(names: Mapping[str, object]) -> dict[str, list[str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
@@ -34,15 +34,16 @@ from runtime.host.runner import HostRunner
 
 from .reference import Feed, Reference, exact_length, step_feeds
 from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
+from .trials import SEED, Trials, check_memory
 
 __all__ = [
-    "SEED",
     "Measured",
     "TorchRunner",
     "against_reference",
     "bundle_runner",
     "decoded",
     "facts_of",
+    "film_rows",
     "frames_row",
     "layer_plot",
     "measure",
@@ -54,8 +55,8 @@ __all__ = [
     "tolerance_of",
 ]
 
-PROMPT, SEED = "a red square moves right", 3
-"""Of the rollout whose frames are compared."""
+_COPIES = 3
+"""Of the transformer in float32 that are there at once: the reference, and a bundle's step and clean forward."""
 
 
 class TorchRunner(BaseRunner):
@@ -166,23 +167,34 @@ def _widened(name: str, value: NDArray[Any]) -> NDArray[Any]:
 
 
 def measure(
-    runners: Sequence[BaseRunner], feeds: Sequence[Feed], *, scope: Scope, name: str, tolerance: float
+    runners: Sequence[BaseRunner],
+    feeds: Iterable[Feed],
+    *,
+    scope: Scope,
+    name: str,
+    tolerance: float | Mapping[str, float],
 ) -> Measured:
-    """Run two runners, the reference first, on `feeds`; the row holds the worst output of all runs."""
+    """Run two runners, the reference first, on each of `feeds` in turn; the row holds the worst output of all runs.
+
+    Feeds may be made while this runs: of them, and of what comes out, one is in memory at a time.
+
+    Args:
+        tolerance: of every output, or of each by name; the worst is then the one that is furthest past its own.
+    """
     runs: list[Mapping[str, Difference]] = []
-
-    def compare(expected: Feed, actual: Feed) -> OrderedDict[str, Difference]:
-        found = OrderedDict(
-            (key, difference(_widened(key, actual[key]), _widened(key, expected[key]), tolerance))
-            for key in expected
-        )
-        runs.append(found)
-        return found
-
-    results = Comparator.run(list(runners), data_loader=list(feeds))
-    Comparator.compare_accuracy(results, compare_func=compare)
-    output, worst = max((item for run in runs for item in run.items()), key=lambda item: item[1].rank)
-    row = Row(scope, name, len(feeds), output, worst.relative, worst.largest, tolerance)
+    with ExitStack() as stack:
+        right, other = (stack.enter_context(runner) for runner in runners)
+        for feed in feeds:
+            expected, actual = right.infer(feed), other.infer(feed)
+            limits = dict.fromkeys(expected, tolerance) if isinstance(tolerance, float) else tolerance
+            runs.append(
+                {
+                    key: difference(_widened(key, actual[key]), _widened(key, expected[key]), limits[key])
+                    for key in expected
+                }
+            )
+    output, worst = max((item for run in runs for item in run.items()), key=lambda item: item[1].excess)
+    row = Row(scope, name, len(runs), output, worst.relative, worst.largest, worst.tolerance)
     return Measured(row, tuple(runs))
 
 
@@ -190,7 +202,7 @@ def _run(
     bundle: Bundle,
     name: str,
     function: Callable[[Feed], Mapping[str, Tensor]],
-    feeds: Sequence[Feed],
+    feeds: Iterable[Feed],
     tolerance: float,
     scope: Scope = "component",
 ) -> Measured:
@@ -329,24 +341,25 @@ def _reference_steps(
         name: {spec.name for spec in component.inputs}
         for name, component in bundle.manifest.components.items()
     }
-    denoising, cleaning = [], []
-    by_chunk: dict[int, dict[str, NDArray[Any]]] = {}
-    for chunk, step, feed in step_feeds(reference, bundle.manifest, chunks):
-        if step == clean:
-            cleaning.append({name: value for name, value in feed.items() if name in wanted["clean"]})
-            continue
-        denoising.append(feed)
-        name = per_chunk_name(chunk)
-        if name in wanted and step == bundle.manifest.schedule.rows(chunk)[0]:
-            exact = exact_length(feed)
-            by_chunk[chunk] = {key: exact[key] for key in wanted[name]}
+
+    def feeds(component: Literal["step", "clean"]) -> Iterator[Feed]:
+        for _, step, feed in step_feeds(reference, bundle.manifest, chunks):
+            if (step == clean) == (component == "clean"):
+                yield {name: value for name, value in feed.items() if name in wanted[component]}
+
     module = reference.step_module(bundle.manifest)
-    steps = _run(bundle, "step", step_function(module), denoising, tolerance, "step")
-    cleans = _run(bundle, "clean", step_function(module, clean), cleaning, tolerance, "step")
+    steps = _run(bundle, "step", step_function(module), feeds("step"), tolerance, "step")
+    cleans = _run(bundle, "clean", step_function(module, clean), feeds("clean"), tolerance, "step")
     rows = [steps.row, cleans.row]
-    for chunk, feed in by_chunk.items():
-        function = step_function(reference.step_module(bundle.manifest, chunk=chunk))
-        rows.append(_run(bundle, per_chunk_name(chunk), function, [feed], tolerance, "step").row)
+    seen: set[int] = set()
+    for chunk, _, feed in step_feeds(reference, bundle.manifest, chunks):
+        name = per_chunk_name(chunk)
+        if name in wanted and chunk not in seen:
+            exact = exact_length(feed)
+            function = step_function(reference.step_module(bundle.manifest, chunk=chunk))
+            given = {key: exact[key] for key in wanted[name]}
+            rows.append(_run(bundle, name, function, [given], tolerance, "step").row)
+        seen.add(chunk)
     plots = [step_plot(bundle, {"x0": steps}), layer_plot(bundle, {"": steps})]
     return rows, plots
 
@@ -379,22 +392,31 @@ def _figure(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def play(bundle: Bundle, chunks: int, *, embedding: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
-    """Frames of a rollout through the runtime."""
-    with Pipeline.load(bundle.root, warmup=False, verify=False) as pipeline:
-        prompt = PROMPT if embedding is None else None
-        with pipeline.session(prompt, seed=SEED, embedding=embedding) as session:
-            return np.concatenate([chunk.frames for chunk in session.stream(chunks=chunks)])
+def play(
+    bundle: Bundle,
+    chunks: int,
+    *,
+    prompt: str | None = None,
+    seed: int = SEED,
+    embedding: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """Frames of a rollout through the runtime, by default of the prompt of `Trials`."""
+    if embedding is None:
+        (prompt,) = Trials.of(bundle.manifest, () if prompt is None else (prompt,)).prompts
+    with (
+        Pipeline.load(bundle.root, warmup=False, verify=False) as pipeline,
+        pipeline.session(prompt, seed=seed, embedding=embedding) as session,
+    ):
+        return np.concatenate([chunk.frames for chunk in session.stream(chunks=chunks)])
 
 
-def reference_embedding(bundle: Bundle, reference: Reference) -> Tensor:
-    """The reference's embedding of the prompt, with the bundle's tokenizer."""
+def reference_embedding(bundle: Bundle, reference: Reference, prompt: str | None = None) -> Tensor:
+    """The reference's embedding of a prompt, by default that of `Trials`, with the bundle's tokenizer."""
+    (text,) = Trials.of(bundle.manifest, () if prompt is None else (prompt,)).prompts
     manifest = bundle.manifest
     encoder = build_encoder(reference.preset.text, reference.text_weights)
     tokenizer = load_tokenizer(bundle.path(manifest.text.tokenizer))
-    return encode(
-        encoder, *tokenize(tokenizer, PROMPT, manifest.text.text_len, reference.preset.text)
-    ).float()
+    return encode(encoder, *tokenize(tokenizer, text, manifest.text.text_len, reference.preset.text)).float()
 
 
 def frames_row(name: str, film: Film, expected: Film, allowed: float) -> Row:
@@ -404,21 +426,35 @@ def frames_row(name: str, film: Film, expected: Film, allowed: float) -> Row:
     return Row("rollout", name, 1, "frames", gap.relative, gap.largest, allowed, signal)
 
 
-def _reference_rollout(
-    bundle: Bundle, reference: Reference, chunks: int, tolerance: float
+def _reference_rollouts(
+    bundle: Bundle, reference: Reference, chunks: int, trials: Trials, tolerance: float
 ) -> tuple[list[Row], list[Film]]:
-    """Prompt to pixels through the runtime, against the reference from the same prompt and noise."""
-    embedding = reference_embedding(bundle, reference)
+    """Prompts to pixels through the runtime, against the reference from the same prompts and noise."""
+    embeddings = [reference_embedding(bundle, reference, prompt) for prompt in trials.prompts]
+    reference.forget("text_weights")
     with Pipeline.load(bundle.root, warmup=False, verify=False) as pipeline:
-        gap = difference(pipeline.embed(PROMPT), embedding.numpy(), tolerance)
-    text = Row("rollout", "embedding", 1, "text", gap.relative, gap.largest, tolerance)
-    latents = torch.cat(list(reference.rollout(bundle.manifest, embedding, SEED).stream(chunks)), dim=1)
-    films = [
-        Film("PyTorch", decoded(reference, latents)),
-        Film(bundle.manifest.name, play(bundle, chunks)),
-    ]
+        gaps = [
+            difference(pipeline.embed(prompt), embedding.numpy(), tolerance)
+            for prompt, embedding in zip(trials.prompts, embeddings, strict=True)
+        ]
+    worst = max(gaps, key=lambda gap: gap.rank)
+    text = Row("rollout", "embedding", len(gaps), "text", worst.relative, worst.largest, tolerance)
+    pairs = []
+    for prompt, embedding in zip(trials.prompts, embeddings, strict=True):
+        latents = reference.rollout(bundle.manifest, embedding, trials.seed).stream(chunks)
+        theirs = Film("PyTorch", decoded(reference, torch.cat(list(latents), dim=1)))
+        ours = Film(bundle.manifest.name, play(bundle, chunks, prompt=prompt, seed=trials.seed))
+        pairs.append((theirs, ours))
     allowed = max(tolerance * ROLLOUT_FACTOR, PIXELS)
-    return [text, frames_row(f"{chunks} chunks", films[1], films[0], allowed)], films
+    return [text, *film_rows(pairs, chunks, allowed)], list(pairs[0])
+
+
+def film_rows(pairs: Sequence[tuple[Film, Film]], chunks: int, allowed: float) -> list[Row]:
+    """A row for each prompt's films, the right one and the other."""
+    names = [f"{chunks} chunks" + (f", prompt {i + 1}" if len(pairs) > 1 else "") for i in range(len(pairs))]
+    return [
+        frames_row(name, ours, theirs, allowed) for name, (theirs, ours) in zip(names, pairs, strict=True)
+    ]
 
 
 def decoded(reference: Reference, latents: Tensor) -> NDArray[np.uint8]:
@@ -452,12 +488,19 @@ def tolerance_of(bundle: Bundle, asked: float | None) -> float:
 
 
 def against_reference(
-    path: Path, *, chunks: int = 3, tolerance: float | None = None, reference: Reference | None = None
+    path: Path,
+    *,
+    chunks: int = 3,
+    prompts: Sequence[str] = (),
+    seed: int | None = None,
+    tolerance: float | None = None,
+    reference: Reference | None = None,
 ) -> Comparison:
     """Compare the bundle at `path` with the reference model.
 
     Args:
         chunks: length of the rollout whose forwards are compared.
+        prompts, seed: what is played; by default one that the weights can show something for.
         tolerance: largest relative L2 error of one run; None = the precision's.
         reference: the model with the bundle's weights; None = rebuilt from the seed that the manifest names.
 
@@ -467,15 +510,17 @@ def against_reference(
     """
     bundle = open_bundle(path)
     reference = reference or Reference.of(bundle.manifest)
-    limit = tolerance_of(bundle, tolerance)
+    check_memory(bundle.manifest, reference.preset, _COPIES)
+    limit, trials = tolerance_of(bundle, tolerance), Trials.of(bundle.manifest, prompts, seed)
+    components = list(_component_rows(bundle, reference, limit))
+    rollout, films = _reference_rollouts(bundle, reference, chunks, trials, limit)
     steps, plots = _reference_steps(bundle, reference, chunks, limit)
-    rollout, films = _reference_rollout(bundle, reference, chunks, limit)
     return Comparison(
         title=f"{bundle.manifest.name} against PyTorch",
         bundle=bundle.manifest.name,
         facts=facts_of(bundle),
         tools=bundle.manifest.provenance.tools,
-        rows=[*_component_rows(bundle, reference, limit), *steps, *rollout],
+        rows=[*components, *steps, *rollout],
         plots=plots,
         films=films,
     )

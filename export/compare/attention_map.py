@@ -20,9 +20,10 @@ from export.errors import ComparisonError
 from runtime.bundle import load_bundle
 
 from .against_policies import with_policy
-from .against_reference import SEED, reference_embedding
+from .against_reference import reference_embedding
 from .reference import Reference
 from .selection import Recording
+from .trials import SEED
 
 __all__ = ["AttentionMaps", "attention_maps", "write_maps"]
 

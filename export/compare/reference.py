@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -219,6 +219,10 @@ class Reference:
     def text_weights(self) -> dict[str, Tensor]:
         return self.weights.text_weights()
 
+    def forget(self, name: Literal["model", "decoder", "text_weights"]) -> None:
+        """Let go of weights that are not needed any more; they are read again where they are."""
+        self.__dict__.pop(name, None)
+
     def caches(self, manifest: Manifest) -> list[CacheSpec]:
         """The decoder's streaming caches at the bundle's resolution."""
         return self.decoder.cache_specs(manifest.model.latent_height, manifest.model.latent_width)
@@ -268,16 +272,19 @@ class Reference:
 
 
 def step_feeds(
-    reference: Reference, manifest: Manifest, chunks: int, *, seed: int = 5
+    reference: Reference, manifest: Manifest, chunks: int, *, embedding: Tensor | None = None, seed: int = 5
 ) -> Iterator[tuple[int, int, Feed]]:
     """Every forward of a reference rollout as inputs of the `step` component: (chunk, row, inputs).
 
+    `embedding` is the prompt's; without it, one is drawn, such as no text encoder gives.
     Rows are those of the schedule; the last forward of a chunk is the clean one. Cached frames lie in shuffled slots of
     a pool that is larger than needed and otherwise full of NaN, so that a graph which looks anywhere else is found out.
     """
     rng = np.random.default_rng(seed)
-    text = rng.standard_normal((manifest.text.text_len, manifest.text.dim), dtype=np.float32)
-    rollout = reference.rollout(manifest, torch.from_numpy(text), seed)
+    if embedding is None:
+        drawn = rng.standard_normal((manifest.text.text_len, manifest.text.dim), dtype=np.float32)
+        embedding = torch.from_numpy(drawn)
+    rollout = reference.rollout(manifest, embedding, seed)
     schedule = rollout.schedule
     for chunk in range(chunks):
         rollout.cache.make_room(schedule.chunk_frames)

@@ -131,6 +131,13 @@ class Difference:
         return self.relative <= self.tolerance
 
     @property
+    def excess(self) -> float:
+        """How many times its tolerance it is, or the error itself where there is none; NaN counts as infinite."""
+        if self.relative != self.relative:
+            return inf
+        return self.relative if self.tolerance in (0, inf) else self.relative / self.tolerance
+
+    @property
     def rank(self) -> float:
         """Sorts by error. NaN compares false with everything and must not hide: it comes last."""
         return inf if self.relative != self.relative else self.relative

@@ -15,7 +15,7 @@ from lightforcing_ref.model import CausalWanModel
 from .numerics import FoldedWeight, Format, fake_linear, fold_weight, relative_error
 from .trial import Trial, block_linears
 
-__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors", "seeded_error"]
+__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors", "perturbed", "seeded_error"]
 
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
@@ -125,6 +125,28 @@ def fake_quantized(
     hooks = {name: _substitute(format, _static(name, amax)(format)) for name, format in formats.items()}
     with _hooked(model, hooks):
         yield
+
+
+@contextmanager
+def perturbed(model: CausalWanModel, errors: Mapping[str, float], *, seed: int = 0) -> Iterator[None]:
+    """Let the linears named in `errors` be off by noise of that relative L2 size, while the context lasts.
+
+    What that costs is what any format of such errors has to cost in this model, trained or not.
+
+    Args:
+        model: with merged projections.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with _hooked(model, {name: _noise(error, generator) for name, error in errors.items()}):
+        yield
+
+
+def _noise(error: float, generator: torch.Generator) -> _Hook:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        drawn = torch.empty_like(output).normal_(generator=generator)
+        return torch.addcmul(output, drawn, error * output.norm() / drawn.norm().clamp_min(1e-30))
+
+    return hook
 
 
 def _substitute(format: Format, amax: float | None) -> _Hook:

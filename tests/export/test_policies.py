@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from export.cli.main import main
 from export.compare.against_reference import (
-    SEED,
     decoded,
     frames_row,
     open_bundle,
@@ -23,6 +22,7 @@ from export.compare.against_reference import (
 )
 from export.compare.reference import Reference
 from export.compare.result import Film
+from export.compare.trials import SEED
 from export.errors import InputError
 from export.estimate.selection import Share, own_share
 from export.graph.oracles import ORACLES

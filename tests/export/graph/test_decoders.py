@@ -65,7 +65,8 @@ def test_both_graphs_stream_in_onnxruntime(config: TAEConfig, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_bundle_with_a_tiny_decoder_is_what_the_reference_computes(tmp_path: Path) -> None:
-    from export.compare.against_reference import SEED, decoded, play
+    from export.compare.against_reference import decoded, play
+    from export.compare.trials import SEED
 
     preset = replace(PRESETS["tiny"], vae=TINY_TAE)
     bundle = load_bundle(build(tmp_path, "short", weights=Weights(preset, seed=0)))
