@@ -215,10 +215,18 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
     if weights.checkpoint is None:
         origin: bundle.RandomInit | bundle.Checkpoint = bundle.RandomInit(random=weights.seed or 0)
     else:
-        lora = None
-        if weights.lora_source is not None:
-            lora = bundle.SourceFile(source=weights.lora_source, sha256=digests["lora"])
-        origin = bundle.Checkpoint(source=weights.source, sha256=digests["checkpoint"], lora=lora)
+        loras = [
+            bundle.MergedLora(
+                source=name, sha256=digests[f"lora.{index}"], strength=weights.loras[index].strength
+            )
+            for index, name in enumerate(weights.lora_sources)
+        ]
+        origin = bundle.Checkpoint(
+            source=weights.source,
+            sha256=digests["checkpoint"],
+            lora=loras[0] if loras else None,
+            further_loras=tuple(loras[1:]),
+        )
     sections = plan.manifest_sections()
     if built.segments is None and plan.variant.cache.recache == "joint":
         # Layers of several chunks take turns in it, and one graph has them all.

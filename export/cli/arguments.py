@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from export.errors import InputError
 
-from .sources import check_pairing, check_sources, fetch_sources, fill_model, usual_variant
+from .sources import check_pairing, check_sources, fetch_sources, fill_model, merged_loras, usual_variant
 
 if TYPE_CHECKING:
     from export.request.capability import BackendChoice
@@ -111,7 +111,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
         return Weights(
             model,
             checkpoint=args.checkpoint,
-            lora=args.lora,
+            loras=merged_loras(args),
             vae=vae,
             encoder=getattr(args, "encoder", None),
             text_encoder=getattr(args, "text_encoder", None),

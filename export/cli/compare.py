@@ -16,6 +16,7 @@ from .sources import (
     check_sources,
     fetch_sources,
     fill_model,
+    merged_loras,
 )
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def reference_of(args: argparse.Namespace) -> Reference | None:
     weights = Weights(
         preset(manifest.model.preset),
         checkpoint=args.checkpoint,
-        lora=args.lora,
+        loras=merged_loras(args),
         vae=args.vae,
         text_encoder=args.text_encoder,
         tokenizer=args.tokenizer,

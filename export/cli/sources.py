@@ -6,6 +6,7 @@ Nothing is fetched before everything else about the arguments is known to be goo
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from runtime.terminal import console
 if TYPE_CHECKING:
     from export.hub.known import KnownFile, KnownModel, Role, Source
     from export.request.targets import Target
+    from lightforcing_ref.checkpoint.lora import MergedLoRA
 
 __all__ = [
     "add_decoder_and_text_files",
@@ -25,9 +27,14 @@ __all__ = [
     "check_sources",
     "fetch_sources",
     "fill_model",
+    "lora",
+    "merged_loras",
     "source",
     "usual_variant",
 ]
+
+_STRONGEST = 100.0
+"""Largest strength of a LoRA that is believed."""
 
 
 def source(text: str) -> Path | HubReference:
@@ -41,6 +48,30 @@ def source(text: str) -> Path | HubReference:
     return reference
 
 
+@dataclass(frozen=True)
+class LoRAArgument:
+    """A LoRA on the command line."""
+
+    source: Source
+    strength: float = 1.0
+
+
+def lora(text: str) -> LoRAArgument:
+    """A file or a reference, with its strength behind a colon, unless a file has that very name."""
+    head, colon, tail = text.rpartition(":")
+    try:
+        strength = float(tail) if colon and not Path(text).exists() else None
+    except ValueError:
+        strength = None
+    if strength is None:
+        return LoRAArgument(source(text))
+    if not 0 < abs(strength) <= _STRONGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text} has the strength {tail}; expected a number up to {_STRONGEST:g} that is not 0 (1 is as trained)"
+        )
+    return LoRAArgument(source(head), strength)
+
+
 def add_transformer_files(parser: argparse._ActionsContainer) -> None:
     """`--model`, the transformer's files, and what may be wrong with them."""
     parser.add_argument(
@@ -51,7 +82,13 @@ def add_transformer_files(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--checkpoint", type=source, metavar="FILE", help=f"weights of the transformer; also {FORM}"
     )
-    parser.add_argument("--lora", type=source, metavar="FILE", help="LoRA to merge into the checkpoint")
+    parser.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to merge into the checkpoint, such as style.safetensors:0.8; repeatable, merged in order",
+    )
     parser.add_argument(
         "--allow-values", action="store_true", help="take weights that no trained model has: NaN, zeros, 1e38"
     )
@@ -126,8 +163,8 @@ def fill_model(args: argparse.Namespace) -> KnownModel | None:
         for role in ROLES:
             name, file = role.replace("-", "_"), known.files.get(role)
             if file is not None and getattr(args, name, "") is None:
-                setattr(args, name, file.source)
-                args.expected[name] = file.sha256
+                setattr(args, name, [LoRAArgument(file.source)] if role == "lora" else file.source)
+                args.expected["lora.0" if role == "lora" else name] = file.sha256
         if getattr(args, "resolution", "") is None:
             args.resolution = (known.height, known.width)
     if hasattr(args, "preset"):
@@ -160,11 +197,13 @@ def check_pairing(args: argparse.Namespace, known: KnownModel | None, variant: s
             f"the weights of {known.name} were made for {_or(known.variants)}, not for the variant {variant}; use "
             f"--variant {known.variants[0]} --resolution {known.resolution}, or --any-pairing"
         )
-    lora = None if args.lora is None else _known_file(args.lora, "lora", known)
     checkpoint = known.files["checkpoint"]
-    if lora is not None and lora.base is not None and lora.base != checkpoint.name:
+    for given in args.lora or ():
+        file = _known_file(given.source, "lora", known)
+        if file is None or file.base in (None, checkpoint.name):
+            continue
         raise InputError(
-            f"the LoRA {args.lora} changes {lora.base}, and the checkpoint is {checkpoint.name}; give the one it "
+            f"the LoRA {given.source} changes {file.base}, and the checkpoint is {checkpoint.name}; give the one it "
             "belongs to, or --any-pairing"
         )
 
@@ -209,18 +248,20 @@ def fetch_sources(args: argparse.Namespace, known: KnownModel | None = None) -> 
         _say(
             f"{known.name} was trained at {known.resolution}; other sizes work, and may look worse", "yellow"
         )
-    wanted: dict[Role, HubReference] = {
-        role: where
+    given: list[tuple[Role, str, Source | None]] = [
+        (role, role.replace("-", "_"), getattr(args, role.replace("-", "_"), None))
         for role in ROLES
-        if isinstance(where := getattr(args, role.replace("-", "_"), None), HubReference)
-    }
+        if role != "lora"
+    ]
+    given += [("lora", f"lora.{i}", one.source) for i, one in enumerate(getattr(args, "lora", None) or ())]
+    wanted = [(role, name, where) for role, name, where in given if isinstance(where, HubReference)]
     if not wanted:
         return {}
     from export.hub.download import Hub
     from export.units import readable_size
 
     hub = Hub()
-    for role, where in wanted.items():
+    for role, _, where in wanted:
         file = _known_file(where, role, known)
         size = "" if file is None or file.bytes is None else f", {readable_size(file.bytes)}"
         here = hub.cached(where)
@@ -229,11 +270,21 @@ def fetch_sources(args: argparse.Namespace, known: KnownModel | None = None) -> 
             _say(f"  licence: {file.licence}; it forbids use in products", "bold red")
         elif file is not None and file.products == "unstated":
             _say(f"  licence: {file.licence}; ask its authors before you use it in a product", "yellow")
-    for role, where in wanted.items():
-        name = role.replace("-", "_")
-        fetch = hub.fetch_lora if role == "lora" else hub.fetch
-        setattr(args, name, fetch(where, sha256=args.expected.get(name)))
-    return {role.replace("-", "_"): str(where) for role, where in wanted.items()}
+    for role, name, where in wanted:
+        if role == "lora":
+            index = int(name.removeprefix("lora."))
+            path = hub.fetch_lora(where, sha256=args.expected.get(name))
+            args.lora[index] = replace(args.lora[index], source=path)
+        else:
+            setattr(args, name, hub.fetch(where, sha256=args.expected.get(name)))
+    return {name: str(where) for _, name, where in wanted}
+
+
+def merged_loras(args: argparse.Namespace) -> tuple[MergedLoRA, ...]:
+    """The LoRAs among the arguments, whose files are here."""
+    from lightforcing_ref.checkpoint.lora import MergedLoRA
+
+    return tuple(MergedLoRA(Path(one.source), one.strength) for one in args.lora or ())
 
 
 def _say(text: str, style: str | None = None) -> None:

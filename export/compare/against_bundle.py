@@ -15,7 +15,6 @@ from runtime.bundle import Bundle
 from .against_reference import (
     bundle_runner,
     facts_of,
-    film_rows,
     layer_plot,
     measure,
     open_bundle,
@@ -24,7 +23,7 @@ from .against_reference import (
     tolerance_of,
 )
 from .reference import synthetic_feeds
-from .result import Comparison, Film
+from .result import Comparison, Film, film_rows
 from .trials import Trials
 
 __all__ = ["against_bundle"]

@@ -55,7 +55,6 @@ from .against_reference import (
     TorchRunner,
     decoded,
     facts_of,
-    frames_row,
     layer_plot,
     measure,
     reference_embedding,
@@ -63,7 +62,7 @@ from .against_reference import (
     step_plot,
 )
 from .reference import Feed, GraphRollout, Reference, step_feeds, variant_of
-from .result import Comparison, Film, Plot, Row, Series, difference
+from .result import Comparison, Film, Plot, Row, Series, difference, frames_row
 from .trials import Trials, check_memory
 
 __all__ = ["Compared", "compare_precisions"]

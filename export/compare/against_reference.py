@@ -33,7 +33,7 @@ from runtime.bundle.e4m3 import decode
 from runtime.host.runner import HostRunner
 
 from .reference import Feed, Reference, exact_length, step_feeds
-from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, psnr
+from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, film_rows
 from .trials import SEED, Trials, check_memory
 
 __all__ = [
@@ -43,8 +43,6 @@ __all__ = [
     "bundle_runner",
     "decoded",
     "facts_of",
-    "film_rows",
-    "frames_row",
     "layer_plot",
     "measure",
     "open_bundle",
@@ -419,13 +417,6 @@ def reference_embedding(bundle: Bundle, reference: Reference, prompt: str | None
     return encode(encoder, *tokenize(tokenizer, text, manifest.text.text_len, reference.preset.text)).float()
 
 
-def frames_row(name: str, film: Film, expected: Film, allowed: float) -> Row:
-    """Two films of the same rollout."""
-    gap = difference(film.frames, expected.frames, allowed)
-    signal = psnr(film.frames, expected.frames)
-    return Row("rollout", name, 1, "frames", gap.relative, gap.largest, allowed, signal)
-
-
 def _reference_rollouts(
     bundle: Bundle, reference: Reference, chunks: int, trials: Trials, tolerance: float
 ) -> tuple[list[Row], list[Film]]:
@@ -447,14 +438,6 @@ def _reference_rollouts(
         pairs.append((theirs, ours))
     allowed = max(tolerance * ROLLOUT_FACTOR, PIXELS)
     return [text, *film_rows(pairs, chunks, allowed)], list(pairs[0])
-
-
-def film_rows(pairs: Sequence[tuple[Film, Film]], chunks: int, allowed: float) -> list[Row]:
-    """A row for each prompt's films, the right one and the other."""
-    names = [f"{chunks} chunks" + (f", prompt {i + 1}" if len(pairs) > 1 else "") for i in range(len(pairs))]
-    return [
-        frames_row(name, ours, theirs, allowed) for name, (theirs, ours) in zip(names, pairs, strict=True)
-    ]
 
 
 def decoded(reference: Reference, latents: Tensor) -> NDArray[np.uint8]:

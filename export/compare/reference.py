@@ -20,6 +20,7 @@ from export.request.targets import CachePolicy, SchedulePolicy, SparsityPolicy, 
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.cache import AttentionSpec, LayerKV
 from lightforcing_ref.checkpoint import checkpoint_sha256
+from lightforcing_ref.checkpoint.lora import lora_sha256
 from lightforcing_ref.config import Preset, preset
 from lightforcing_ref.decoders.layers import CacheSpec
 from lightforcing_ref.decoders.tae import VideoDecoder
@@ -151,7 +152,7 @@ class Reference:
         shipped = shipped_weights(
             model, dense=keeps_everything(manifest.attention.method, manifest.sparsity.target)
         )
-        if shipped is not None and shipped.source == origin.source and origin.lora is None:
+        if shipped is not None and shipped.source == origin.source and not origin.loras:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:
                 return cls(shipped)
             raise ComparisonError(
@@ -160,7 +161,7 @@ class Reference:
             )
         raise ComparisonError(
             f"the bundle's weights come from {origin.described}; pass the files it was built from: --checkpoint, "
-            f"{'--lora, ' if origin.lora else ''}--vae, --text-encoder, --tokenizer"
+            f"{'--lora, ' if origin.loras else ''}--vae, --text-encoder, --tokenizer"
         )
 
     @classmethod
@@ -183,11 +184,11 @@ class Reference:
                 f"{manifest.name} was built from {origin.described}, and {checkpoint} is another file "
                 f"({found[:12]}...); pass the checkpoint it was built from"
             )
-        merged = None if weights.lora is None else checkpoint_sha256(weights.lora)
-        if merged != (origin.lora and origin.lora.sha256):
+        merged = [(lora_sha256(lora.path), lora.strength) for lora in weights.loras]
+        if merged != [(lora.sha256, lora.strength) for lora in origin.loras]:
             raise ComparisonError(
-                f"{manifest.name} was built from {origin.described}; give --lora the same file, or leave it out if "
-                "there is none"
+                f"{manifest.name} was built from {origin.described}; give --lora the same files and strengths, in the "
+                "same order, or leave it out if there is none"
             )
         digests = weights.digests()
         for role, file in manifest.provenance.files.items():

@@ -24,6 +24,8 @@ __all__ = [
     "Series",
     "comparison_table",
     "difference",
+    "film_rows",
+    "frames_row",
     "psnr",
 ]
 
@@ -156,6 +158,21 @@ def psnr(actual: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float | None
     """Peak signal-to-noise ratio of frames in dB; None where they are equal."""
     error = float(np.mean(np.square(actual.astype(np.float64) - expected.astype(np.float64))))
     return 10 * log10(255.0**2 / error) if error else None
+
+
+def frames_row(name: str, film: Film, expected: Film, allowed: float) -> Row:
+    """Two films of the same rollout."""
+    gap = difference(film.frames, expected.frames, allowed)
+    signal = psnr(film.frames, expected.frames)
+    return Row("rollout", name, 1, "frames", gap.relative, gap.largest, allowed, signal)
+
+
+def film_rows(pairs: Sequence[tuple[Film, Film]], chunks: int, allowed: float) -> list[Row]:
+    """A row for each prompt's films, the right one and the other."""
+    names = [f"{chunks} chunks" + (f", prompt {i + 1}" if len(pairs) > 1 else "") for i in range(len(pairs))]
+    return [
+        frames_row(name, ours, theirs, allowed) for name, (theirs, ours) in zip(names, pairs, strict=True)
+    ]
 
 
 _FIGURES = ("runs", "error", "largest", "PSNR", "limit")

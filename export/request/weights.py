@@ -22,7 +22,7 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
-from lightforcing_ref.checkpoint.lora import lora_sha256
+from lightforcing_ref.checkpoint.lora import MergedLoRA, lora_sha256
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import Preset
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
@@ -43,7 +43,7 @@ class Weights:
 
     Args:
         seed: draws all weights; None = from the files.
-        checkpoint, lora: transformer, and a LoRA to merge into it.
+        checkpoint, loras: transformer, and LoRAs to merge into it.
         encoder: file of the video encoder where that is not `vae`.
         any_values: take values that no trained model holds, too.
         named: references to the hub that files were fetched by, by role; a manifest names those files so.
@@ -52,7 +52,7 @@ class Weights:
     preset: Preset
     seed: int | None = None
     checkpoint: Path | None = None
-    lora: Path | None = None
+    loras: tuple[MergedLoRA, ...] = ()
     vae: Path | None = None
     encoder: Path | None = None
     text_encoder: Path | None = None
@@ -72,9 +72,9 @@ class Weights:
         return f"shipped:{self.preset.name}" if self._shipped else self._name("checkpoint", self.checkpoint)
 
     @property
-    def lora_source(self) -> str | None:
-        """What a merged LoRA is called in a manifest."""
-        return None if self.lora is None else self._name("lora", self.lora)
+    def lora_sources(self) -> tuple[str, ...]:
+        """What merged LoRAs are called in a manifest."""
+        return tuple(self._name(f"lora.{i}", Path(lora.path)) for i, lora in enumerate(self.loras))
 
     @property
     def other_sources(self) -> dict[str, str]:
@@ -106,8 +106,10 @@ class Weights:
             return f"random, from seed {self.seed or 0} (--checkpoint and the other files give trained ones)"
         if self._shipped:
             return f"the trained {self.preset.name} model that comes with this package (--init random for others)"
-        lora = "" if self.lora is None else f" with {self.named.get('lora', self.lora)}"
-        return f"{self.named.get('checkpoint', self.checkpoint)}{lora}"
+        loras = (
+            f"{self.named.get(f'lora.{i}', one.path)} at {one.strength:g}" for i, one in enumerate(self.loras)
+        )
+        return " with ".join([str(self.named.get("checkpoint", self.checkpoint)), *loras])
 
     def check(self, *, with_encoder: bool = False) -> None:
         """Hold every file's tensors, and their values, against the models they are for.
@@ -121,8 +123,8 @@ class Weights:
         """
         if self.checkpoint is not None:
             load_dit_state(self.checkpoint, self.preset.dit, any_values=self.any_values)
-        if self.lora is not None:
-            load_lora(self.lora, self.preset.dit, any_values=self.any_values)
+        for lora in self.loras:
+            load_lora(lora.path, self.preset.dit, any_values=self.any_values)
         if self.vae is not None:
             load_vae_state(self.vae, vae_config_of(self.vae), any_values=self.any_values)
         if with_encoder and (encoder := self.encoder or self.vae) is not None:
@@ -144,7 +146,7 @@ class Weights:
             with torch.device("meta"):
                 model = CausalWanModel(self.preset.dit)
             state = load_dit_state(
-                self.checkpoint, self.preset.dit, lora=self.lora, dtype=dtype, any_values=self.any_values
+                self.checkpoint, self.preset.dit, loras=self.loras, dtype=dtype, any_values=self.any_values
             )
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
@@ -229,8 +231,9 @@ class Weights:
         digests = {
             role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
         }
-        if self.lora is not None:
-            digests["lora"] = lora_sha256(self.lora)
+        for index, lora in enumerate(self.loras):
+            digests[f"lora.{index}"] = lora_sha256(lora.path)
+            digests[f"lora.{index} strength"] = str(lora.strength)
         if self.tokenizer is not None:
             text = load_tokenizer(self.tokenizer).to_str()
             digests["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()

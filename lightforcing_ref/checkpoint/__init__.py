@@ -9,7 +9,7 @@ from .load import (
     load_umt5_state,
     load_vae_encoder_state,
     load_vae_state,
-    merge_lora,
+    merge_loras,
     vae_config_of,
 )
 
@@ -22,6 +22,6 @@ __all__ = [
     "load_umt5_state",
     "load_vae_encoder_state",
     "load_vae_state",
-    "merge_lora",
+    "merge_loras",
     "vae_config_of",
 ]

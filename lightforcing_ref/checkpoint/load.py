@@ -7,7 +7,7 @@ that says what differs. Tensors are mapped from the file until they are used; lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
 from .files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
-from .lora import lora_scale
+from .lora import MergedLoRA, lora_scale
 from .spec import (
     CheckpointKind,
     Expectation,
@@ -46,7 +46,7 @@ __all__ = [
     "load_umt5_state",
     "load_vae_encoder_state",
     "load_vae_state",
-    "merge_lora",
+    "merge_loras",
     "vae_config_of",
 ]
 
@@ -89,7 +89,7 @@ def load_dit_state(
     path: str | Path,
     config: DiTConfig,
     *,
-    lora: str | Path | None = None,
+    loras: Sequence[MergedLoRA] = (),
     dtype: torch.dtype | None = None,
     any_values: bool = False,
 ) -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def load_dit_state(
     Args:
         path: file, shard index, or folder. `generator_ema` is preferred to `generator`.
         config: the model that the state is for.
-        lora: a LoRA to merge into the weights.
+        loras: LoRAs to merge into the weights, in this order.
         dtype: type to convert to; None leaves each tensor as stored.
         any_values: take values that no trained model holds, too; see `check_values`.
 
@@ -112,8 +112,12 @@ def load_dit_state(
     check_state(state, expected, str(path))
     if not any_values:
         _judge(state, path)
-    if lora is not None:
-        state = merge_lora(state, load_lora(lora, config, any_values=any_values), dtype=dtype)
+    if loras:
+        state = merge_loras(
+            state,
+            [(load_lora(one.path, config, any_values=any_values), one.strength) for one in loras],
+            dtype=dtype,
+        )
     return _arrange(state, expected, dtype)
 
 
@@ -166,18 +170,24 @@ def _lora_keys(target: str) -> tuple[str, str]:
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def merge_lora(
-    state: Mapping[str, Tensor], lora: LoRA, *, dtype: torch.dtype | None = None
+def merge_loras(
+    state: Mapping[str, Tensor], loras: Sequence[tuple[LoRA, float]], *, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """A copy of a state dict with `W + B A` in place of each matrix of the LoRA; every other tensor is shared.
+    """A copy of a state dict with `W + s1 B1 A1 + s2 B2 A2 + ...` in place of each matrix of the LoRAs.
 
-    The sum is computed in float32 at least and rounded once, to `dtype` or to the type of W.
+    Every other tensor is shared. The sum is computed in float32 at least, in the order of the LoRAs, and rounded once,
+    to `dtype` or to the type of W.
     """
     merged = dict(state)
-    for key, (a, b) in lora.items():
+    for key in dict.fromkeys(key for lora, _ in loras for key in lora):
         weight = state[key]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        merged[key] = torch.addmm(weight.to(wide), b.to(wide), a.to(wide)).to(dtype or weight.dtype)
+        total = weight.to(wide)
+        for lora, strength in loras:
+            if key in lora:
+                a, b = lora[key]
+                total = torch.addmm(total, b.to(wide), a.to(wide), alpha=strength)
+        merged[key] = total.to(dtype or weight.dtype)
     return merged
 
 

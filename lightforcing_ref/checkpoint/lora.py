@@ -18,7 +18,7 @@ from lightforcing_ref.errors import CheckpointError
 
 from .files import checkpoint_files, checkpoint_sha256
 
-__all__ = ["LoRAScale", "lora_scale", "lora_sha256"]
+__all__ = ["LoRAScale", "MergedLoRA", "lora_scale", "lora_sha256"]
 
 _CONFIG_NAME = "adapter_config.json"
 _CONFIG_BYTES = 1 << 20
@@ -36,6 +36,14 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "layers_to_transform": (None, []),
 }
 """Settings that would change what a LoRA does, with the values at which they do not."""
+
+
+@dataclass(frozen=True)
+class MergedLoRA:
+    """A LoRA to merge, and how strongly, on top of the scale that it states itself."""
+
+    path: str | Path
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ from .manifest import (
     VaeCache,
 )
 from .policies import AttentionPolicy
-from .provenance import Checkpoint, Provenance, RandomInit, SourceFile
+from .provenance import Checkpoint, MergedLora, Provenance, RandomInit, SourceFile
 from .rollout import RECACHE_MODES, Recache
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "Kernels",
     "Library",
     "Manifest",
+    "MergedLora",
     "Model",
     "OpenFile",
     "Precision",

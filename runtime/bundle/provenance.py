@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Part, Sha256
+from .fields import Finite, Part, Sha256
 
-__all__ = ["Checkpoint", "Provenance", "RandomInit", "SourceFile"]
+__all__ = ["Checkpoint", "MergedLora", "Provenance", "RandomInit", "SourceFile"]
 
 
 class SourceFile(Part):
@@ -23,16 +23,32 @@ class SourceFile(Part):
         return f"{self.source} (SHA-256 {self.sha256[:12]}...)"
 
 
-class Checkpoint(SourceFile):
-    """The checkpoint the weights came from, and the LoRA that was merged into it."""
+class MergedLora(SourceFile):
+    """A LoRA that was merged, and how strongly on top of the scale that it states itself."""
 
-    lora: SourceFile | None = None
+    strength: Finite = 1.0
 
     @property
     def described(self) -> str:
         """In words."""
-        alone = super().described
-        return alone if self.lora is None else f"{alone} with {self.lora.described}"
+        return super().described if self.strength == 1 else f"{super().described} at {self.strength:g}"
+
+
+class Checkpoint(SourceFile):
+    """The checkpoint the weights came from, and the LoRAs that were merged into it, in this order."""
+
+    lora: MergedLora | None = None
+    further_loras: Annotated[tuple[MergedLora, ...], Field(max_length=64)] = ()
+
+    @property
+    def loras(self) -> tuple[MergedLora, ...]:
+        """All of them."""
+        return (() if self.lora is None else (self.lora,)) + self.further_loras
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        return " with ".join([super().described, *(lora.described for lora in self.loras)])
 
 
 class RandomInit(Part):

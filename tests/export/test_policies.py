@@ -15,13 +15,12 @@ from pydantic import ValidationError
 from export.cli.main import main
 from export.compare.against_reference import (
     decoded,
-    frames_row,
     open_bundle,
     play,
     reference_embedding,
 )
 from export.compare.reference import Reference
-from export.compare.result import Film
+from export.compare.result import Film, frames_row
 from export.compare.trials import SEED
 from export.errors import InputError
 from export.estimate.selection import Share, own_share

@@ -18,6 +18,7 @@ from export.cli.build import _next_commands
 from export.cli.main import COMMANDS, _parser, _portable, main
 from export.cli.onnx import graph_request
 from export.machine import importable
+from lightforcing_ref.checkpoint.lora import MergedLoRA
 from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.shipped import shipped
 
@@ -209,7 +210,8 @@ def test_build_passes_its_settings_on(tmp_path: Path) -> None:
         command,
     )
     files = request.weights
-    assert (files.checkpoint, files.lora, files.vae, files.text_encoder, files.tokenizer) == (None,) * 5
+    assert (files.checkpoint, files.vae, files.text_encoder, files.tokenizer) == (None,) * 4
+    assert files.loras == ()
     sparsity, cache = request.variant.sparsity, request.variant.cache
     assert (sparsity.target, sparsity.base, sparsity.keep_frames) == (0.5, pytest.approx(0.6), 4)
     assert (cache.window_frames, cache.sink_positions) == (9, "window")
@@ -246,6 +248,7 @@ def test_build_from_files_has_no_seed(tmp_path: Path) -> None:
     args = _parser().parse_args(["build", "--preset", "wan-1.3b", "--gpu", "h200", *flags, "--name", "mine"])
     args.command_line = ""
     request, _ = build_request(args)
+    assert request.weights.loras == (MergedLoRA(paths.pop("lora")),)
     assert {name: getattr(request.weights, name) for name in paths} == paths
     assert (request.weights.seed, request.name, request.variant.name) == (None, "mine", "hopper")
     assert (request.height, request.width) == (512, 768)

@@ -16,6 +16,7 @@ import pytest
 
 from export.cli.arguments import chosen_preset, chosen_variant, chosen_weights
 from export.cli.main import _parser, main
+from export.cli.sources import LoRAArgument, lora
 from export.hub.download import Hub
 from export.hub.reference import HubReference
 from lightforcing_ref.dimensions import LIGHT_VAE
@@ -232,3 +233,25 @@ def test_a_bundle_is_built_from_a_hub(tiny_hub: dict[str, str], tmp_path: Path) 
     manifest = json.loads((tmp_path / "built" / "first" / "manifest.json").read_text())
     assert manifest["provenance"]["checkpoint"]["source"] == "tests/tiny:dit.safetensors"
     assert manifest["model"]["video_height"] == 96
+
+
+def test_loras_on_the_command_line(tmp_path: Path) -> None:
+    style, odd = tmp_path / "style.safetensors", tmp_path / "odd:0.5"
+    for path in (style, odd):
+        path.write_bytes(b"")
+    assert lora(str(style)) == LoRAArgument(style)
+    assert lora(f"{style}:0.8") == LoRAArgument(style, 0.8)
+    assert lora(f"{style}:-1") == LoRAArgument(style, -1.0)
+    assert lora(str(odd)) == LoRAArgument(odd)  # the file of that very name
+    assert lora(f"{odd}:2") == LoRAArgument(odd, 2.0)
+    reference = lora("org/repo:lora.pt@v2:0.5")
+    assert (str(reference.source), reference.strength) == ("org/repo:lora.pt@v2", 0.5)
+    for text, message in (
+        (f"{style}:0", "that is not 0"),
+        (f"{style}:nan", "that is not 0"),
+        (f"{style}:1e9", "up to 100"),
+        (f"{style}:much", "does not exist"),
+        (f"{tmp_path / 'none'}:0.5", "does not exist"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            lora(text)

@@ -18,10 +18,11 @@ from export.compare.against_reference import against_reference
 from export.compare.reference import Reference
 from export.errors import ComparisonError
 from export.request.weights import Weights
+from lightforcing_ref.checkpoint.lora import MergedLoRA
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.shipped import shipped
-from runtime.bundle import Bundle, Checkpoint, SourceFile, file_entry, load_bundle, write_manifest
+from runtime.bundle import Bundle, Checkpoint, MergedLora, file_entry, load_bundle, write_manifest
 from runtime.pipeline import Pipeline
 
 
@@ -150,16 +151,23 @@ def test_the_lora_of_the_bundle_belongs_to_its_reference(tiny_bundle, tmp_path):
     def reference(built_with, given):
         merged = None
         if built_with is not None:
-            merged = SourceFile(source=lora.name, sha256=hashlib.sha256(built_with).hexdigest())
+            merged = MergedLora(source=lora.name, sha256=hashlib.sha256(built_with).hexdigest(), strength=0.5)
         origin = Checkpoint(source="mine.pt", sha256=digest, lora=merged)
         provenance = manifest.provenance.model_copy(update={"checkpoint": origin})
-        weights = Weights(PRESETS["tiny"], checkpoint=files.transformer, lora=given)
+        weights = Weights(PRESETS["tiny"], checkpoint=files.transformer, loras=given)
         return Reference.from_files(manifest.model_copy(update={"provenance": provenance}), weights)
 
-    assert reference(b"merged into it", lora).weights.lora == lora
-    assert reference(None, None).weights.lora is None
-    for built_with, given in ((b"merged into it", None), (b"another", lora), (None, lora)):
-        with pytest.raises(ComparisonError, match=r"built from mine\.pt .* give --lora the same file"):
+    one, whole = (MergedLoRA(lora, 0.5),), (MergedLoRA(lora),)
+    assert reference(b"merged into it", one).weights.loras == one
+    assert reference(None, ()).weights.loras == ()
+    for built_with, given in (
+        (b"merged into it", ()),
+        (b"merged into it", whole),
+        (b"merged into it", one + one),
+        (b"another", one),
+        (None, one),
+    ):
+        with pytest.raises(ComparisonError, match=r"built from mine\.pt .* give --lora the same files"):
             reference(built_with, given)
 
 

@@ -46,6 +46,7 @@ def test_a_build_with_a_file_for_something_else_writes_nothing(
         "tokenizer": FILES.tokenizer,
     } | {role: path}
     options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    options += ["--lora", str(tmp_path / "style.safetensors")]
     assert main(["build", "--preset", "tiny", "--out", str(tmp_path / "out"), *options]) == 2
     assert path.name in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -69,12 +70,13 @@ def test_a_bundle_says_which_lora_was_merged_into_its_checkpoint(tmp_path: Path)
     save_file(lora, tmp_path / "style.safetensors")
     files = {
         "checkpoint": FILES.transformer,
-        "lora": tmp_path / "style.safetensors",
+        "lora": f"{tmp_path / 'style.safetensors'}:0.5",
         "vae": FILES.vae,
         "text-encoder": FILES.text_encoder,
         "tokenizer": FILES.tokenizer,
     }
     options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
+    options += ["--lora", str(tmp_path / "style.safetensors")]
     command = [
         "build",
         "--preset",
@@ -90,10 +92,15 @@ def test_a_bundle_says_which_lora_was_merged_into_its_checkpoint(tmp_path: Path)
     manifest = load_bundle(tmp_path / "styled").manifest
     origin = manifest.provenance.checkpoint
     assert isinstance(origin, Checkpoint) and origin.lora is not None
-    assert (origin.lora.source, origin.lora.sha256) == (
-        "style.safetensors",
-        digest(tmp_path / "style.safetensors"),
+    merged = [(lora.source, lora.sha256, lora.strength) for lora in origin.loras]
+    name, sha256 = "style.safetensors", digest(tmp_path / "style.safetensors")
+    assert merged == [(name, sha256, 0.5), (name, sha256, 1.0)]
+    assert f"{name} (SHA-256 {sha256[:12]}...) at 0.5 with {name}" in origin.described
+    assert {role: file.source for role, file in manifest.provenance.files.items()} == dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer"), "shipped:tiny"
     )
+    assert manifest.provenance.files["vae"].sha256 == digest(FILES.vae)
+    assert str(tmp_path) not in (tmp_path / "styled" / "manifest.json").read_text()
     assert (origin.source, origin.sha256) == ("shipped:tiny", digest(FILES.transformer))
     with pytest.raises(ComparisonError, match=r"pass the files .* --lora"):
         Reference.of(manifest)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightforcing_ref.checkpoint import load as checkpoint
 from lightforcing_ref.checkpoint import load_dit_state, load_lora, load_umt5_state, load_vae_state
+from lightforcing_ref.checkpoint.lora import MergedLoRA
 from lightforcing_ref.checkpoint.values import check_values
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5_TINY, byte_tokenizer, check_tokenizer
@@ -248,7 +249,9 @@ def test_alpha_and_rank_are_applied_wherever_they_are_stated(case: int, tmp_path
     lora = fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, RANK), seed=2)
     base = dit_state()
     save_file(base, tmp_path / "base.safetensors")
-    merged = load_dit_state(tmp_path / "base.safetensors", DIT, lora=write(tmp_path / "lora", lora))
+    merged = load_dit_state(
+        tmp_path / "base.safetensors", DIT, loras=[MergedLoRA(write(tmp_path / "lora", lora))]
+    )
     for layer, part in ((0, "self_attn.q"), (1, "ffn.2")):
         target = f"blocks.{layer}.{part}"
         a = lora[f"base_model.model.{target}.lora_A.weight"].double()

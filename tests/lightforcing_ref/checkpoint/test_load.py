@@ -20,6 +20,7 @@ from lightforcing_ref.checkpoint import (
     load_vae_state,
     vae_config_of,
 )
+from lightforcing_ref.checkpoint.lora import MergedLoRA
 from lightforcing_ref.checkpoint.spec import lora_targets
 from lightforcing_ref.config import PRESETS, DiTConfig
 from lightforcing_ref.decoders.vae import VAEDecoder
@@ -143,7 +144,7 @@ def test_lora_adds_b_a_to_each_of_its_matrices(
     base = dit_state(dtype=dtype)
     lora = fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, rank=3), seed=1)
     torch.save({section: lora} if section else lora, tmp_path / "lora.pt")
-    merged = load_dit_state(longlive(tmp_path, base), DIT, lora=tmp_path / "lora.pt")
+    merged = load_dit_state(longlive(tmp_path, base), DIT, loras=[MergedLoRA(tmp_path / "lora.pt")])
 
     changed = set()
     for key, b in lora.items():
@@ -176,7 +177,9 @@ def test_lora_sum_is_rounded_once(tmp_path: Path) -> None:
     lora["base_model.model.blocks.0.ffn.0.lora_A.weight"] += 1
     lora["base_model.model.blocks.0.ffn.0.lora_B.weight"] += 2**-8
     torch.save(lora, tmp_path / "lora.pt")
-    merged = load_dit_state(wan_file(tmp_path, base), DIT, lora=tmp_path / "lora.pt", dtype=torch.bfloat16)
+    merged = load_dit_state(
+        wan_file(tmp_path, base), DIT, loras=[MergedLoRA(tmp_path / "lora.pt")], dtype=torch.bfloat16
+    )
     assert torch.equal(merged[key], torch.full_like(merged[key], 1 + 2**-7))
 
 
@@ -376,7 +379,7 @@ def test_a_lora_that_does_not_fit_is_refused(
     change(lora)
     torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
     with pytest.raises(CheckpointError, match=message):
-        load_dit_state(wan_file(tmp_path, dit_state()), DIT, lora=tmp_path / "lora.pt")
+        load_dit_state(wan_file(tmp_path, dit_state()), DIT, loras=[MergedLoRA(tmp_path / "lora.pt")])
 
 
 @pytest.mark.parametrize("kind", ["transformer", "text encoder", "LoRA"])
@@ -396,3 +399,25 @@ def test_a_file_of_another_preset_is_answered_with_its_name(kind: str, tmp_path:
                 tensors[f"{stem}.lora_B.weight"] = torch.ones(out, 4)
             save_file(tensors, tmp_path / "lora.safetensors")
             load_lora(tmp_path / "lora.safetensors", wan.dit)
+
+
+def test_loras_are_merged_in_order_at_their_strengths(tmp_path: Path) -> None:
+    base = dit_state()
+    loras = [fixtures.tensors(fixtures.lora(fixtures.DIT_SMALL, rank=rank), seed=rank) for rank in (2, 3)]
+    paths = [tmp_path / f"lora{index}.pt" for index in range(2)]
+    for path, lora in zip(paths, loras, strict=True):
+        torch.save(lora, path)
+    strengths = (0.75, -0.5)
+    merged = load_dit_state(
+        wan_file(tmp_path, base),
+        DIT,
+        loras=[MergedLoRA(path, strength) for path, strength in zip(paths, strengths, strict=True)],
+    )
+    for key in ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"):
+        stem = f"base_model.model.{key.removesuffix('.weight')}"
+        expected = base[key].double()
+        for lora, strength in zip(loras, strengths, strict=True):
+            a, b = (lora[f"{stem}.lora_{part}.weight"].double() for part in "AB")
+            expected = expected + strength * (b @ a)
+        torch.testing.assert_close(merged[key], expected.to(base[key].dtype), rtol=1e-5, atol=1e-6)
+    assert torch.equal(merged["head.head.weight"], base["head.head.weight"])
