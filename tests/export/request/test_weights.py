@@ -46,7 +46,6 @@ def test_a_build_with_a_file_for_something_else_writes_nothing(
         "tokenizer": FILES.tokenizer,
     } | {role: path}
     options = [part for name, file in files.items() for part in (f"--{name}", str(file))]
-    options += ["--lora", str(tmp_path / "style.safetensors")]
     assert main(["build", "--preset", "tiny", "--out", str(tmp_path / "out"), *options]) == 2
     assert path.name in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
