@@ -7,7 +7,7 @@ Buffers are those that the runtime allocates; weights are those that a bundle ho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, Protocol
@@ -17,6 +17,8 @@ from export.request.sizes import (
     conditioner_parameters,
     decoder_convs,
     decoder_parameters,
+    encoder_convs,
+    encoder_parameters,
     item_bytes,
     layer_linears,
     step_parameters,
@@ -25,7 +27,9 @@ from export.request.sizes import (
 )
 from export.request.targets import Precision, Target
 from export.units import readable_size
+from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry
+from runtime.bundle import ENCODER_COMPONENTS
 from runtime.host_memory import memory
 
 __all__ = ["Group", "MemoryItem", "MemoryPlan", "Planned", "plan_memory"]
@@ -46,6 +50,8 @@ class Planned(Sized, Protocol):
     def target(self) -> Target: ...
     @property
     def precision(self) -> Precision: ...
+    @property
+    def encoder(self) -> VAEConfig | None: ...
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def plan_memory(request: Planned, sessions: int = 1) -> MemoryPlan:
 class _Planner:
     def __init__(self, request: Planned, sessions: int) -> None:
         self.request, self.sessions = request, sessions
-        self.dit, self.vae = request.preset.dit, request.preset.vae
+        self.dit, self.vae, self.encoder = request.preset.dit, request.preset.vae, request.encoder
         self.item = item_bytes(request.precision)
         self.on_gpu = request.target.compute_capability is not None
         self.latent_size = request.preset.latent_size(request.height, request.width)
@@ -191,6 +197,9 @@ class _Planner:
         yield MemoryItem("weights", "conditioner", conditioner + self.item * conditioner_parameters(dit))
         both = 2 * self.item * decoder_parameters(self.vae)
         yield MemoryItem("weights", "video decoder, first and later frames", both)
+        if self.encoder is not None:
+            both = 2 * self.item * encoder_parameters(self.encoder)
+            yield MemoryItem("weights", "video encoder, first and later frames", both)
         layer = self.item * text_layer_parameters(self.request.preset.text)
         yield MemoryItem("weights", "text encoder, the layer at work", layer)
 
@@ -265,6 +274,13 @@ class _Planner:
         yield MemoryItem("buffers", "step numbers, turn of the sinks", 4 * self.rows + turn)
         frames = (1 + self.vae.temporal_factor) * self.request.height * self.request.width * 3
         yield MemoryItem("buffers", "pixels", frames)
+        if self.encoder is not None:
+            shapes = (conv.cache_shape(*self.latent_size) for conv in encoder_convs(self.encoder))
+            caches = 2 * self.item * sum(prod(shape) for shape in shapes if shape is not None)
+            latent = self._latent // self.chunk_frames
+            yield MemoryItem(
+                "buffers", "video encoder, two sets of caches, pixels", caches + 4 * frames + latent
+            )
         if not self.on_gpu:
             return
         # Residual stream twice, projection, queries, attention output; then what the selection kernels share.
@@ -297,6 +313,10 @@ class _Planner:
         ):
             kinds = [decoder_kind(component, self.vae) for component in components]
             bound = max(known[kind].activation_bytes.bytes(structure) for kind in kinds)
+            if self.encoder is not None and name.startswith("transformer"):  # they share a queue
+                own = replace(structure, pixels=self.request.height * self.request.width * self.encoder.dim)
+                encoders = (known[kind].activation_bytes.bytes(own) for kind in ENCODER_COMPONENTS)
+                bound = max(bound, *encoders)
             yield MemoryItem("activations", name, bound)
 
     def reserved(self) -> Iterator[MemoryItem]:

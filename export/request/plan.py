@@ -11,7 +11,7 @@ from .targets import Precision, Target, Variant, unknown_name
 
 if TYPE_CHECKING:
     from lightforcing_ref.config import Preset
-
+from lightforcing_ref.dimensions import VAEConfig
 
 __all__ = ["PlanRequest", "planned_precision"]
 
@@ -26,6 +26,8 @@ class PlanRequest:
     height: int
     width: int
     precision: Precision
+    encoder: VAEConfig | None = None
+    """The video encoder, of a bundle that has one."""
 
 
 def planned_precision(target: Target, name: str | None) -> Precision:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightforcing_ref.config import Preset
+from lightforcing_ref.dimensions import VAEConfig
 
 from .geometry import StepPlan
 from .targets import BackendName, Precision, Target, Variant
@@ -67,6 +68,11 @@ class BuildRequest:
     def preset(self) -> Preset:
         """The model's dimensions."""
         return self.weights.preset
+
+    @property
+    def encoder(self) -> VAEConfig | None:
+        """The video encoder, of a bundle that has one; see `Weights.vae_encoder` for the errors."""
+        return self.weights.vae_encoder_config() if self.with_encoder else None
 
     @cached_property
     def plan(self) -> StepPlan:

@@ -27,6 +27,8 @@ __all__ = [
     "conditioner_parameters",
     "decoder_convs",
     "decoder_parameters",
+    "encoder_convs",
+    "encoder_parameters",
     "format_of",
     "item_bytes",
     "layer_linears",
@@ -167,7 +169,7 @@ def text_outer_parameters(text: UMT5Config) -> int:
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of the streaming decoder.
+    """A convolution of the streaming decoder or encoder.
 
     Attributes:
         kernel: (time, height, width).
@@ -177,6 +179,7 @@ class Conv:
         only_later: whether the first latent frame bypasses it.
         first_frames: output frames of the first latent frame.
         memory: channels of the frame before that it sees, in a tiny decoder; None = the cache is a causal history.
+        history: past frames of its input in the cache.
     """
 
     inputs: int
@@ -189,6 +192,7 @@ class Conv:
     first_frames: int = 1
     memory: int | None = None
     bias: bool = True
+    history: int = HISTORY
 
     @property
     def parameters(self) -> int:
@@ -199,7 +203,7 @@ class Conv:
         if self.cache_scale is None:
             return None
         size = self.cache_scale * height, self.cache_scale * width
-        return (1, self.inputs, HISTORY, *size) if self.memory is None else (1, self.memory, *size)
+        return (1, self.inputs, self.history, *size) if self.memory is None else (1, self.memory, *size)
 
     def pixels(self, height: int, width: int, *, first: bool = False) -> int:
         """Output pixels for one latent frame of `height` x `width`."""
@@ -280,3 +284,37 @@ def decoder_parameters(vae: DecoderConfig) -> int:
         norms += width + outputs + vae.num_res_blocks * 2 * outputs
         width = outputs // 2 if stage < len(vae.temporal_upsample) else outputs
     return sum(conv.parameters for conv in decoder_convs(vae)) + norms + width
+
+
+def encoder_convs(vae: VAEConfig) -> tuple[Conv, ...]:
+    """Every convolution of Wan's encoder; those with a cache in the order of the caches."""
+    stages = vae.widths[:0:-1]
+    middle, cube, point = stages[-1], (3, 3, 3), (1, 1, 1)
+    scale, frames, width = vae.spatial_factor, vae.temporal_factor, vae.dim
+    convs = [Conv(3, width, cube, scale, frames, cache_scale=scale)]
+    for stage, outputs in enumerate(stages):
+        for _ in range(vae.num_res_blocks):
+            convs += _residual(width, outputs, scale, frames)
+            width = outputs
+        if stage < len(vae.temporal_upsample):
+            scale //= 2
+            convs.append(Conv(width, width, (1, 3, 3), scale, frames))
+            if vae.temporal_upsample[-1 - stage]:
+                frames //= 2
+                halved = Conv(width, width, (3, 1, 1), scale, frames, scale, only_later=True, history=1)
+                convs.append(halved)
+    convs += _residual(middle, middle, 1, 1)
+    convs += (Conv(middle, 3 * middle, point, 1, 1), Conv(middle, middle, point, 1, 1))
+    convs += _residual(middle, middle, 1, 1)
+    convs.append(Conv(middle, 2 * vae.z_dim, cube, 1, 1, cache_scale=1))
+    return (*convs, Conv(2 * vae.z_dim, 2 * vae.z_dim, point, 1, 1))
+
+
+def encoder_parameters(vae: VAEConfig) -> int:
+    """Parameters of Wan's encoder: convolutions, and the weights of the norms before them."""
+    middle = vae.widths[1]
+    norms, width = 2 * 2 * middle + middle + middle, vae.dim
+    for outputs in vae.widths[:0:-1]:
+        norms += width + outputs + (vae.num_res_blocks - 1) * 2 * outputs
+        width = outputs
+    return sum(conv.parameters for conv in encoder_convs(vae)) + norms

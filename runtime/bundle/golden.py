@@ -398,7 +398,7 @@ class GoldenVectors:
             for spec in component.inputs:
                 recipe = case.inputs[spec.name]
                 if isinstance(recipe, Stored):
-                    generate(recipe, _elements(spec, case.slots), self._files)
+                    generate(recipe, math.prod(_stored_shape(spec, case.slots)), self._files)
 
     def inputs(self, case: GoldenCase) -> dict[str, NDArray[Any]]:
         """The inputs of a case, in the shapes and types of the bundle's component."""
@@ -425,14 +425,20 @@ def _elements(spec: TensorSpec, slots: int) -> int:
     return math.prod(slots if isinstance(dim, str) else dim for dim in spec.shape)
 
 
+def _stored_shape(spec: TensorSpec, slots: int) -> list[int]:
+    """The shape of an input's array: numbers of four bits lie two to a byte."""
+    shape = [slots if isinstance(dim, str) else dim for dim in spec.shape]
+    if spec.dtype == "float4_e2m1":
+        shape[-1] //= 2
+    return shape
+
+
 def shaped(recipe: Recipe, spec: TensorSpec, slots: int, files: Mapping[str, WeightsFile]) -> NDArray[Any]:
     """An input as a component takes it. `slots` is the size of its one symbolic dimension.
 
     Raises:
         BundleError: as `generate`.
     """
-    shape = [slots if isinstance(dim, str) else dim for dim in spec.shape]
-    if spec.dtype == "float4_e2m1":
-        shape[-1] //= 2
-    values = generate(recipe, int(np.prod(shape, dtype=np.int64)), files)
+    shape = _stored_shape(spec, slots)
+    values = generate(recipe, math.prod(shape), files)
     return values.astype(numpy_dtype(spec.dtype), copy=False).reshape(shape)

@@ -48,7 +48,7 @@ def write_components(folder: Path, *, layers: int = 3) -> None:
     step = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
     graph = trace(
         step,
-        step.example_inputs(plan.latent_size, plan.max_past_frames),
+        step.example_inputs(plan.latent_size, plan.max_past_frames, plan.chunk_frames),
         input_names=step.input_names,
         output_names=step.output_names,
     )

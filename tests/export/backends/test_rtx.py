@@ -250,12 +250,6 @@ def test_what_the_parser_refuses_is_named(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.onnx"]
 
 
-def test_too_little_memory_is_called_that(tmp_path):
-    graph = big_product(tmp_path)
-    with pytest.raises(BuildError, match=r"last: the build ran out of memory \(limited to 400\.0 MiB\)"):
-        engine(graph, "last", memory_limit=400 << 20)
-
-
 def test_dropping_the_batch_computes_the_same():
     nodes = [
         helper.make_node("LayerNormalization", ["x", "gamma"], ["n"], axis=2, name="norm"),

@@ -25,6 +25,7 @@ from runtime.bundle import Manifest, load_bundle
 from runtime.cli.main import main as runtime_main
 from runtime.cuda.engine import load_cuda_engine
 from runtime.errors import BundleError, EngineError
+from runtime.program.buffers import plan_buffers
 from runtime.verify.dry_run import dry_run
 from tests.export.backends.rtx_bundles import ENGINES, Bundles, build_until, hashes, request
 
@@ -196,8 +197,9 @@ def test_another_gpu_is_refused(bundles, monkeypatch):
     message = (
         r"was built for rtx5090, compute capability 12\.0, and CUDA device 0 \(NVIDIA H200\) has 9\.0; build"
     )
+    bundle = load_bundle(bundles.build("fp8"))
     with pytest.raises(EngineError, match=message):
-        load_cuda_engine(load_bundle(bundles.build("fp8")), sessions=1)
+        load_cuda_engine(bundle, plan_buffers(bundle.manifest, 1))
 
 
 def test_boundaries_have_the_types_that_the_runtime_counts_on(bundles):

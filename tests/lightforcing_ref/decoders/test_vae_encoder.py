@@ -141,3 +141,14 @@ def test_a_file_without_encoder_is_told_so(tmp_path: Path) -> None:
     save_file(VAEDecoder(TINY_VAE).state_dict(), tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match="a decoder and no encoder"):
         load_vae_encoder_state(tmp_path / "vae.safetensors", TINY_VAE)
+
+
+@pytest.mark.parametrize("config", [TINY_VAE, LIGHT_VAE, WAN_VAE], ids=["tiny", "light", "wan"])
+def test_plans_know_its_parameters_and_caches(config: VAEConfig) -> None:
+    from export.request.sizes import encoder_convs, encoder_parameters
+
+    with torch.device("meta"):
+        encoder = VAEEncoder(config)
+    assert encoder_parameters(config) == sum(value.numel() for value in encoder.parameters())
+    shapes = [shape for conv in encoder_convs(config) if (shape := conv.cache_shape(6, 4)) is not None]
+    assert shapes == [spec.shape for spec in encoder.cache_specs(6, 4)]
