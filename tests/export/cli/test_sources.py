@@ -40,9 +40,11 @@ def test_a_model_fills_in_everything() -> None:
     _, variant = chosen_variant(args)
     assert variant.name == "longlive"
     assert (args.preset, args.resolution) == ("wan-1.3b", (480, 832))
-    for role in ("checkpoint", "lora", "vae", "text_encoder", "tokenizer"):
+    for role in ("checkpoint", "vae", "text_encoder", "tokenizer"):
         assert isinstance(getattr(args, role), HubReference), role
         assert len(args.expected[role]) == 64
+    assert [(type(one.source), one.strength) for one in args.lora] == [(HubReference, 1.0)]
+    assert len(args.expected["lora.0"]) == 64
 
 
 def test_the_targets_variant_is_taken_where_the_weights_know_it() -> None:
