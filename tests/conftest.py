@@ -86,11 +86,14 @@ NOT_QUICK = (
     "tests/runtime/cuda/test_cuda_driver.py",
     "tests/runtime/host/test_inductor_packages.py",
     "tests/runtime/program/",
+    "tests/runtime/test_replaced_bundles.py",
     "tests/runtime/test_rollout_tiny.py",
     "tests/runtime/test_worst_days.py",
     "tests/runtime/verify/test_verify.py",
     "tests/test_docs.py",
+    "tests/test_examples.py",
     "tests/test_packaging.py",
+    "tests/test_portability.py",
 )
 BUILT = {"tiny_bundle", "tiny_long_bundle"}
 
