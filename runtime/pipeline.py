@@ -24,7 +24,7 @@ from runtime.host.onnxruntime import check_threads
 from runtime.program.buffers import BufferPlan, check_memory, plan_buffers
 
 from .backends import load_engine, runs_on_host
-from .bundle import ENCODER_COMPONENTS, Bundle, Manifest, load_bundle
+from .bundle import Bundle, Manifest, load_bundle
 from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
@@ -180,7 +180,7 @@ class Pipeline:
     @property
     def starts_from_frames(self) -> bool:
         """Whether a session may be given `start`: the bundle was built `--with-encoder`."""
-        return ENCODER_COMPONENTS[0] in self.manifest.components
+        return self.manifest.has_encoder
 
     @property
     def engine(self) -> Engine:

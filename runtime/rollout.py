@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import ENCODER_COMPONENTS, Manifest, Recache
+from .bundle import Manifest, Recache
 from .engine import Engine, JointChunk, Placement
 from .errors import InputError, SessionCancelledError
 from .frame_table import FrameTable, LatentRing, TableState
@@ -79,7 +79,7 @@ def start_clip(manifest: Manifest, start: ArrayLike) -> NDArray[np.uint8]:
     Raises:
         InputError: the bundle has no encoder, or these are no frames of its size.
     """
-    if ENCODER_COMPONENTS[0] not in manifest.components:
+    if not manifest.has_encoder:
         raise InputError(
             f"bundle {manifest.name!r} has no video encoder, so it cannot start from frames; build it again "
             "--with-encoder"

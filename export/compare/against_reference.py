@@ -306,7 +306,7 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
     yield _run(bundle, "vae_first", run_first, [{"latent": latent}], pixels).row
     feed = {"latent": latent, **{cache.name: normal(*cache.shape) for cache in specs}}
     yield _run(bundle, "vae_next", run_next, [feed], pixels).row
-    if ENCODER_COMPONENTS[0] in manifest.components:
+    if manifest.has_encoder:
         yield from _encoder_rows(bundle, reference, normal, tolerance)
 
 

@@ -16,7 +16,6 @@ from .dtypes import (
 )
 from .files import BundleFile, Identity, OpenFile
 from .load import (
-    ENCODER_COMPONENTS,
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
     REQUIRED_COMPONENTS,
@@ -27,6 +26,7 @@ from .load import (
     write_manifest,
 )
 from .manifest import (
+    ENCODER_COMPONENTS,
     SCHEMA_VERSION,
     Attention,
     BackendName,

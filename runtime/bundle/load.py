@@ -21,11 +21,10 @@ from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError,
 from runtime.files import write_file
 
 from .files import BundleFile, Identity, OpenFile
-from .manifest import SCHEMA_VERSION, Component, FileEntry, Manifest
+from .manifest import ENCODER_COMPONENTS, SCHEMA_VERSION, Component, FileEntry, Manifest
 from .strict_json import parse_json
 
 __all__ = [
-    "ENCODER_COMPONENTS",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
     "REQUIRED_COMPONENTS",
@@ -37,8 +36,6 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-ENCODER_COMPONENTS = ("vae_encode_first", "vae_encode_next")
-"""The video encoder of a bundle that can start from an image or a video: both, or none."""
 REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
 OPERATOR_COMPONENTS = ("qk_prepare", "attention")
 """Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
@@ -217,7 +214,7 @@ def _summary(error: ValidationError) -> str:
 def _check_components(root: Path, manifest: Manifest) -> None:
     segments = manifest.segments
     required = REQUIRED_COMPONENTS + ((*segments.components, *OPERATOR_COMPONENTS) if segments else ())
-    if not manifest.components.keys().isdisjoint(ENCODER_COMPONENTS):
+    if manifest.has_encoder:
         required += ENCODER_COMPONENTS
     virtual: tuple[str, ...] = ("step", "clean") if segments else ()
     if segments and manifest.kernels:

@@ -31,6 +31,7 @@ from .provenance import Provenance
 from .rollout import Cache, Schedule
 
 __all__ = [
+    "ENCODER_COMPONENTS",
     "SCHEMA_VERSION",
     "Attention",
     "BackendName",
@@ -58,6 +59,9 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 1
+
+ENCODER_COMPONENTS: Final = ("vae_encode_first", "vae_encode_next")
+"""The video encoder of a bundle that can start from an image or a video: both, or none."""
 
 BackendName = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "inductor"]
 Precision = Literal["fp32", "bf16", "fp8", "nvfp4"]
@@ -445,6 +449,11 @@ class Manifest(Part):
     def window_frames(self) -> int:
         """Frames that attention may see, the current chunk included."""
         return self.cache.window_frames or self.sparsity.table_frames
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a rollout can start from an image or a video."""
+        return not self.components.keys().isdisjoint(ENCODER_COMPONENTS)
 
     @property
     def key_blocks(self) -> int:

@@ -148,7 +148,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
 
 def _encoder_buffers(manifest: Manifest) -> list[Buffer]:
     """What the video encoder reads, writes and keeps while a session starts from frames; its caches have two sides."""
-    if ENCODER_COMPONENTS[0] not in manifest.components:
+    if not manifest.has_encoder:
         return []
     first, following = (manifest.components[name] for name in ENCODER_COMPONENTS)
     inputs = _named(following.inputs)

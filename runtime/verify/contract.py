@@ -124,7 +124,7 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         "vae_first": {**decoded, "frames": (1, *pixels)},
         "vae_next": {**decoded, "frames": (vae.temporal_factor, *pixels)},
     }
-    if ENCODER_COMPONENTS[0] in manifest.components:
+    if manifest.has_encoder:
         for name, count in zip(ENCODER_COMPONENTS, (1, vae.temporal_factor), strict=True):
             shapes[name] = {
                 "video": (count, 3, *pixels[:2]),
@@ -182,7 +182,7 @@ def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
 
 def _check_encoder(manifest: Manifest, flaws: Flaws) -> None:
     """Every cache that the video encoder reads for later frames is one that both of its graphs write."""
-    if ENCODER_COMPONENTS[0] not in manifest.components:
+    if not manifest.has_encoder:
         return
 
     def caches(specs: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:

@@ -281,8 +281,7 @@ def _packages_key(request: BuildRequest, plan: StepPlan) -> str:
     ]
     code = [*_code(lightforcing_ref), *_code(graph), *own, Path(numerics.__file__)]
     preset = replace(plan.preset, vae=request.weights.vae_config())
-    encoder = request.weights.vae_encoder_config() if request.with_encoder else None
-    model = (preset, encoder, plan.height, plan.width, plan.fingerprint(), graph_types(request))
+    model = (preset, request.encoder, plan.height, plan.width, plan.fingerprint(), graph_types(request))
     linears = sorted(fp8_linears(request, plan))
     versions = (torch.__version__, _triton())
     return digest(versions, files_digest(code), model, linears, request.target.compute_capability)
@@ -325,8 +324,7 @@ def _build(run: Run) -> Built:
     components = describe(request, linears)
     if device == "cpu":
         components |= {name: component_of(run.folder, f"{name}.onnx") for name in OPERATORS}
-    encoder = request.weights.vae_encoder_config() if request.with_encoder else None
-    section = _section(plan, request.weights.vae_config(), linears, encoder)
+    section = _section(plan, request.weights.vae_config(), linears, request.encoder)
     golden, written = _golden(run, components, section, linears)
     return Built(
         components=components,

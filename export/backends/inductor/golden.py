@@ -98,8 +98,7 @@ def golden_graphs(
         "vae_first": (vae_first(vae, wide.decoder, plan), types.decoder),
         "vae_next": (vae_next(vae, wide.decoder, plan), types.decoder),
     }
-    if request.with_encoder:
-        encoder = request.weights.vae_encoder_config()
+    if (encoder := request.encoder) is not None:
         compiled |= {
             name: (make(encoder, wide.decoder, plan), types.decoder) for name, make in VAE_ENCODERS.items()
         }

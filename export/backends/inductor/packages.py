@@ -132,9 +132,9 @@ def package_modules(request: BuildRequest) -> dict[str, Callable[[], Compiled]]:
 
 
 def _encoders(request: BuildRequest) -> dict[str, Callable[[], Compiled]]:
-    if not request.with_encoder:
+    config, dtype = request.encoder, graph_types(request).decoder
+    if config is None:
         return {}
-    config, dtype = request.weights.vae_encoder_config(), graph_types(request).decoder
     return {name: partial(make, config, dtype, request.plan) for name, make in VAE_ENCODERS.items()}
 
 
