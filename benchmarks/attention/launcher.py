@@ -13,9 +13,9 @@ from torch import Tensor
 
 from plugins.kernels.specs import KernelError
 from runtime.bundle.images import KernelProblem
-from runtime.cuda.kernels import KernelLauncher, cuda_core
+from runtime.cuda import KernelLauncher, cuda_core
 from runtime.errors import EngineError
-from runtime.program.kernels import KernelLibrary
+from runtime.program import KernelLibrary
 
 __all__ = ["ImageLauncher"]
 

@@ -35,7 +35,7 @@ def measure(bundle: Path, name: str, packages: Path | None = None) -> dict[str, 
 
     from benchmarks.timing import microseconds
     from runtime.bundle import MANIFEST_NAME, Manifest
-    from runtime.host.inductor import load_package_file
+    from runtime.host import load_package_file
 
     # Without looking for the weights, which may not be there.
     manifest = Manifest.model_validate_json((bundle / MANIFEST_NAME).read_bytes())

@@ -17,10 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.graph.modules import merge_qkv
-from export.quantize.cost import fake_quantized
-from export.quantize.formats import QuantPrecision, choose_formats
-from export.quantize.trial import block_linears
+from export.quantize import QuantPrecision, block_linears, choose_formats, fake_quantized, merge_qkv
 from lightforcing_ref.attention import dense_attention, hsa_attention
 from lightforcing_ref.cache import AttentionSpec
 from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state

@@ -30,7 +30,7 @@ from runtime import Pipeline
 from runtime.backends import runs_on_host
 from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, load_bundle, numpy_dtype
 from runtime.bundle.e4m3 import decode
-from runtime.host.runner import HostRunner
+from runtime.host import HostRunner
 
 from .reference import Feed, Reference, exact_length, step_feeds
 from .result import Comparison, Difference, Film, Plot, Row, Scope, Series, difference, film_rows

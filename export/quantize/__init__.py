@@ -1,1 +1,35 @@
 """Quantization: formats, what they cost, calibration, and which layers are left out."""
+
+from export.graph.modules import merge_qkv
+
+from .calibration import Calibration, calibrate, load_calibration
+from .cost import fake_quantized, latent_error, layer_errors
+from .formats import (
+    ORT_SESSION_CONFIG,
+    QuantPrecision,
+    choose_formats,
+    linear_names,
+    quantize,
+    save_quantized,
+)
+from .trial import Trial, block_linears, embed_prompts, read_prompts
+
+__all__ = [
+    "ORT_SESSION_CONFIG",
+    "Calibration",
+    "QuantPrecision",
+    "Trial",
+    "block_linears",
+    "calibrate",
+    "choose_formats",
+    "embed_prompts",
+    "fake_quantized",
+    "latent_error",
+    "layer_errors",
+    "linear_names",
+    "load_calibration",
+    "merge_qkv",
+    "quantize",
+    "read_prompts",
+    "save_quantized",
+]

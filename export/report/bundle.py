@@ -26,8 +26,7 @@ from runtime.bundle import (
     load_bundle,
 )
 from runtime.bundle.policies import AttentionPolicy, HsaPolicy
-from runtime.program.buffers import plan_buffers
-from runtime.program.kernels import KernelLibrary
+from runtime.program import KernelLibrary, plan_buffers
 from runtime.terminal import console, write_out
 from runtime.verify import VERDICT_NAME, Verdict
 

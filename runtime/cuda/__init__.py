@@ -1,1 +1,5 @@
 """Execution on a CUDA device."""
+
+from .kernels import KernelLauncher, cuda_core
+
+__all__ = ["KernelLauncher", "cuda_core"]

@@ -1,1 +1,6 @@
 """A rollout's step as a program of launches and engine calls, and the buffers that it works on."""
+
+from .buffers import plan_buffers
+from .kernels import KernelLibrary
+
+__all__ = ["KernelLibrary", "plan_buffers"]

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.backends.inductor.expectations import load_package_expectations
 from export.backends.inductor.modules import _TextLayer
 from export.backends.inductor.null_gpu import GPUS, compile_library, environment
 from export.backends.inductor.packages import needed_drivers

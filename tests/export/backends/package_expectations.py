@@ -1,7 +1,7 @@
 """What each package of a bundle must look like, checked against its generated code and its kernels.
 
-A fusion that is lost costs time and changes no result; these committed figures make it visible where no GPU is. They
-are data of the `engines` package, one file per precision, for the version of PyTorch that they name.
+A fusion that is lost costs time and changes no result; the committed figures (`packages_*.toml`, one file per
+precision) make it visible where no GPU is, for the version of PyTorch that they name.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ import tomllib
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from export.errors import InputError
+from export.backends.inductor.cubin import read_cubin
+from export.backends.inductor.generated import read_package
 from runtime.bundle import Component
-
-from .cubin import read_cubin
-from .generated import read_package
-
-__all__ = ["PackageExpectation", "load_package_expectations"]
-
 
 _ATTENTION = re.compile(r"_scaled_dot_product_(?:cudnn|flash)_attention")
 
@@ -92,15 +86,9 @@ class PackageExpectation(BaseModel):
 
 
 def load_package_expectations(precision: str) -> Mapping[str, PackageExpectation]:
-    """The expectations of a precision, by package.
-
-    Raises:
-        InputError: there are none.
-    """
-    source = resources.files("engines").joinpath("expectations", f"inductor_{precision}.toml")
-    try:
-        document = tomllib.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there are no expectations of packages in {precision}") from error
+    """The expectations of a precision, by package."""
+    document = tomllib.loads(
+        (Path(__file__).parent / f"packages_{precision}.toml").read_text(encoding="utf-8")
+    )
     document.pop("schema_version")
     return TypeAdapter(dict[str, PackageExpectation]).validate_python(document)
