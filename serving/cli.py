@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.terminal import BAD_INPUT, FAILED, printable, run_command, write_out
+
 if TYPE_CHECKING:
     from .settings import Settings
 
 __all__ = ["build_parser", "main"]
-
-_FAILED, _BAD_INPUT = 1, 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,60 +72,70 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="leave hashes and golden vectors out")
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log in full")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 stopped, 1 the bundle could not be loaded, 2 bad input."""
+    """Run a command; the exit code: 0 stopped, 1 the bundle could not be loaded, 2 bad input, else a signal's."""
     options = build_parser().parse_args(arguments)
+    return run_command(
+        lambda: _serve(options),
+        lambda line: print(printable(line), file=sys.stderr),
+        expected=_expected,
+        install="pip install '.[cpu,text,video,serve]', or gpu in place of cpu; webrtc and ray are extras of their own",
+        debug=options.debug,
+    )
 
-    from .errors import SettingsError
+
+def _expected(error: Exception) -> int | None:
+    from runtime import BundleError, InputError, LightForcingError
+
+    from .errors import ClusterError, ServingError
+
+    if isinstance(error, (BundleError, InputError)):
+        return BAD_INPUT
+    if isinstance(error, (ClusterError, LightForcingError)):
+        return FAILED
+    return BAD_INPUT if isinstance(error, ServingError) else None
+
+
+def _serve(options: argparse.Namespace) -> int:
     from .logs import configure
 
-    try:
-        settings = _settings(options)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _BAD_INPUT
+    settings = _settings(options)
     configure(options.log_level)
     if options.command == "ray":
-        return _serve_cluster(options, settings)
-    from runtime import BundleError, InputError
-
+        _serve_cluster(options, settings)
+        return 0
     from .server import serve
 
-    failure = serve(settings, lambda url: print(f"open {url} (Ctrl+C stops)", flush=True))
-    if failure is None:
-        return 0
-    print(f"error: {failure}", file=sys.stderr)
-    return _BAD_INPUT if isinstance(failure, (BundleError, InputError)) else _FAILED
+    failure = serve(settings, lambda url: write_out(f"open {url} (Ctrl+C stops)\n"))
+    if failure is not None:
+        raise failure
+    return 0
 
 
-def _serve_cluster(options: argparse.Namespace, settings: Settings) -> int:
+def _serve_cluster(options: argparse.Namespace, settings: Settings) -> None:
     import signal
     import threading
 
-    from .errors import ServingError
+    from .errors import ClusterError
     from .ray_app import Cluster, deploy, start_cluster, stop_cluster
 
     stop = threading.Event()
+    cluster = Cluster(options.replicas, options.cpus, options.gpus, options.address)
     try:
-        cluster = Cluster(options.replicas, options.cpus, options.gpus, options.address)
         start_cluster(settings, cluster)
         deploy(settings, cluster)
-    except ServingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _BAD_INPUT
     except RuntimeError as error:  # Ray's word for a deployment that does not come up
-        print(f"error: {error}", file=sys.stderr)
         stop_cluster()
-        return _FAILED
-    print(f"open http://{settings.host}:{settings.port}/", flush=True)
+        raise ClusterError(str(error)) from error
+    write_out(f"open http://{settings.host}:{settings.port}/\n")
     if cluster.address is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         stop.wait()
         stop_cluster()
-    return 0
 
 
 def _settings(options: argparse.Namespace) -> Settings:

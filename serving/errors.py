@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BusyError", "RequestError", "ServingError", "SettingsError"]
+__all__ = ["BusyError", "ClusterError", "RequestError", "ServingError", "SettingsError"]
 
 
 class ServingError(Exception):
@@ -11,6 +11,10 @@ class ServingError(Exception):
 
 class SettingsError(ServingError, ValueError):
     """An option of the server cannot be used."""
+
+
+class ClusterError(ServingError):
+    """Replicas did not come up in the cluster."""
 
 
 class RequestError(ServingError):

@@ -9,11 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .config import CONFIGS, STAGES, Run, StageName, TrainingConfig
+from runtime.terminal import BAD_INPUT, console, printable, run_command
+
+from .config import CONFIGS, STAGES, ConfigError, Run, StageName, TrainingConfig
 
 __all__ = ["main"]
 
@@ -25,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--config", default="cpu", help="name in training/configs, or a TOML file")
     parser.add_argument("--run", type=Path, help="folder of the run (default: training/runs/<config>)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run one stage, or all that are not finished; resumes by itself")
     run.add_argument("--stage", choices=[*STAGES, "all"], required=True)
@@ -48,9 +50,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(name: str) -> tuple[TrainingConfig, str]:
     path = CONFIGS / f"{name}.toml" if not name.endswith(".toml") else Path(name)
-    if not path.exists():
-        names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
-        raise FileNotFoundError(f"no configuration {path}; give a TOML file or one of: {names}")
     return TrainingConfig.load(path), path.stem
 
 
@@ -106,33 +105,39 @@ def _status(run: Run, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    console = Console()
     options = _parser().parse_args(arguments)
-    try:
-        config, name = _load(options.config)
-        run = Run(options.run or Path(__file__).parent / "runs" / name)
-        if options.command == "status":
-            _status(run, console)
-        elif options.command == "ship":
-            from .ship import ship
+    return run_command(
+        lambda: _work(options),
+        lambda line: print(printable(line), file=sys.stderr),
+        expected=_expected,
+        install="pip install '.[train]'",
+        debug=options.debug,
+        left=lambda: "what was trained is kept: the same command goes on",
+    )
 
-            for path in ship(run, options.to, options.transformer):
-                console.print(f"{path} {path.stat().st_size / 2**20:.2f} MiB")
-        elif options.command == "adopt":
-            from .ship import adopt
 
-            console.print(f"{run.folder} starts with: {', '.join(adopt(run, options.of))}")
-        else:
-            for stage in STAGES if options.stage == "all" else (options.stage,):
-                _run(stage, config, run, options.minutes, console)
-    except ValidationError as error:
-        print(f"the configuration is not valid: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        from training.stages.run import StageError
+def _expected(error: Exception) -> int | None:
+    from training.stages.run import StageError
 
-        if not isinstance(error, (FileNotFoundError, FloatingPointError, StageError)):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return BAD_INPUT if isinstance(error, (ConfigError, FloatingPointError, StageError)) else None
+
+
+def _work(options: argparse.Namespace) -> int:
+    notes = console()
+    config, name = _load(options.config)
+    run = Run(options.run or Path(__file__).parent / "runs" / name)
+    if options.command == "status":
+        _status(run, notes)
+    elif options.command == "ship":
+        from .ship import ship
+
+        for path in ship(run, options.to, options.transformer):
+            notes.print(f"{path} {path.stat().st_size / 2**20:.2f} MiB")
+    elif options.command == "adopt":
+        from .ship import adopt
+
+        notes.print(f"{run.folder} starts with: {', '.join(adopt(run, options.of))}")
+    else:
+        for stage in STAGES if options.stage == "all" else (options.stage,):
+            _run(stage, config, run, options.minutes, notes)
     return 0

@@ -6,9 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-__all__ = ["CONFIGS", "STAGES", "Run", "StageConfig", "StageName", "TrainingConfig"]
+__all__ = ["CONFIGS", "STAGES", "ConfigError", "Run", "StageConfig", "StageName", "TrainingConfig"]
 
 CONFIGS = Path(__file__).parent / "configs"
 StageName = Literal["latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen"]
@@ -16,6 +16,10 @@ STAGES: tuple[StageName, ...] = (
     "latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen",
 )  # fmt: skip
 """In the order in which they build on each other."""
+
+
+class ConfigError(Exception):
+    """A configuration cannot be used; the message says why."""
 
 
 class _Model(BaseModel):
@@ -96,8 +100,18 @@ class TrainingConfig(_Model):
 
     @classmethod
     def load(cls, path: Path) -> TrainingConfig:
-        """Read and validate a TOML file."""
-        return cls.model_validate(tomllib.loads(path.read_text()))
+        """Read and validate a TOML file.
+
+        Raises:
+            ConfigError: there is none, or it is not valid.
+        """
+        if not path.exists():
+            names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
+            raise ConfigError(f"no configuration {path}; give a TOML file or one of: {names}")
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid: {error}") from error
 
     def stage(self, name: StageName) -> StageConfig:
         """The settings of an optimised stage."""

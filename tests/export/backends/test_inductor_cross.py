@@ -27,6 +27,7 @@ from lightforcing_ref.config import CHUNK_FRAMES, PRESETS
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5_TINY, UMT5Layer
 from runtime.bundle import load_bundle
 from runtime.verify.dry_run import dry_run
+from tests.export.backends.package_expectations import load_package_expectations
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = PRESETS["tiny"]
