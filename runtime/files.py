@@ -7,12 +7,22 @@ import errno
 import hashlib
 import os
 import secrets
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_output", "cache_folder", "exchange", "keep", "kept", "sync_to_disk", "write_file"]
+import platformdirs
+
+__all__ = [
+    "atomic_output",
+    "cache_folder",
+    "exchange",
+    "keep",
+    "kept",
+    "state_folder",
+    "sync_to_disk",
+    "write_file",
+]
 
 _TEMPORARY, _SUFFIX = "partial", 16
 _AT_FDCWD, _EXCHANGE = -100, 2
@@ -102,10 +112,25 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def cache_folder(*parts: str) -> Path:
-    """Where this project keeps what it can make again, or a folder in there; not created here."""
-    variable, home = {
-        "win32": ("LOCALAPPDATA", "AppData/Local"),
-        "darwin": ("XDG_CACHE_HOME", "Library/Caches"),
-    }.get(sys.platform, ("XDG_CACHE_HOME", ".cache"))
-    base = os.environ.get(variable)
-    return (Path(base) if base else Path.home() / home) / Path("lightforcing", *parts)
+    """Where this project keeps what it can make again, or a folder in there; not created here.
+
+    Raises:
+        RuntimeError: this user has no home folder, and no other was named.
+    """
+    return _own(platformdirs.user_cache_path, parts)
+
+
+def state_folder(*parts: str) -> Path:
+    """Where this project keeps what it has made for its user, or a folder in there; not created here.
+
+    Raises:
+        RuntimeError: this user has no home folder, and no other was named.
+    """
+    return _own(platformdirs.user_state_path, parts)
+
+
+def _own(folder: Callable[..., Path], parts: tuple[str, ...]) -> Path:
+    path: Path = folder("lightforcing", appauthor=False)
+    if not path.is_absolute():
+        raise RuntimeError("this user has no home folder; set XDG_CACHE_HOME and XDG_STATE_HOME to folders")
+    return path.joinpath(*parts)

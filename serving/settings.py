@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.files import state_folder
+
 from .errors import SettingsError
 
 __all__ = ["Limits", "Settings", "default_videos_folder", "read_token"]
@@ -49,8 +51,7 @@ class Limits:
 
 def default_videos_folder() -> Path:
     """Where clips are kept unless told otherwise."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(state) / "lightforcing" / "videos"
+    return state_folder("videos")
 
 
 @dataclass(frozen=True)

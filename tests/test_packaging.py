@@ -40,7 +40,12 @@ def tool(name: str) -> ModuleType:
 
 
 def test_base_dependencies_are_few() -> None:
-    assert {Requirement(text).name for text in PROJECT["dependencies"]} == {"numpy", "pydantic", "rich"}
+    assert {Requirement(text).name for text in PROJECT["dependencies"]} == {
+        "numpy",
+        "platformdirs",
+        "pydantic",
+        "rich",
+    }
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound() -> None:
@@ -101,7 +106,7 @@ def test_the_runtimes_wheel_is_one_package(wheels: tuple[Path, Path]) -> None:
     assert "lightforcing_runtime/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     base = {r.name for r in requirements(wheels[0]) if r.marker is None}
-    assert base == {"numpy", "pydantic", "rich"}
+    assert base == {"numpy", "platformdirs", "pydantic", "rich"}
 
 
 def test_the_toolchains_wheel_holds_the_rooms_and_their_data(wheels: tuple[Path, Path]) -> None:

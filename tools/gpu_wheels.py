@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WHEELS = (
+    "platformdirs==4.14.8",
     "pydantic==2.14.3",
     "pydantic-core==2.50.4",
     "annotated-types==0.8.0",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FLAT_CHUNKS = 42
 """Length of the clip that shows whether the time per chunk stays flat."""
 FLAT_EARLY, FLAT_LATE = 8, 40
-NEEDED = ("numpy", "torch", "pydantic", "rich", "ftfy", "safetensors", "ml_dtypes")
+NEEDED = ("numpy", "torch", "pydantic", "platformdirs", "rich", "ftfy", "safetensors", "ml_dtypes")
 """What every rung needs to import."""
 
 

@@ -29,6 +29,7 @@ _LIBRARIES = {
     "numpy": "numpy",
     "pydantic": "pydantic",
     "rich": "rich",
+    "platformdirs": "platformdirs",
     "onnxruntime": "onnxruntime",
     "onnxruntime-gpu": "onnxruntime",
     "tokenizers": "tokenizers",
