@@ -26,7 +26,10 @@ LayerKV = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Constants of the self-attention operators of one model variant; `kv` None = in the compute type."""
+    """Constants of the self-attention operators of one model variant; `kv` None = in the compute type.
+
+    With `persistent_frames`, the most virtual frames that a persistent set fills, attention is told what is pinned.
+    """
 
     heads: int
     geometry: BlockGeometry
@@ -34,6 +37,7 @@ class AttentionSpec:
     keep_q20: tuple[int, ...]
     scale: float
     kv: KVFormat | None = None
+    persistent_frames: int = 0
 
     def prepare_attributes(self) -> dict[str, int]:
         """Integer attributes of QKPrepare."""
@@ -71,6 +75,7 @@ class CachedAttention:
         past: per layer what `LayerKV` lists, each with frame slots first.
         frame_slots: int32 `[F]`.
         chunk: index into the sparsity table; a 0-dim tensor when tracing.
+        pinned: oldest past frames that everybody sees, likewise; for attention with a persistent set.
     """
 
     spec: AttentionSpec
@@ -81,8 +86,11 @@ class CachedAttention:
     chunk: Tensor | int
     prepare: Callable[..., tuple[Tensor, ...]] | None = None
     attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None
+    pinned: Tensor | int = 0
     new: list[LayerKV] = field(default_factory=list)
     """Per layer, keys and values `[T, H, D]`, key block means `[frames, blocks, H, D]` and scales of the chunk."""
+    queries: list[Tensor] = field(default_factory=list)
+    """Per layer, query block means `[frames, blocks, H, D]` of the chunk."""
 
     def __post_init__(self) -> None:
         prepare, attend = oracles(self.spec.kv)
@@ -101,6 +109,7 @@ class CachedAttention:
             eps=params.eps,
         )
         self.new.append((k, v, *rest))
+        self.queries.append(q_mean)
         attend = self.attend if callable(self.attend) else self.attend[layer]
         out = attend(
             q,
@@ -111,6 +120,7 @@ class CachedAttention:
             *self.past[layer],
             self.frame_slots,
             self.chunk,
+            *((self.pinned,) if self.spec.persistent_frames else ()),
             **self.spec.attend_attributes(),
         )
         return out.flatten(1)[None]
@@ -120,12 +130,15 @@ class CachedAttention:
 class FrameCache:
     """Keys and values of past frames, one entry per frame and layer, oldest first.
 
+    Virtual frames, which a persistent set fills with blocks of evicted frames, come behind the sinks. They have no
+    index, and their keys stay roped where their blocks were.
+
     Keys are stored roped at absolute positions. With `sink_positions="window"` the sink frames are shown to the
     model at the positions just before the oldest recent frame, which reproduces upstream's window-relative
     positions (RoPE is relative): their keys are rotated from the copy stored at commit.
 
     Args:
-        window_frames: frames visible to a chunk, sink and current chunk included; None = unlimited.
+        window_frames: frames visible to a chunk, sink and current chunk included, virtual ones not; None = unlimited.
         sink_frames: oldest frames that are never evicted.
     """
 
@@ -138,6 +151,10 @@ class FrameCache:
     frames: dict[int, list[LayerKV]] = field(default_factory=dict)
     """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`, scales `[blocks, H]`
     of both if they are codes)."""
+    virtual: list[list[LayerKV]] = field(default_factory=list)
+    """The persistent set: virtual frames in the form of `frames`."""
+    gone: int = 0
+    """The set holds blocks of frames below this one."""
 
     def resident(self) -> list[int]:
         """Absolute indices of the cached frames, oldest first."""
@@ -145,17 +162,22 @@ class FrameCache:
 
     def make_room(self, frames: int) -> None:
         """Evict the oldest non-sink frames until `frames` more fit into the window."""
+        for frame in self.leaving(frames):
+            del self.frames[frame]
+
+    def leaving(self, frames: int) -> list[int]:
+        """The frames that leave where `frames` more are to fit into the window."""
         if self.window_frames is None:
-            return
-        while len(self.frames) > self.window_frames - frames:
-            evictable = [frame for frame in self.resident() if frame >= self.sink_frames]
-            del self.frames[evictable[0]]
+            return []
+        evictable = [frame for frame in self.resident() if frame >= self.sink_frames]
+        return evictable[: max(0, len(self.frames) + frames - self.window_frames)]
 
     def flush(self, keep: int) -> None:
-        """Forget all frames but the sinks and the latest `keep`."""
+        """Forget all frames but the sinks and the latest `keep`, and the persistent set."""
         recent = [frame for frame in self.resident() if frame >= self.sink_frames]
         for frame in recent[: max(0, len(recent) - keep)]:
             del self.frames[frame]
+        self.virtual.clear()
 
     def commit(self, first_frame: int, new: Sequence[LayerKV], *, only: Sequence[int] | None = None) -> None:
         """Store the frames of a chunk that starts at `first_frame`; `only` restricts which ones."""
@@ -168,20 +190,20 @@ class FrameCache:
                     (k[tokens], v[tokens], *(blocks[index] for blocks in rest)) for k, v, *rest in new
                 ]
 
-    def past(self, layer: int, frames: Sequence[int], first_recent: int) -> LayerKV:
-        """Stacked keys, values and means of `frames`.
+    def past(self, layer: int, frames: Sequence[int], first_recent: int, virtual: bool = False) -> LayerKV:
+        """Stacked keys, values and means of `frames`, and of the virtual ones behind the sinks if these are wanted.
 
         Args:
             first_recent: oldest visible frame that is no sink (the chunk's own first frame if there is none);
                 sinks with window positions sit just before it.
         """
         sinks = sum(frame < self.sink_frames for frame in self.frames)
-        found = []
-        for frame in frames:
-            entry = self.frames[frame][layer]
-            if self.sink_positions == "window" and frame < self.sink_frames:
-                entry = self._turned(entry, first_recent - sinks)
-            found.append(entry)
+        found = [self.frames[frame][layer] for frame in frames if frame < self.sink_frames]
+        if self.sink_positions == "window":
+            found = [self._turned(entry, first_recent - sinks) for entry in found]
+        if virtual:
+            found += [entry[layer] for entry in self.virtual]
+        found += [self.frames[frame][layer] for frame in frames if frame >= self.sink_frames]
         if found:
             return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
         heads, tokens, blocks = (

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .attention import hsa_attention
 from .cache import AttentionSpec, CachedAttention, FrameCache, LayerKV, SinkPositions
+from .errors import ConfigError
 from .fp8_cache import with_fp8_cache
 from .model import CausalWanModel, CrossKV
+from .policies import PersistentSet, block_weights
 from .rope import rope_tables
 from .schedule import FlowSchedule
 
@@ -33,7 +35,7 @@ class Rollout:
 
     Args:
         text: text-encoder output `[text_len, text_dim]`.
-        window_frames: attention window in latent frames, sink and current chunk included; None = unlimited.
+        window_frames: attention window in latent frames, sink, virtual and current ones included; None = unlimited.
 
     The clean pass of a chunk runs when the next chunk is asked for, never after the last. A schedule without one caches
     what the last denoising forward leaves.
@@ -56,12 +58,16 @@ class Rollout:
     attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
     """The attention operator, one for all layers or one for each; the oracle unless another execution or policy is
     under study."""
+    persistent: PersistentSet | None = None
+    """Blocks that outlive the window; of `spec.persistent_frames` frames, for `persistent_block_attention`."""
 
     def __post_init__(self) -> None:
+        self._check_persistent()
+        window, virtual = self.window_frames, self.spec.persistent_frames
         self.cache = FrameCache(
             self.model.config,
             self.spec.geometry,
-            self.window_frames,
+            None if window is None else window - virtual,
             self.sink_frames,
             self.sink_positions,
             self.spec.kv,
@@ -70,7 +76,23 @@ class Rollout:
         self.next_chunk = 0
         self._jumps: list[tuple[int, int]] = []
         self._pending: Tensor | None = None
+        self.queries: list[Tensor] = []
         self.cross = self._condition(self.text)
+
+    def _check_persistent(self) -> None:
+        chunk, virtual = self.schedule.chunk_frames, self.spec.persistent_frames
+        if virtual != (self.persistent.frames if self.persistent else 0):
+            raise ConfigError(
+                f"the operator counts {virtual} persistent frames, the set is {self.persistent}"
+            )
+        if virtual and (
+            self.window_frames is None or self.window_frames < virtual + self.sink_frames + 2 * chunk
+        ):
+            raise ConfigError(
+                f"the window is {self.window_frames}; expected at least {virtual + self.sink_frames + 2 * chunk} "
+                f"frames: {self.sink_frames} sinks, {virtual} persistent ones, and two chunks, so that every frame is "
+                "resident before it is evicted"
+            )
 
     def _condition(self, text: Tensor) -> list[CrossKV]:
         with torch.no_grad():
@@ -79,8 +101,15 @@ class Rollout:
     def set_prompt(self, text: Tensor, recache: Recache = "window") -> int:
         """Switch the prompt from the next chunk on; "window" and "all" recompute block-causally, oldest first.
 
+        A persistent set stays as it is where sinks do: under "window" and "none". The others forget it.
+
         Returns the index of the chunk where the new prompt applies.
+
+        Raises:
+            ConfigError: "joint" with a persistent set, whose blocks no forward can recompute.
         """
+        if recache == "joint" and self.persistent is not None:
+            raise ConfigError("a joint recache is for full attention, and there is a persistent set")
         if recache == "joint" and self.next_chunk:
             self.cross = self._condition(text)
             self._recache_jointly()
@@ -89,6 +118,8 @@ class Rollout:
         self.cross = self._condition(text)
         if recache in ("none", "joint") or self.next_chunk == 0:
             return self.next_chunk
+        if recache == "all":
+            self.cache.virtual.clear()  # of its blocks there are no latents to recompute them from
         if recache in ("flush", "cut"):
             self.cache.flush(self.flush_frames)
             first = self.next_chunk * self.schedule.chunk_frames
@@ -149,7 +180,12 @@ class Rollout:
         own = max(chunk * self.schedule.chunk_frames, len(resident))
         # A cut lies between what is left, sinks among it, and what follows.
         first_recent = self.position(recent[0]) if recent else self.position(own - 1) + 1
-        return self.cache.past(layer, resident if frames is None else frames, first_recent)
+        seen = resident if frames is None else frames
+        return self.cache.past(layer, seen, first_recent, self._sees_virtual(chunk))
+
+    def _sees_virtual(self, chunk: int) -> bool:
+        """Whether the persistent set lies wholly before a chunk, which may be one that is recomputed."""
+        return chunk * self.schedule.chunk_frames >= self.cache.gone
 
     def forward(
         self, x: Tensor, row: int, chunk: int, past_frames: list[int] | None = None
@@ -166,18 +202,21 @@ class Rollout:
         config, count, chunk = self.model.config, self.schedule.chunk_frames, chunks[-1]
         positions = torch.tensor([self.position(c * count + index) for c in chunks for index in range(count)])
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
+        virtual = len(self.cache.virtual) if self._sees_virtual(chunk) else 0
         core = CachedAttention(
             self.spec,
             cos,
             sin,
             [self.past(layer, chunk, frames) for layer in range(config.layers)],
-            torch.arange(len(frames), dtype=torch.int32),
+            torch.arange(len(frames) + virtual, dtype=torch.int32),
             chunk,
             attend=self._attend,
+            pinned=sum(frame < self.sink_frames for frame in frames) + virtual,
         )
         t = torch.full((1, len(positions)), self.schedule.row_timesteps[row], dtype=torch.float64)
         with torch.no_grad():
             flow = self.model(x[None], t, self.cross, core)[0]
+        self.queries = core.queries
         return flow, core.new
 
     def following_noise(self, chunk: int, row: int) -> Tensor:
@@ -207,9 +246,36 @@ class Rollout:
         self.keep(x0, chunk, new)
 
     def keep(self, x0: Tensor, chunk: int, new: list[LayerKV]) -> None:
-        """Cache keys and values of `chunk`, whose clean latents are `x0`."""
+        """Cache keys and values of `chunk`, whose clean latents are `x0`; `queries` are those of the same forward."""
+        if self.persistent is not None:
+            self._persist(self.persistent, chunk, new)
         self.cache.commit(chunk * self.schedule.chunk_frames, new)
         self.latents[chunk] = x0
+
+    def _persist(self, persistent: PersistentSet, chunk: int, new: list[LayerKV]) -> None:
+        """Evict what a chunk pushes out of the window, but for the blocks that the chunk looks at most."""
+        cache, geometry = self.cache, self.spec.geometry
+        # The next chunk needs the room of this one.
+        leaving = cache.leaving(2 * self.schedule.chunk_frames)
+        if not leaving:
+            return
+        candidates = [*cache.virtual, *(cache.frames[frame] for frame in leaving)]
+        kept = min(persistent.frames, len(candidates))
+        # Virtual frames lie behind the sinks, and those that leave behind them.
+        sinks = sum(frame < self.sink_frames for frame in cache.frames)
+        columns = slice(sinks * geometry.k_blocks, (sinks + len(candidates)) * geometry.k_blocks)
+        layers = []
+        for layer in range(self.model.config.layers):
+            frames = [entry[layer] for entry in candidates]
+            if kept < len(frames):
+                means = torch.cat((self.past(layer, chunk)[2], new[layer][2]))
+                weights = block_weights(self.queries[layer], means, self.spec.scale)
+                frames = persistent.contest(frames, kept, persistent.scores(weights)[:, columns], geometry)
+            layers.append(frames)
+        cache.virtual = [list(entry) for entry in zip(*layers, strict=True)]
+        cache.gone = leaving[-1] + 1
+        for frame in leaving:
+            del cache.frames[frame]
 
     def generate_chunk(self) -> Tensor:
         """Clean latents of the next chunk, `[channels, chunk_frames, h, w]` float32."""

@@ -7,11 +7,13 @@ Light Forcing's own selection is part of the operator (`lightforcing_ref.attenti
 from .attention import PolicyAttention
 from .operators import (
     MethodOperator,
+    persistent_block_attention,
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
     vmoba_attention,
 )
+from .pbsa import PersistentBlocks, PersistentSet, block_weights
 from .radial import Radial
 from .sla import SLA
 from .sparge import SpargeAttention
@@ -22,6 +24,8 @@ from .vmoba import VMoBA
 __all__ = [
     "SLA",
     "MethodOperator",
+    "PersistentBlocks",
+    "PersistentSet",
     "Policy",
     "PolicyAttention",
     "Radial",
@@ -29,6 +33,8 @@ __all__ = [
     "SpargeAttention",
     "VMoBA",
     "View",
+    "block_weights",
+    "persistent_block_attention",
     "radial_attention",
     "sliding_tile_attention",
     "sparge_attention",

@@ -32,13 +32,14 @@ class PolicyAttention:
     grid: tuple[int, int]
 
     def __call__(self, *tensors: Tensor, scale: float, **attributes: Any) -> Tensor:
-        """As `hsa_attention`; the attributes of its two stages (`keep_frames` and so on) are not looked at.
+        """As `hsa_attention`, perhaps with `pinned` behind its tensors; the attributes of its two stages
+        (`keep_frames` and so on) are not looked at.
 
         Raises:
             ConfigError: the grid does not hold `frame_tokens` tokens.
         """
         self._require_grid(attributes["frame_tokens"])
-        q, k, v, _, _, past_k, past_v, _, frame_slots, _ = tensors
+        q, k, v, _, _, past_k, past_v, _, frame_slots, *_ = tensors
         slots = frame_slots[frame_slots >= 0].long()
         keys = torch.cat((past_k[slots].flatten(0, 1), k))
         values = torch.cat((past_v[slots].flatten(0, 1), v))
@@ -58,6 +59,7 @@ class PolicyAttention:
         past_kmean: Tensor,
         frame_slots: Tensor,
         chunk: Tensor | int,
+        pinned: Tensor | int = 0,
         *,
         frame_tokens: int,
         block_q: int,
@@ -85,6 +87,7 @@ class PolicyAttention:
             grid=self.grid,
             geometry=BlockGeometry(frame_tokens, block_q, block_k),
             keep_q20=tuple(keep_q20),
+            pinned=int(pinned),
         )
         return self.policy.visible(view).expand(q.shape[1], -1, -1)
 

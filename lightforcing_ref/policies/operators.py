@@ -14,6 +14,7 @@ from torch import Tensor
 from lightforcing_ref.sparsity import DENSE_Q20
 
 from .attention import PolicyAttention
+from .pbsa import PersistentBlocks
 from .radial import Radial
 from .sparge import SpargeAttention
 from .sta import SlidingTile
@@ -21,6 +22,7 @@ from .vmoba import VMoBA
 
 __all__ = [
     "MethodOperator",
+    "persistent_block_attention",
     "radial_attention",
     "sliding_tile_attention",
     "sparge_attention",
@@ -86,6 +88,10 @@ def _vmoba(attributes: _Attributes) -> PolicyAttention:
     )
 
 
+def _persistent(attributes: _Attributes) -> PolicyAttention:
+    return PolicyAttention(PersistentBlocks(), _grid(attributes))
+
+
 sliding_tile_attention = MethodOperator(_sliding_tile)
 """STA. `windows` are triples in a row; a frame's tokens are rows of `columns`."""
 radial_attention = MethodOperator(_radial)
@@ -94,3 +100,5 @@ sparge_attention = MethodOperator(_sparge)
 """SpargeAttn. `cumulative` 0 keeps what the table says."""
 vmoba_attention = MethodOperator(_vmoba)
 """VMoBA. `extent` 0 is all of an axis, `top` 0 goes by `threshold`."""
+persistent_block_attention = MethodOperator(_persistent)
+"""PBSA. `pinned`, the last of its tensors, is how many of the past frames everybody sees whole."""

@@ -27,6 +27,7 @@ class View:
             the sink frames are as near as if nothing had lain in between.
         chunk: index into `keep_q20`.
         grid: rows and columns of a frame's tokens.
+        pinned: oldest resident frames that everybody sees whole, for the method that asks.
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class View:
     grid: tuple[int, int]
     geometry: BlockGeometry
     keep_q20: tuple[int, ...]
+    pinned: int = 0
 
     @property
     def frames(self) -> int:
