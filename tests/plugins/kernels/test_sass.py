@@ -105,5 +105,22 @@ def test_two_blocks_share_a_processor(built: Path, arch: int, block_q: int) -> N
         assert counts["HGMMA"] == 128 // 16 + k_tile // 16
         assert counts["LDSM"] == 0, "queries are read from shared memory at every step"
         assert sum(one.startswith("WARPGROUP.DEPBAR") for one in loop) <= 2
-    else:
-        assert counts["HMMA"] > 0
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_products_are_what_limits_geforce_blackwell(built: Path, block_q: int) -> None:
+    """By a step's issue slots: nothing but its products may take more than a quarter of their time."""
+    _, loop = image(built, 120, f"attend-bf16-d128-q{block_q}")
+    counts = count(loop)
+    # A warp's 16 rows, 64 keys, head size 128, in products of 16 x 8 x 16: as many for the logits as for the output.
+    assert counts["HMMA"] == 2 * (64 // 8) * (128 // 16)
+    # 209.5 TFLOP/s with fp32 sums on 170 processors at 2.407 GHz: 512 FLOP a cycle, 128 in each quarter.
+    cycles = 2 * 16 * 8 * 16 / 128 * counts["HMMA"]
+    issued = sum(counts.values()) - counts["HMMA"] - counts["NOP"]
+    assert issued < cycles / 4
+    assert counts["MUFU"] * 32 / 4 < cycles / 4  # four lanes a cycle
+    assert counts["LDSM"] * 4 * 4 < cycles / 2  # 512 bytes each, of 128 a cycle that four quarters share
+    # Keys and values of the next step are on their way while this one is computed.
+    copies = [i for i, one in enumerate(loop) if one.startswith("LDGSTS")]
+    products = [i for i, one in enumerate(loop) if one.startswith("HMMA")]
+    assert copies and min(copies) < max(products)
