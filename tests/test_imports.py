@@ -53,7 +53,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "quantize",
         "graph hub",
         "progress request",
-        "errors machine tolerances units",
+        "errors machine page tolerances units",
     ),
     "runtime": (
         "__main__",

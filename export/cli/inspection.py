@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .command import Command
+from .command import Command, output
 
 __all__ = ["Inspect"]
 
@@ -21,9 +21,10 @@ class Inspect(Command):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("bundle", type=Path, help="folder of the bundle")
         parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--html", type=output, metavar="FILE", help="also write an HTML page")
 
     def run(self, args: argparse.Namespace) -> int:
         from export.report.bundle import inspect_bundle
 
-        inspect_bundle(args.bundle, as_json=args.json)
+        inspect_bundle(args.bundle, as_json=args.json, page=args.html)
         return 0

@@ -5,11 +5,8 @@ Drawn from the reference's rollout, so that it needs no GPU, whatever the bundle
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from export.errors import ComparisonError
+from export.page import image_uri, write_page
 from runtime.bundle import load_bundle
 
 from .against_policies import with_policy
@@ -27,7 +25,10 @@ from .trials import SEED
 
 __all__ = ["AttentionMaps", "attention_maps", "write_maps"]
 
-_PAPER, _INK, _FRAME, _CHUNK = (246, 247, 249), (31, 102, 193), (203, 209, 219), (93, 103, 120)
+_INK, _FRAME, _CHUNK = (47, 126, 219), (128, 136, 150, 96), (128, 136, 150, 255)
+"""What is seen, lines between frames, and the line before the chunk's own: they show on white and on near-black."""
+
+_PAPER, _TEXT = (246, 247, 249), (93, 103, 120)
 _GAP, _LABEL = 10, 14
 
 
@@ -103,26 +104,24 @@ def attention_maps(
 def write_maps(maps: AttentionMaps, path: Path) -> None:
     """Write the picture: a page where `path` ends in .html, else an image."""
     if path.suffix.lower() == ".html":
-        path.write_text(_page(maps), encoding="utf-8")
+        write_page(path, maps.title, _parts(maps))
     else:
         _sheet(maps).save(path)
 
 
-def _panel(seen: NDArray[np.float32], maps: AttentionMaps) -> Image.Image:
-    """One head: queries down, keys across, lines between frames, a dark one before the current chunk."""
+def _panel(seen: NDArray[np.float32], maps: AttentionMaps) -> NDArray[np.uint8]:
+    """One head `[H, W, 4]`: queries down, keys across, as opaque as what is seen, with lines between frames."""
     rows, columns = seen.shape
     size = max(1, min(8, 480 // max(rows, columns)))
-    colours = np.array(_PAPER) + seen[..., None] * (np.array(_INK) - np.array(_PAPER))
-    pixels = np.repeat(np.repeat(colours.round().astype(np.uint8), size, 0), size, 1)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    draw = ImageDraw.Draw(image)
-    for row in range(maps.q_blocks, rows, maps.q_blocks):
-        draw.line([(0, row * size), (image.width, row * size)], fill=_FRAME)
+    pixels = np.empty((rows, columns, 4), np.uint8)
+    pixels[..., :3], pixels[..., 3] = _INK, (seen * 255).round()
+    pixels = np.repeat(np.repeat(pixels, size, 0), size, 1)
+    pixels[maps.q_blocks * size :: maps.q_blocks * size] = _FRAME
+    pixels[:, maps.k_blocks * size :: maps.k_blocks * size] = _FRAME
     current = columns - rows // maps.q_blocks * maps.k_blocks
-    for column in range(maps.k_blocks, columns, maps.k_blocks):
-        fill = _CHUNK if column == current else _FRAME
-        draw.line([(column * size, 0), (column * size, image.height)], fill=fill)
-    return image
+    if current:
+        pixels[:, current * size] = _CHUNK
+    return pixels
 
 
 def _label(chunk: int, layer: int, seen: NDArray[np.float32]) -> str:
@@ -132,7 +131,7 @@ def _label(chunk: int, layer: int, seen: NDArray[np.float32]) -> str:
 def _sheet(maps: AttentionMaps) -> Image.Image:
     """Every chunk and layer in a row of heads."""
     rows = [
-        (_label(chunk, layer, seen), [_panel(head, maps) for head in seen])
+        (_label(chunk, layer, seen), [Image.fromarray(_panel(head, maps)) for head in seen])
         for chunk, layers in maps.chunks.items()
         for layer, seen in layers.items()
     ]
@@ -143,39 +142,28 @@ def _sheet(maps: AttentionMaps) -> Image.Image:
     draw.text((_GAP, top), maps.title, fill="black")
     top += _LABEL + _GAP
     for label, panels in rows:
-        draw.text((_GAP, top), label, fill=_CHUNK)
+        draw.text((_GAP, top), label, fill=_TEXT)
         top, left = top + _LABEL, _GAP
         for panel in panels:
-            sheet.paste(panel, (left, top))
+            sheet.paste(_PAPER, (left, top, left + panel.width, top + panel.height))
+            sheet.paste(panel, (left, top), mask=panel)
             left += panel.width + _GAP
         top += panels[0].height + _GAP
     return sheet
 
 
-def _page(maps: AttentionMaps) -> str:
-    parts = []
-    for chunk, layers in maps.chunks.items():
-        parts.append(f"<h2>Chunk {chunk}</h2>")
-        for layer, seen in layers.items():
-            images = "".join(
-                f'<figure><img alt="" src="{_uri(_panel(head, maps))}"><figcaption>head {number}: {head.mean():.1%}'
-                "</figcaption></figure>"
-                for number, head in enumerate(seen)
-            )
-            parts.append(f"<h3>{_label(chunk, layer, seen)}</h3><div>{images}</div>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{escape(maps.title)}</title>\n<style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem; "
-        "color: #1c2330; } h3 { font-size: .9rem; margin: .75rem 0 .25rem; } div { display: flex; flex-wrap: wrap; "
-        "gap: .75rem; } figure { margin: 0; } figcaption { font-size: .8rem; color: #5d6778; } "
-        "img { image-rendering: pixelated; border: 1px solid #d5dae2; }</style>\n</head>\n<body>\n"
-        f"<h1>{escape(maps.title)}</h1>\n<p>Which key blocks (across, oldest frame first) each query block (down) "
-        "looks at; lines lie between frames, the dark one before the frames of the chunk itself. A paler block is seen "
-        f"in part.</p>\n{''.join(parts)}\n</body>\n</html>\n"
+def _parts(maps: AttentionMaps) -> Iterator[str]:
+    yield (
+        "<p>Which key blocks (across, oldest frame first) each query block (down) looks at; lines lie between frames, "
+        "the strong one before the frames of the chunk itself. A paler block is seen in part.</p>"
     )
-
-
-def _uri(image: Image.Image) -> str:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    for chunk, layers in maps.chunks.items():
+        yield f"<h2>Chunk {chunk}</h2>"
+        for layer, seen in layers.items():
+            label = _label(chunk, layer, seen)
+            yield f'<h3>{label}</h3><div class="maps">'
+            for number, head in enumerate(seen):
+                caption = f"head {number}: {head.mean():.1%}"
+                image = f'<img alt="{label}, {caption}" src="{image_uri(_panel(head, maps))}">'
+                yield f"<figure><figcaption>{caption}</figcaption>{image}</figure>"
+            yield "</div>"

@@ -1,197 +1,97 @@
-"""What a bundle holds, as tables or as JSON."""
+"""What a bundle holds, as tables, as JSON or as a page."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from export.errors import InputError
-from export.estimate.selection import own_share
-from export.request.targets import load_target
+from export.page import bars, table, write_page
 from export.units import readable_size
-from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
-from runtime.bundle import (
-    Bundle,
-    Component,
-    Cost,
-    Library,
-    Manifest,
-    load_bundle,
-)
+from runtime.bundle import Bundle, Component, Cost, Library, Manifest, load_bundle
 from runtime.bundle.policies import AttentionPolicy, HsaPolicy
-from runtime.program import KernelLibrary, plan_buffers
+from runtime.program import KernelLibrary
 from runtime.terminal import console, write_out
-from runtime.verify import VERDICT_NAME, Verdict
+from runtime.verify import Verdict
+
+from .bundle_figures import (
+    bundle_document,
+    compiled_kernels,
+    forward_launches,
+    memory_parts,
+    peak_memory,
+    quantized_kinds,
+    recorded_verdict,
+    sparsity_by_chunk,
+    target_memory,
+)
 
 __all__ = ["inspect_bundle"]
 
-_PER_LAYER_KERNELS = ("prepare", "score", "select", "attend")
-"""Kernels launched once per layer in a denoising forward."""
 
-
-def inspect_bundle(path: Path, *, as_json: bool = False) -> None:
+def inspect_bundle(path: Path, *, as_json: bool = False, page: Path | None = None) -> None:
     """Print the contents of the bundle at `path`, whose files are verified first.
+
+    Args:
+        path: the bundle's folder.
+        as_json: print JSON in place of tables.
+        page: also write an HTML page to this file.
 
     Raises:
         BundleError: the bundle is missing, incomplete, changed, or of a newer schema.
     """
     bundle = load_bundle(path)
+    if page is not None:
+        write_page(page, bundle.manifest.name, _parts(bundle))
     if as_json:
-        write_out(json.dumps(_document(bundle), indent=1) + "\n")
+        write_out(json.dumps(bundle_document(bundle), indent=1) + "\n")
         return
     shown = console()
-    for table in _tables(bundle):
-        shown.print(table)
+    for _, shown_table in _tables(bundle):
+        shown.print(shown_table)
 
 
-def _tables(bundle: Bundle) -> Iterator[Table]:
+def _parts(bundle: Bundle) -> Iterator[str]:
+    """The page: the tables of the terminal, with bars where sizes are compared."""
     manifest = bundle.manifest
-    yield _summary(bundle)
-    yield _components(manifest)
+    for kind, shown in _tables(bundle):
+        yield table(shown, "" if kind == "summary" else None)
+        if kind == "memory":
+            limit = target_memory(manifest)
+            whole = limit or peak_memory(manifest)
+            title = f"Of the {readable_size(limit)} of {manifest.target.name}" if limit else "Shares of it"
+            parts = memory_parts(manifest).items()
+            yield bars(title, [(name, size / whole, readable_size(size)) for name, size in parts])
+        elif kind == "sparsity":
+            rows = sparsity_by_chunk(manifest)
+            largest = max(row["of"] for row in rows)
+            bar = [
+                (f"chunk {row['chunk']}", row["kept"] / largest, f"{row['kept']} of {row['of']}")
+                for row in rows
+            ]
+            yield bars("Key blocks that attention looks at", bar)
+
+
+def _tables(bundle: Bundle) -> Iterator[tuple[str, Table]]:
+    """(what it is about, the table)."""
+    manifest = bundle.manifest
+    yield "summary", _summary(bundle)
+    yield "components", _components(manifest)
     if any(component.cost for component in manifest.components.values()):
-        yield _engines(manifest)
-    if (kernels := _kernels(bundle)) is not None:
-        yield _kernel_table(kernels)
+        yield "engines", _engines(manifest)
+    if (kernels := compiled_kernels(bundle)) is not None:
+        yield "kernels", _kernel_table(kernels)
     if manifest.quantization is not None:
-        yield _quantization_table(manifest)
-    yield _memory_table(manifest)
-    yield _sparsity_table(manifest)
+        yield "quantization", _quantization_table(manifest)
+    yield "memory", _memory_table(manifest)
+    yield "sparsity", _sparsity_table(manifest)
     if manifest.golden is not None:
-        yield _golden_table(manifest, _verdict(bundle))
-    yield _files(manifest)
-
-
-def _document(bundle: Bundle) -> dict[str, object]:
-    manifest, kernels, verdict = bundle.manifest, _kernels(bundle), _verdict(bundle)
-    memory = plan_buffers(manifest, 1)
-    return {
-        **manifest.model_dump(mode="json"),
-        "bytes": {
-            "files": sum(entry.bytes for entry in manifest.files),
-            "buffers_shared": memory.total_bytes - memory.session_bytes,
-            "buffers_per_session": memory.session_bytes,
-        },
-        "memory": {"parts": _memory(manifest), "peak": _peak(manifest), "target": _target_memory(manifest)},
-        "launches_per_forward": _launches(manifest),
-        "sparsity_per_chunk": _sparsity(manifest),
-        "quantization_by_kind": _quantized_kinds(manifest),
-        "verdict": None if verdict is None else verdict.model_dump(mode="json"),
-        "kernel_images": None if kernels is None else kernels.index.model_dump(mode="json"),
-    }
-
-
-# ---- in figures ----
-
-
-def _engine_bytes(manifest: Manifest) -> int:
-    """Files that are loaded and stay: all but the text encoder's weights, which are streamed, and golden vectors."""
-    apart = {manifest.text.weights, manifest.golden.file if manifest.golden else None}
-    return sum(entry.bytes for entry in manifest.files if entry.path not in apart)
-
-
-def _memory(manifest: Manifest) -> dict[str, int]:
-    plan = plan_buffers(manifest, 1)
-    parts = {
-        "engines and weights": _engine_bytes(manifest),
-        "activations": sum(b.nbytes for b in plan.work if b.name.startswith("scratch.")),
-        "between engines": sum(b.nbytes for b in plan.work if not b.name.startswith("scratch.")),
-        "buffers of a chunk": sum(b.nbytes for b in plan.shared),
-        "keys and values of a session": sum(b.nbytes for b in plan.pool),
-        "the rest of a session": sum(b.nbytes for b in plan.session),
-    }
-    return {name: size for name, size in parts.items() if size}
-
-
-def _peak(manifest: Manifest) -> int:
-    return sum(_memory(manifest).values())
-
-
-def _target_memory(manifest: Manifest) -> int | None:
-    """Bytes of the target's memory; None for a machine's own, or a target that is not shipped."""
-    try:
-        size = load_target(manifest.target.name).memory_gib
-    except InputError:
-        return None
-    return None if size is None else int(size * 2**30)
-
-
-def _launches(manifest: Manifest) -> dict[str, int] | None:
-    """GPU launches of one denoising forward; None where the engines do not tell."""
-    costs = {name: c.cost for name, c in manifest.components.items() if c.cost}
-    layers = manifest.model.layers
-    if manifest.segments is None:
-        return {"engines": costs["step"].launches, "kernels": 0} if "step" in costs else None
-    runs = ["layer"] * (layers - 1) if "layer" in costs else [f"layer.{i}" for i in range(layers - 1)]
-    needed = ["first", *runs, "last"]
-    if any(name not in costs for name in needed):
-        return None
-    kernels = len(_PER_LAYER_KERNELS) * layers if manifest.kernels else 0
-    return {"engines": sum(costs[name].launches for name in needed), "kernels": kernels}
-
-
-def _sparsity(manifest: Manifest) -> list[dict[str, Any]]:
-    sparsity, model, attention = manifest.sparsity, manifest.model, manifest.attention
-    geometry = BlockGeometry(model.frame_tokens, attention.block_q, attention.block_k)
-    rows = []
-    for chunk in range(max(len(sparsity.values), sparsity.table_frames // model.chunk_frames)):
-        value = sparsity.values[min(chunk, len(sparsity.values) - 1)]
-        frames = min((chunk + 1) * model.chunk_frames, manifest.window_frames)
-        total = frames * manifest.key_blocks
-        row: dict[str, Any] = {"chunk": chunk, "sparsity": value, "of": total, "assumption": None}
-        own = own_share(
-            attention.method, geometry, model.token_grid, frames - model.chunk_frames, model.chunk_frames
-        )
-        if own is not None:
-            row |= {"sparsity": 1 - own.value, "kept": round(own.value * total), "assumption": own.assumption}
-        else:
-            row["kept"] = kept_blocks(sparsity.keep_q20, chunk, total) if chunk else total
-        rows.append(row)
-    return rows
-
-
-def _quantized_kinds(manifest: Manifest) -> list[dict[str, Any]] | None:
-    """The block linears by kind and format, with the range of their errors."""
-    quantization = manifest.quantization
-    if quantization is None:
-        return None
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in (*quantization.formats, *quantization.skipped):
-        kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
-        groups.setdefault((kind, quantization.formats.get(name, "bf16, skipped")), []).append(name)
-    rows = []
-    for (kind, format), names in groups.items():
-        errors = [quantization.errors[name] for name in names if name in quantization.errors]
-        row = {"kind": kind, "format": format, "layers": len(names)}
-        rows.append({**row, "least": min(errors, default=None), "largest": max(errors, default=None)})
-    return rows
-
-
-def _kernels(bundle: Bundle) -> KernelLibrary | None:
-    """The compiled kernels, verified; None where the bundle has none."""
-    kernels, capability = bundle.manifest.kernels, bundle.manifest.target.compute_capability
-    if kernels is None or capability is None:
-        return None
-    major, _, minor = capability.partition(".")
-    return KernelLibrary.of(bundle, (int(major), int(minor)))
-
-
-def _verdict(bundle: Bundle) -> Verdict | None:
-    """The verdict recorded beside this very manifest, on whatever machine; None if there is none."""
-    try:
-        verdict = Verdict.model_validate_json((bundle.root / VERDICT_NAME).read_bytes())
-    except (OSError, ValidationError):
-        return None
-    return verdict if verdict.manifest == bundle.digest else None
-
-
-# ---- in tables ----
+        yield "golden", _golden_table(manifest, recorded_verdict(bundle))
+    yield "files", _files(manifest)
 
 
 def _library(library: Library) -> str:
@@ -206,13 +106,13 @@ def _summary(bundle: Bundle) -> Table:
     model, cache, attention = manifest.model, manifest.cache, manifest.attention
     size = f"{model.video_height}x{model.video_width}, {model.fps} FPS"
     capability = manifest.target.compute_capability
-    library, launches = manifest.library, _launches(manifest)
+    library, launches = manifest.library, forward_launches(manifest)
     rows = {
         "target": manifest.target.name + (f" ({capability})" if capability else ""),
         "backend": f"{manifest.backend} in {manifest.precision}",
         "library": _library(library) if library else None,
         "status": manifest.status,
-        "verdict": _judgement(_verdict(bundle)) if manifest.golden else None,
+        "verdict": _judgement(recorded_verdict(bundle)) if manifest.golden else None,
         "execution": _execution(manifest),
         "launches": (
             f"{launches['engines']} by engines and {launches['kernels']} by kernels in a denoising forward"
@@ -356,7 +256,7 @@ def _quantization_table(manifest: Manifest) -> Table:
     quantization = manifest.quantization
     assert quantization is not None
     table = _table("Quantization", "linear", "format", "layers", "relative error")
-    for row in _quantized_kinds(manifest) or ():
+    for row in quantized_kinds(manifest) or ():
         least, largest = row["least"], row["largest"]
         error = "not measured" if least is None else f"{least:.3f} - {largest:.3f}"
         table.add_row(escape(row["kind"]), escape(row["format"]), str(row["layers"]), error)
@@ -374,9 +274,9 @@ def _quantization_table(manifest: Manifest) -> Table:
 
 def _memory_table(manifest: Manifest) -> Table:
     table = _table("Memory, one session", "", "size")
-    for name, size in _memory(manifest).items():
+    for name, size in memory_parts(manifest).items():
         table.add_row(name, readable_size(size))
-    peak, limit = _peak(manifest), _target_memory(manifest)
+    peak, limit = peak_memory(manifest), target_memory(manifest)
     table.add_section()
     table.add_row("[bold]all[/]", f"[bold]{readable_size(peak)}[/]")
     if limit is not None:
@@ -387,7 +287,7 @@ def _memory_table(manifest: Manifest) -> Table:
 
 def _sparsity_table(manifest: Manifest) -> Table:
     table = _table("Sparsity", "chunk", "sparsity", "key blocks kept", "of")
-    rows = _sparsity(manifest)
+    rows = sparsity_by_chunk(manifest)
     assumption = rows[-1]["assumption"]
     if assumption is not None:
         table.caption = f"the data decides; this is what is kept if {escape(assumption)}"

@@ -33,6 +33,7 @@ from runtime.bundle.images import Argument, Image, ImageSet
 from runtime.program.buffers import plan_buffers
 from runtime.verify import Verdict
 from runtime.verify.verdict import ComponentVerdict, PlatformRecord
+from tests.export.html_page import Page
 
 
 def planned(variant: str) -> PlanRequest:
@@ -238,6 +239,28 @@ def test_a_device_bundle_as_json(device_bundle, capsys):
     assert document["kernel_images"]["images"][1]["spill_stores"] == 8
     assert document["launches_per_forward"] == {"engines": 17, "kernels": 0}
     assert {row["kind"] for row in document["quantization_by_kind"]} == {"ffn.0", "self_attn.qkv", "ffn.2"}
+
+
+def test_the_page_shows_what_the_terminal_does(device_bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["inspect", str(device_bundle), "--html", str(tmp_path / "page.html")]) == 0
+    page = Page(tmp_path / "page.html")
+    shown = "".join(page.text.split())
+    for word in capsys.readouterr().out.split():
+        if not set(word) <= set("─━"):  # rules
+            assert word in shown, word
+    assert page.tags.count("table") == 9
+    assert "Of the 32.00 GiB of rtx5090" in page.text
+
+
+def test_the_page_of_a_hostile_name(tiny_bundle, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = load_bundle(copy).manifest
+    name = "<script>alert(1)</script>[bold red]:fire:[/]"
+    write_manifest(copy, manifest.model_copy(update={"name": name, "variant": name}))
+    assert main(["inspect", str(copy), "--html", str(tmp_path / "page.html")]) == 0
+    assert Page(tmp_path / "page.html").text.count(name) == 3  # title, heading, variant
 
 
 def test_a_verdict_is_shown_while_it_belongs_to_the_manifest(device_bundle, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 from export.cli.main import main
 from export.compare.attention_map import AttentionMaps, attention_maps, write_maps
 from export.errors import ComparisonError
+from tests.export.html_page import Page
 
 
 def test_methods_against_full_attention(
@@ -55,12 +58,18 @@ def test_a_picture(tmp_path: Path, name: str) -> None:
     seen[0, 0, 1] = 1
     write_maps(AttentionMaps("a <title>", 1, 2, {1: {0: seen}}), tmp_path / name)
     if name.endswith("html"):
-        page = (tmp_path / name).read_text()
-        assert "a &lt;title&gt;" in page
-        assert "chunk 1, layer 0: 8.3% seen" in page
+        page = Page(tmp_path / name)
+        assert "a <title>" in page.text
+        assert "chunk 1, layer 0: 8.3% seen" in page.text
+        (image,) = page.links
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))))
+        assert pixels.shape == (16, 48, 4)
+        seen_part = pixels[:8, 8:16]  # the second block of keys; lines cover its last row and no more
+        assert (seen_part[:7, :, 3] == 255).all()
+        assert (pixels[:7, 17:32, 3] == 0).all()  # not seen: the page's own colour
     else:
         pixels = np.asarray(Image.open(tmp_path / name))
-        blue = (pixels == (31, 102, 193)).all(-1)
+        blue = (pixels == (47, 126, 219)).all(-1)
         assert 40 <= blue.sum() <= 64  # one block of 8 x 8, less what lines cover
 
 
