@@ -19,8 +19,10 @@ __all__ = [
     "exchange",
     "keep",
     "kept",
+    "sealed",
     "state_folder",
     "sync_to_disk",
+    "unsealed",
     "write_file",
 ]
 
@@ -66,15 +68,25 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> Path:
 
 def keep(path: Path, content: bytes) -> None:
     """Write what can be made again, so that `kept` can tell whether it still is what was written."""
-    write_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content, sync=True)
+    write_file(path, sealed(content), sync=True)
 
 
 def kept(path: Path) -> bytes | None:
     """What `keep` wrote; None if there is nothing, or it was damaged, and must be made again."""
     try:
-        digest, _, content = path.read_bytes().partition(b"\n")
+        return unsealed(path.read_bytes())
     except OSError:
         return None
+
+
+def sealed(content: bytes) -> bytes:
+    """`content` behind its own digest, by which damage is found; it keeps nobody from writing another."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def unsealed(file: bytes) -> bytes | None:
+    """What was `sealed`; None if it was damaged."""
+    digest, _, content = file.partition(b"\n")
     return content if hashlib.sha256(content).hexdigest().encode() == digest else None
 
 

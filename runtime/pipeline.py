@@ -93,6 +93,7 @@ class Pipeline:
         threads: int | None = None,
         text_encoder: TextEncoderMode = "on-demand",
         verify: bool = True,
+        golden: bool = True,
         expected: str | None = None,
         memory_limit: int | None = None,
         graphs: bool = True,
@@ -110,10 +111,10 @@ class Pipeline:
             threads: CPU threads per forward; by default `OMP_NUM_THREADS`, else all cores.
             text_encoder: read its weights for each prompt (`"on-demand"`), keep them after the first
                 (`"resident"`), or do without it (`"external"`: sessions then take embeddings only).
-            verify: check the SHA-256 of every file, and on a GPU that has not passed the bundle's golden vectors yet,
-                run them first.
+            verify: check the SHA-256 of every file that was not hashed before, or was changed since.
+            golden: on a GPU that has not passed the bundle's golden vectors yet, run them first.
             expected: SHA-256 of the manifest, 64 hex digits: the bundle is this one, or is refused. It covers every
-                file, which therefore must be verified.
+                file, all of which are read, whatever was recorded of them.
             memory_limit: bytes the pipeline may use; by default what is free, on the GPU for a GPU's bundle.
             graphs: replay CUDA graphs; without them, every operation is enqueued anew, with the same results and
                 slower, for measurements and debuggers. On the host it changes nothing.
@@ -156,7 +157,7 @@ class Pipeline:
             engine = load_engine(bundle, plan, threads=threads, graphs=graphs, device=device)
         encoder = None
         try:
-            if verify:
+            if golden:
                 stage("golden")
                 ensure_verified(bundle, engine, golden_progress)
             if text_encoder != "external":

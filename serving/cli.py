@@ -69,7 +69,14 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
         "--example", action="append", default=[], metavar="PROMPT", help="prompt that the page offers"
     )
     parser.add_argument("--resident-text-encoder", action="store_true", help="keep its weights in memory")
-    parser.add_argument("--no-verify", action="store_true", help="leave hashes and golden vectors out")
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument(
+        "--expect", metavar="SHA256", help="refuse the bundle if its manifest has another SHA-256"
+    )
+    checks.add_argument("--no-verify", action="store_true", help="leave the hashes of the bundle's files out")
+    parser.add_argument(
+        "--no-golden", action="store_true", help="leave the golden vectors out that a new GPU is checked with"
+    )
     parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log in full")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -158,6 +165,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         examples=tuple(options.example),
         resident_text_encoder=options.resident_text_encoder,
         verify=not options.no_verify,
+        golden=not options.no_golden,
+        expected=options.expect,
         limits=Limits(
             queue=options.queue,
             sessions_per_client=options.connections,

@@ -85,6 +85,8 @@ class Service:
                     threads=settings.threads,
                     text_encoder="resident" if settings.resident_text_encoder else "on-demand",
                     verify=settings.verify,
+                    golden=settings.golden,
+                    expected=settings.expected,
                     progress=self._note_stage,
                 )
                 model = pipeline.manifest.model

@@ -80,6 +80,9 @@ class Settings:
     """Prompts that the page offers."""
     resident_text_encoder: bool = False
     verify: bool = True
+    golden: bool = True
+    expected: str | None = None
+    """SHA-256 of the manifest of the only bundle that is served."""
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:

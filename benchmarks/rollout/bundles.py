@@ -124,7 +124,9 @@ class BundleRollout:
         from runtime import Pipeline
 
         self._overlap = rung.overlap
-        self._pipeline = Pipeline.load(folder, text_encoder="external", verify=False, graphs=rung.graphs)
+        self._pipeline = Pipeline.load(
+            folder, text_encoder="external", verify=False, golden=False, graphs=rung.graphs
+        )
         text = self._pipeline.manifest.text
         random = np.random.default_rng(seed)
         self._embedding = random.standard_normal((text.text_len, text.dim), dtype=np.float32)

@@ -33,7 +33,7 @@ class Sign(Command):
         from runtime.bundle import load_bundle
         from runtime.bundle.signature import sign_bundle
 
-        bundle = load_bundle(args.bundle)
+        bundle = load_bundle(args.bundle, reread=True)
         path = sign_bundle(bundle.root, args.key, os.environ.get(_PASSWORD))
         write_out(f"{path}\nSHA-256 of the manifest: {bundle.digest}\n")
         return 0

@@ -95,7 +95,7 @@ def push_bundle(
         DownloadError: the hub or the disk refuses, or something else arrived.
         InputError: a folder of that name is in the way.
     """
-    found = load_bundle(folder)
+    found = load_bundle(folder, reread=True)
     if isinstance(to, Path):
         return str(_copy(found, to / found.manifest.name, progress))
     return _push(found, to, hub, public=public)
@@ -158,7 +158,7 @@ def pull_bundle(
         DownloadError: the hub does not answer or refuses, or there is no room.
         InputError: a folder of that name is in the way.
     """
-    found = load_bundle(source) if isinstance(source, Path) else _pull(source, hub, progress)
+    found = load_bundle(source, reread=True) if isinstance(source, Path) else _pull(source, hub, progress)
     if out is None:
         return found
     return load_bundle(_copy(found, out / found.manifest.name, progress), verify=False)
@@ -208,7 +208,7 @@ def _copy(found: Bundle, destination: Path, progress: Progress) -> Path:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found.root / name, partial / name)
             done += (partial / name).stat().st_size if name != MANIFEST_NAME else 0
-        load_bundle(partial)
+        load_bundle(partial, reread=True)
         os.replace(partial, destination)
     except LightForcingError as error:
         raise DownloadError(f"the copy in {destination.parent} is damaged: {error}") from error

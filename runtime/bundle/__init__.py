@@ -14,7 +14,7 @@ from .dtypes import (
     nbytes,
     numpy_dtype,
 )
-from .files import BundleFile, Identity, OpenFile
+from .files import HASHES_NAME, BundleFile, Identity, OpenFile
 from .load import (
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
@@ -60,6 +60,7 @@ __all__ = [
     "ELEMENT_TYPES",
     "ENCODER_COMPONENTS",
     "FLOATS",
+    "HASHES_NAME",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
     "RECACHE_MODES",

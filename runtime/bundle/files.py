@@ -2,31 +2,46 @@
 
 Nothing is mapped into memory. A file that is cut short while it is read gives an error, where a mapping would end the
 process, and one that is written over cannot change what was read before.
+
+A file is hashed once: `HashRecord` keeps, beside the bundle or in the user's cache, which file had which contents, and
+a file that still is the one that was hashed need not be read again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from runtime.errors import BundleError, BundleIntegrityError
+from runtime.files import cache_folder, sealed, unsealed, write_file
 
+from .fields import Part, Sha256
 from .manifest import FileEntry
 
-__all__ = ["BundleFile", "Identity", "OpenFile"]
+__all__ = ["HASHES_NAME", "BundleFile", "HashRecord", "Identity", "OpenFile"]
+
+HASHES_NAME: Final = "hashes.record"
+"""Beside the manifest: what `HashRecord` has written. It is of this machine, and no part of the bundle."""
 
 _PIECE: Final = 1 << 20
+_MAX_RECORD: Final = 16 << 20
+_SETTLED: Final = 2_000_000_000
+"""Nanoseconds after which a file's times tell of every later change: the coarsest file system counts in two seconds."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,12 +131,18 @@ class OpenFile:
                 f"the bundle again or rebuild it"
             )
 
-    def digest(self) -> str:
-        """SHA-256 of the contents, as 64 lowercase hex digits."""
+    def digest(self, stopped: threading.Event | None = None) -> str:
+        """SHA-256 of the contents, as 64 lowercase hex digits. Other threads run meanwhile.
+
+        Raises:
+            BundleError: the file cannot be read, or `stopped` was set before it was.
+        """
         digest = hashlib.sha256()
         memory = np.empty(_PIECE, dtype=np.uint8)
         size = self.identity.size
         for start in range(0, size, _PIECE):
+            if stopped is not None and stopped.is_set():
+                raise BundleError(f"{self.path} was not read to its end: hashing was stopped")
             piece = memory[: min(_PIECE, size - start)]
             self.read_into(start, piece)
             digest.update(piece.data)
@@ -202,3 +223,110 @@ class BundleFile(OpenFile):
         content = self.read(0, self._entry.bytes)
         self.check()
         return content
+
+
+# ---- hashed once ----
+
+_Word = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
+
+
+class _HashedFile(Part):
+    """A file as it was when it was hashed; see `Identity`."""
+
+    device: _Word
+    inode: Annotated[int, Field(ge=0, lt=1 << 128)]
+    size: _Word
+    modified: _Word
+    changed: _Word
+    sha256: Sha256
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.device, self.inode, self.size, self.modified, self.changed)
+
+
+class _Hashes(Part):
+    """Contents of a record."""
+
+    schema_version: Literal[1] = 1
+    files: Annotated[tuple[_HashedFile, ...], Field(max_length=1 << 16)]
+
+
+class HashRecord:
+    """Which files had which SHA-256, kept between loads of the bundle in `root`.
+
+    It lies in the bundle's folder, or in the user's cache where that cannot be written, with a digest of its own. One
+    that is damaged counts as none. Whoever may write to either can have a file taken for what it is not, as they can
+    write another manifest: a pin, a signature and `verify` on the command line go by no record.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._known = {found: digest for place in self._places() for found, digest in _recorded(place)}
+
+    def get(self, identity: Identity) -> str | None:
+        """The SHA-256 of that file; None if it is not known, or was changed since."""
+        return self._known.get(identity)
+
+    def keep(self, hashes: Mapping[Identity, str], begun: int, listed: Iterable[str]) -> None:
+        """Record `hashes` in place of what was known.
+
+        A file that was written shortly before `begun`, in nanoseconds since the epoch, when hashing began, is left
+        out: a change right after it might not show in its times. `listed` are the manifest's own files, which are not
+        written over. Where nothing can be written, the next load hashes again.
+        """
+        settled = {
+            found: digest
+            for found, digest in hashes.items()
+            if max(found.modified, found.changed) < begun - _SETTLED
+        }
+        if not settled or settled == self._known:
+            return
+        files = tuple(
+            _HashedFile(
+                device=found.device,
+                inode=found.inode,
+                size=found.size,
+                modified=found.modified,
+                changed=found.changed,
+                sha256=digest,
+            )
+            for found, digest in settled.items()
+        )
+        content = sealed(_Hashes(files=files).model_dump_json(indent=1).encode() + b"\n")
+        problems = []
+        for place in self._places(listed):
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_file(place, content, sync=True)
+            except OSError as error:
+                problems.append(str(error))
+            else:
+                return
+        _log.info(
+            "the hashes of %s cannot be recorded, so its files are read at each load: %s",
+            self._root,
+            "; ".join(problems),
+        )
+
+    def _places(self, listed: Iterable[str] = ()) -> Iterator[Path]:
+        if HASHES_NAME not in listed:
+            yield self._root / HASHES_NAME
+        try:
+            folder = cache_folder("hashes")
+        except RuntimeError:  # there is no home
+            return
+        yield folder / f"{hashlib.sha256(os.fsencode(self._root)).hexdigest()}.record"
+
+
+def _recorded(place: Path) -> Iterator[tuple[Identity, str]]:
+    """What a record says; nothing if it is not there or not whole."""
+    try:
+        with OpenFile(place) as file:
+            size = file.identity.size
+            content = unsealed(file.read(0, size)) if size <= _MAX_RECORD else None
+        record = None if content is None else _Hashes.model_validate_json(content, strict=True)
+    except (BundleError, ValidationError):
+        return
+    if record is not None:
+        yield from ((file.identity, file.sha256) for file in record.files)

@@ -10,7 +10,10 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,8 +22,9 @@ from pydantic import ValidationError
 
 from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError, InputError
 from runtime.files import write_file
+from runtime.host_memory import processors
 
-from .files import BundleFile, Identity, OpenFile
+from .files import BundleFile, HashRecord, Identity, OpenFile
 from .manifest import ENCODER_COMPONENTS, SCHEMA_VERSION, Component, FileEntry, Manifest
 from .strict_json import parse_json
 
@@ -44,6 +48,8 @@ _HASH_CHUNK = 1 << 20
 _MAX_MANIFEST = 16 << 20
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _MAX_PROBLEMS_SHOWN = 5
+_MOST_AT_ONCE = 8
+"""Files that are hashed at a time, where there are processors for them."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,17 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 
 
 def load_bundle(
-    folder: str | os.PathLike[str], *, verify: bool = True, expected: str | None = None
+    folder: str | os.PathLike[str], *, verify: bool = True, expected: str | None = None, reread: bool = False
 ) -> Bundle:
-    """Read and validate the bundle in `folder`.
+    """Read and validate the bundle in `folder`. What is returned is valid as a whole.
 
-    `verify=False` skips hashing (sizes and paths are still checked); use it only where the folder was just
-    verified. `expected` is the SHA-256 that the manifest must have, which has those of all other files. What
-    is returned is valid as a whole.
+    Args:
+        folder: that of the bundle.
+        verify: compare the SHA-256 of every file with the manifest. A file that is the same as when it was hashed last
+            is not read again (`HashRecord`). Without, sizes and paths are still checked; use that only where the
+            folder was just verified.
+        expected: the SHA-256 that the manifest must have, which has those of all other files; they are all read.
+        reread: read all files, whatever was recorded of them.
 
     Raises:
         BundleError: or a subclass; there is no bundle, or no valid one.
@@ -154,7 +164,9 @@ def load_bundle(
     for entry in manifest.files:
         _require_contained(root, entry.path)
     _check_components(root, manifest)
-    found = {entry.path: _check_file(root, entry, verify=verify) for entry in manifest.files}
+    found = {entry.path: _found(root, entry) for entry in manifest.files}
+    if verify:
+        _hash_files(root, manifest, found, reread=reread or expected is not None)
     return Bundle(root=root, manifest=manifest, digest=digest, verified=found)
 
 
@@ -268,8 +280,8 @@ def _require_contained(root: Path, relative: str) -> Path:
     return path
 
 
-def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> Identity:
-    """What a file is, its contents checked if `verify`. Links are followed wherever they lead: contents count."""
+def _found(root: Path, entry: FileEntry) -> Identity:
+    """What a file is, of the size that it must have. Links are followed wherever they lead: contents count."""
     path = root / entry.path
     if not os.path.exists(path):
         raise BundleIntegrityError(
@@ -277,15 +289,40 @@ def _check_file(root: Path, entry: FileEntry, *, verify: bool) -> Identity:
         )
     with OpenFile(path) as file:
         found = file.identity
-        if found.size != entry.bytes:
-            raise BundleIntegrityError(
-                f"bundle {root}: {entry.path!r} has {found.size} bytes, the manifest says {entry.bytes}; copy the "
-                f"bundle again or rebuild it"
-            )
-        digest = file.digest() if verify else entry.sha256
+    if found.size != entry.bytes:
+        raise BundleIntegrityError(
+            f"bundle {root}: {entry.path!r} has {found.size} bytes, the manifest says {entry.bytes}; copy the "
+            f"bundle again or rebuild it"
+        )
+    return found
+
+
+def _hash_files(root: Path, manifest: Manifest, found: Mapping[str, Identity], *, reread: bool) -> None:
+    """See that every file has the contents that the manifest says, and record that it has; several at a time."""
+    record, begun, stopped = HashRecord(root), time.time_ns(), threading.Event()
+    unread = [
+        entry for entry in manifest.files if reread or record.get(found[entry.path]) != entry.sha256
+    ]  # one that was recorded with other contents is read too, so that the error is of what is there now
+    if not unread:
+        return
+    unread.sort(key=lambda entry: -entry.bytes)  # the longest first, so that none is left over at the end
+    with ThreadPoolExecutor(min(processors(), _MOST_AT_ONCE), "hash") as pool:
+        try:
+            jobs = [pool.submit(_hash_file, root, entry, found[entry.path], stopped) for entry in unread]
+            wait(jobs, return_when=FIRST_EXCEPTION)
+        finally:
+            stopped.set()  # also where someone pressed Ctrl+C
+    failed = [error for error in (job.exception() for job in jobs) if error is not None]
+    for error in sorted(failed, key=lambda error: not isinstance(error, BundleIntegrityError)):
+        raise error
+    record.keep({found[entry.path]: entry.sha256 for entry in manifest.files}, begun, found)
+
+
+def _hash_file(root: Path, entry: FileEntry, found: Identity, stopped: threading.Event) -> None:
+    with OpenFile(root / entry.path) as file:
+        digest = file.digest(stopped)
         if digest != entry.sha256 or file.identity != found:
             raise BundleIntegrityError(
                 f"bundle {root}: {entry.path!r} has SHA-256 {digest}, the manifest says {entry.sha256}; the "
                 f"file was changed: copy the bundle again or rebuild it"
             )
-    return found

@@ -1,7 +1,7 @@
 """Signing a bundle, and checking whose it is, with OpenSSF model-signing (the extra `sign`).
 
-A signature covers every file of the folder but itself and the verdict, which is written on the machine that uses the
-bundle. It is of the format of `model_signing`, whose own command checks it as well.
+A signature covers every file of the folder but itself and what is written on the machine that uses the bundle: the
+verdict, and the record of hashes. It is of the format of `model_signing`, whose own command checks it as well.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 from runtime.errors import BundleError, BundleIntegrityError, InputError
 from runtime.files import atomic_output
 
+from .files import HASHES_NAME
+
 if TYPE_CHECKING:
     from model_signing import hashing
 
 __all__ = ["SIGNATURE_NAME", "check_signature", "sign_bundle"]
 
 SIGNATURE_NAME: Final = "model.sig"
-_OF_THIS_MACHINE: Final = "verdict.json"
+_OF_THIS_MACHINE: Final = ("verdict.json", HASHES_NAME)
 
 
 def sign_bundle(folder: Path, private_key: Path, password: str | None = None) -> Path:
@@ -78,7 +80,7 @@ def check_signature(folder: Path, public_key: Path, signature: Path | None = Non
 
 def _hashing(folder: Path, *ignored: Path) -> hashing.Config:
     root = folder.absolute()
-    paths = [path.absolute() for path in (*ignored, folder / _OF_THIS_MACHINE)]
+    paths = [path.absolute() for path in (*ignored, *(folder / name for name in _OF_THIS_MACHINE))]
     inside = [path for path in paths if path.is_relative_to(root)]
     config: hashing.Config = _library().hashing.Config().set_ignored_paths(paths=inside)
     return config.set_allow_symlinks(True)  # of a hub cache; contents count

@@ -26,7 +26,7 @@ from runtime.scheduler import ChunkTimes
 from runtime.session import Session
 from runtime.terminal import console, write_out
 
-from .generate import read_prompt
+from .generate import load_options, read_prompt
 
 __all__ = ["measure", "run_bench"]
 
@@ -81,7 +81,7 @@ def run_bench(options: argparse.Namespace, notes: Console, written: list[str]) -
         Pipeline.load(
             options.bundle,
             sessions=options.sessions,
-            threads=options.threads,
+            **load_options(options),
             golden_progress=lambda case, done, total: status.update(
                 f"verifying {case}, {done} of {total} done"
             ),

@@ -36,7 +36,7 @@ from runtime.session import ChunkStream, Session
 from runtime.terminal import console
 from runtime.video import VIDEO_SUFFIXES, check_output, open_video, read_frames, write_contact_sheet
 
-__all__ = ["parse_switch", "read_prompt", "run_generate"]
+__all__ = ["load_options", "parse_switch", "read_prompt", "run_generate"]
 
 _SWITCH = re.compile(r"\s*(\d+)\s*:(.*)", re.DOTALL)
 _SHEET_FRAMES = 12
@@ -57,6 +57,16 @@ def read_prompt(options: argparse.Namespace) -> dict[str, Any]:
     if options.embedding is None:
         return {"prompt": options.prompt}
     return {"embedding": _read_array("--embedding", options.embedding)}
+
+
+def load_options(options: argparse.Namespace) -> dict[str, Any]:
+    """How the bundle is loaded, as keyword arguments of `Pipeline.load`."""
+    return {
+        "threads": options.threads,
+        "verify": not options.no_verify,
+        "golden": not options.no_golden,
+        "expected": options.expect,
+    }
 
 
 def _read_array(option: str, path: str) -> NDArray[Any]:
@@ -94,7 +104,7 @@ def run_generate(options: argparse.Namespace, notes: Console, written: list[str]
     with progress:
         loading = progress.add_task("load bundle", total=1)
         verified = partial(_show_verified, progress, loading)
-        with Pipeline.load(options.bundle, threads=options.threads, golden_progress=verified) as pipeline:
+        with Pipeline.load(options.bundle, golden_progress=verified, **load_options(options)) as pipeline:
             progress.update(loading, description="load bundle", completed=1, total=1)
             keeps = options.latents is not None
             if options.start is not None:

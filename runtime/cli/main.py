@@ -72,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="execute nothing: check every launch of a GPU bundle on any machine",
     )
-    verify.add_argument(
-        "--expect", metavar="SHA256", help="refuse the bundle if its manifest has another SHA-256"
-    )
+    _add_pin(verify)
     verify.add_argument(
         "--public-key", metavar="FILE", help="refuse the bundle if this key's owner has not signed it"
     )
@@ -94,6 +92,18 @@ def _add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
     parser.add_argument(
         "--threads", type=int, help="CPU threads per forward (OMP_NUM_THREADS, else all cores)"
+    )
+    checks = parser.add_mutually_exclusive_group()
+    _add_pin(checks)
+    checks.add_argument("--no-verify", action="store_true", help="leave the hashes of the bundle's files out")
+    parser.add_argument(
+        "--no-golden", action="store_true", help="leave the golden vectors out that a new GPU is checked with"
+    )
+
+
+def _add_pin(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--expect", metavar="SHA256", help="refuse the bundle if its manifest has another SHA-256"
     )
 
 

@@ -45,7 +45,7 @@ def run_verify(options: argparse.Namespace, notes: Console, written: list[str]) 
     if options.signature is not None and options.public_key is None:
         raise InputError("--signature is given without --public-key: whose signature it is has to be known")
     check_threads(options.threads)
-    bundle = load_bundle(options.bundle, expected=options.expect)
+    bundle = load_bundle(options.bundle, expected=options.expect, reread=True)
     notes.print(f"manifest: SHA-256 {bundle.digest}", markup=False, highlight=False, soft_wrap=True)
     if options.public_key is not None:
         check_signature(

@@ -102,6 +102,11 @@ def test_exit_codes(small_bundle: Path, tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert missing.returncode == 2 and "nothing" in missing.stderr.splitlines()[-1]
+    pinned = subprocess.run(
+        [sys.executable, "-m", "serving", "run", str(small_bundle), "--port", "0", "--expect", "0" * 64],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert pinned.returncode == 2 and "another bundle than the one that was pinned" in pinned.stderr
     open_to_all = subprocess.run(
         [sys.executable, "-m", "serving", "run", str(small_bundle), "--host", "0.0.0.0"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

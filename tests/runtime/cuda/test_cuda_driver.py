@@ -227,7 +227,7 @@ bundle = load_bundle({str(folder)!r})
 sys.modules["tensorrt_rtx"] = StandIn(bundle)
 text = bundle.manifest.text
 embedding = np.zeros((text.text_len, text.dim), dtype=np.float32)
-options = dict(sessions=2, text_encoder="external", verify=False, memory_limit=1 << 40)
+options = dict(sessions=2, text_encoder="external", verify=False, golden=False, memory_limit=1 << 40)
 for warmup in (True, False):
     with Pipeline.load({str(folder)!r}, warmup=warmup, **options) as pipe:
         counters = pipe.engine.executor.counters

@@ -125,4 +125,4 @@ def test_a_gpu_bundle_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
         Pipeline.load(path)
     for limit in (None, 1 << 40):  # asked for free memory, or for the engine only
         with pytest.raises(EngineError, match="no CUDA device 3 can be used here"):
-            Pipeline.load(path, device=3, verify=False, memory_limit=limit)
+            Pipeline.load(path, device=3, verify=False, golden=False, memory_limit=limit)
