@@ -60,6 +60,13 @@ lint: setup
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
+# What the default suite runs of each file: build/coverage.txt. Lines of kernels that are interpreted do not count.
+.PHONY: coverage
+coverage: setup
+	@mkdir -p build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report= $(PYTEST_ARGS); \
+		$(BIN)/python -m coverage report > build/coverage.txt; tail -n 1 build/coverage.txt
+
 # The shortest tests, with no model built, for the time between two edits.
 quick: setup
 	@$(BIN)/ruff check -q . && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m quick $(PYTEST_ARGS)
