@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from export.cli.main import main as export
 from runtime import Pipeline
@@ -20,6 +18,8 @@ from runtime.errors import BundleError, BundleIntegrityError, InputError
 from tests.runtime.handmade import relist
 
 pytest.importorskip("model_signing")
+serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
 
 OF_THIS_MACHINE = ("verdict.json", "hashes.record")
 
