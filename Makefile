@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := cpu,text,video,export,sign,quantize,kernels,plugin,tensorrt-rtx,gpu,train,serve,webrtc,ray,test,docs,dev
 
+# LOCKED=1 installs the versions of tools/lock.txt by their hashes, instead of what the index has.
+LOCKED ?=
+
 # The first interpreter that is new enough; override with PYTHON=...
 CANDIDATES := python3 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
@@ -35,7 +38,19 @@ help:
 setup:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; none of $(CANDIDATES) is. Install one," \
 		"or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(PYTHON) tools/setup_env.py $(VENV) $(EXTRAS)
+	@$(PYTHON) tools/setup_env.py $(VENV) $(if $(LOCKED),tools/lock.txt,$(EXTRAS))
+
+# The newest versions that pyproject.toml allows, for every system and Python, with the hashes of all their files. Needs
+# uv, and an index that has what PyPI has. pymdown-extensions, of the site, decides the oldest Python.
+comma := ,
+.PHONY: lock
+lock:
+	@command -v uv >/dev/null || { echo "error: make lock needs uv" >&2; exit 2; }
+	@{ sed -n '/^#/p' tools/lock.txt; uv pip compile pyproject.toml $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))) \
+		--universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --no-emit-package torch -q; } > tools/lock.new && mv tools/lock.new tools/lock.txt || \
+		{ rm -f tools/lock.new; exit 1; }
+
 
 demo: setup
 	@mkdir -p demo

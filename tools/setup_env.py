@@ -2,6 +2,7 @@
 
     python tools/setup_env.py VENV EXTRAS          # this project's extras, with a CPU build of PyTorch
     python tools/setup_env.py VENV REQUIREMENTS    # what a file (.txt) lists, and the project without dependencies
+    python tools/setup_env.py VENV tools/lock.txt  # a file with hashes: these files and no others
 
 The environment is up to date when its stamp holds the hash of everything it was made from.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "tools/install_torch.py", "tools/setup_env.py")
 STAMP = ".setup-stamp"
+LOCKED = ("--no-deps", "--require-hashes")
+"""A lock is complete: nothing is looked up that it does not have."""
 
 
 def fingerprint(wanted: str) -> str:
@@ -65,8 +68,28 @@ def install_extras(python: Path, extras: str) -> int:
 
 def install_file(python: Path, requirements: str) -> int:
     """What the file lists, then the project, whose own bounds may be others; returns pip's exit code."""
-    code = install(python, "--requirement", str(ROOT / requirements))
+    path = ROOT / requirements
+    if "--hash=" in path.read_text(encoding="utf-8"):
+        return install_locked(python, path)
+    code = install(python, "--requirement", str(path))
     return code or install(python, "--no-deps", "--editable", str(ROOT))
+
+
+def install_locked(python: Path, lock: Path) -> int:
+    """The files whose hashes `lock` has, a CPU build of PyTorch, and the project; returns pip's exit code.
+
+    The project is built with what is locked, too.
+    """
+    if code := subprocess.run([str(python), str(ROOT / "tools/install_torch.py")], check=False).returncode:
+        return code
+    if code := install(python, *LOCKED, "--requirement", str(lock)):
+        print(
+            f"error: not everything in {lock.name} could be installed by its hash; where an index has other files than "
+            "those that were published, set up without it: make setup",
+            file=sys.stderr,
+        )
+        return code
+    return install(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
 def install(python: Path, *arguments: str) -> int:
