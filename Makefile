@@ -54,11 +54,13 @@ lock:
 
 demo: setup
 	@mkdir -p demo
-	@$(BUILD_DEMO)
+	@$(MAKE) --no-print-directory $(DEMO_BUNDLE)/manifest.json
 	@$(BIN)/python -m runtime generate $(DEMO_BUNDLE) --prompt "$(DEMO_PROMPT)" --seconds 5 \
 		--out demo/clip.mp4 --contact-sheet demo/contact_sheet.png
 
-$(DEMO_BUNDLE)/manifest.json:
+# Built again where something that it is made by or from is newer.
+$(DEMO_BUNDLE)/manifest.json: $(shell find export runtime plugins lightforcing_ref engines/targets engines/variants -type f \
+	\( -name '*.py' -o -name '*.toml' -o -name '*.safetensors' \))
 	@$(BUILD_DEMO)
 
 serve: setup

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from export.errors import InputError
 from export.machine import Gpu, GpuReport, find_gpus
 
-from .targets import Target, list_targets
+from .targets import Target, list_targets, too_old
 
 __all__ = ["detected_target"]
 
@@ -24,7 +24,8 @@ def detected_target(gpus: GpuReport | None = None, targets: Iterable[Target] | N
         targets: by default the shipped ones.
 
     Raises:
-        InputError: there is no GPU, or none of the targets is it; names those that come near.
+        InputError: there is no GPU, it is older than compute capability 8.0, or none of the targets is it; names those
+            that come near.
     """
     gpus = find_gpus() if gpus is None else gpus
     if not gpus.gpus:
@@ -32,6 +33,8 @@ def detected_target(gpus: GpuReport | None = None, targets: Iterable[Target] | N
             f"--gpu auto needs a GPU, and here is none: {gpus.problem}; name a target, or --gpu cpu"
         )
     gpu = gpus.gpus[0]
+    if int(gpu.compute_capability.partition(".")[0]) < 8:
+        raise too_old(gpu.name)
     alike = [
         target
         for target in (list_targets() if targets is None else targets)

@@ -38,6 +38,7 @@ __all__ = [
     "list_variants",
     "load_target",
     "load_variant",
+    "too_old",
     "unknown_name",
     "validation_problems",
 ]
@@ -467,13 +468,18 @@ def _names(kind: str) -> list[str]:
     return sorted(entry.removesuffix(".toml") for entry in entries if entry.endswith(".toml"))
 
 
+def too_old(name: str) -> InputError:
+    """The refusal of a GPU of compute capability 7.5 or less."""
+    return InputError(
+        f"{name} is older than compute capability 8.0: it does not compute in bf16, and there are no attention "
+        "kernels for it; use --gpu cpu, or an RTX 30 card or newer"
+    )
+
+
 def _load(model: type[_SpecT], kind: str, name: str) -> _SpecT:
     known = _names(kind)
-    if kind == "target" and re.fullmatch(r"(?:rtx20[5-8]0|gtx|titan)[a-z0-9-]*", name):
-        raise InputError(
-            f"{name} is older than compute capability 8.0: it does not compute in bf16, and there are no attention "
-            "kernels for it; use --gpu cpu, or an RTX 30 card or newer"
-        )
+    if kind == "target" and re.fullmatch(r"(?:rtx20[5-8]0|gtx|titan|quadro|t4$|v100)[a-z0-9-]*", name):
+        raise too_old(name)
     if name in known:
         source: Traversable = _folder(kind).joinpath(f"{name}.toml")
     elif name.endswith(".toml") or "/" in name or "\\" in name:

@@ -112,6 +112,18 @@ CARDS = {
     "rtx5070": (12, 672, 6144),
     "rtx5070ti": (16, 896, 8960),
     "rtx4090-laptop": (16, 576, 9728),
+    "rtx3060-8gb": (8, 240, 3584),
+    "rtx3050-6gb": (6, 168, 2304),
+    "rtx3060-laptop": (6, 336, 3840),
+    "rtx3070-laptop": (8, 448, 5120),
+    "rtx3070ti-laptop": (8, 448, 5888),
+    "rtx3080-laptop": (16, 448, 6144),
+    "rtx4050-laptop": (6, 192, 2560),
+    "rtx5060-laptop": (8, 384, 3328),
+    "rtx5070-laptop": (8, 384, 4608),
+    "rtxpro2000": (16, 288, 4352),
+    "rtxpro4000": (24, 672, 8960),
+    "rtxpro4500": (32, 896, 10496),
     "rtx5090-laptop": (24, 896, 10496),
 }
 
@@ -143,7 +155,21 @@ def test_workstation_cards_hold_fp32_sums_at_the_full_rate() -> None:
         assert peak is not None and peak.tflops("fp8") == pytest.approx(sparse_fp8 / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["rtx2080ti", "gtx1080", "titan-rtx"])
+@pytest.mark.parametrize("name", ["rtxpro5000", "rtxpro5000-72gb", "rtxpro6000"])
+def test_blackwell_workstations_multiply_four_times_as_fast_as_they_add(name: str) -> None:
+    """Their published float32 rates, 65 and 125 TFLOPS, are 256 operations a clock and multiprocessor; bf16 is 1024."""
+    peak = load_target(name).peak
+    assert peak is not None
+    single = 125 if name == "rtxpro6000" else 65
+    assert peak.tflops("bf16") == pytest.approx(4 * single, rel=0.01)
+    assert [peak.tflops(kind) for kind in ("fp8", "nvfp4")] == [
+        2 * peak.tflops("bf16"),
+        4 * peak.tflops("bf16"),
+    ]
+    assert peak.memory_gb_s == (1792 if name == "rtxpro6000" else 1344)
+
+
+@pytest.mark.parametrize("name", ["rtx2080ti", "gtx1080", "titan-rtx", "quadro-rtx5000", "t4", "v100"])
 def test_older_cards_are_told_why_not(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is older than compute capability 8.0"):
         load_target(name)
@@ -161,6 +187,10 @@ def gpu(name: str, capability: str, gib: float) -> GpuReport:
         (gpu("NVIDIA GeForce RTX 4060 Ti", "8.9", 15.6), "rtx4060ti-16gb"),
         (gpu("NVIDIA GeForce RTX 3080", "8.6", 9.8), "rtx3080"),
         (gpu("NVIDIA GeForce RTX 3080", "8.6", 11.8), "rtx3080-12gb"),
+        (gpu("NVIDIA GeForce RTX 3080 Laptop GPU", "8.6", 7.8), "rtx3080-laptop-8gb"),
+        (gpu("NVIDIA GeForce RTX 3050 6GB", "8.6", 5.8), "rtx3050-6gb"),
+        (gpu("NVIDIA RTX PRO 5000 72GB Blackwell", "12.0", 71), "rtxpro5000-72gb"),
+        (gpu("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "12.0", 94.9), "rtxpro6000-maxq"),
         (gpu("NVIDIA GeForce RTX 4090 Laptop GPU", "8.9", 15.7), "rtx4090-laptop"),
         (gpu("NVIDIA A100-SXM4-80GB", "8.0", 79.3), "a100"),
         (gpu("NVIDIA H200", "9.0", 139.8), "h200"),
@@ -177,7 +207,9 @@ def test_a_gpu_that_is_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"GeForce RTX 5999 .* is no target .* nearest are rtx50"):
         detected_target(gpu("NVIDIA GeForce RTX 5999", "12.0", 16.2))
     with pytest.raises(InputError, match="none has its compute capability"):
-        detected_target(gpu("NVIDIA Thing", "7.0", 16))
+        detected_target(gpu("NVIDIA Thing", "13.0", 16))
+    with pytest.raises(InputError, match=r"GeForce RTX 2080 Ti is older than compute capability 8\.0.*bf16"):
+        detected_target(gpu("NVIDIA GeForce RTX 2080 Ti", "7.5", 11))
 
 
 def test_a_rate_is_stated_once(tmp_path: Path) -> None:
@@ -236,7 +268,7 @@ def test_published_sparsity_tables() -> None:
 
 def test_unknown_names_suggest_and_list() -> None:
     with pytest.raises(
-        InputError, match=r"unknown target 'rtx509'; did you mean rtx5090.*a100, b200, cpu, h100"
+        InputError, match=r"unknown target 'rtx509'; did you mean rtx5090.*a100, a40, b200, cpu, h100"
     ):
         load_target("rtx509")
     with pytest.raises(
