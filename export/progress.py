@@ -27,6 +27,9 @@ __all__ = ["ProgressCallback", "StepCallback", "kept_interrupts", "no_steps", "p
 ProgressCallback = Callable[[str, float, float], None]
 """Called with what is worked on now, how much of the effort is done and how much there is."""
 
+_BETWEEN_LINES = 15.0
+"""Seconds between two lines of progress in a log."""
+
 StepCallback = Callable[[str, int, int], None]
 """Called from inside a part with a phase of its work, the steps of the part that are done, and their number."""
 
@@ -89,9 +92,26 @@ def memory_left() -> str:
 def progress_bars(console: Console) -> Iterator[ProgressCallback]:
     """A bar on `console` while the body runs; call the result as the work goes on.
 
+    Where nobody looks at a screen (a pipe, a log), a line now and then in place of the bar.
+
     Raises:
         KeyboardInterrupt: from the result, for a Ctrl-C that went unnoticed before.
     """
+    with kept_interrupts() as check, _bar(console) if console.is_terminal else _lines(console) as update:
+        started = time.monotonic()
+
+        def show(part: str, done: float, total: float) -> None:
+            check()
+            update(part, done, total, time_left(time.monotonic() - started, done, total))
+
+        yield show
+
+
+_Update = Callable[[str, float, float, str], None]
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[_Update]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<28}"),
@@ -101,13 +121,27 @@ def progress_bars(console: Console) -> Iterator[ProgressCallback]:
         TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[free]}"),
     )
-    started = time.monotonic()
-    with kept_interrupts() as check, Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console) as bars:
         task = bars.add_task("starting", total=None, left="", free="")
 
-        def show(part: str, done: float, total: float) -> None:
-            check()
-            left = time_left(time.monotonic() - started, done, total)
+        def update(part: str, done: float, total: float, left: str) -> None:
             bars.update(task, description=part, completed=done, total=total, left=left, free=memory_left())
 
-        yield show
+        yield update
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[_Update]:
+    last = time.monotonic()
+
+    def update(part: str, done: float, total: float, left: str) -> None:
+        nonlocal last
+        if time.monotonic() - last < _BETWEEN_LINES:
+            return
+        last = time.monotonic()
+        share = f"{done / total:.0%}" if total else ""
+        console.print(
+            ", ".join(filter(None, (part, share, left, memory_left()))), markup=False, soft_wrap=True
+        )
+
+    yield update

@@ -6,6 +6,7 @@ import io
 import re
 import signal
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -31,6 +32,20 @@ def test_time_and_memory_that_are_left_are_shown() -> None:
         progress("one", 1, 4)
     assert "one" in shown.getvalue()
     assert re.search(r"[\d.]+ GiB of memory free", shown.getvalue())
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 4))  # a look at the clock takes four
+    monkeypatch.setattr("export.progress.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    log = io.StringIO()
+    with progress_bars(Console(file=log, width=140)) as progress:
+        for done in range(12):
+            progress(f"part [{done}]", done, 12)
+    lines = log.getvalue().splitlines()
+    assert 3 <= len(lines) <= 7
+    for line in lines:
+        assert re.fullmatch(r"part \[\d+\], \d+%, about \d+ (s|min) left, [\d.]+ GiB of memory free", line)
+    assert "\x1b" not in log.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

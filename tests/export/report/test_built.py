@@ -34,3 +34,24 @@ def test_a_bundle_for_a_gpu_says_that_it_has_not_run_there(manifest: Manifest) -
     assert tested.endswith("golden vectors, which this one lacks")
     verified = built.model_copy(update={"status": "built and verified on NVIDIA H200"})
     assert len(list(built_lines(Path("out/mine"), verified, "H200", 5))) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "status", "expected"),
+    [
+        ("onnxruntime", None, "built", "whether it computes what it should on this machine"),
+        ("inductor", None, "built", "whether it computes what it should on this machine"),
+        ("inductor", "9.0", "built, not executed", "nothing of it has run on a H200"),
+        ("inductor", "9.0", "built", "nothing of it has run on a H200"),
+        ("tensorrt-rtx", "12.0", "built, not executed", "nothing of it has run on a H200"),
+        ("tensorrt", "12.0", "built and verified on NVIDIA H200", None),
+    ],
+)
+def test_what_every_backend_leaves_untested(
+    manifest: Manifest, backend: str, capability: str | None, status: str, expected: str | None
+) -> None:
+    target = manifest.target.model_copy(update={"compute_capability": capability})
+    built = manifest.model_copy(update={"target": target, "status": status, "backend": backend})
+    _, *tested = built_lines(Path("out/mine"), built, "H200", 5)
+    assert len(tested) == (expected is not None)
+    assert all(str(expected) in line for line in tested)
