@@ -224,6 +224,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         origin = bundle.Checkpoint(
             source=weights.source,
             sha256=digests["checkpoint"],
+            section=weights.section,
             lora=loras[0] if loras else None,
             further_loras=tuple(loras[1:]),
         )

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,8 +45,9 @@ _MAX_SESSIONS = 65_536
 
 LoadStage = Literal["files", "engines", "golden", "warmup", "ready"]
 
-TextEncoderMode = Literal["on-demand", "resident", "external"]
-_TEXT_ENCODER_MODES: tuple[TextEncoderMode, ...] = ("on-demand", "resident", "external")
+TextEncoderMode = Literal["auto", "on-demand", "resident", "external"]
+_TEXT_ENCODER_MODES: tuple[TextEncoderMode, ...] = get_args(TextEncoderMode)
+_STAYS: dict[TextEncoderMode, bool | None] = {"auto": None, "on-demand": False, "resident": True}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Pipeline:
         sessions: int = 1,
         warmup: bool = True,
         threads: int | None = None,
-        text_encoder: TextEncoderMode = "on-demand",
+        text_encoder: TextEncoderMode = "auto",
         verify: bool = True,
         golden: bool = True,
         expected: str | None = None,
@@ -109,8 +110,9 @@ class Pipeline:
             sessions: how many sessions may be open at once; each has its own cache.
             warmup: run every engine once now, so that the first chunk costs what the others do.
             threads: CPU threads per forward; by default `OMP_NUM_THREADS`, else all cores.
-            text_encoder: read its weights for each prompt (`"on-demand"`), keep them after the first
-                (`"resident"`), or do without it (`"external"`: sessions then take embeddings only).
+            text_encoder: read its weights for each prompt (`"on-demand"`), keep them in main memory after the first
+                (`"resident"`), keep them where they take at most half of what is free (`"auto"`), or do without it
+                (`"external"`: sessions then take embeddings only).
             verify: check the SHA-256 of every file that was not hashed before, or was changed since.
             golden: on a GPU that has not passed the bundle's golden vectors yet, run them first.
             expected: SHA-256 of the manifest, 64 hex digits: the bundle is this one, or is refused. It covers every
@@ -161,7 +163,7 @@ class Pipeline:
                 stage("golden")
                 ensure_verified(bundle, engine, golden_progress)
             if text_encoder != "external":
-                encoder = TextEncoder(bundle, engine, resident=text_encoder == "resident")
+                encoder = TextEncoder(bundle, engine, resident=_STAYS[text_encoder])
             if warmup:
                 stage("warmup")
                 engine.warmup()
@@ -329,7 +331,7 @@ class Pipeline:
         if self._text_encoder is None:
             raise InputError(
                 "the pipeline was loaded with text_encoder='external': pass embedding= instead of a prompt, or "
-                "load it with 'on-demand' or 'resident'"
+                "load it with 'auto'"
             )
         assert prompt is not None
         return self._text_encoder.encode(prompt)

@@ -1,8 +1,8 @@
 """From a prompt to a prompt embedding: cleaning, tokenising, and the text encoder run layer by layer.
 
-The encoder's weights stay in their file: rows of the token table are gathered one by one and each layer's
-weights are read when its turn comes, so that an encoder of 5.7 billion parameters never has to be in memory at
-once.
+Rows of the token table are gathered one by one out of the file, and each layer's weights are read when its turn comes,
+so that an encoder of 5.7 billion parameters never has to be in memory at once. Where there is room for them, the layers
+stay there after the first prompt, and later ones read nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from runtime.bundle.dtypes import numpy_dtype
+from runtime.bundle.dtypes import nbytes, numpy_dtype
 from runtime.bundle.weights_file import WeightsFile
 
 from .bundle import Bundle, Text
 from .errors import BundleError, ClosedError, EngineError, InputError
+from .host_memory import memory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -89,11 +90,12 @@ def check_embedding(embedding: ArrayLike, text: Text) -> NDArray[np.float32]:
 class TextEncoder:
     """Encodes prompts with a bundle's tokenizer and text encoder. Safe to call from several threads.
 
-    `resident=True` keeps the layers' weights in memory after the first prompt instead of reading them again. Either
-    way the embeddings of the latest prompts are kept, so that a prompt that comes back costs nothing.
+    `resident=True` keeps the layers' weights in memory after the first prompt instead of reading them again, `False`
+    does not, and `None` does where they take at most half of what is free. Either way the embeddings of the latest
+    prompts are kept, so that a prompt that comes back costs nothing.
     """
 
-    def __init__(self, bundle: Bundle, engine: _LayerEngine, *, resident: bool = False) -> None:
+    def __init__(self, bundle: Bundle, engine: _LayerEngine, *, resident: bool | None = False) -> None:
         self._text = bundle.manifest.text
         self._engine = engine
         self._tokenizer = _load_tokenizer(bundle)
@@ -105,6 +107,12 @@ class TextEncoder:
             for spec in component.inputs
             if spec.name not in ("hidden", "mask")
         }
+        self._may_stay = resident is None
+        self._layer_bytes = sum(
+            nbytes(spec.dtype, (size for size in spec.shape if isinstance(size, int)))
+            for spec in component.inputs
+            if spec.name in self._dtypes
+        )
         self._resident: dict[int, dict[str, NDArray[Any]]] | None = {} if resident else None
         self._embeddings: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
         self._lock = threading.Lock()
@@ -147,6 +155,8 @@ class TextEncoder:
             if self._closed:
                 raise ClosedError("the pipeline is closed; load it again with Pipeline.load()")
             self._weights.check()
+            if self._resident is None and self._may_stay and self._there_is_room():
+                self._resident = {}
             tokens = sorted(set(padded))
             table = self._weights.rows("token_embedding", tokens).astype(np.float32)
             hidden = table[np.searchsorted(tokens, padded)]
@@ -190,6 +200,11 @@ class TextEncoder:
             self._resident = None
             self._embeddings.clear()
             self._weights.close()
+
+    def _there_is_room(self) -> bool:
+        """Asked anew for every prompt that reads them: what is free now may be taken by others then."""
+        free = memory().available
+        return free is not None and self._text.layers * self._layer_bytes <= free // 2
 
     def _layer(self, layer: int) -> dict[str, NDArray[Any]]:
         if self._resident is not None and layer in self._resident:

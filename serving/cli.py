@@ -68,7 +68,11 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--example", action="append", default=[], metavar="PROMPT", help="prompt that the page offers"
     )
-    parser.add_argument("--resident-text-encoder", action="store_true", help="keep its weights in memory")
+    parser.add_argument(
+        "--resident-text-encoder",
+        action="store_true",
+        help="keep its weights in memory, even where they take more than half of what is free",
+    )
     checks = parser.add_mutually_exclusive_group()
     checks.add_argument(
         "--expect", metavar="SHA256", help="refuse the bundle if its manifest has another SHA-256"

@@ -83,7 +83,7 @@ class Service:
                     settings.bundle,
                     sessions=settings.sessions,
                     threads=settings.threads,
-                    text_encoder="resident" if settings.resident_text_encoder else "on-demand",
+                    text_encoder="resident" if settings.resident_text_encoder else "auto",
                     verify=settings.verify,
                     golden=settings.golden,
                     expected=settings.expected,

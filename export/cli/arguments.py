@@ -111,6 +111,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
         return Weights(
             model,
             checkpoint=args.checkpoint,
+            section=getattr(args, "section", None),
             loras=merged_loras(args),
             vae=vae,
             encoder=getattr(args, "encoder", None),

@@ -33,6 +33,7 @@ DEFAULT_OUT = Path("engines/built")
 PIXELS_PER_TOKEN = 16
 """A video's height and width are multiples of this: 8 pixels per latent pixel, 2 latent pixels per token."""
 
+_SECTIONS = ("generator_ema", "generator", "model")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -76,6 +77,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", choices=["random"], help="random weights instead of a checkpoint's")
     parser.add_argument("--seed", type=seed, help="of the random weights (default: 0)")
     add_transformer_files(parser)
+    parser.add_argument(
+        "--section",
+        choices=_SECTIONS,
+        help="group of a training checkpoint to take (the first of these that it has)",
+    )
     parser.add_argument(
         "--resolution", type=resolution, metavar="HxW", help="of the video in pixels (default: the preset's)"
     )

@@ -183,6 +183,7 @@ def reference_of(args: argparse.Namespace) -> Reference | None:
     weights = Weights(
         preset(manifest.model.preset),
         checkpoint=args.checkpoint,
+        section=getattr(manifest.provenance.checkpoint, "section", None),
         loras=merged_loras(args),
         vae=args.vae,
         text_encoder=args.text_encoder,

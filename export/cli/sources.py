@@ -138,6 +138,8 @@ def check_sources(args: argparse.Namespace) -> None:
         )
     if args.lora and not args.checkpoint:
         raise InputError("--lora needs the --checkpoint it belongs to")
+    if getattr(args, "section", None) and not args.checkpoint:
+        raise InputError("--section is one of a --checkpoint; give that, or drop it")
 
 
 def _flag(name: str) -> str:

@@ -77,6 +77,7 @@ class MemoryPlan:
             None = unknown.
         capacity_of: what `capacity` belongs to.
         host_bytes: what stays outside of the target's memory: the text encoder's weights, streamed layer by layer.
+        prompt_bytes: what of these a prompt reads, unless they are kept in main memory: all layers.
     """
 
     items: tuple[MemoryItem, ...]
@@ -84,6 +85,7 @@ class MemoryPlan:
     capacity: int | None
     capacity_of: str
     host_bytes: int
+    prompt_bytes: int
 
     @property
     def shared(self) -> int:
@@ -156,13 +158,14 @@ def plan_memory(request: Planned, sessions: int = 1) -> MemoryPlan:
         capacity = memory().available
     items = (*plan.weights(), *plan.cache(), *plan.buffers(), *plan.activations(), *plan.reserved())
     text = request.preset.text
-    text_elements = text.layers * text_layer_parameters(text) + text_outer_parameters(text)
+    layers = text.layers * text_layer_parameters(text)
     return MemoryPlan(
         items=tuple(item for item in items if item.bytes),
         sessions=sessions,
         capacity=capacity,
         capacity_of="this machine, available now" if target.memory_gib is None else target.title,
-        host_bytes=text_elements * item_bytes(request.precision),
+        host_bytes=(layers + text_outer_parameters(text)) * item_bytes(request.precision),
+        prompt_bytes=layers * item_bytes(request.precision),
     )
 
 

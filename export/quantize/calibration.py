@@ -74,8 +74,8 @@ class Calibration(BaseModel):
         """Write the file."""
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
-    def require(self, preset: str, weights: Mapping[str, str]) -> None:
-        """Refuse to be used for another model.
+    def require(self, preset: str, weights: Mapping[str, str], source: Path) -> None:
+        """Refuse to be used for another model; `source` is the file that is to blame.
 
         Raises:
             InputError: the preset or the weights differ from what was calibrated.
@@ -85,7 +85,7 @@ class Calibration(BaseModel):
         for role in sorted(found.keys() | wanted.keys()):
             if found.get(role) != wanted.get(role):
                 raise InputError(
-                    f"the calibration was made with {role} {found.get(role, 'none')}, this build has "
+                    f"the calibration {source} was made with {role} {found.get(role, 'none')}, this build has "
                     f"{wanted.get(role, 'none')}; ranges belong to one model: calibrate this one"
                 )
 

@@ -112,8 +112,11 @@ def weights_identity(weights: Weights) -> dict[str, str]:
     """What the transformer's weights come from, for calibration files."""
     if weights.checkpoint is None:
         return {"checkpoint": f"random:{weights.seed or 0}"}
-    digests = weights.digests()
-    return {role: digests[role] for role in ("checkpoint", "lora") if role in digests}
+    return {
+        role: digest
+        for role, digest in weights.digests().items()
+        if role in ("checkpoint", "section") or role.startswith("lora.")
+    }
 
 
 def refuse_without_quantization(request: BuildRequest) -> None:
@@ -152,7 +155,7 @@ def plan_quantization(request: BuildRequest, plan: StepPlan) -> QuantizationPlan
     calibration, digest = None, None
     if wanted.calibration is not None:
         calibration = load_calibration(wanted.calibration)
-        calibration.require(plan.preset.name, weights_identity(request.weights))
+        calibration.require(plan.preset.name, weights_identity(request.weights), wanted.calibration)
         missing = [name for name in names if name not in calibration.amax]
         if missing:
             raise InputError(f"{wanted.calibration} has no range of {missing[0]}; calibrate this model again")

@@ -55,6 +55,10 @@ def memory_table(plan: MemoryPlan) -> Table:
     one_more = f", each session {readable_size(plan.per_session)} of it" if plan.sessions > 1 else ""
     table.add_row("[bold]peak[/]", f"all of it at once{one_more}", f"[bold]{readable_size(plan.peak)}[/]", "")
     table.add_row("", "besides: the text encoder's weights, streamed", readable_size(plan.host_bytes), "")
+    kept = "in main memory where this is at most half of what is free"
+    table.add_row(
+        "", f"of them, layers, which each new prompt reads; kept {kept}", readable_size(plan.prompt_bytes), ""
+    )
     colour = {True: "green", False: "bold red", None: "yellow"}[plan.fits]
     table.caption = f"[{colour}]{escape(plan.verdict)}[/]"
     return table

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from export.errors import InputError
 from lightforcing_ref.checkpoint import (
     checkpoint_sha256,
+    in_pipeline,
     load_dit_state,
     load_lora,
     load_umt5_state,
@@ -44,6 +45,7 @@ class Weights:
     Args:
         seed: draws all weights; None = from the files.
         checkpoint, loras: transformer, and LoRAs to merge into it.
+        section: the group of a training checkpoint that holds the transformer; None = the best that it has.
         encoder: file of the video encoder where that is not `vae`.
         any_values: take values that no trained model holds, too.
         named: references to the hub that files were fetched by, by role; a manifest names those files so.
@@ -52,6 +54,7 @@ class Weights:
     preset: Preset
     seed: int | None = None
     checkpoint: Path | None = None
+    section: str | None = None
     loras: tuple[MergedLoRA, ...] = ()
     vae: Path | None = None
     encoder: Path | None = None
@@ -59,6 +62,16 @@ class Weights:
     tokenizer: Path | None = None
     any_values: bool = False
     named: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Where the folder of one of Diffusers' pipelines is named, its models are meant.
+        folders = {
+            "checkpoint": "transformer", "vae": "vae", "encoder": "vae", "text_encoder": "text_encoder",
+            "tokenizer": "tokenizer",
+        }  # fmt: skip
+        for role, folder in folders.items():
+            if (path := getattr(self, role)) is not None:
+                object.__setattr__(self, role, in_pipeline(path, folder))
 
     @property
     def _shipped(self) -> bool:
@@ -109,7 +122,8 @@ class Weights:
         loras = (
             f"{self.named.get(f'lora.{i}', one.path)} at {one.strength:g}" for i, one in enumerate(self.loras)
         )
-        return " with ".join([str(self.named.get("checkpoint", self.checkpoint)), *loras])
+        section = "" if self.section is None else f" ({self.section})"
+        return " with ".join([f"{self.named.get('checkpoint', self.checkpoint)}{section}", *loras])
 
     def check(self, *, with_encoder: bool = False) -> None:
         """Hold every file's tensors, and their values, against the models they are for.
@@ -122,7 +136,7 @@ class Weights:
             InputError: the video encoder's file is none of Wan's.
         """
         if self.checkpoint is not None:
-            load_dit_state(self.checkpoint, self.preset.dit, any_values=self.any_values)
+            load_dit_state(self.checkpoint, self.preset.dit, section=self.section, any_values=self.any_values)
         for lora in self.loras:
             load_lora(lora.path, self.preset.dit, any_values=self.any_values)
         if self.vae is not None:
@@ -146,7 +160,12 @@ class Weights:
             with torch.device("meta"):
                 model = CausalWanModel(self.preset.dit)
             state = load_dit_state(
-                self.checkpoint, self.preset.dit, loras=self.loras, dtype=dtype, any_values=self.any_values
+                self.checkpoint,
+                self.preset.dit,
+                section=self.section,
+                loras=self.loras,
+                dtype=dtype,
+                any_values=self.any_values,
             )
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
@@ -231,6 +250,8 @@ class Weights:
         digests = {
             role: checkpoint_sha256(path) for role in roles if (path := getattr(self, role)) is not None
         }
+        if self.section is not None:
+            digests["section"] = self.section
         for index, lora in enumerate(self.loras):
             digests[f"lora.{index}"] = lora_sha256(lora.path)
             digests[f"lora.{index} strength"] = str(lora.strength)

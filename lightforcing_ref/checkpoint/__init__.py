@@ -1,6 +1,8 @@
 """The public checkpoints: what each must hold (`spec`), how its files are read, checked and loaded."""
 
+from .layouts import in_pipeline
 from .load import (
+    SECTIONS,
     CheckpointKind,
     checkpoint_kind,
     checkpoint_sha256,
@@ -14,9 +16,11 @@ from .load import (
 )
 
 __all__ = [
+    "SECTIONS",
     "CheckpointKind",
     "checkpoint_kind",
     "checkpoint_sha256",
+    "in_pipeline",
     "load_dit_state",
     "load_lora",
     "load_umt5_state",

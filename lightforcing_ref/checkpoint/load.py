@@ -8,6 +8,7 @@ that says what differs. Tensors are mapped from the file until they are used; lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
 from .files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
+from .layouts import LazyState, from_diffusers, wider
 from .lora import MergedLoRA, lora_scale
 from .spec import (
     CheckpointKind,
@@ -38,6 +40,7 @@ from .spec import (
 from .values import check_values
 
 __all__ = [
+    "SECTIONS",
     "CheckpointKind",
     "checkpoint_kind",
     "checkpoint_sha256",
@@ -50,14 +53,15 @@ __all__ = [
     "vae_config_of",
 ]
 
-_SECTIONS = ("generator_ema", "generator", "generator_lora", "model")
-"""Groups of a training checkpoint that hold a model for inference, best first."""
+SECTIONS = ("generator_ema", "generator", "generator_lora", "model")
+"""Groups of a training checkpoint that hold a model for inference, best first: the running average of a generator
+before the generator itself, and `model`, which LongLive's script takes where there is neither."""
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 """Sharding, compiling and activation checkpointing put their names anywhere into a key."""
 
-_OUTER = ("base_model.model.", "module.", "model.", "diffusion_model.")
-"""PEFT, data parallelism, training scripts and ComfyUI put theirs in front."""
+_OUTER = ("base_model.model.", "module.", "model.", "diffusion_model.", "transformer.")
+"""PEFT, data parallelism, training scripts, ComfyUI and Diffusers' LoRAs put theirs in front."""
 
 _VAE_ENCODER = ("encoder.", "conv1.")
 _VAE_DECODER = ("decoder.", "conv2.")
@@ -89,15 +93,17 @@ def load_dit_state(
     path: str | Path,
     config: DiTConfig,
     *,
+    section: str | None = None,
     loras: Sequence[MergedLoRA] = (),
     dtype: torch.dtype | None = None,
     any_values: bool = False,
 ) -> dict[str, Tensor]:
-    """The transformer out of a Self-Forcing, LongLive, Light Forcing or Wan-AI checkpoint.
+    """The transformer out of a Self-Forcing, LongLive, Light Forcing, Wan-AI or Diffusers checkpoint.
 
     Args:
-        path: file, shard index, or folder. `generator_ema` is preferred to `generator`.
+        path: file, shard index, or folder.
         config: the model that the state is for.
+        section: the group of a training checkpoint to take; None = the first of `SECTIONS` that it has.
         loras: LoRAs to merge into the weights, in this order.
         dtype: type to convert to; None leaves each tensor as stored.
         any_values: take values that no trained model holds, too; see `check_values`.
@@ -105,7 +111,7 @@ def load_dit_state(
     Raises:
         CheckpointError: a file cannot be read, or does not hold this model.
     """
-    state = _read_state(path)
+    state = _state_of(read_checkpoint(path), path, section)
     model = f"a causal Wan transformer of dim {config.dim} with {config.layers} layers"
     others = {name: dit_shapes(preset.dit) for name, preset in PRESETS.items() if preset.dit != config}
     expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config), others)
@@ -259,10 +265,11 @@ def _tae_config(state: Mapping[str, Tensor], *, denormalise: bool) -> TAEConfig:
 
 def load_umt5_state(
     path: str | Path, config: UMT5Config, *, dtype: torch.dtype | None = None, any_values: bool = False
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The text encoder out of Wan's `models_t5_umt5-xxl-enc-bf16.pth` or a Hugging Face UMT5, under our names.
 
-    The names are those of `text.umt5_keys`; `text.build_encoder` takes the result.
+    The names are those of `text.umt5_keys`; `text.build_encoder` takes the result. A file may hold its matrices in
+    eight bits, with scales or without; see `layouts.wider`: each is then widened whenever it is asked for.
 
     Raises:
         CheckpointError: the file cannot be read, or does not hold this encoder.
@@ -282,10 +289,18 @@ def load_umt5_state(
         name: _public_shapes(preset.text, is_wan) for name, preset in PRESETS.items() if preset.text != config
     }
     expected = Expectation(CheckpointKind.UMT5, model, _public_shapes(config, is_wan), others)
-    check_state(state, expected, str(path))
+    values, described = wider(state, str(path))
+    check_state(described, expected, str(path))
     if not any_values:
-        _judge(state, path)
-    return {names[public]: value for public, value in _arrange(state, expected, dtype).items()}
+        _judge(values, path)
+    if isinstance(values, LazyState):
+        return LazyState({names[key]: partial(_converted, values, key, dtype) for key in expected.shapes})
+    return {names[key]: _converted(values, key, dtype) for key in expected.shapes}
+
+
+def _converted(state: Mapping[str, Tensor], key: str, dtype: torch.dtype | None) -> Tensor:
+    value = state[key]
+    return value if dtype is None else value.to(dtype)
 
 
 def _public_shapes(config: UMT5Config, is_wan: bool) -> Shapes:
@@ -307,21 +322,25 @@ def _read_state(path: str | Path) -> dict[str, Tensor]:
     return _state_of(read_checkpoint(path), path)
 
 
-def _state_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    sections = (content[name] for name in _SECTIONS if isinstance(content.get(name), Mapping))
-    section = next((section for section in sections if section), content)
+def _state_of(content: Mapping[str, Any], path: str | Path, section: str | None = None) -> dict[str, Tensor]:
+    there = [name for name in SECTIONS if isinstance(content.get(name), Mapping) and content[name]]
+    if section is not None and section not in there:
+        raise CheckpointError(
+            f"{path} has no section {section!r}; it has {', '.join(there) or 'none, and is one model as it is'}"
+        )
+    taken = section or (there[0] if there else None)
     state: dict[str, Tensor] = {}
-    for raw_key, value in section.items():
+    for raw_key, value in (content if taken is None else content[taken]).items():
         if not isinstance(value, Tensor):
             found = ", ".join(f"{key} ({type(item).__name__})" for key, item in list(content.items())[:6])
             raise CheckpointError(
-                f"{path} holds {found}; expected tensors by name, or such tensors under one of {', '.join(_SECTIONS)}"
+                f"{path} holds {found}; expected tensors by name, or such tensors under one of {', '.join(SECTIONS)}"
             )
         key = _bare(str(raw_key))
         if key in state:
             raise CheckpointError(f"{path} holds {key!r} twice, with and without a prefix; expected it once")
         state[key] = value.detach()
-    return state
+    return from_diffusers(state)
 
 
 def _bare(key: str) -> str:
@@ -359,4 +378,4 @@ def _without(state: dict[str, Tensor], prefixes: tuple[str, ...], kind: Checkpoi
 def _arrange(
     state: Mapping[str, Tensor], expected: Expectation, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    return {key: state[key] if dtype is None else state[key].to(dtype) for key in expected.shapes}
+    return {key: _converted(state, key, dtype) for key in expected.shapes}

@@ -43,7 +43,6 @@ class CheckpointKind(StrEnum):
     LORA = "lora"
     VAE = "vae"
     UMT5 = "umt5"
-    DIFFUSERS = "diffusers"
     TAE = "tae"
     UNKNOWN = "unknown"
 
@@ -56,10 +55,6 @@ _KINDS = {
     ),
     CheckpointKind.VAE: ("a Wan VAE", "pass it as --vae"),
     CheckpointKind.UMT5: ("a UMT5 text encoder", "pass it as --text-encoder"),
-    CheckpointKind.DIFFUSERS: (
-        "a transformer in the layout of Diffusers",
-        "use the release in Wan's own layout",
-    ),
     CheckpointKind.TAE: ("a tiny autoencoder", "of Wan 2.1's, pass it as --vae: taew2_1 or lighttaew2_1"),
     CheckpointKind.UNKNOWN: ("nothing that is known here", "check that it is the right file"),
 }
@@ -72,7 +67,6 @@ _MARKS: tuple[tuple[CheckpointKind, tuple[str, ...]], ...] = (
         ("decoder.conv1.weight", "decoder.middle.0.residual.0.gamma", "decoder.head.2.weight"),
     ),
     (CheckpointKind.UMT5, ("blocks.0.attn.q.weight", "encoder.block.0.layer.0.SelfAttention.q.weight")),
-    (CheckpointKind.DIFFUSERS, ("condition_embedder.text_embedder.linear_1.weight",)),
     (CheckpointKind.TAE, ("decoder.1.weight",)),
 )
 

@@ -35,8 +35,12 @@ class MergedLora(SourceFile):
 
 
 class Checkpoint(SourceFile):
-    """The checkpoint the weights came from, and the LoRAs that were merged into it, in this order."""
+    """The checkpoint the weights came from, and the LoRAs that were merged into it, in this order.
 
+    `section` is the group of a training checkpoint that was asked for, where one was.
+    """
+
+    section: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     lora: MergedLora | None = None
     further_loras: Annotated[tuple[MergedLora, ...], Field(max_length=64)] = ()
 
@@ -48,7 +52,8 @@ class Checkpoint(SourceFile):
     @property
     def described(self) -> str:
         """In words."""
-        return " with ".join([super().described, *(lora.described for lora in self.loras)])
+        section = "" if self.section is None else f", {self.section}"
+        return " with ".join([super().described + section, *(lora.described for lora in self.loras)])
 
 
 class RandomInit(Part):

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -130,7 +130,7 @@ def checkpoint_damage(chance: random.Random, folder: Path, prepared: Path) -> Ou
     from lightforcing_ref.errors import LightForcingError as ReferenceError
 
     preset = PRESETS["tiny"]
-    loaders: dict[str, Callable[[Path], dict[str, Any]]] = {
+    loaders: dict[str, Callable[[Path], Mapping[str, Any]]] = {
         "dit": lambda path: checkpoint.load_dit_state(path, preset.dit),
         "vae": lambda path: checkpoint.load_vae_state(path, preset.vae),
         "text_encoder": lambda path: checkpoint.load_umt5_state(path, preset.text),

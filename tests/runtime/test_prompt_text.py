@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import runtime.text
 from runtime import BundleError, InputError, Pipeline
 from runtime.bundle import Text, file_entry, load_bundle
+from runtime.bundle.weights_file import WeightsFile
+from runtime.host_memory import Memory
+from runtime.pipeline import TextEncoderMode
 from runtime.text import check_embedding, clean_prompt
 from tests.runtime.handmade import TEXT_DIM, TEXT_LEN, VOCAB, edit_manifest, text_weights
 
@@ -219,3 +223,39 @@ def test_a_prompt_of_any_length_is_refused_at_once(bundle: Path) -> None:
             pipe.session("x" * 50_000_000)
         with pytest.warns(UserWarning, match="the rest was cut off"):
             pipe.embed("a " * (1 << 15))
+
+
+@pytest.mark.parametrize(
+    ("mode", "free", "again"),
+    [
+        ("auto", "twice", False),
+        ("auto", "less", True),
+        ("auto", None, True),
+        ("resident", "less", False),
+        ("on-demand", "twice", True),
+    ],
+)
+def test_layers_stay_where_there_is_room(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, mode: TextEncoderMode, free: str | None, again: bool
+) -> None:
+    with WeightsFile(bundle / load_bundle(bundle).manifest.text.weights) as weights:
+        layers = sum(entry.nbytes for name, entry in weights.tensors.items() if name.startswith("layers."))
+    available = {"twice": 2 * layers, "less": 2 * layers - 1, None: None}[free]
+    monkeypatch.setattr(runtime.text, "memory", lambda: Memory(None, available))
+    read: list[str] = []
+    get_required = WeightsFile.get_required
+
+    def noted(file: WeightsFile, name: str) -> np.ndarray:
+        read.append(name)
+        return get_required(file, name)
+
+    monkeypatch.setattr(WeightsFile, "get_required", noted)
+    with Pipeline.load(bundle, threads=1, warmup=False, text_encoder=mode) as pipeline:
+        first = pipeline.embed("a red fox")
+        once = len([name for name in read if name.startswith("layers.")])
+        assert once == 20  # ten tensors in each of two layers
+        pipeline.embed("a sea in snow")
+        twice = len([name for name in read if name.startswith("layers.")])
+        assert (twice == 2 * once) == again
+    with Pipeline.load(bundle, threads=1, warmup=False, text_encoder="on-demand") as pipeline:
+        assert np.array_equal(pipeline.embed("a red fox"), first)

@@ -168,6 +168,14 @@ def test_cache_by_hand():
     assert sizes["cross-attention keys and values"] == 30 * 2 * 512 * 1536 * 2
 
 
+def test_a_prompt_reads_the_text_encoders_layers():
+    """24 layers of four 4096 x 4096, three 4096 x 10240, two norms, and 32 biases for each of 64 heads, in bf16."""
+    layer = 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64
+    plan = plan_memory(planned())
+    assert plan.prompt_bytes == 2 * 24 * layer == 9_261_514_752
+    assert plan.host_bytes - plan.prompt_bytes == 2 * (256384 * 4096 + 4096)
+
+
 def test_long_clips_cost_a_window():
     short, long = plan_memory(planned()), plan_memory(planned(variant="long"))
     name = "keys and values of past frames"

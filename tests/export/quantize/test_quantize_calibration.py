@@ -38,13 +38,14 @@ def test_file_survives_the_round_trip(tmp_path: Path) -> None:
 
 
 def test_ranges_belong_to_one_model() -> None:
-    CALIBRATION.require("tiny", {"checkpoint": "random:3"})
+    path = Path("ranges.json")
+    CALIBRATION.require("tiny", {"checkpoint": "random:3"}, path)
     with pytest.raises(InputError, match="made with checkpoint random:3, this build has random:4"):
-        CALIBRATION.require("tiny", {"checkpoint": "random:4"})
-    with pytest.raises(InputError, match="made with lora none, this build has abc"):
-        CALIBRATION.require("tiny", {"checkpoint": "random:3", "lora": "abc"})
+        CALIBRATION.require("tiny", {"checkpoint": "random:4"}, path)
+    with pytest.raises(InputError, match=r"ranges\.json was made with lora\.0 none, this build has abc"):
+        CALIBRATION.require("tiny", {"checkpoint": "random:3", "lora.0": "abc"}, path)
     with pytest.raises(InputError, match=r"made with preset tiny, this build has wan-1.3b"):
-        CALIBRATION.require("wan-1.3b", {"checkpoint": "random:3"})
+        CALIBRATION.require("wan-1.3b", {"checkpoint": "random:3"}, path)
 
 
 @pytest.mark.parametrize(
