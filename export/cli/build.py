@@ -70,7 +70,8 @@ class Build(Command):
             action="append",
             default=[],
             metavar="PATTERN",
-            help="linears to leave in bf16, such as '*.ffn.2'; or auto, for those that lose too much; repeatable",
+            help="linears to leave in bf16, such as '*.ffn.2', or in fp8: '*.ffn.2=fp8'; auto: those that lose too "
+            "much; repeatable",
         )
         parser.add_argument(
             "--name",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from export.request.sizes import HISTORY, TAE_BLOCKS, format_of, item_bytes, layer_linears
+from export.request.sizes import HISTORY, TAE_BLOCKS, item_bytes, layer_linears
 from lightforcing_ref.dimensions import TAEConfig
 
 if TYPE_CHECKING:
@@ -45,14 +45,14 @@ class Pass:
         return self.read + self.written
 
 
-def activation_bytes(kind: str, precision: Precision, tokens: int, width: int) -> int:
-    """Bytes of the input `[tokens, width]` of the block linear `kind`, with its scales."""
+def activation_bytes(precision: Precision, tokens: int, width: int) -> int:
+    """Bytes of the input `[tokens, width]` of a block linear, with its scales."""
     elements = tokens * width
-    match format_of(kind, precision):
+    match precision:
         case "fp8":
             return elements + _SCALE * tokens
         case "nvfp4":
-            return elements // 2 + elements // _FP4_BLOCK
+            return elements // 2 + elements // _FP4_BLOCK + _SCALE * tokens
         case _:
             return elements * item_bytes(precision)
 
@@ -76,10 +76,11 @@ class StepPasses:
 
     def _input(self, kind: str) -> int:
         width = next(linear.columns for linear in layer_linears(self._dit) if linear.kind == kind)
-        return activation_bytes(kind, self._precision, self._tokens, width)
+        return activation_bytes(self._precision, self._tokens, width)
 
-    def _is_quantized(self, kind: str) -> bool:
-        return format_of(kind, self._precision) in ("fp8", "nvfp4")
+    @property
+    def _is_quantized(self) -> bool:
+        return self._precision in ("fp8", "nvfp4")
 
     def first(self) -> Iterator[Pass]:
         """Before the first layer: patches out of the latent, and the first layer's norm."""
@@ -101,11 +102,11 @@ class StepPasses:
     def layer(self, *, is_last: bool = False) -> Iterator[Pass]:
         """From a layer's attention output to the input of the next one's projection, or to that of the head."""
         stream, ffn = self._stream, self._tokens * self._dit.ffn_dim * item_bytes(self._precision)
-        if self._is_quantized("self_attn.o"):
+        if self._is_quantized:
             yield Pass("quantize attention", stream, self._input("self_attn.o"))
         yield Pass("residual, norm", 2 * stream, stream + self._input("cross_attn.q"))
         yield Pass("norm of cross q", stream, stream)
-        if self._is_quantized("cross_attn.o"):
+        if self._is_quantized:
             yield Pass("quantize cross-attention", stream, self._input("cross_attn.o"))
         yield Pass("residual, norm, modulation", 2 * stream, stream + self._input("ffn.0"))
         yield Pass("GELU", ffn, self._input("ffn.2"))

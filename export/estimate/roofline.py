@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from export.errors import InputError
-from export.request.sizes import decoder_convs, format_of, item_bytes, layer_linears
+from export.request.sizes import decoder_convs, item_bytes, layer_linears
 from export.request.targets import Operands, Peak
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
@@ -141,8 +141,7 @@ class Workload:
     @property
     def formats(self) -> set[Format]:
         """What its products compute in."""
-        linears = layer_linears(self.dit)
-        return {self.wide, *(format_of(linear.kind, self.request.precision) for linear in linears)}
+        return {self.wide, self.request.precision}
 
     @cached_property
     def _keep_q20(self) -> tuple[int, ...]:
@@ -183,13 +182,13 @@ class Workload:
         moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
         return Work("self-attention", self.wide, flops if dense else flops * kept // total, moved)
 
-    def linear(self, kind: str) -> Work:
-        """One block linear."""
+    def linear(self, kind: str, tokens: int | None = None) -> Work:
+        """One block linear on so many tokens, by default those of a chunk."""
+        tokens = self.tokens if tokens is None else tokens
         (linear,) = (linear for linear in layer_linears(self.dit) if linear.kind == kind)
-        moved = linear.bytes(self.request.precision) + self.tokens * linear.rows * self.item
-        moved += activation_bytes(kind, self.request.precision, self.tokens, linear.columns)
-        format = format_of(kind, self.request.precision)
-        return Work("linears", format, 2 * self.tokens * linear.elements, moved)
+        moved = linear.bytes(self.request.precision) + tokens * linear.rows * self.item
+        moved += activation_bytes(self.request.precision, tokens, linear.columns)
+        return Work("linears", self.request.precision, 2 * tokens * linear.elements, moved)
 
     @property
     def cross_attention(self) -> Work:

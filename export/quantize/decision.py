@@ -17,7 +17,7 @@ from runtime import bundle
 
 from .calibration import Calibration, Measured, load_calibration
 from .cost import seeded_error
-from .formats import QuantPrecision, auto_formats, choose_formats, wanted_format
+from .formats import QuantPrecision, auto_formats, choose_formats
 from .graph import KINDS, find_linears, is_block_linear, weight_tensor
 from .numerics import FoldedWeight, Format, fold_weight
 
@@ -80,9 +80,9 @@ class QuantizationPlan:
         """How many of the linears `names` are not in the format that the precision would give them: (from, to)."""
         moves: dict[tuple[Format, Format | None], int] = {}
         for name in names:
-            wanted, actual = wanted_format(name, self.precision), formats.get(name)
-            if wanted != actual:
-                moves[wanted, actual] = moves.get((wanted, actual), 0) + 1
+            actual = formats.get(name)
+            if self.precision != actual:
+                moves[self.precision, actual] = moves.get((self.precision, actual), 0) + 1
         return moves
 
     def section(self, formats: Mapping[str, Format], errors: Mapping[str, float]) -> bundle.Quantization:
@@ -181,7 +181,7 @@ def _require_uniform(formats: Mapping[str, Format], names: tuple[str, ...]) -> N
     mixed = [kind for kind, found in by_kind.items() if len(found) > 1]
     if mixed:
         raise InputError(
-            f"--skip leaves {mixed[0]} in bf16 in some layers only, and all layers share one engine; skip it in all "
+            f"--skip is about {mixed[0]} in some layers only, and all layers share one engine; skip it in all "
             f"(--skip '*.{mixed[0]}'), or build an engine per layer (--weights embedded)"
         )
 

@@ -32,13 +32,9 @@ __all__ = [
     "linear_names",
     "quantize",
     "save_quantized",
-    "wanted_format",
 ]
 
 QuantPrecision = Literal["fp8", "nvfp4"]
-
-NVFP4_KINDS = ("ffn.0", "ffn.2")
-"""The linears that `nvfp4` holds in FP4, where two thirds of the work is; the others are in FP8."""
 
 ORT_SESSION_CONFIG = {"session.disable_quant_qdq": "1"}
 """Session configuration that ONNX Runtime needs for FP8 graphs: its fusion of Q/DQ products knows integers only and
@@ -50,30 +46,37 @@ def linear_names(model: ir.Model) -> list[str]:
     return [linear.name for linear in find_linears(model)]
 
 
-def wanted_format(name: str, precision: QuantPrecision) -> Format:
-    """The format that `precision` gives the linear called `name`."""
-    return "nvfp4" if precision == "nvfp4" and is_block_linear(name) in NVFP4_KINDS else "fp8"
-
-
 def choose_formats(
     names: Iterable[str], precision: QuantPrecision, *, skip: Sequence[str] = ()
 ) -> dict[str, Format]:
-    """The format of each linear; those that match a pattern of `skip` ("blocks.0.*", "*.ffn.2") have none.
+    """The format of each linear: that of `precision`, except those that `skip` names.
+
+    Args:
+        skip: patterns, as "blocks.0.*" or "*.ffn.2": what matches has no format, so that it stays in bf16; with
+            "PATTERN=fp8", it is in FP8. Later ones win.
 
     Raises:
-        InputError: a pattern matches nothing.
+        InputError: a pattern matches nothing, or leads to another format than fp8 or bf16.
     """
     names = list(names)
-    skipped: set[str] = set()
-    for pattern in skip:
+    chosen: dict[str, Format] = dict.fromkeys(names, precision)
+    for entry in skip:
+        pattern, _, format = entry.partition("=")
         matches = fnmatch.filter(names, pattern)
         if not matches:
             raise InputError(
                 f"--skip {pattern!r} matches none of the {len(names)} linears; they are called "
                 f"{', '.join(names[:2])}, ... (* matches anything)"
             )
-        skipped.update(matches)
-    return {name: wanted_format(name, precision) for name in names if name not in skipped}
+        if format not in ("", "bf16", "fp8"):
+            raise InputError(
+                f"--skip {entry!r} leads to {format!r}; expected fp8 or bf16, which is what a pattern alone means"
+            )
+        for name in matches:
+            chosen.pop(name, None)
+            if format == "fp8":
+                chosen[name] = "fp8"
+    return {name: chosen[name] for name in names if name in chosen}
 
 
 def auto_formats(
@@ -104,9 +107,7 @@ def auto_formats(
 
     chosen: dict[str, Format] = {}
     for name, measured in errors.items():
-        candidates: tuple[Format, ...] = (
-            ("nvfp4", "fp8") if wanted_format(name, precision) == "nvfp4" else ("fp8",)
-        )
+        candidates: tuple[Format, ...] = ("nvfp4", "fp8") if precision == "nvfp4" else ("fp8",)
         missing = [format for format in candidates if format not in measured]
         if missing:
             raise InputError(f"the error of {name} in {missing[0]} was not measured; give it to layer_errors")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -44,9 +45,11 @@ __all__ = [
     "KINDS",
     "Linear",
     "Observer",
+    "ProductType",
     "find_linears",
     "is_block_linear",
     "quantize",
+    "quantized_products",
     "weight_tensor",
 ]
 
@@ -61,6 +64,8 @@ KINDS = (
     "ffn.2",
 )
 """The linears of a block; the cross-attention's k and v are in the conditioner, all others in the step graph."""
+
+ProductType = Literal["fp8", "fp4"]
 
 Observer = Callable[[str, Format, Tensor, FoldedWeight], None]
 """Called with a linear's name, format, weight `[out, in]`, and quantized weight."""
@@ -375,3 +380,33 @@ def quantize(
             model.graph.opset_imports.setdefault(_TRT_DOMAIN, 1)
         _Rewriter(model, linear).rewrite(format, limit, partial(foldings.of, linear, format, limit))
     passes.RemoveUnusedNodesPass()(model)
+
+
+def quantized_products(model: ir.Model) -> dict[str, ProductType]:
+    """Matrix products that have a quantized operand: node name -> the type that an engine must compute it in.
+
+    The product of the linear `blocks.0.ffn.2` is called `blocks.0.ffn.2.product`. Where the other operand is not
+    quantized, no engine computes it in that type.
+
+    Raises:
+        ExportError: a product has no name.
+    """
+    products: dict[str, ProductType] = {}
+    for node in model.graph:
+        if node.op_type != "MatMul":
+            continue
+        sources = [source for value in node.inputs if (source := _dequantized(value)) is not None]
+        if not sources:
+            continue
+        if not node.name:
+            raise ExportError("a quantized product has no name, by which it would be found in the engine")
+        products[node.name] = "fp4" if any("block_size" in source.attributes for source in sources) else "fp8"
+    return products
+
+
+def _dequantized(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that `value` comes out of, perhaps transposed."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None

@@ -26,7 +26,8 @@ class QuantizationRequest:
     Attributes:
         static: whether activations have calibrated scales in place of one per token.
         calibration: file of the ranges; needed where `static`, and otherwise a source of measured errors.
-        skip: patterns of linears that stay in bf16 ("blocks.0.*"), or "auto" for those above an error threshold.
+        skip: patterns of linears that stay in bf16 ("blocks.0.*") or in fp8 ("*.ffn.2=fp8"), or "auto" for those above
+            an error threshold.
     """
 
     static: bool = False

@@ -29,7 +29,6 @@ __all__ = [
     "decoder_parameters",
     "encoder_convs",
     "encoder_parameters",
-    "format_of",
     "item_bytes",
     "layer_linears",
     "layer_vectors",
@@ -80,7 +79,7 @@ class Linear:
     def bytes(self, precision: Precision) -> int:
         """Size of the weight with its scales."""
         wide = item_bytes(precision)
-        match format_of(self.kind, precision):
+        match precision:
             case "fp8":
                 return self.elements + wide * self.rows
             case "nvfp4":
@@ -92,11 +91,6 @@ class Linear:
 def item_bytes(precision: Precision) -> int:
     """Bytes of an element of what is not quantized."""
     return 4 if precision == "fp32" else 2
-
-
-def format_of(kind: str, precision: Precision) -> Precision:
-    """What a block linear is held in: `nvfp4` is for the feed-forward, the others are then in fp8."""
-    return "fp8" if precision == "nvfp4" and not kind.startswith("ffn.") else precision
 
 
 # ---- transformer ----

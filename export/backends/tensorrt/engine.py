@@ -20,12 +20,13 @@ from export.machine import Gpu, find_gpus
 from export.parts.run import BuiltEngine
 from export.parts.worker import ended_by, run_worker, was_killed
 from export.progress import StepCallback
+from export.quantize.graph import quantized_products
 from export.request.capability import BACKENDS
 from runtime import bundle
 from runtime.files import cache_folder
 
 from .engine_text import check_plugins, check_precision, read_inspection
-from .graph import operator_nodes, operators_of, prepare_for_trt, quantized_products
+from .graph import operator_nodes, operators_of, prepare_for_trt
 
 __all__ = ["TrtMachine", "TrtPlugin", "build_engine", "find_machine", "measure_engine"]
 

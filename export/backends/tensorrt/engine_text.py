@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import BuildError
-
-from .graph import ProductType
+from export.quantize.graph import ProductType
 
 __all__ = ["Inspection", "check_plugins", "check_precision", "read_inspection"]
 
@@ -102,7 +101,7 @@ def check_plugins(component: str, inspection: Inspection, expected: Mapping[str,
     A parser that does not find the plugin takes the function body in its place without a word: right, and slow.
 
     Args:
-        expected: as `trt_graph.operator_nodes` gives it.
+        expected: as `operator_nodes` gives it.
 
     Raises:
         BuildError: a node is not in a layer that is a plugin.
@@ -123,7 +122,7 @@ def check_precision(component: str, inspection: Inspection, expected: Mapping[st
     A weight whose activation is not quantized becomes a product in the wider type without any warning.
 
     Args:
-        expected: as `trt_graph.quantized_products` gives it.
+        expected: as `quantized_products` gives it.
 
     Raises:
         BuildError: a product computes in another type, or no layer says that it computes it.

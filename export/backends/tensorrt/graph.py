@@ -1,9 +1,8 @@
-"""Graph edits for TensorRT, and what its engines must compute in."""
+"""Graph edits for TensorRT."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -12,9 +11,7 @@ from export.graph.rewrites import prepare_for_rtx
 from plugins import contract
 from plugins.nodes.tensorrt import name_plugin
 
-__all__ = ["ProductType", "operator_nodes", "operators_of", "prepare_for_trt", "quantized_products"]
-
-ProductType = Literal["fp8", "fp4"]
+__all__ = ["operator_nodes", "operators_of", "prepare_for_trt"]
 
 
 def operator_nodes(model: ir.Model) -> dict[str, str]:
@@ -50,22 +47,3 @@ def prepare_for_trt(model: ir.Model, dimensions: Mapping[str, int]) -> None:
             )
     if not name_plugin(model):
         prepare_for_rtx(model)
-
-
-def quantized_products(model: ir.Model) -> dict[str, ProductType]:
-    """Matrix products whose operands are quantized: node name -> the type that an engine must compute it in.
-
-    Raises:
-        ExportError: a product has no name.
-    """
-    products: dict[str, ProductType] = {}
-    for node in model.graph:
-        if node.op_type != "MatMul" or node.inputs[0] is None:
-            continue
-        producer = node.inputs[0].producer()
-        if producer is None or producer.op_type != "DequantizeLinear":
-            continue
-        if not node.name:
-            raise ExportError("a quantized product has no name, by which it would be found in the engine")
-        products[node.name] = "fp4" if "block_size" in producer.attributes else "fp8"
-    return products

@@ -20,12 +20,13 @@ from export.graph.components import precisions_of
 from export.graph.rewrites import prepare_for_rtx
 from export.parts.worker import ended_by, run_worker, was_killed
 from export.progress import StepCallback
+from export.quantize.graph import quantized_products
 from export.request.capability import BACKENDS, known_capabilities
 from export.units import readable_size
 from runtime.bundle import Dtype, dtypes_by
 from runtime.host_memory import memory
 
-from .engine_text import EngineReport, read_engine
+from .engine_text import EngineReport, check_products, read_engine
 
 __all__ = ["EngineInfo", "EngineTensor", "build_engine", "check_request"]
 
@@ -128,13 +129,15 @@ def build_engine(
 
     Raises:
         InputError: the GPU does not compute in a type of the graph, or TensorRT-RTX does not build for it.
-        BuildError: not enough memory or disk, or TensorRT-RTX refuses the graph; names the nodes.
+        BuildError: not enough memory or disk, TensorRT-RTX refuses the graph, or a quantized linear did not become a
+            product of its type; names the nodes.
         ExportError: the graph still holds operators of this project.
         EngineFormatError: the engine cannot be read.
     """
     model = ir.load(onnx_path)
     check_request(compute_capability, *precisions_of(model) - {"fp32"})
     _check_static(model, component)
+    products = quantized_products(model)
     prepare_for_rtx(model)
     _check_room(model, engine_path, component)
     # Names of this process's own: the worker of a build that was killed may still be at its last engine.
@@ -151,6 +154,7 @@ def build_engine(
         ir.save(model, prepared)
         result = _run_worker(request, component, progress)
         report = read_engine(unchecked)
+        check_products(component, report, products)
         if check is not None:
             check(report)
         os.replace(unchecked, engine_path)

@@ -20,7 +20,15 @@ from typing import Literal
 from export.errors import BuildError
 from runtime.bundle import ELEMENT_TYPES, AnyDtype, nbytes
 
-__all__ = ["EngineFormatError", "EngineReport", "Launch", "Operand", "parse_engine", "read_engine"]
+__all__ = [
+    "EngineFormatError",
+    "EngineReport",
+    "Launch",
+    "Operand",
+    "check_products",
+    "parse_engine",
+    "read_engine",
+]
 
 _ENGINE_MAGIC = b"vtrt"
 _SIZE_AT = 16
@@ -55,6 +63,8 @@ _SYNCHRONISING = frozenset({"signal", "wait"})
 _DESCRIPTOR = re.compile(
     r"^  (?:sub_)?tensor=\{ .*?\bdims=\{([ \d-]*)\}.*? name=\"([^\"]+)\" .*\btype=(\w+) \}$"
 )
+_FLAT = "_rows"
+"""What `prepare_for_rtx` appends to the names of nodes on `[1, T, N]`, whose unit dimension it drops."""
 _STEP = re.compile(r'^  (\w+)=\{ name="?([^\s"]+)"? ')
 _LIST = re.compile(r'"([^"]*)"')
 
@@ -160,6 +170,41 @@ def read_engine(path: Path) -> EngineReport:
         return parse_engine(path.read_bytes())
     except EngineFormatError as error:
         raise EngineFormatError(f"{path.name}: {error}") from error
+
+
+_SHOWN = 3
+"""Products that a message names."""
+
+
+def check_products(component: str, report: EngineReport, expected: Mapping[str, str]) -> None:
+    """Check that every quantized product of a graph is one in the engine, in the type it should have.
+
+    A weight or an input that TensorRT-RTX cannot use as it is quantized becomes a product in a wider type without any
+    warning. Several products may have become one.
+
+    Args:
+        expected: as `export.quantize.graph.quantized_products` gives it, for the graph as it was exported.
+
+    Raises:
+        BuildError: a product computes in another type, or none is there; names the linears.
+    """
+    found: dict[str, str] = {}
+    for launch in report.launches:
+        if launch.kind == "gemm" and launch.compute is not None:
+            found |= dict.fromkeys((node.removesuffix(_FLAT) for node in launch.layers), launch.compute)
+    problems = [
+        f"{node.removesuffix('.product')} is {f'a {found[node]} product' if node in found else 'no product'} and not "
+        f"{wanted}"
+        for node, wanted in expected.items()
+        if found.get(node) != wanted
+    ]
+    if problems:
+        more = len(problems) - _SHOWN
+        raise BuildError(
+            f"{component}: {len(problems)} of {len(expected)} quantized linears fell back: "
+            f"{'; '.join(problems[:_SHOWN])}{f'; and {more} more' if more > 0 else ''}. Leave them in a wider format "
+            "(--skip), or build with --precision bf16"
+        )
 
 
 def parse_engine(engine: bytes) -> EngineReport:

@@ -103,6 +103,8 @@ class ComponentExpectation(_Data):
             may name alternatives ("bf16|fp16").
         launches: least and most.
         launches_per_layer: added to the most for each layer of the transformer.
+        launches_per_fp4: added to least and most for each product in FP4: its input is quantized by a launch of its
+            own, and its scales are brought into the order of the tensor cores.
     """
 
     gemms: dict[str, _Count]
@@ -110,6 +112,7 @@ class ComponentExpectation(_Data):
     attentions: dict[str, _Count]
     launches: tuple[_Natural, _Natural]
     launches_per_layer: _Natural = 0
+    launches_per_fp4: tuple[_Natural, _Natural] = (0, 0)
     activation_bytes: ActivationBound
 
     def with_formats(self, moved: Mapping[tuple[str, str], int], *, merges: bool) -> ComponentExpectation:
@@ -142,7 +145,11 @@ class ComponentExpectation(_Data):
             found = report.count(kind)
             if not _counts_match(found, counts):
                 problems.append(f"{kind}s: found {_list(found)}, expected {_list(counts)}")
-        least, most = self.launches[0], self.launches[1] + self.launches_per_layer * structure.layers
+        fp4 = report.gemms.get("fp4", 0)
+        least, most = (
+            bound + fp4 * each for bound, each in zip(self.launches, self.launches_per_fp4, strict=True)
+        )
+        most += self.launches_per_layer * structure.layers
         if not least <= len(report.launches) <= most:
             problems.append(f"launches: found {len(report.launches)}, expected {least} to {most}")
         bound = self.activation_bytes.bytes(structure)

@@ -13,9 +13,9 @@ def gemms(component: str, moved: dict[tuple[str, str], int], precision: str = "f
 def test_linears_left_in_bf16_move_from_one_count_to_the_other() -> None:
     assert gemms("layer", {("fp8", "bf16"): 2}) == {"fp8": (4, 4), "bf16": (2, 2)}
     assert gemms("last", {("fp8", "bf16"): 1}) == {"fp8": (4, 4), "bf16": (2, 2)}
-    assert gemms("layer", {("fp4", "fp8"): 1, ("fp4", "bf16"): 1}, "nvfp4") == {
-        "fp8": (5, 5),
-        "fp4": (0, 0),
+    assert gemms("layer", {("fp4", "fp8"): 4, ("fp4", "bf16"): 1}, "nvfp4") == {
+        "fp8": (4, 4),
+        "fp4": (1, 1),
         "bf16": (1, 1),
     }
 

@@ -140,12 +140,12 @@ def test_an_fp8_linear_multiplies_in_fp8(tmp_path):
 
 
 def test_an_fp8_weight_whose_input_is_not_quantized_is_caught(tmp_path):
+    """The library itself does not mind: the product is one in bf16."""
     graph = quantized_linear(tmp_path / "silent.onnx", quantize_input=False)
-    expectations = load_expectations("fp8")
-    with pytest.raises(BuildError, match=r"layer.*found 1 bf16, expected 6 fp8"):
-        engine(graph, "layer", check=lambda report: expectations.check("layer", report, TINY))
+    message = r"^layer: 1 of 1 quantized linears fell back: product is a bf16 product and not fp8.*--skip"
+    with pytest.raises(BuildError, match=message):
+        engine(graph, "layer")
     assert not graph.with_suffix(".engine").exists()
-    assert engine(graph).report.gemms == {"bf16": 1}  # the library itself does not mind
 
 
 @pytest.mark.parametrize("gpu", ["9.0", "10.0", "12"])

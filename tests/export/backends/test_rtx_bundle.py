@@ -60,10 +60,10 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 ALL = [
     ("bf16", "short", {"bf16": 6}),
     ("fp8", "short", {"fp8": 6}),
-    ("nvfp4", "short", {"fp8": 4, "fp4": 2}),
+    ("nvfp4", "short", {"fp4": 6}),
     ("fp8", "long", {"fp8": 6}),
     pytest.param("bf16", "long", {"bf16": 6}, marks=pytest.mark.slow),
-    pytest.param("nvfp4", "long", {"fp8": 4, "fp4": 2}, marks=pytest.mark.slow),
+    pytest.param("nvfp4", "long", {"fp4": 6}, marks=pytest.mark.slow),
 ]
 
 
@@ -275,16 +275,13 @@ def test_fp4_weights_are_packed_two_to_a_byte(bundles):
     assert 0.05 < error < 0.15
 
 
-@pytest.mark.parametrize(("precision", "ffn"), [("fp8", (0.03, 0.045)), ("nvfp4", (0.12, 0.16))])
-def test_the_quantization_section_lists_formats_and_errors(bundles, precision, ffn):
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp8", 0.03, 0.045), ("nvfp4", 0.12, 0.16)])
+def test_the_quantization_section_lists_formats_and_errors(bundles, precision, least, most):
     section = manifest(bundles.build(precision)).quantization
     assert section.activations == "dynamic" and section.skipped == () and section.calibration is None
-    assert set(section.formats) == set(section.errors) == set(NAMES)
-    for name in NAMES:
-        is_ffn = ".ffn." in name
-        assert section.formats[name] == (precision if is_ffn else "fp8")
-        least, most = ffn if is_ffn else (0.03, 0.045)
-        assert least < section.errors[name] < most
+    assert section.formats == dict.fromkeys(NAMES, precision)
+    assert set(section.errors) == set(NAMES)
+    assert all(least < error < most for error in section.errors.values())
 
 
 def test_bf16_bundles_have_no_quantization(bundles):
@@ -294,12 +291,12 @@ def test_bf16_bundles_have_no_quantization(bundles):
 # ---- options ----
 
 
-def calibration(path: Path, bad: str = "", **changes: object) -> Path:
-    """A calibration in which linears of the kind `bad` lose half of their output."""
+def calibration(path: Path, bad: str = "none", coarse: str = "none", **changes: object) -> Path:
+    """A calibration in which linears of the kind `bad` lose half of their output, those of `coarse` in NVFP4 only."""
     errors = {
-        name: {"fp8": e, "fp8_static": e, "nvfp4": 4 * e}
+        name: {"fp8": e, "fp8_static": e, "nvfp4": 0.5 if name.endswith(coarse) else 4 * e}
         for name in NAMES
-        for e in (0.5 if bad and name.endswith(bad) else 0.03,)
+        for e in (0.5 if name.endswith(bad) else 0.03,)
     }
     document = {
         "preset": "tiny",
@@ -334,7 +331,7 @@ def test_skipped_linears_compute_in_bf16_and_are_listed(bundles):
 
 
 def test_auto_leaves_out_what_loses_too_much_and_activations_can_be_static(bundles, tmp_path):
-    file = calibration(tmp_path / "ranges.json", bad="self_attn.o")
+    file = calibration(tmp_path / "ranges.json", bad="self_attn.o", coarse="cross_attn.q")
     options = quantized(static=True, calibration=file, skip=("auto",))
     folder = bundles.build("nvfp4", name="auto", quantization=options)
     found = manifest(folder)
@@ -344,7 +341,7 @@ def test_auto_leaves_out_what_loses_too_much_and_activations_can_be_static(bundl
     assert section.calibration.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert section.errors["blocks.0.ffn.0"] == pytest.approx(0.12)
     assert {section.errors[name] for name in section.skipped} == {0.5}  # what they are left out for
-    assert found.components["layer"].cost.gemms == {"fp8": 3, "fp4": 2, "bf16": 1}
+    assert found.components["layer"].cost.gemms == {"fp8": 1, "fp4": 4, "bf16": 1}
     stored = tensors(folder)
     assert stored["model.blocks.1.cross_attn.q.weight.input"] == ("BF16", (1,))
     assert "model.blocks.1.ffn.0.weight.input" not in stored  # NVFP4 is always dynamic

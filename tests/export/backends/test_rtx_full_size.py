@@ -33,7 +33,7 @@ def full_size(out: Path, precision: str, **changes: object):
     [
         ("bf16", 480, 832, {"bf16": 6}),
         ("fp8", 512, 768, {"fp8": 6}),
-        ("nvfp4", 512, 768, {"fp8": 4, "fp4": 2}),
+        ("nvfp4", 512, 768, {"fp4": 6}),
     ],
 )
 def test_full_size_components_are_what_they_should_be(tmp_path, precision, height, width, products):
@@ -43,7 +43,7 @@ def test_full_size_components_are_what_they_should_be(tmp_path, precision, heigh
     assert all(found.components[name].cost is not None for name in ENGINES)
     layer = found.components["layer"].cost
     assert layer.gemms == products
-    assert layer.launches <= 25
+    assert layer.launches <= (42 if precision == "nvfp4" else 18)
     assert layer.activation_bytes < 200 << 20
     assert (folder / "layer.engine").stat().st_size < 4 << 20
     tokens = 3 * (height // 16) * (width // 16)

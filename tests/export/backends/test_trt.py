@@ -21,11 +21,12 @@ from export.backends.tensorrt import engine as trt
 from export.backends.tensorrt.bundle import judge
 from export.backends.tensorrt.engine import TrtMachine, TrtPlugin, build_engine, failure, find_machine
 from export.backends.tensorrt.engine_text import check_plugins, check_precision, read_inspection
-from export.backends.tensorrt.graph import operators_of, prepare_for_trt, quantized_products
+from export.backends.tensorrt.graph import operators_of, prepare_for_trt
 from export.errors import BuildError, ExportError, InputError
 from export.graph.components import tensor_specs
 from export.machine import Gpu, GpuReport, importable
 from export.quantize.formats import choose_formats, linear_names, quantize
+from export.quantize.graph import quantized_products
 from export.request import capability
 
 CARD = Gpu("NVIDIA GeForce RTX 5090", "12.0", 32 << 30)

@@ -399,11 +399,13 @@ def test_patterns_choose_what_is_skipped() -> None:
     assert list(choose_formats(STEP_LINEARS, "fp8", skip=["blocks.0.*", "*.ffn.2"])) == [
         name for name in STEP_LINEARS if not name.startswith("blocks.0") and not name.endswith("ffn.2")
     ]
-    formats = choose_formats(STEP_LINEARS, "nvfp4")
-    assert {n.partition(".ffn")[0] for n, f in formats.items() if f == "nvfp4"} == {
-        f"blocks.{i}" for i in range(LAYERS)
-    }
-    assert formats["blocks.0.self_attn.qkv"] == "fp8"
+    assert choose_formats(STEP_LINEARS, "nvfp4") == dict.fromkeys(STEP_LINEARS, "nvfp4")
+    formats = choose_formats(STEP_LINEARS, "nvfp4", skip=["*_attn.*=fp8", "blocks.0.ffn.0", "*_attn.q=bf16"])
+    for name in STEP_LINEARS:
+        left = name == "blocks.0.ffn.0" or name.endswith("cross_attn.q")
+        assert formats.get(name) == (None if left else "fp8" if "_attn." in name else "nvfp4")
+    with pytest.raises(InputError, match=r"--skip '\*.ffn.0=fp4' leads to 'fp4'; expected fp8 or bf16"):
+        choose_formats(STEP_LINEARS, "nvfp4", skip=["*.ffn.0=fp4"])
     with pytest.raises(InputError, match=r"'ffn.3' matches none of the 18 linears"):
         choose_formats(STEP_LINEARS, "fp8", skip=["ffn.3"])
 
@@ -417,7 +419,7 @@ def test_auto_falls_back_to_the_next_finer_format() -> None:
         "blocks.1.ffn.2": {"nvfp4": 0.1, "fp8": float("nan")},
     }
     same = auto_formats(errors, "nvfp4")
-    assert same == {"blocks.0.self_attn.o": "fp8", "blocks.0.ffn.0": "fp8", "blocks.1.ffn.0": "fp8"}
+    assert same == {"blocks.0.self_attn.o": "nvfp4", "blocks.0.ffn.0": "fp8", "blocks.1.ffn.0": "fp8"}
     each = auto_formats(errors, "nvfp4", same_in_all_layers=False)
     assert each == same | {"blocks.0.ffn.0": "nvfp4", "blocks.1.ffn.2": "nvfp4"}
     each = auto_formats(errors, "fp8", thresholds={"fp8": 0.3}, same_in_all_layers=False)
