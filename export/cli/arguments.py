@@ -11,13 +11,18 @@ from export.errors import InputError
 from .sources import check_pairing, check_sources, fetch_sources, fill_model, merged_loras, usual_variant
 
 if TYPE_CHECKING:
+    from export.quantize.formats import QuantPrecision
     from export.request.capability import BackendChoice
-    from export.request.request import BuildRequest
+    from export.request.plan import PlanRequest
+    from export.request.request import BuildRequest, QuantizationRequest
     from export.request.targets import Target, Variant
     from export.request.weights import Weights
     from lightforcing_ref.config import Preset
 
 __all__ = ["build_request", "chosen_variant", "chosen_weights"]
+
+AUTO = "auto"
+"""The precision that leaves it to a budget of error which linear is in which format."""
 
 
 def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice]:
@@ -25,7 +30,9 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     from export.request.capability import BACKENDS, choose_backend
 
     target, variant = chosen_variant(args)
-    choice = choose_backend(target, getattr(args, "backend", "auto"), getattr(args, "precision", None))
+    wanted = getattr(args, "precision", None)
+    is_searched = wanted == AUTO
+    choice = choose_backend(target, getattr(args, "backend", "auto"), None if is_searched else wanted)
     ways = BACKENDS[choice.backend].execution
     usual = "segmented" if variant.cache.recache == "joint" and "segmented" in ways else ways[0]
     execution = getattr(args, "execution", None) or usual
@@ -39,14 +46,25 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
         raise InputError("--weights embedded is about segments; a whole graph always holds its weights")
     check_sources(args)
 
+    from export.request.plan import PlanRequest
     from export.request.request import BuildRequest, QuantizationRequest
 
     model = chosen_preset(args)
     height, width = args.resolution or (model.height, model.width)
+    quantization = QuantizationRequest(
+        static=getattr(args, "fp8_activations", "dynamic") == "static",
+        calibration=getattr(args, "calibration", None),
+        skip=tuple(getattr(args, "skip", ())),
+    )
+    weights = chosen_weights(args, model, variant)
+    name = getattr(args, "name", None) or _default_name(target, model, variant, choice, searched=is_searched)
+    if is_searched or getattr(args, "error_budget", None) is not None:
+        planned = PlanRequest(target, variant, model, height, width, choice.precision)
+        choice, quantization = _searched(args, planned, choice, quantization, weights, embedded=embedded)
     request = BuildRequest(
         target=target,
         variant=variant,
-        weights=chosen_weights(args, model, variant),
+        weights=weights,
         height=height,
         width=width,
         backend=choice.backend,
@@ -55,22 +73,68 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
         execution=execution,
         embedded=embedded,
         with_encoder=getattr(args, "with_encoder", False) or getattr(args, "encoder", None) is not None,
-        quantization=QuantizationRequest(
-            static=getattr(args, "fp8_activations", "dynamic") == "static",
-            calibration=getattr(args, "calibration", None),
-            skip=tuple(getattr(args, "skip", ())),
-        ),
+        quantization=quantization,
         out=args.out,
-        name=getattr(args, "name", None) or _default_name(target, model, variant, choice),
+        name=name,
         command=args.command_line,
     )
     return request, choice
 
 
-def _default_name(target: Target, model: Preset, variant: Variant, choice: BackendChoice) -> str:
+def _searched(
+    args: argparse.Namespace,
+    request: PlanRequest,
+    choice: BackendChoice,
+    quantization: QuantizationRequest,
+    weights: Weights,
+    *,
+    embedded: bool,
+) -> tuple[BackendChoice, QuantizationRequest]:
+    """The precision, and what differs from it, that `--precision auto --error-budget X` leads to.
+
+    Raises:
+        InputError: options that belong together are not together, or contradict each other.
+    """
+    from export.estimate.formats import find_formats
+    from export.quantize.calibration import load_calibration
+    from export.quantize.decision import weights_identity
+    from export.request.capability import BACKENDS
+    from export.request.request import QuantizationRequest
+
+    if args.precision != AUTO:
+        raise InputError("--error-budget is for --precision auto; drop it, or let it decide")
+    if args.error_budget is None or quantization.calibration is None:
+        raise InputError(
+            "--precision auto needs --error-budget X, and --calibration FILE with what each format costs (python -m "
+            "export calibrate writes one)"
+        )
+    if quantization.skip or quantization.static:
+        raise InputError(
+            "--precision auto decides about every linear, with a scale per token; drop --skip and --fp8-activations"
+        )
+    backend = BACKENDS[choice.backend]
+    known: tuple[QuantPrecision, ...] = ("fp8", "nvfp4")
+    formats = [f for f in known if f in backend.precisions and f in request.target.precisions]
+    if backend.library is None or not formats:
+        raise InputError(
+            f"--precision auto is for TensorRT-RTX and TensorRT on GPUs that compute in fp8, which {choice.backend} on "
+            f"{request.target.name} is not; name a precision"
+        )
+    calibration = load_calibration(quantization.calibration)
+    calibration.require(request.preset.name, weights_identity(weights))
+    found = find_formats(request, formats, calibration, args.error_budget, each=embedded)
+    if found.precision is None:
+        return replace(choice, precision="bf16"), QuantizationRequest()
+    chosen = replace(quantization, skip=found.skip, search=found.search)
+    return replace(choice, precision=found.precision), chosen
+
+
+def _default_name(
+    target: Target, model: Preset, variant: Variant, choice: BackendChoice, *, searched: bool
+) -> str:
     """What a bundle is called: precision and backend are in it where they are not what the target gives by itself."""
     parts = [target.name, model.name, variant.name]
-    parts += [] if choice.precision == "fp32" else [choice.precision]
+    parts += [AUTO] if searched else [] if choice.precision == "fp32" else [choice.precision]
     parts += [] if choice.backend == target.backends[0] else [choice.backend]
     return "-".join(parts)
 

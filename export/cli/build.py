@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from runtime.terminal import console
 
 from .arguments import build_request
-from .command import Command, add_model_arguments, bundle_name, existing
+from .command import Command, add_model_arguments, bundle_name, existing, tolerance
 from .sources import add_decoder_and_text_files
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ class Build(Command):
         add_model_arguments(parser)
         add_decoder_and_text_files(parser)
         parser.add_argument(
-            "--precision", metavar="NAME", help="fp32, bf16, fp8 or nvfp4 (default: the backend's)"
+            "--precision",
+            metavar="NAME",
+            help="fp32, bf16, fp8 or nvfp4 (default: the backend's); auto: of the last three the one for each linear "
+            "that gives the least time within --error-budget",
         )
         parser.add_argument(
             "--backend", default="auto", metavar="NAME", help="onnxruntime, tensorrt-rtx, ... (default: auto)"
@@ -73,6 +76,13 @@ class Build(Command):
             help="linears to leave in bf16, such as '*.ffn.2', or in fp8: '*.ffn.2=fp8'; auto: those that lose too "
             "much; repeatable",
         )
+        quantized.add_argument(
+            "--error-budget",
+            type=tolerance,
+            metavar="X",
+            help="with --precision auto and --calibration: relative error that a forward's output may have, "
+            "such as 0.05",
+        )
         parser.add_argument(
             "--name",
             type=bundle_name,
@@ -87,6 +97,7 @@ class Build(Command):
         from export.progress import progress_bars
         from export.report.built import built_lines
         from export.report.engines import engine_table
+        from export.report.formats import search_table
         from export.report.plan import memory_table
         from runtime.bundle import load_bundle
 
@@ -97,6 +108,8 @@ class Build(Command):
             f"[bold]{request.name}[/]: {choice.backend} in {choice.precision} ({escape(choice.reason)})"
         )
         shown.print(f"weights: {request.weights.described}", markup=False, soft_wrap=True)
+        if request.quantization.search is not None:
+            shown.print(search_table(request.quantization.search))
         shown.print(memory_table(checked.memory))
         started = time.monotonic()
         with _kept(request), progress_bars(shown) as progress:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from export.quantize.calibration import Calibration, Measured
+    from export.quantize.numerics import Format
     from export.request.geometry import StepPlan
     from export.request.weights import Weights
 
@@ -99,10 +100,11 @@ def measure(
     import torch
 
     from export.graph.modules import merge_qkv
-    from export.quantize.calibration import calibrate
-    from export.quantize.cost import latent_error, layer_errors
+    from export.quantize.calibration import ALL, calibrate
+    from export.quantize.cost import latent_error, layer_errors, output_errors
     from export.quantize.decision import block_linear_names, weights_identity
     from export.quantize.formats import choose_formats
+    from export.quantize.graph import KINDS, is_block_linear
     from export.quantize.trial import Trial, embed_prompts
 
     progress("embedding the prompts")
@@ -122,25 +124,51 @@ def measure(
     }
     names = block_linear_names(plan.preset.dit.layers)
     latents: dict[Measured, float] = {}
+    progress("comparing every forward with one kind of linears in each format")
+    formats: tuple[Format, ...] = ("fp8", "nvfp4")
+    options = {
+        (kind, format): {name: format for name in names if kind in (is_block_linear(name), ALL)}
+        for kind in (*KINDS, ALL)
+        for format in formats
+    }
+    outputs = output_errors(model, trial, options)
     progress("comparing the latents after whole rollouts")
     latents["fp8"] = latent_error(model, trial, choose_formats(names, "fp8")).total
     latents["fp8_static"] = latent_error(
         model, trial, choose_formats(names, "fp8"), amax=calibration.amax
     ).total
     latents["nvfp4"] = latent_error(model, trial, choose_formats(names, "nvfp4")).total
-    return calibration.model_copy(update={"errors": errors, "latent_errors": latents})
+    return calibration.model_copy(
+        update={
+            "errors": errors,
+            "latent_errors": latents,
+            "output_errors": {kind: {f: outputs[kind, f] for f in formats} for kind in (*KINDS, ALL)},
+        }
+    )
 
 
 def _table(calibration: Calibration) -> Table:
     from rich import box
     from rich.table import Table
 
+    from export.quantize.calibration import ALL
     from export.quantize.graph import KINDS, is_block_linear
 
     columns: tuple[Measured, ...] = ("fp8", "fp8_static", "nvfp4")
-    table = Table("worst layer", *columns, box=box.SIMPLE_HEAD, caption="relative L2 error of the output")
+    table = Table("", *columns, "output, fp8", "output, nvfp4", box=box.SIMPLE_HEAD)
+    table.caption = (
+        "relative L2 errors: of the worst layer's own output; of what the model predicts where all linears of a kind "
+        "(last line: all at all) are in a format"
+    )
     for kind in KINDS:
         rows = [found for name, found in calibration.errors.items() if is_block_linear(name) == kind]
-        table.add_row(kind, *(f"{max(row[column] for row in rows):.3f}" for column in columns))
-    table.add_row("latents", *(f"{calibration.latent_errors[column]:.4f}" for column in columns))
+        own = (f"{max(row[column] for row in rows):.3f}" for column in columns)
+        table.add_row(kind, *own, *_outputs(calibration, kind))
+    latents = (f"{calibration.latent_errors[column]:.4f}" for column in columns)
+    table.add_row("latents of rollouts", *latents, *_outputs(calibration, ALL))
     return table
+
+
+def _outputs(calibration: Calibration, kind: str) -> tuple[str, str]:
+    found = calibration.output_errors[kind]
+    return f"{found['fp8']:.4f}", f"{found['nvfp4']:.4f}"

@@ -84,6 +84,7 @@ class BuildKeys:
             request.with_encoder,
             quantization.static,
             quantization.skip,
+            quantization.search,
             None if calibration is None else bundle.hash_file(calibration),
         )
         return cls(model, graphs, engines, build)

@@ -18,13 +18,17 @@ from export.errors import InputError
 from lightforcing_ref.model import CausalWanModel
 
 from .graph import KINDS
+from .numerics import Format
 from .trial import Trial, block_linears
 
-__all__ = ["Calibration", "calibrate", "fake_quantize", "load_calibration", "modelopt_quantization"]
+__all__ = ["ALL", "Calibration", "calibrate", "fake_quantize", "load_calibration", "modelopt_quantization"]
 
 Activations = Literal["dynamic", "static"]
 
 Measured = Literal["fp8", "fp8_static", "nvfp4"]
+
+ALL = "all"
+"""In place of a kind of linears: all of them."""
 
 _Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Range = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -44,6 +48,8 @@ class Calibration(BaseModel):
         errors: relative error of each linear's output on the same rollouts, by name and format ("fp8" with a scale
             per token, "fp8_static", "nvfp4"); empty where they were not measured, else of every linear in all of them.
         latent_errors: of the latents after the rollouts, in the formats that were tried.
+        output_errors: of the model's predictions in every forward of the rollouts where all linears of a kind are in a
+            format, by kind and format; `ALL` stands for all kinds together. Activations have a scale per token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +67,7 @@ class Calibration(BaseModel):
     amax: Annotated[dict[str, _Range], Field(min_length=1)]
     errors: dict[str, dict[Measured, _Error]] = {}
     latent_errors: dict[Measured, _Error] = {}
+    output_errors: dict[str, dict[Format, _Error]] = {}
 
     @model_validator(mode="after")
     def _errors_of_all_or_none(self) -> Calibration:
@@ -68,6 +75,9 @@ class Calibration(BaseModel):
         for name in self.amax if self.errors else ():
             if missing := formats - self.errors.get(name, {}).keys():
                 raise ValueError(f"errors has none of {name} in {', '.join(sorted(missing))}")
+        for kind in (*KINDS, ALL) if self.output_errors else ():
+            if missing := set(get_args(Format)) - self.output_errors.get(kind, {}).keys():
+                raise ValueError(f"output_errors has none of {kind} in {', '.join(sorted(missing))}")
         return self
 
     def save(self, path: Path) -> None:

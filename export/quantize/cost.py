@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightforcing_ref.cache import LayerKV
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.rollout import Rollout
 
 from .numerics import FoldedWeight, Format, fake_linear, fold_weight, relative_error
 from .trial import Trial, block_linears
 
-__all__ = ["LatentError", "fake_quantized", "latent_error", "layer_errors", "perturbed", "seeded_error"]
+__all__ = [
+    "LatentError",
+    "fake_quantized",
+    "latent_error",
+    "layer_errors",
+    "output_errors",
+    "perturbed",
+    "seeded_error",
+]
 
+_Option = TypeVar("_Option", bound=Hashable)
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
 
 
@@ -160,6 +172,47 @@ def _substitute(format: Format, amax: float | None) -> _Hook:
         return result if module.bias is None else result + module.bias
 
     return hook
+
+
+def output_errors(
+    model: CausalWanModel, trial: Trial, options: Mapping[_Option, Mapping[str, Format]]
+) -> dict[_Option, float]:
+    """Relative L2 error of what the model predicts, over all forwards of the trial's rollouts, by option.
+
+    Every forward begins where the unquantized rollout is, so that an option shows what it does to one forward and not
+    what later ones make of that. Selections of key blocks may differ within the forward.
+
+    Args:
+        model: with merged projections.
+        options: formats of some linears, with activations quantized per token; the others are not quantized.
+    """
+    hooks = {
+        option: {name: _substitute(format, None) for name, format in formats.items()}
+        for option, formats in options.items()
+    }
+    sums = dict.fromkeys(options, 0.0)
+    scale = 0.0
+
+    class Compared(Rollout):
+        """A rollout that repeats each forward with every option."""
+
+        def _forward(
+            self, x: Tensor, row: int, chunks: Sequence[int], frames: list[int]
+        ) -> tuple[Tensor, list[LayerKV]]:
+            nonlocal scale
+            expected, new = super()._forward(x, row, chunks, frames)
+            scale += float(expected.double().square().sum())
+            plain = self.cross
+            for option, own in hooks.items():
+                with _hooked(model, own):
+                    self.cross = self._condition(self.text)
+                    actual, _ = super()._forward(x, row, chunks, frames)
+                sums[option] += float((actual - expected).double().square().sum())
+            self.cross = plain
+            return expected, new
+
+    trial.run(model, Compared)
+    return {option: (total / scale) ** 0.5 if scale else 0.0 for option, total in sums.items()}
 
 
 def latent_error(

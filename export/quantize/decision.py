@@ -54,6 +54,7 @@ class QuantizationPlan:
     calibration_sha256: str | None
     static: bool
     embedded: bool
+    search: bundle.FormatSearch | None = None
 
     @property
     def amax(self) -> Mapping[str, float] | None:
@@ -100,6 +101,7 @@ class QuantizationPlan:
             formats=dict(formats),
             errors=dict(errors),
             skipped=tuple(name for name in self.names if name not in formats),
+            search=self.search,
         )
 
 
@@ -171,7 +173,9 @@ def plan_quantization(request: BuildRequest, plan: StepPlan) -> QuantizationPlan
             _require_uniform(formats, names)
     elif len(wanted.skip) > 1:
         raise InputError("--skip auto decides about every linear; drop the other --skip")
-    return QuantizationPlan(precision, names, formats, calibration, digest, wanted.static, request.embedded)
+    return QuantizationPlan(
+        precision, names, formats, calibration, digest, wanted.static, request.embedded, wanted.search
+    )
 
 
 def _require_uniform(formats: Mapping[str, Format], names: tuple[str, ...]) -> None:

@@ -83,11 +83,15 @@ class Trial:
                 "least one of each"
             )
 
-    def run(self, model: CausalWanModel) -> list[Tensor]:
-        """Clean latents of each prompt's rollout, `[channels, chunks * 3, h, w]` float32."""
-        return [self._rollout(model, index) for index in range(len(self.embeddings))]
+    def run(self, model: CausalWanModel, play: type[Rollout] = Rollout) -> list[Tensor]:
+        """Clean latents of each prompt's rollout, `[channels, chunks * 3, h, w]` float32.
 
-    def _rollout(self, model: CausalWanModel, prompt: int) -> Tensor:
+        Args:
+            play: what makes them; a subclass sees every forward.
+        """
+        return [self._rollout(model, index, play) for index in range(len(self.embeddings))]
+
+    def _rollout(self, model: CausalWanModel, prompt: int, play: type[Rollout]) -> Tensor:
         plan = self.plan
         height, width = plan.latent_size
         _, ph, pw = plan.preset.dit.patch
@@ -98,7 +102,7 @@ class Trial:
             return torch.randn(shape, generator=torch.Generator().manual_seed(key))
 
         cache = plan.variant.cache
-        rollout = Rollout(
+        rollout = play(
             model,
             plan.spec,
             self.embeddings[prompt],

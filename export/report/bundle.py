@@ -269,6 +269,8 @@ def _quantization_table(manifest: Manifest) -> Table:
     )
     skipped = ", ".join(quantization.skipped) or "none"
     table.caption = f"activations {quantization.activations}{source}; left in bf16: {escape(skipped)}"
+    if (search := quantization.search) is not None:
+        table.caption += f"; the fastest formats within an output error of {search.budget:g}"
     return table
 
 

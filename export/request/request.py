@@ -9,6 +9,7 @@ from typing import Literal
 
 from lightforcing_ref.config import Preset
 from lightforcing_ref.dimensions import VAEConfig
+from runtime.bundle import FormatSearch
 
 from .geometry import StepPlan
 from .targets import BackendName, Precision, Target, Variant
@@ -28,11 +29,13 @@ class QuantizationRequest:
         calibration: file of the ranges; needed where `static`, and otherwise a source of measured errors.
         skip: patterns of linears that stay in bf16 ("blocks.0.*") or in fp8 ("*.ffn.2=fp8"), or "auto" for those above
             an error threshold.
+        search: how `skip` and the precision were found, where a budget of error decided about them.
     """
 
     static: bool = False
     calibration: Path | None = None
     skip: tuple[str, ...] = ()
+    search: FormatSearch | None = None
 
 
 @dataclass(frozen=True)

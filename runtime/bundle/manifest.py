@@ -40,6 +40,7 @@ __all__ = [
     "Component",
     "Cost",
     "FileEntry",
+    "FormatSearch",
     "Golden",
     "Kernels",
     "Library",
@@ -331,11 +332,24 @@ class Calibration(Part):
     chunks: Positive
 
 
+class FormatSearch(Part):
+    """How the formats of the linears were found: the least predicted time within a budget of output error.
+
+    `error` is the predicted relative L2 error of what the model predicts in a forward, `seconds` the predicted time of
+    the linears in a clip at peak rates, and `frontier` what other budgets give: pairs of seconds and error.
+    """
+
+    budget: NonNegativeFloat
+    error: NonNegativeFloat
+    seconds: NonNegativeFloat
+    frontier: tuple[tuple[NonNegativeFloat, NonNegativeFloat], ...]
+
+
 class Quantization(Part):
     """How the block linears are quantized.
 
     `errors` is the relative L2 error of each linear's output on calibration or seeded inputs; `skipped` stayed in
-    bf16.
+    bf16; `search` is there where the formats were searched for.
     """
 
     activations: Literal["dynamic", "static"]
@@ -343,6 +357,7 @@ class Quantization(Part):
     formats: dict[str, str]
     errors: dict[str, NonNegativeFloat]
     skipped: tuple[str, ...] = ()
+    search: FormatSearch | None = None
 
 
 class Golden(Part):
