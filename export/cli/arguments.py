@@ -121,7 +121,7 @@ def _searched(
             f"{request.target.name} is not; name a precision"
         )
     calibration = load_calibration(quantization.calibration)
-    calibration.require(request.preset.name, weights_identity(weights))
+    calibration.require(request.preset.name, weights_identity(weights), quantization.calibration)
     found = find_formats(request, formats, calibration, args.error_budget, each=embedded)
     if found.precision is None:
         return replace(choice, precision="bf16"), QuantizationRequest()

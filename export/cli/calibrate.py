@@ -116,7 +116,7 @@ def measure(
     progress("comparing every linear in every format")
     model = weights.dit(torch.float32)  # the first one is left with fake quantization
     merge_qkv(model)
-    dynamic = layer_errors(model, trial, ("fp8", "nvfp4"))
+    dynamic = layer_errors(model, trial, ("fp8", "nvfp4"), importance=calibration.importance)
     static = layer_errors(model, trial, ("fp8",), amax=calibration.amax)
     errors: dict[str, dict[Measured, float]] = {
         name: {"fp8": found["fp8"], "fp8_static": static[name]["fp8"], "nvfp4": found["nvfp4"]}
@@ -131,13 +131,15 @@ def measure(
         for kind in (*KINDS, ALL)
         for format in formats
     }
-    outputs = output_errors(model, trial, options)
+    outputs = output_errors(model, trial, options, importance=calibration.importance)
     progress("comparing the latents after whole rollouts")
     latents["fp8"] = latent_error(model, trial, choose_formats(names, "fp8")).total
     latents["fp8_static"] = latent_error(
         model, trial, choose_formats(names, "fp8"), amax=calibration.amax
     ).total
-    latents["nvfp4"] = latent_error(model, trial, choose_formats(names, "nvfp4")).total
+    latents["nvfp4"] = latent_error(
+        model, trial, choose_formats(names, "nvfp4"), importance=calibration.importance
+    ).total
     return calibration.model_copy(
         update={
             "errors": errors,

@@ -18,6 +18,7 @@ from export.quantize.numerics import Format
 from export.quantize.search import Choice, Option, Point, frontier, within
 from export.request.plan import PlanRequest
 from export.request.sizes import CONDITIONER_LINEARS, layer_linears
+from export.request.targets import Precision
 from runtime import bundle
 
 from .elementwise import activation_bytes
@@ -101,7 +102,8 @@ def find_formats(
             "export calibrate` again"
         )
     layers = request.preset.dit.layers
-    times = {format: linear_seconds(replace(request, precision=format)) for format in ("bf16", *formats)}
+    tried: tuple[Precision, ...] = ("bf16", *formats)
+    times = {format: linear_seconds(replace(request, precision=format)) for format in tried}
     choices = []
     for kind in KINDS:
         names = [f"blocks.{layer}.{kind}" for layer in range(layers)] if each else [f"*.{kind}"]

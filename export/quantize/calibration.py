@@ -7,18 +7,21 @@ import io
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
 
 from export.errors import InputError
 from lightforcing_ref.model import CausalWanModel
 
 from .graph import KINDS
-from .numerics import Format
+from .numerics import Format, importance_of
 from .trial import Trial, block_linears
 
 __all__ = ["ALL", "Calibration", "calibrate", "fake_quantize", "load_calibration", "modelopt_quantization"]
@@ -45,6 +48,7 @@ class Calibration(BaseModel):
         variant: attention variant they ran with.
         modelopt: version that observed them.
         amax: largest magnitude of each linear's input, by the linear's name.
+        rms: root mean square of each channel of a linear's input, by the linear's name; empty = not measured.
         errors: relative error of each linear's output on the same rollouts, by name and format ("fp8" with a scale
             per token, "fp8_static", "nvfp4"); empty where they were not measured, else of every linear in all of them.
         latent_errors: of the latents after the rollouts, in the formats that were tried.
@@ -65,6 +69,7 @@ class Calibration(BaseModel):
     variant: str
     modelopt: str
     amax: Annotated[dict[str, _Range], Field(min_length=1)]
+    rms: dict[str, tuple[_Error, ...]] = {}
     errors: dict[str, dict[Measured, _Error]] = {}
     latent_errors: dict[Measured, _Error] = {}
     output_errors: dict[str, dict[Format, _Error]] = {}
@@ -83,6 +88,11 @@ class Calibration(BaseModel):
     def save(self, path: Path) -> None:
         """Write the file."""
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @cached_property
+    def importance(self) -> dict[str, Tensor] | None:
+        """Of the input channels of each linear, as `quantize` takes it; None where it was not measured."""
+        return {name: importance_of(rms) for name, rms in self.rms.items()} or None
 
     def require(self, preset: str, weights: Mapping[str, str], source: Path) -> None:
         """Refuse to be used for another model; `source` is the file that is to blame.
@@ -175,6 +185,38 @@ def fake_quantize(model: CausalWanModel, activations: Activations, observe: Call
         mtq.quantize(model, modelopt_config(activations), run)
 
 
+class _Squares:
+    """Mean squares of the channels of the block linears' inputs."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def watch(self, model: CausalWanModel, trial: Trial) -> None:
+        """Run the trial, and add up what passes."""
+        handles = [
+            linear.register_forward_pre_hook(partial(self._add, name))
+            for name, linear in block_linears(model).items()
+        ]
+        try:
+            trial.run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2)
+        self._sums[name] = self._sums.get(name, torch.zeros(())) + x.double().square().sum(0)
+        self._tokens[name] = self._tokens.get(name, 0) + len(x)
+
+    def rms(self) -> dict[str, tuple[float, ...]]:
+        """Their roots by linear, to three digits."""
+        return {
+            name: tuple(float(f"{value:.3g}") for value in (sums / self._tokens[name]).sqrt().tolist())
+            for name, sums in self._sums.items()
+        }
+
+
 def calibrate(model: CausalWanModel, trial: Trial, *, weights: Mapping[str, str]) -> Calibration:
     """Observe the inputs of the block linears over the trial's rollouts.
 
@@ -185,7 +227,8 @@ def calibrate(model: CausalWanModel, trial: Trial, *, weights: Mapping[str, str]
     Raises:
         InputError: as `fake_quantize`; or a linear saw nothing but zeros or non-finite values.
     """
-    fake_quantize(model, "static", lambda: trial.run(model))
+    squares = _Squares()
+    fake_quantize(model, "static", lambda: squares.watch(model, trial))
     # ModelOpt adds the attribute to the modules it converts.
     quantizers: dict[str, Any] = {
         name: linear.input_quantizer for name, linear in block_linears(model).items()
@@ -209,4 +252,5 @@ def calibrate(model: CausalWanModel, trial: Trial, *, weights: Mapping[str, str]
         variant=plan.variant.name,
         modelopt=metadata.version("nvidia-modelopt"),
         amax=amax,
+        rms=squares.rms(),
     )

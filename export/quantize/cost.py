@@ -19,6 +19,7 @@ from .numerics import FoldedWeight, Format, fake_linear, fold_weight, relative_e
 from .trial import Trial, block_linears
 
 __all__ = [
+    "Importance",
     "LatentError",
     "fake_quantized",
     "latent_error",
@@ -27,6 +28,9 @@ __all__ = [
     "perturbed",
     "seeded_error",
 ]
+
+Importance = Mapping[str, Tensor]
+"""How much each input channel of a linear matters, by the linear's name."""
 
 _Option = TypeVar("_Option", bound=Hashable)
 _Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]
@@ -66,6 +70,7 @@ def layer_errors(
     formats: Sequence[Format],
     *,
     amax: Mapping[str, float] | None = None,
+    importance: Importance | None = None,
 ) -> dict[str, dict[Format, float]]:
     """Relative L2 error of each block linear's output (bias left out) over the trial's rollouts, by format.
 
@@ -74,12 +79,13 @@ def layer_errors(
     Args:
         model: with merged projections.
         amax: static ranges of the inputs, for FP8; None = dynamic.
+        importance: of the input channels, for NVFP4; see `fold_weight`.
     """
     sums: dict[str, dict[Format, list[float]]] = {}
     hooks: dict[str, _Hook] = {}
     for name in block_linears(model):
         sums[name] = {format: [0.0, 0.0] for format in formats}
-        hooks[name] = _observer(sums[name], _static(name, amax))
+        hooks[name] = _observer(sums[name], _static(name, amax), _important(name, importance))
     with _hooked(model, hooks):
         trial.run(model)
     return {
@@ -93,7 +99,13 @@ def _static(name: str, amax: Mapping[str, float] | None) -> Callable[[Format], f
     return lambda format: None if amax is None or format == "nvfp4" else amax[name]
 
 
-def _observer(sums: dict[Format, list[float]], static: Callable[[Format], float | None]) -> _Hook:
+def _important(name: str, importance: Importance | None) -> Tensor | None:
+    return None if importance is None else importance[name]
+
+
+def _observer(
+    sums: dict[Format, list[float]], static: Callable[[Format], float | None], important: Tensor | None
+) -> _Hook:
     folded: dict[Format, FoldedWeight] = {}
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -102,7 +114,7 @@ def _observer(sums: dict[Format, list[float]], static: Callable[[Format], float 
         for format, total in sums.items():
             limit = static(format)
             if format not in folded:
-                folded[format] = fold_weight(weight, format, amax=limit)
+                folded[format] = fold_weight(weight, format, amax=limit, importance=important)
             actual = fake_linear(inputs[0], folded[format], format, amax=limit)
             total[0] += float((actual - expected).double().square().sum())
             total[1] += float(expected.double().square().sum())
@@ -126,15 +138,23 @@ def seeded_error(name: str, format: Format, weight: Tensor, folded: FoldedWeight
 
 @contextmanager
 def fake_quantized(
-    model: CausalWanModel, formats: Mapping[str, Format], *, amax: Mapping[str, float] | None = None
+    model: CausalWanModel,
+    formats: Mapping[str, Format],
+    *,
+    amax: Mapping[str, float] | None = None,
+    importance: Importance | None = None,
 ) -> Iterator[None]:
     """Let the linears named in `formats` compute as the quantized graph does, while the context lasts.
 
     Args:
         model: with merged projections.
         amax: static ranges of the inputs, for FP8; None = dynamic.
+        importance: of the input channels, for NVFP4; see `fold_weight`.
     """
-    hooks = {name: _substitute(format, _static(name, amax)(format)) for name, format in formats.items()}
+    hooks = {
+        name: _substitute(format, _static(name, amax)(format), _important(name, importance))
+        for name, format in formats.items()
+    }
     with _hooked(model, hooks):
         yield
 
@@ -161,13 +181,14 @@ def _noise(error: float, generator: torch.Generator) -> _Hook:
     return hook
 
 
-def _substitute(format: Format, amax: float | None) -> _Hook:
+def _substitute(format: Format, amax: float | None, important: Tensor | None) -> _Hook:
     folded: list[FoldedWeight] = []
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(module, nn.Linear)
         if not folded:
-            folded.append(fold_weight(_weight(module), format, dtype=output.dtype, amax=amax))
+            weight, dtype = _weight(module), output.dtype
+            folded.append(fold_weight(weight, format, dtype=dtype, amax=amax, importance=important))
         result = fake_linear(inputs[0], folded[0], format, amax=amax).to(output.dtype)
         return result if module.bias is None else result + module.bias
 
@@ -175,7 +196,11 @@ def _substitute(format: Format, amax: float | None) -> _Hook:
 
 
 def output_errors(
-    model: CausalWanModel, trial: Trial, options: Mapping[_Option, Mapping[str, Format]]
+    model: CausalWanModel,
+    trial: Trial,
+    options: Mapping[_Option, Mapping[str, Format]],
+    *,
+    importance: Importance | None = None,
 ) -> dict[_Option, float]:
     """Relative L2 error of what the model predicts, over all forwards of the trial's rollouts, by option.
 
@@ -185,9 +210,12 @@ def output_errors(
     Args:
         model: with merged projections.
         options: formats of some linears, with activations quantized per token; the others are not quantized.
+        importance: of the input channels, for NVFP4; see `fold_weight`.
     """
     hooks = {
-        option: {name: _substitute(format, None) for name, format in formats.items()}
+        option: {
+            name: _substitute(format, None, _important(name, importance)) for name, format in formats.items()
+        }
         for option, formats in options.items()
     }
     sums = dict.fromkeys(options, 0.0)
@@ -221,6 +249,7 @@ def latent_error(
     formats: Mapping[str, Format],
     *,
     amax: Mapping[str, float] | None = None,
+    importance: Importance | None = None,
 ) -> LatentError:
     """Error of the latents after the trial's rollouts, quantized against not, from the same noise.
 
@@ -228,7 +257,7 @@ def latent_error(
         As `fake_quantized`.
     """
     expected = torch.stack(trial.run(model))
-    with fake_quantized(model, formats, amax=amax):
+    with fake_quantized(model, formats, amax=amax, importance=importance):
         actual = torch.stack(trial.run(model))
     chunks = zip(actual.chunk(trial.chunks, dim=2), expected.chunk(trial.chunks, dim=2), strict=True)
     return LatentError(

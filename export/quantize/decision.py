@@ -61,6 +61,11 @@ class QuantizationPlan:
         """Static ranges of the inputs; None = a scale per token."""
         return self.calibration.amax if self.static and self.calibration is not None else None
 
+    @property
+    def importance(self) -> Mapping[str, Tensor] | None:
+        """Of the linears' input channels; None = all alike."""
+        return None if self.calibration is None else self.calibration.importance
+
     def measured(self) -> Errors | None:
         """Errors of every linear that the calibration measured; None = it measured none."""
         if self.calibration is None or not self.calibration.errors:

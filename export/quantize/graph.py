@@ -178,11 +178,13 @@ class _Foldings:
         self._observe = observe
         self._latest: tuple[str, FoldedWeight] | None = None
 
-    def of(self, linear: Linear, format: Format, amax: float | None) -> FoldedWeight:
+    def of(
+        self, linear: Linear, format: Format, amax: float | None, importance: Tensor | None
+    ) -> FoldedWeight:
         if self._latest is None or self._latest[0] != linear.name:
             dtype = _torch_dtype(linear.dtype)
             weight = weight_tensor(linear.weight)
-            folded = fold_weight(weight, format, dtype=dtype, amax=amax)
+            folded = fold_weight(weight, format, dtype=dtype, amax=amax, importance=importance)
             if self._observe is not None:
                 self._observe(linear.name, format, weight, folded)
             self._latest = (linear.name, folded)
@@ -350,6 +352,7 @@ def quantize(
     formats: Mapping[str, Format],
     *,
     amax: Mapping[str, float] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     observe: Observer | None = None,
 ) -> None:
     """Replace linears by their quantized form, in place; their weights leave the graph.
@@ -361,6 +364,7 @@ def quantize(
         formats: by the linears' names.
         amax: static range of each FP8 linear's input; None = a scale per token, computed in the graph. NVFP4 has one
             per token in any case: TensorRT derives block scales from the values at hand.
+        importance: of each linear's input channels, for NVFP4; see `fold_weight`.
         observe: called with every weight when it has been quantized, which is when the model is written.
 
     Raises:
@@ -378,7 +382,9 @@ def quantize(
     for linear, format, limit in plan:
         if format == "nvfp4":
             model.graph.opset_imports.setdefault(_TRT_DOMAIN, 1)
-        _Rewriter(model, linear).rewrite(format, limit, partial(foldings.of, linear, format, limit))
+        important = None if importance is None else importance.get(linear.name)
+        folding = partial(foldings.of, linear, format, limit, important)
+        _Rewriter(model, linear).rewrite(format, limit, folding)
     passes.RemoveUnusedNodesPass()(model)
 
 

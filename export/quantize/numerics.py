@@ -5,7 +5,10 @@ per tensor (static).
 
 NVFP4 is E2M1 (largest value 6) in blocks of 16 along the input dimension, each block with an E4M3 scale, and above it
 one scale per output channel and per token. (ModelOpt has one per tensor there. With one per channel and token, block
-scales use E4M3's range to the full, and no calibration is needed.)
+scales use E4M3's range to the full, and no calibration is needed.) The scale of a block of activations maps its largest
+value to 6, as TensorRT computes it. That of a block of weights is searched for: E2M1 has few values between 3 and 6, so
+a block is often nearer to them with its largest value at 4 or 5, or cut off at 6. What counts is the squared error of
+the output, so errors are weighed by the mean square of the inputs they meet, where a calibration knows it.
 
 Everything is computed in float32. `post` is the vector that undoes weight scale (and static activation scale) after
 the matrix product; it is rounded to the graph's type first and the weights are quantized with what is left of it, so
@@ -14,6 +17,7 @@ the rounding of a scale is no error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +32,7 @@ __all__ = [
     "fake_activation",
     "fake_linear",
     "fold_weight",
+    "importance_of",
     "input_reciprocal",
     "pack_fp4",
     "relative_error",
@@ -44,6 +49,15 @@ FP4_BLOCK = 16
 
 RANGE: dict[Format, float] = {"fp8": FP8_MAX, "nvfp4": FP4_MAX * FP8_MAX}
 """Largest magnitude a format holds before its outer scale: of an element, times that of a block scale."""
+
+_DIVISORS = (6.0, 4.0, 4.5, 5.0, 5.5, 6.5, 7.0, 7.5)
+"""What the largest weight of a block may be mapped to. Of equally good ones, the first is taken."""
+
+_WEIGHT_RANGE: dict[Format, float] = {"fp8": FP8_MAX, "nvfp4": min(_DIVISORS) * FP8_MAX}
+"""As `RANGE`, for weights, whose block scales must reach further."""
+
+_LEAST_IMPORTANCE = 1e-3
+"""Of an input channel, against the mean of all: one that was silent in a calibration may speak later."""
 
 SMALLEST_SCALE = 2.0**-64
 """Floor of a dynamic scale, so that a token of zeros is not divided by zero; exact in every float type but float16."""
@@ -82,9 +96,42 @@ def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize `x` `[..., K]`, at most `RANGE` large: (codes `[..., K]`, E4M3 block scales `[..., K / 16]`)."""
     blocks = x.reshape(*x.shape[:-1], -1, FP4_BLOCK)
     scales = to_e4m3(blocks.abs().amax(-1) / FP4_MAX)
+    return to_e2m1(_divided(blocks, scales)).flatten(-2), scales
+
+
+def _divided(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Blocks `[..., 16]` by their scales `[...]`; by a scale of zero, zeros."""
     wide = scales.float()[..., None]
-    scaled = torch.where(wide > 0, blocks / wide, torch.zeros(()))
-    return to_e2m1(scaled).flatten(-2), scales
+    return torch.where(wide > 0, blocks / wide, torch.zeros(()))
+
+
+def _searched_blocks(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_blocks`, with the scale of each block that has the least squared error.
+
+    Args:
+        importance: weight of each column's error, `[K]`; None = all alike.
+    """
+    blocks = x.reshape(*x.shape[:-1], -1, FP4_BLOCK)
+    weigh = torch.ones(()) if importance is None else importance.reshape(-1, FP4_BLOCK)
+    largest = blocks.abs().amax(-1)
+    best = torch.full_like(largest, torch.inf)
+    scales = torch.zeros_like(largest, dtype=torch.float8_e4m3fn)
+    for divisor in _DIVISORS:
+        tried = to_e4m3(largest / divisor)
+        values = _nearest_e2m1(_divided(blocks, tried)) * tried.float()[..., None]
+        errors = values.sub_(blocks).square_().mul_(weigh).sum(-1)
+        better = errors < best
+        scales = torch.where(better, tried.float(), scales.float()).to(torch.float8_e4m3fn)
+        best = torch.where(better, errors, best)
+    return to_e2m1(_divided(blocks, scales)).flatten(-2), scales
+
+
+def _nearest_e2m1(x: Tensor) -> Tensor:
+    """The E2M1 values nearest to `x`, those that `to_e2m1` gives the codes of."""
+    magnitude = x.abs()
+    # Spacing of the values; ties go to the even multiple, which has the even code.
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    return (magnitude / step).round_().mul_(step).clamp_(max=FP4_MAX).copysign_(x)
 
 
 def _from_blocks(codes: Tensor, scales: Tensor) -> Tensor:
@@ -112,25 +159,37 @@ def input_reciprocal(amax: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor([FP8_MAX / amax], dtype=torch.float32).to(dtype)
 
 
+def importance_of(rms: Sequence[float]) -> Tensor:
+    """How much the error of each input channel's weights matters, `[K]`, from the channels' root mean squares."""
+    squares = torch.tensor(rms, dtype=torch.float32).square()
+    return squares.clamp_min(_LEAST_IMPORTANCE * float(squares.mean()))
+
+
 def fold_weight(
-    weight: Tensor, format: Format, *, dtype: torch.dtype = torch.float32, amax: float | None = None
+    weight: Tensor,
+    format: Format,
+    *,
+    dtype: torch.dtype = torch.float32,
+    amax: float | None = None,
+    importance: Tensor | None = None,
 ) -> FoldedWeight:
     """Quantize `weight` `[N, K]` (K a multiple of 16 for NVFP4).
 
     Args:
         dtype: type of `post`, that of the graph's activations.
         amax: static range of the input activations, for FP8; None = dynamic.
+        importance: of the input channels, `[K]`, for NVFP4; see `importance_of`.
     """
     wide = weight.float()
     input_scale = 1.0 if amax is None else 1.0 / float(input_reciprocal(amax, dtype))
     largest = wide.abs().amax(dim=1)
     # A channel of zeros keeps scale 1.
-    scale = torch.where(largest > 0, largest / RANGE[format], torch.ones(()))
+    scale = torch.where(largest > 0, largest / _WEIGHT_RANGE[format], torch.ones(()))
     post = (scale * input_scale).to(dtype)
     scaled = wide / (post.float() / input_scale)[:, None]
     if format == "fp8":
         return FoldedWeight(to_e4m3(scaled), None, post)
-    codes, block_scales = _blocks(scaled)
+    codes, block_scales = _searched_blocks(scaled, importance)
     return FoldedWeight(codes, block_scales, post)
 
 

@@ -155,7 +155,7 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[li
     for name in names:
         model = ir.load(folder / f"{name}.onnx")
         own = {linear: formats[linear] for linear in linear_names(model) if linear in formats}
-        quantize(model, own, amax=plan.amax, observe=log)
+        quantize(model, own, amax=plan.amax, importance=plan.importance, observe=log)
         graph, weights = f"{name}_quantized.onnx", f"{name}_quantized.weights"
         save_quantized(model, folder / graph, weights)
         graphs[name] = graph

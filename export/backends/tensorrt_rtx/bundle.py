@@ -177,7 +177,7 @@ def _quantize(folder: Path, run: Run, plan: QuantizationPlan | None) -> tuple[li
         own = {name: format for name, format in formats.items() if name in names}
         conditioner, weights = "conditioner_quantized.onnx", "conditioner_quantized.weights"
         log = ErrorLog(plan, run.within, len(own))
-        quantize(model, own, amax=plan.amax, observe=log)
+        quantize(model, own, amax=plan.amax, importance=plan.importance, observe=log)
         save_quantized(model, folder / conditioner, weights)
         errors |= log.errors
         files += [conditioner, weights]
@@ -193,7 +193,7 @@ def _cut(
         names = set(linear_names(model))
         own = {name: format for name, format in quantized.formats.items() if name in names}
         log = ErrorLog(plan, run.within, len(own))
-        quantize(model, own, amax=plan.amax, observe=log)
+        quantize(model, own, amax=plan.amax, importance=plan.importance, observe=log)
         errors = log.errors
     form = components.attention_form(run.plan)
     files, section = write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from export.graph.modules import StepModule, merge_qkv
 from export.graph.partition import merge_repeated, partition
 from export.graph.variants import clean_graph
 from export.quantize.calibration import Calibration, calibrate, fake_quantize, load_calibration
-from export.quantize.cost import fake_quantized, latent_error, layer_errors, output_errors
+from export.quantize.cost import fake_quantized, latent_error, layer_errors
 from export.quantize.formats import (
     ORT_SESSION_CONFIG,
     auto_formats,
@@ -41,7 +40,6 @@ from export.request.weights import Weights
 from lightforcing_ref.attention import hsa_attention, qk_prepare
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.model import CausalWanModel
-from lightforcing_ref.rollout import Rollout
 
 LAYERS = 3
 STEP_KINDS = ["self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"]
@@ -451,42 +449,6 @@ def test_errors_decide_what_is_skipped(small: Small) -> None:
     assert measured["blocks.1.ffn.2"]["fp8"] > 0.08
     assert 1e-3 < latent.total < 0.5
     assert len(latent.per_chunk) == small.trial.chunks
-
-
-def test_output_errors_are_those_of_single_forwards(small: Small) -> None:
-    """Of a rollout of one chunk by hand: every forward from the unquantized states."""
-    model, trial = small.model(), replace(small.trial, chunks=1)
-    ffn = {name: "nvfp4" for name in STEP_LINEARS if ".ffn." in name}
-    text = {f"blocks.{layer}.cross_attn.{kind}": "fp8" for layer in range(LAYERS) for kind in "kv"}
-    options = {"none": {}, "ffn": ffn, "text": text, "both": ffn | text}
-    found = output_errors(model, trial, options)
-    inputs: list[tuple[torch.Tensor, int, int]] = []
-
-    class Watched(Rollout):
-        def forward(self, x, row, chunk, past_frames=None):
-            inputs.append((x, row, chunk))
-            return super().forward(x, row, chunk, past_frames)
-
-    watched: list[Watched] = []
-
-    def play(*arguments: object, **options: object) -> Watched:
-        watched.append(Watched(*arguments, **options))
-        return watched[-1]
-
-    trial.run(model, play)
-    states, (rollout,) = list(inputs), watched
-    rollout.cache.flush(0)
-    expected = [rollout.forward(*state)[0] for state in states]
-    assert len(states) == 5
-    for option, formats in options.items():
-        with fake_quantized(model, formats):
-            rollout.cross = model.embed_text(trial.embeddings[0][None])
-            actual = [rollout.forward(*state)[0] for state in states]
-        gap = torch.stack(actual) - torch.stack(expected)
-        error = float(gap.double().norm() / torch.stack(expected).double().norm())
-        assert found[option] == pytest.approx(error, rel=1e-6, abs=1e-12)
-    assert found["none"] == 0 < found["text"] < found["ffn"]
-    assert found["both"] == pytest.approx(math.hypot(found["ffn"], found["text"]), rel=0.2)
 
 
 def test_nothing_quantized_is_no_error(small: Small) -> None:
