@@ -98,6 +98,7 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     """
     plan = request.plan
     check_backend(request.variant.attention, request.backend, request.execution)
+    _check_rollout(request)
     if plan.spec.kv is not None and request.backend == "tensorrt":
         raise InputError(
             "the plugin of the backend tensorrt holds keys and values in the type that the model computes in; drop "
@@ -115,6 +116,28 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     check_disk(request, plan)
     request.weights.check(with_encoder=request.with_encoder)
     return CheckedBuild(request, memory, quantization)
+
+
+def _check_rollout(request: BuildRequest) -> None:
+    """Refuse what has no place in a rolling rollout.
+
+    Raises:
+        InputError: the request asks for it.
+    """
+    if not request.variant.schedule.rolling:
+        return
+    if request.execution != "segmented":
+        raise InputError(
+            f"the variant {request.variant.name} denoises {request.variant.schedule.window_chunks} chunks in a step; "
+            "they take turns in every layer, so the step must be cut into segments; use --execution segmented, with "
+            "--backend tensorrt-rtx, inductor or onnxruntime"
+        )
+    for asked, option in ((request.per_chunk, "--per-chunk"), (request.with_encoder, "--with-encoder")):
+        if asked:
+            raise InputError(
+                f"the variant {request.variant.name} denoises several chunks in a forward, beginning with nothing, and "
+                f"{option} is for one chunk after the other; leave it out"
+            )
 
 
 def build_bundle(request: BuildRequest | CheckedBuild, progress: ProgressCallback = _no_progress) -> Path:
@@ -158,6 +181,7 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
     """
     plan, builder = request.plan, _BUILDERS[request.backend]()
     check_backend(request.variant.attention, request.backend, request.execution)
+    _check_rollout(request)
     if builder.compile is None:
         raise InputError(
             f"the {request.backend} backend has no parts that do without weights; build the bundle"

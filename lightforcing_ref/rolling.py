@@ -5,8 +5,9 @@ Written from the published description alone. Its code and weights are for acade
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -46,13 +47,17 @@ class RollingRollout:
     schedule: FlowSchedule = field(default_factory=lambda: FlowSchedule.warped(ROLLING_STEPS))
     attention_frames: int = 21
     """Frames that one forward may see, its own included."""
-    attend: Callable[..., Tensor] = hsa_attention
+    attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
+    """The attention operator, as `Rollout` takes it."""
 
     def __post_init__(self) -> None:
         frames = self.schedule.chunk_frames
         # The anchor besides as many frames as a clean forward sees.
         capacity = self.attention_frames + frames
-        self.cache = FrameCache(self.model.config, self.spec.geometry, capacity, frames, "window")
+        self.cache = FrameCache(
+            self.model.config, self.spec.geometry, capacity, frames, "window", self.spec.kv
+        )
+        self._pending: tuple[Tensor, int] | None = None
         self.set_prompt(self.text)
 
     @property
@@ -61,19 +66,23 @@ class RollingRollout:
         return self.schedule.denoise_steps
 
     def set_prompt(self, text: Tensor) -> None:
-        """Switch the prompt from the next window on. Chunks of the window go on under it; what is cached stays."""
+        """Switch the prompt from the next window on. Chunks of the window go on under it; what is cached stays, and the
+        chunk that left last is cached under the prompt before.
+        """
+        self._commit_pending()
         with torch.no_grad():
             self.cross = self.model.embed_text(text[None])
 
-    def generate(self, chunks: int) -> Iterator[Tensor]:
+    def generate(self, chunks: int | None = None) -> Iterator[Tensor]:
         """Clean latents `[channels, chunk_frames, h, w]` float32 of a video of so many chunks, one by one.
 
-        The window fills at the beginning, and at the end no new noise enters.
+        The window fills at the beginning, and at the end no new noise enters. None = a video without an end.
         """
         last_row = self.schedule.denoise_steps - 1
         latents: dict[int, Tensor] = {}
-        for window in range(chunks + last_row):
-            if window < chunks:
+        for window in count() if chunks is None else range(chunks + last_row):
+            self._commit_pending()
+            if chunks is None or window < chunks:
                 latents[window] = self.noise(window, 0)
             members = sorted(latents)
             flow, _ = self._forward(
@@ -88,8 +97,8 @@ class RollingRollout:
                 latents[chunk] = x0
             if window >= last_row:
                 chunk = members[0]
-                yield latents[chunk]
-                self._commit(latents.pop(chunk), chunk)
+                self._pending = latents.pop(chunk), chunk
+                yield self._pending[0]
 
     def _context(self, members: list[int]) -> list[int]:
         """Cached frames that a window sees: the anchor, and the latest that its attention has room for."""
@@ -100,8 +109,13 @@ class RollingRollout:
         recent = [frame for frame in resident if frame >= frames]
         return anchor + recent[len(recent) - min(room, len(recent)) :]
 
-    def _commit(self, x0: Tensor, chunk: int) -> None:
-        """The clean forward of a chunk, which sees the latest frames whether or not the anchor is among them."""
+    def _commit_pending(self) -> None:
+        """The clean forward of the chunk that left last, which sees the latest frames, whether or not the anchor is one
+        of them.
+        """
+        if self._pending is None:
+            return
+        (x0, chunk), self._pending = self._pending, None
         frames = self.schedule.chunk_frames
         self.cache.make_room(frames)
         resident = self.cache.resident()

@@ -46,7 +46,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class JointChunk:
-    """A chunk that a joint forward recomputes: where it lies in time, its latent's slot, and where its frames go."""
+    """A chunk of those that one forward computes together: where it lies in time, the slot of its clean latent, and
+    where its frames go in the pool.
+    """
 
     first_frame: int
     latent: int
@@ -85,6 +87,20 @@ class Engine(Protocol):
 
     def denoise(self, session: int, row: int) -> float:
         """One denoising forward, by its row of the schedule. Those of a chunk run in order."""
+
+    def denoise_window(
+        self,
+        session: int,
+        chunk: int,
+        chunks: Sequence[JointChunk],
+        frame_slots: Sequence[int],
+        noise: NDArray[np.float32],
+    ) -> float:
+        """One denoising forward of a rolling window, oldest chunk first, the latest in row 0 of the schedule. All see
+        each other and the frames of `frame_slots`, among which are those of all but the last chunk. Where the window is
+        full, the oldest chunk's clean latent goes to its slot. `noise[0]` is the latest chunk's initial latent,
+        `noise[n]` what re-noises the chunk in row n - 1. `chunk` is as in `Placement`.
+        """
 
     def clean(self, session: int) -> float:
         """The forward on the clean latent whose only results are the chunk's keys and values."""

@@ -155,6 +155,10 @@ class FrameTable:
         present = [slot for frame, slot in self._slots.items() if before is None or frame < before]
         return tuple(present + [ABSENT] * (self._capacity - len(present)))
 
+    def slots_of(self, frames: Sequence[int]) -> tuple[int, ...]:
+        """Slots of some resident frames, in their order."""
+        return tuple(self._slots[frame] for frame in frames)
+
     def moves(self, chunk: int, *, sinks: bool) -> tuple[Move, ...]:
         """Where the resident frames of a committed `chunk` lie; `sinks=False` leaves sink frames out."""
         first = chunk * self._chunk_frames

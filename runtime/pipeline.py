@@ -29,7 +29,7 @@ from .engine import Engine
 from .errors import CapacityError, ClosedError, EngineError, InputError
 from .host_memory import memory
 from .noise import NoiseSource, check_seed
-from .rollout import PromptSwitch, Rollout, start_clip
+from .rollout import PromptSwitch, Rollout, rollout_kind, start_clip
 from .saved.file import SavedSession
 from .saved.lanes import revive
 from .scheduler import ChunkStarted, Lane, Scheduler
@@ -247,7 +247,12 @@ class Pipeline:
                 return Lane(rollout, on_start, delivered=given, flushed=given, switches=[(0, first)])
 
             rollout = partial(
-                Rollout, seed=seed, on_device=on_device, noise=noise, latents=latents, start=clip
+                rollout_kind(self.manifest),
+                seed=seed,
+                on_device=on_device,
+                noise=noise,
+                latents=latents,
+                start=clip,
             )
             return self._admit(number, rollout, new_lane)
 
@@ -312,7 +317,7 @@ class Pipeline:
             return lane
 
         with self._place() as number:
-            return self._admit(number, partial(Rollout, seed=saved.meta.seed), revived)
+            return self._admit(number, partial(rollout_kind(self.manifest), seed=saved.meta.seed), revived)
 
     def embed(self, prompt: str | None = None, embedding: ArrayLike | None = None) -> NDArray[np.float32]:
         """The embedding `[text_len, dim]` of a prompt, or a checked copy of the one given.

@@ -3,12 +3,14 @@
 The clean forward of a chunk runs when the next chunk is asked for, never after the last, so a chunk's latent
 leaves one forward earlier. Where a bundle's schedule has none, a chunk is committed as its last denoising forward
 leaves it.
+
+A rolling rollout has several chunks under way, each a step further than the next, and finishes one by each forward.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from .bundle import Manifest, Recache
 from .engine import Engine, JointChunk, Placement
 from .errors import InputError, SessionCancelledError
-from .frame_table import FrameTable, LatentRing, TableState
+from .frame_table import ABSENT, FrameTable, LatentRing, Move, TableState
 from .noise import NoiseSource, check_noise, fill_noise
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "chunk_pixel_frames",
     "given_chunks",
     "most_start_frames",
+    "rollout_kind",
     "start_clip",
 ]
 
@@ -120,8 +123,8 @@ class Rollout:
         given chunks.
         """
         model, cache = manifest.model, manifest.cache
-        past = cache.max_past_frames
-        slots = range(session * past, (session + 1) * past)
+        past, window = manifest.held_frames, manifest.window_slots
+        slots = range(window + session * past, window + (session + 1) * past)
         self._engine = engine
         self._slots = slots
         self._on_device = on_device
@@ -186,14 +189,14 @@ class Rollout:
             latents = [self._latents.slot(given) for given in range(self.given)]
             seconds += self._engine.encode(self._session, self._start, latents)
             self._start = None
-        if chunk < self.given:
-            return seconds
+        return seconds if chunk < self.given else seconds + self._denoise(chunk, cancelled)
+
+    def _denoise(self, chunk: int, cancelled: Callable[[], bool]) -> float:
+        """Every denoising forward that `chunk` still needs."""
+        seconds = 0.0
         rows = self._manifest.schedule.rows(chunk)
         for step in range(len(rows)):
-            if self._source is None:
-                fill_noise(self._noise[step], seed=self._seed, chunk=chunk, step=step)
-            else:
-                self._noise[step] = self._source(chunk, step)
+            self._draw(step, chunk, step)
         self._engine.begin(self._session, self._placement(chunk), self._noise)
         for row in rows:
             _check(cancelled)
@@ -203,6 +206,13 @@ class Rollout:
             self._engine.commit(self._session, self._table.commit())
             self._place_sinks()
         return seconds
+
+    def _draw(self, index: int, chunk: int, step: int) -> None:
+        """The noise of a chunk's step, as number `index` of what the next forwards are given."""
+        if self._source is None:
+            fill_noise(self._noise[index], seed=self._seed, chunk=chunk, step=step)
+        else:
+            self._noise[index] = self._source(chunk, step)
 
     def decode(self, chunk: int) -> tuple[NDArray[np.uint8], float]:
         """Frames of a chunk, uint8 `[N, H, W, 3]`, and the backend's seconds.
@@ -337,6 +347,87 @@ class Rollout:
                 f"the last sparsity is kept; for long videos use a bundle of a long variant",
                 stacklevel=2,
             )
+
+
+class RollingRollout(Rollout):
+    """One session's rollout with a window of chunks, of which the oldest leaves at every forward.
+
+    The window fills at the beginning, so the first chunk takes as many forwards as a full window has chunks. A new
+    prompt holds from the next forward on, for all chunks of the window. There is no end at which it would empty: chunks
+    in the window are dropped with the session.
+    """
+
+    def _denoise(self, chunk: int, cancelled: Callable[[], bool]) -> float:
+        seconds = 0.0
+        latest = chunk + self._manifest.schedule.window_chunks - 1
+        for newest in range(latest if chunk else 0, latest + 1):
+            _check(cancelled)
+            seconds += self._denoise_window(range(chunk, newest + 1))
+        return seconds
+
+    def _denoise_window(self, members: range) -> float:
+        """One forward of the window's chunks."""
+        frames, past = self._manifest.model.chunk_frames, self._manifest.cache.max_past_frames
+        newest = members[-1]
+        self._draw(0, newest, 0)
+        for step in range(1, min(len(members), len(self._noise) - 1) + 1):
+            self._draw(step, newest - step + 1, step)
+        context = self._context(members)
+        self._turn_anchor(context, members[0])
+        inside = range(frames * (len(members) - 1))  # slots of the pool that no session has
+        chunks = [
+            JointChunk(
+                first_frame=chunk * frames,
+                latent=self._latents.slot(chunk),
+                moves=tuple(
+                    Move(offset=offset, slot=slot, frame=chunk * frames + offset)
+                    for offset, slot in enumerate(inside[index * frames : (index + 1) * frames])
+                ),
+            )
+            for index, chunk in enumerate(members)
+        ]
+        seen = (*self._table.slots_of(context), *inside)
+        padding = (ABSENT,) * (past - len(seen))
+        return self._engine.denoise_window(self._session, newest, chunks, (*seen, *padding), self._noise)
+
+    def _context(self, members: range) -> Sequence[int]:
+        """Cached frames that a window sees: the first chunk, and the latest that its attention has room for."""
+        sinks, resident = self._manifest.cache.sink_frames, self._table.frames
+        room = self._manifest.window_frames - self._manifest.model.chunk_frames * len(members) - sinks
+        anchor, recent = resident[:sinks], resident[sinks:]
+        return (*anchor, *recent[len(recent) - min(room, len(recent)) :])
+
+    def _finish_last(self, switch: PromptSwitch | None, cancelled: Callable[[], bool]) -> float:
+        """The clean forward of the chunk that left, which sees the latest frames, whether or not the first chunk is
+        among them; then the prompt switch, if any.
+        """
+        seconds, chunk, past = 0.0, self._table.in_flight, self._manifest.cache.max_past_frames
+        if chunk is not None:
+            _check(cancelled)
+            seen = self._table.frames[-past:]
+            self._turn_anchor(seen, chunk)
+            slots = self._table.slots_of(seen)
+            padding = (ABSENT,) * (past - len(slots))
+            first = chunk * self._manifest.model.chunk_frames
+            seconds += self._clean(Placement(chunk, first, (*slots, *padding), self._latents.slot(chunk)))
+            self._engine.commit(self._session, self._table.commit())
+        if switch is not None:
+            seconds += self._engine.condition(self._session, switch.embedding)
+        return seconds
+
+    def _turn_anchor(self, seen: Sequence[int], chunk: int) -> None:
+        """Put the first chunk, where it is among the frames seen, just before the others of these, or before `chunk`
+        where it is all of them.
+        """
+        sinks = self._manifest.cache.sink_frames
+        if seen and seen[0] < sinks:
+            after = seen[sinks] if len(seen) > sinks else chunk * self._manifest.model.chunk_frames
+            self._engine.place_sinks(self._session, self._table.sink_slots(), after - sinks)
+
+
+def rollout_kind(manifest: Manifest) -> type[Rollout]:
+    """The order of forwards that a bundle's weights were trained for."""
+    return RollingRollout if manifest.schedule.rolling else Rollout
 
 
 def _check(cancelled: Callable[[], bool]) -> None:

@@ -17,7 +17,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import RECACHE_MODES, Manifest, Recache
+from .bundle import Manifest, Recache
 from .errors import InputError
 from .rollout import PromptSwitch, chunk_first_frame, chunk_pixel_frames
 from .saved.file import bundle_digest
@@ -213,7 +213,7 @@ class Session:
             InputError: an argument is not usable, or comes too late.
         """
         recache = self._manifest.cache.recache if recache is None else recache
-        known = [mode for mode in RECACHE_MODES if mode != "joint" or self._manifest.joint_chunks]
+        known = self._manifest.recache_modes
         if recache not in known:
             raise InputError(f"recache is {recache!r}; expected one of {', '.join(known)} with this bundle")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int) or at < 0):

@@ -34,7 +34,8 @@ def build_request(args: argparse.Namespace) -> tuple[BuildRequest, BackendChoice
     is_searched = wanted == AUTO
     choice = choose_backend(target, getattr(args, "backend", "auto"), None if is_searched else wanted)
     ways = BACKENDS[choice.backend].execution
-    usual = "segmented" if variant.cache.recache == "joint" and "segmented" in ways else ways[0]
+    together = variant.cache.recache == "joint" or variant.schedule.rolling
+    usual = "segmented" if together and "segmented" in ways else ways[0]
     execution = getattr(args, "execution", None) or usual
     if execution not in ways:
         raise InputError(

@@ -432,7 +432,7 @@ def _reference_rollouts(
     text = Row("rollout", "embedding", len(gaps), "text", worst.relative, worst.largest, tolerance)
     pairs = []
     for prompt, embedding in zip(trials.prompts, embeddings, strict=True):
-        latents = reference.rollout(bundle.manifest, embedding, trials.seed).stream(chunks)
+        latents = reference.latents(bundle.manifest, embedding, trials.seed, chunks)
         theirs = Film("PyTorch", decoded(reference, torch.cat(list(latents), dim=1)))
         ours = Film(bundle.manifest.name, play(bundle, chunks, prompt=prompt, seed=trials.seed))
         pairs.append((theirs, ours))

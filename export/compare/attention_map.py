@@ -19,7 +19,7 @@ from runtime.bundle import load_bundle
 
 from .against_policies import with_policy
 from .against_reference import reference_embedding
-from .reference import Reference
+from .reference import Reference, require_one_by_one
 from .selection import Recording
 from .trials import SEED
 
@@ -76,6 +76,7 @@ def attention_maps(
     manifest = bundle.manifest
     if policy is not None:
         _, manifest = with_policy(manifest, reference, policy)
+    require_one_by_one(manifest)
     model, schedule = manifest.model, manifest.schedule
     steps = min(len(schedule.rows(0)), len(schedule.rows(1)))
     if step >= steps:

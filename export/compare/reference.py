@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,8 @@ from export.errors import ComparisonError
 from export.graph.modules import StepModule, cache_stems, chunk_stems
 from export.graph.oracles import ORACLES
 from export.request.methods import attends
-from export.request.targets import CachePolicy, SchedulePolicy, SparsityPolicy, Variant
+from export.request.schedules import SchedulePolicy
+from export.request.targets import CachePolicy, SparsityPolicy, Variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.cache import AttentionSpec, LayerKV
 from lightforcing_ref.checkpoint import checkpoint_sha256
@@ -28,6 +30,7 @@ from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.fp8_cache import oracles
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.rolling import RollingRollout
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
@@ -36,7 +39,16 @@ from runtime.bundle import Manifest, RandomInit, Vae
 from runtime.bundle.policies import keeps_everything
 from runtime.noise import fill_noise
 
-__all__ = ["Feed", "GraphRollout", "Reference", "exact_length", "step_feeds", "synthetic_feeds", "variant_of"]
+__all__ = [
+    "Feed",
+    "GraphRollout",
+    "Reference",
+    "exact_length",
+    "require_one_by_one",
+    "step_feeds",
+    "synthetic_feeds",
+    "variant_of",
+]
 
 Feed = dict[str, NDArray[Any]]
 """What one run of a component is given, by the names of its inputs."""
@@ -84,8 +96,26 @@ def _schedule_policy(manifest: Manifest) -> SchedulePolicy:
     )
 
 
+def require_one_by_one(manifest: Manifest) -> None:
+    """Refuse a bundle that denoises several chunks in a forward, where forwards of one chunk are looked at.
+
+    Raises:
+        ComparisonError: it is such a bundle.
+    """
+    if manifest.schedule.rolling:
+        raise ComparisonError(
+            f"{manifest.name} denoises {manifest.schedule.window_chunks} chunks in a forward, and this looks at "
+            "forwards of one chunk; compare it with the reference (export compare BUNDLE) or with another bundle"
+        )
+
+
 def variant_of(manifest: Manifest) -> Variant:
-    """The variant that a bundle's manifest was written from."""
+    """The variant that a bundle's manifest was written from.
+
+    Raises:
+        ComparisonError: it is one of several chunks in a forward.
+    """
+    require_one_by_one(manifest)
     sparsity, attention, cache = manifest.sparsity, manifest.attention, manifest.cache
     return Variant(
         schema_version=1,
@@ -251,18 +281,11 @@ class Reference:
             kernels: attention operator -> what executes it.
         """
         model, cache = manifest.model, manifest.cache
-        shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
-
-        def noise(chunk: int, step: int) -> Tensor:
-            out = np.empty(shape, dtype=np.float32)
-            fill_noise(out, seed=seed, chunk=chunk, step=step)
-            return torch.from_numpy(out)
-
         return Rollout(
             self.model,
             _spec(manifest),
             embedding,
-            noise,
+            _noise(manifest, seed),
             model.token_grid,
             window_frames=manifest.window_frames,
             sink_frames=cache.sink_frames,
@@ -270,6 +293,38 @@ class Reference:
             schedule=_schedule(manifest),
             attend=_attends(manifest, kernels),
         )
+
+    def rolling(self, manifest: Manifest, embedding: Tensor, seed: int) -> RollingRollout:
+        """The same for a bundle whose chunks roll through a window."""
+        return RollingRollout(
+            self.model,
+            _spec(manifest),
+            embedding,
+            _noise(manifest, seed),
+            manifest.model.token_grid,
+            schedule=_schedule(manifest),
+            attention_frames=manifest.window_frames,
+            attend=oracles(manifest.cache.kv)[1],
+        )
+
+    def latents(self, manifest: Manifest, embedding: Tensor, seed: int, chunks: int) -> Iterator[Tensor]:
+        """Clean latents of the first chunks of a rollout, in the order that the bundle has."""
+        if manifest.schedule.rolling:
+            return islice(self.rolling(manifest, embedding, seed).generate(), chunks)
+        return self.rollout(manifest, embedding, seed).stream(chunks)
+
+
+def _noise(manifest: Manifest, seed: int) -> Callable[[int, int], Tensor]:
+    """The runtime's noise."""
+    model = manifest.model
+    shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
+
+    def noise(chunk: int, step: int) -> Tensor:
+        out = np.empty(shape, dtype=np.float32)
+        fill_noise(out, seed=seed, chunk=chunk, step=step)
+        return torch.from_numpy(out)
+
+    return noise
 
 
 def step_feeds(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from export.errors import InputError
 from export.request.plan import PlanRequest
+from export.request.schedules import SchedulePolicy
 from export.request.targets import (
     Blocks,
     CachePolicy,
-    SchedulePolicy,
     SparsityPolicy,
     Target,
     Variant,

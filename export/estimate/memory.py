@@ -183,7 +183,9 @@ class _Planner:
         self.chunk_frames = self.schedule.chunk_frames
         self.rows = len(self.schedule.row_timesteps)
         self.tokens = self.chunk_frames * frame_tokens
-        self.past = request.variant.max_past_frames
+        self.past, self.held = request.variant.max_past_frames, request.variant.held_frames
+        self.rolling = request.variant.schedule.rolling
+        self.window_chunks = request.variant.schedule.window_chunks
 
     def weights(self) -> Iterator[MemoryItem]:
         """Weights by component, as the bundle's files hold them."""
@@ -220,9 +222,7 @@ class _Planner:
 
     def cache(self) -> Iterator[MemoryItem]:
         """Keys and values of past frames, and what else a session keeps."""
-        keys, means = self._frames(self.past)
-        if not self.past:  # a pool is never empty
-            keys, means = self._frames(1)
+        keys, means = self._frames(max(1, self.held))  # a pool is never empty
         yield MemoryItem("cache", "keys and values of past frames", 2 * keys, per_session=True)
         yield MemoryItem("cache", "block means of the keys", means, per_session=True)
         policy = self.request.variant.cache
@@ -235,6 +235,9 @@ class _Planner:
         yield MemoryItem("cache", "video decoder, two sets", 2 * decoder * self.item, per_session=True)
         latents = self._latent_slots() * self._latent
         yield MemoryItem("cache", "latents kept for prompt switches", latents, per_session=True)
+        if self.rolling:
+            window = self.schedule.most_steps * self._latent
+            yield MemoryItem("cache", "latents of the window's chunks", window, per_session=True)
 
     @cached_property
     def decoder_caches(self) -> list[tuple[int, ...]]:
@@ -249,7 +252,7 @@ class _Planner:
     def _latent_slots(self) -> int:
         """Chunks whose latents are kept: those of sinks, those that recent frames can touch, and two in flight."""
         sinks = self.request.variant.cache.sink_frames
-        recent = self.past - sinks
+        recent = self.held - sinks
         return -(-sinks // self.chunk_frames) + (-(-recent // self.chunk_frames) + 1 if recent else 0) + 2
 
     def _joint_chunks(self) -> int:
@@ -261,10 +264,12 @@ class _Planner:
         dit, tokens = self.dit, self.tokens
         keys, means = self._frames(self.chunk_frames)
         yield MemoryItem("buffers", "keys and values of the chunk", 2 * keys + means)
+        if self.rolling:
+            keys, means = self._frames(self.chunk_frames * (self.window_chunks - 1))
+            yield MemoryItem("buffers", "keys and values of the window's other chunks", 2 * keys + means)
         # noise and denoised latents per denoising step, the clean one, x0; one latent frame for the decoder
-        latents = (
-            self.schedule.noises + self.schedule.most_steps + 2
-        ) * self._latent + self._latent // self.chunk_frames
+        count = self.schedule.noises + (0 if self.rolling else self.schedule.most_steps) + 2
+        latents = count * self._latent + self._latent // self.chunk_frames
         yield MemoryItem("buffers", "latents and noise", latents)
         rope = 2 * 4 * tokens * (dit.head_dim // 2)
         prompt = 4 * dit.text_len * dit.text_dim
@@ -292,11 +297,13 @@ class _Planner:
         key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
         selection = dit.heads * q_blocks * (8 * key_blocks + 4) + 4 * q_blocks * dit.dim
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
+        # Residual stream twice, queries, rotary tables, pooled queries, and where their frames go.
+        each = 3 * tokens * dit.dim * self.item + rope + 4 * q_blocks * dit.dim + 4 * self.chunk_frames
         if joint := self._joint_chunks():
-            # Residual stream twice, queries, rotary tables, latents, and pooled queries.
-            each = 3 * tokens * dit.dim * self.item + rope + self._latent + 4 * q_blocks * dit.dim
-            each += 4 * self.chunk_frames
-            yield MemoryItem("buffers", "chunks that are recomputed at once", joint * each)
+            size = joint * (each + self._latent)
+            yield MemoryItem("buffers", "chunks that are recomputed at once", size)
+        if self.rolling:
+            yield MemoryItem("buffers", "chunks that are denoised at once", self.window_chunks * each)
         text = 4 * dit.text_len * (2 * self.request.preset.text.d_model + 1)
         yield MemoryItem("buffers", "text encoder's states and mask", text)
 

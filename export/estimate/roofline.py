@@ -155,9 +155,24 @@ class Workload:
             + self.schedule.chunk_frames
         )
 
+    def window(self, chunk: int, members: int) -> int:
+        """Latent frames that a rolling window of so many chunks sees, `chunk` the oldest: itself, the first chunk and
+        the latest clean ones.
+        """
+        frames = self.schedule.chunk_frames
+        return frames * members + min(chunk * frames, self.request.variant.window_frames - frames * members)
+
+    def windows(self, chunk: int) -> range:
+        """Chunks in each denoising forward that comes before `chunk` leaves, of a rolling schedule."""
+        full = self.request.variant.schedule.window_chunks
+        return range(full if chunk else 1, full + 1)
+
     def visible_blocks(self, chunk: int) -> tuple[int, int]:
         """Key blocks that each query block of `chunk` sees, and how many there are."""
         resident, per_frame = self.resident_frames(chunk), self.geometry.k_blocks
+        if self.request.variant.schedule.rolling:
+            resident = self.window(chunk, self.request.variant.schedule.window_chunks)
+            return resident * per_frame, resident * per_frame
         total = resident * per_frame
         if resident == self.schedule.chunk_frames:
             return total, total
@@ -173,10 +188,12 @@ class Workload:
         frames = self.schedule.chunk_frames
         return own_share(request.variant.attention, self.geometry, grid, past, frames)
 
-    def attention(self, chunk: int, *, dense: bool = False) -> Work:
-        """Self-attention of one layer in one forward of `chunk`."""
+    def attention(self, chunk: int, *, dense: bool = False, seen: int | None = None) -> Work:
+        """Self-attention of one layer in one forward of `chunk`; `seen` are the frames that it sees, by default those
+        that are resident.
+        """
         kept, total = self.visible_blocks(chunk)
-        keys = self.resident_frames(chunk) * self.geometry.frame_tokens
+        keys = (seen or self.resident_frames(chunk)) * self.geometry.frame_tokens
         flops = 4 * self.tokens * keys * self.dit.dim
         held = self.item if self.request.variant.cache.kv is None else 1
         moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
@@ -198,8 +215,10 @@ class Workload:
         moved = 2 * (self.tokens + dit.text_len) * dit.dim * self.item
         return Work("cross-attention", self.wide, flops, moved)
 
-    def forward(self, chunk: int, *, clean: bool = False) -> Iterator[Work]:
-        """One forward of one chunk, operation by operation. The clean one ends with the last layer's keys."""
+    def forward(self, chunk: int, *, clean: bool = False, seen: int | None = None) -> Iterator[Work]:
+        """One forward of one chunk, operation by operation. The clean one ends with the last layer's keys; `seen` is as
+        `attention` takes it.
+        """
         dit, tokens = self.dit, self.tokens
         kinds = [linear.kind for linear in layer_linears(dit)][:-2]  # the conditioner has the last two
         patch = dit.patch[0] * dit.patch[1] * dit.patch[2] * dit.channels
@@ -217,7 +236,7 @@ class Workload:
             yield from self.moved((self.passes.prepare(),))
             if clean and is_last:
                 return
-            yield self.attention(chunk)
+            yield self.attention(chunk, seen=seen)
             for kind in kinds[1:]:
                 yield self.linear(kind)
             yield self.cross_attention
@@ -259,8 +278,13 @@ class Workload:
         """
         if chunk and self.schedule.clean_forward:
             yield from self.forward(chunk - 1, clean=True)
-        for _ in self.schedule.rows(chunk):
-            yield from self.forward(chunk)
+        if self.request.variant.schedule.rolling:
+            for members in self.windows(chunk):
+                for _ in range(members):  # one by one, layer by layer
+                    yield from self.forward(chunk, seen=self.window(chunk, members))
+        else:
+            for _ in self.schedule.rows(chunk):
+                yield from self.forward(chunk)
         for frame in range(self.schedule.chunk_frames):
             yield from self.decode(first=chunk == 0 and frame == 0)
 

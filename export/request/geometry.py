@@ -125,6 +125,7 @@ class StepPlan:
                 first_timesteps=self.schedule.first_timesteps,
                 first_sigmas=self.schedule.first_sigmas,
                 clean_forward=self.schedule.clean_forward,
+                rolling=self.variant.schedule.rolling,
             ),
             "attention": bundle.Attention(
                 block_q=self.geometry.block_q,

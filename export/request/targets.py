@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from export.errors import InputError
-from lightforcing_ref.schedule import STEPS, FlowSchedule
 from lightforcing_ref.sparsity import SparsityTable
 from runtime.bundle import AttentionPolicy, BackendName, Precision, Recache
 from runtime.bundle.policies import POLICIES, HsaPolicy, SlaPolicy, SpargePolicy, keeps_everything
+
+from .schedules import SchedulePolicy
 
 __all__ = [
     "BackendName",
@@ -30,7 +31,6 @@ __all__ = [
     "Peak",
     "Precision",
     "Rate",
-    "SchedulePolicy",
     "SparsityPolicy",
     "Target",
     "Variant",
@@ -52,7 +52,6 @@ _Tokens = Annotated[int, Field(ge=16, le=1024)]
 _Count = Annotated[int, Field(ge=0)]
 _Frames = Annotated[int, Field(ge=1, le=100_000)]
 _Positive = Annotated[float, Field(gt=0)]
-_Steps = Annotated[tuple[Annotated[int, Field(gt=0, le=1000)], ...], Field(max_length=8)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 
@@ -195,57 +194,6 @@ class CachePolicy(_Spec):
     kv: Literal["fp8"] | None = None
 
 
-class SchedulePolicy(_Spec):
-    """How a chunk is made; its weights must have been distilled for that.
-
-    Attributes:
-        steps: timesteps of the denoising forwards of a chunk, before they are warped, largest first.
-        first_steps: those of the first chunk, where it has others.
-        shift: warps them; 1 leaves them as they are.
-        chunk_frames: latent frames of a chunk.
-        clean_forward: whether the cache takes a chunk's keys and values from a forward on its clean latent; otherwise
-            from its last denoising forward.
-    """
-
-    steps: Annotated[_Steps, Field(min_length=1)] = STEPS
-    first_steps: _Steps = ()
-    shift: Annotated[float, Field(ge=1, le=100)] = 5.0
-    chunk_frames: Literal[1, 3] = 3
-    clean_forward: bool = True
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SchedulePolicy:
-        for name in ("steps", "first_steps"):
-            steps = getattr(self, name)
-            if list(steps) != sorted(set(steps), reverse=True):
-                raise ValueError(
-                    f"{name} is {list(steps)}; expected timesteps that fall, from at most 1000 to above 0"
-                )
-            if steps and steps[0] != 1000:
-                raise ValueError(
-                    f"{name} begins at {steps[0]}; expected 1000, because a chunk begins as pure noise"
-                )
-        return self
-
-    @property
-    def described(self) -> str:
-        """In words."""
-        frames = f"{self.chunk_frames} latent frame{'s' if self.chunk_frames > 1 else ''} a chunk"
-        first = f", {_listed(self.first_steps)} for the first" if self.first_steps else ""
-        clean = "" if self.clean_forward else ", no clean forward"
-        return f"{frames} in steps {_listed(self.steps)}{first} (shift {self.shift:g}){clean}"
-
-    def resolved(self) -> FlowSchedule:
-        """The timesteps and noise levels."""
-        return FlowSchedule.warped(
-            self.steps,
-            shift=self.shift,
-            first_steps=self.first_steps,
-            chunk_frames=self.chunk_frames,
-            clean_forward=self.clean_forward,
-        )
-
-
 class Variant(_Spec):
     """How chunks are made, how their attention is sparse, and what the cache keeps.
 
@@ -301,6 +249,34 @@ class Variant(_Spec):
                 "cache.recache is 'joint', which needs sinks that stay where they are: 'absolute'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rolls(self) -> Variant:
+        cache, frames, chunks = self.cache, self.schedule.chunk_frames, self.schedule.window_chunks
+        if not self.schedule.rolling:
+            return self
+        if not self.is_dense:
+            raise ValueError(
+                f"schedule.rolling is for full attention, and the policy {self.attention.policy} skips blocks; use "
+                "a sparsity of 0, or the policy dense"
+            )
+        if self.window_frames % frames or self.window_frames < frames * (chunks + 1):
+            raise ValueError(
+                f"schedule.rolling has {chunks} chunks of {frames} frames in a forward, and cache.window_frames is "
+                f"{self.window_frames}; expected a whole number of chunks, {frames * (chunks + 1)} frames or more"
+            )
+        if (cache.sink_frames, cache.sink_positions, cache.recache) != (frames, "window", "none"):
+            raise ValueError(
+                f"schedule.rolling keeps the first chunk, moves it with the window, and recomputes nothing at a prompt "
+                f"switch; expected cache.sink_frames {frames}, sink_positions 'window' and recache 'none', found "
+                f"{cache.sink_frames}, {cache.sink_positions!r} and {cache.recache!r}"
+            )
+        return self
+
+    @property
+    def held_frames(self) -> int:
+        """Past frames that a session keeps: where chunks roll, the first one besides what a clean forward sees."""
+        return self.max_past_frames + (self.cache.sink_frames if self.schedule.rolling else 0)
 
     @property
     def window_frames(self) -> int:
@@ -510,10 +486,6 @@ def validation_problems(error: ValidationError) -> str:
         ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))))
         for item in error.errors()
     )
-
-
-def _listed(steps: Iterable[int]) -> str:
-    return ", ".join(map(str, steps))
 
 
 def _flags(values: dict[str, int | float]) -> str:

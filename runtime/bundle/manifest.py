@@ -26,9 +26,9 @@ from .fields import (
     Size,
     Tolerance,
 )
-from .policies import AttentionPolicy, HsaPolicy
+from .policies import AttentionPolicy, HsaPolicy, keeps_everything
 from .provenance import Provenance
-from .rollout import Cache, Schedule
+from .rollout import RECACHE_MODES, Cache, Recache, Schedule
 
 __all__ = [
     "ENCODER_COMPONENTS",
@@ -437,6 +437,8 @@ class Manifest(Part):
             )
         if self.cache.recache == "joint":
             self._require_joint()
+        if self.schedule.rolling:
+            self._require_rolling()
         if self.segments is not None:
             layers = self.model.layers
             if (len(self.segments.layers), len(self.segments.prepare)) != (layers - 1, layers):
@@ -454,6 +456,45 @@ class Manifest(Part):
                 f"{frames} frames; found {'segments' if self.segments else 'no segments'}, a window of "
                 f"{self.window_frames} and {sinks} sinks"
             )
+
+    def _require_rolling(self) -> None:
+        cache, frames = self.cache, self.model.chunk_frames
+        dense = keeps_everything(self.attention.method, self.sparsity.target)
+        if self.segments is None or not dense or cache.recache != "none":
+            raise ValueError(
+                "schedule.rolling needs a step in segments, full attention, and cache.recache 'none'; found "
+                f"{'segments' if self.segments else 'no segments'}, the policy {self.attention.method.policy} at a "
+                f"sparsity of {self.sparsity.target:g}, and {cache.recache!r}"
+            )
+        least = frames * (self.schedule.window_chunks + 1)
+        anchored = (cache.sink_frames, cache.sink_positions) == (frames, "window")
+        if self.window_frames % frames or self.window_frames < least or not anchored:
+            raise ValueError(
+                f"schedule.rolling needs a window of whole chunks of {frames} frames, {least} or more, and sinks that "
+                f"are the first chunk and move with the window; found a window of {self.window_frames} and "
+                f"{cache.sink_frames} sinks, {cache.sink_positions!r}"
+            )
+
+    @property
+    def recache_modes(self) -> tuple[Recache, ...]:
+        """What a prompt switch may do to cached frames."""
+        if self.schedule.rolling:
+            return ("none",)
+        return tuple(mode for mode in RECACHE_MODES if mode != "joint" or self.joint_chunks)
+
+    @property
+    def held_frames(self) -> int:
+        """Past frames that a session keeps. In a rolling rollout the first chunk is kept besides what the clean forward
+        sees.
+        """
+        return self.cache.max_past_frames + (self.cache.sink_frames if self.schedule.rolling else 0)
+
+    @property
+    def window_slots(self) -> int:
+        """Slots of the pool, before those of the sessions, that hold a rolling window's chunks while they are denoised:
+        all but the latest chunk, whose keys and values stay where the forward leaves them.
+        """
+        return (self.schedule.window_chunks - 1) * self.model.chunk_frames
 
     @property
     def joint_chunks(self) -> int:

@@ -23,11 +23,18 @@ RECACHE_MODES: tuple[Recache, ...] = get_args(Recache)
 _FirstSteps = Annotated[tuple[NonNegativeFloat, ...], Field(max_length=1000)]
 
 
+_FEWEST_ROLLING = 2
+"""Steps of a rolling schedule; a window of one chunk would not roll."""
+
+
 class Schedule(Part):
     """Timesteps and sigmas of the forwards of a chunk: the denoising ones, then the clean one (0).
 
     `first_timesteps` and `first_sigmas` are those of the first chunk's denoising forwards, empty where it has no
     others. Without `clean_forward`, the cache takes keys and values from the last denoising forward.
+
+    Where it is `rolling`, a denoising forward has a window of chunks, one in each row, which see each other; the oldest
+    is in the last row and leaves the window by it.
 
     The component `step` is told its forward as a *row*: an index into `timesteps`, or, behind these, into
     `first_timesteps`.
@@ -38,6 +45,7 @@ class Schedule(Part):
     first_timesteps: _FirstSteps = ()
     first_sigmas: _FirstSteps = ()
     clean_forward: bool = True
+    rolling: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Schedule:
@@ -49,7 +57,18 @@ class Schedule(Part):
                 raise ValueError(f"{len(timesteps)} {first}timesteps but {len(sigmas)} {first}sigmas")
         if self.timesteps[-1] != 0 or self.sigmas[-1] != 0:
             raise ValueError("the last timestep and sigma belong to the clean forward and must be 0")
+        if self.rolling and (
+            self.first_timesteps or not self.clean_forward or self.denoise_steps < _FEWEST_ROLLING
+        ):
+            raise ValueError(
+                f"schedule.rolling needs {_FEWEST_ROLLING} steps or more, the same for every chunk, and a clean forward"
+            )
         return self
+
+    @property
+    def window_chunks(self) -> int:
+        """Chunks that a full window of denoising forwards holds: one, unless it is rolling."""
+        return self.denoise_steps if self.rolling else 1
 
     @property
     def denoise_steps(self) -> int:

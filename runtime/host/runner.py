@@ -92,7 +92,7 @@ class HostRunner:
     def _load_forwards(self, component: str, slots: int) -> Run:
         """The forwards of a program that compute `component`, over a pool of at least `slots` slots."""
         manifest = self._bundle.manifest
-        sessions = -(-slots // max(1, manifest.cache.max_past_frames))
+        sessions = -(-slots // max(1, manifest.held_frames))
         program = build_program(self._bundle, plan_buffers(manifest, sessions))
         kind = "clean" if component == "clean" else "denoise"
         forwards = {name: f for name, f in program.forwards.items() if name.partition(".")[0] == kind}

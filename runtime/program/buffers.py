@@ -42,12 +42,14 @@ class Buffer:
 class BufferPlan:
     """The buffers of a pipeline that serves `sessions` sessions.
 
-    `pool` holds the frame slots of all sessions, `shared` what one chunk needs while it is computed (the
-    session that is served uses it), `session` what each session keeps for itself, and `work` what passes between
-    engines, scalars, and on a GPU the activation memory that engines are given.
+    `pool` holds the frame slots of all sessions, and first those of a rolling window's chunks. `shared` is what one
+    chunk needs while it is computed (the session that is served uses it), `session` what each session keeps for itself,
+    and `work` what passes between engines, scalars, and on a GPU the activation memory that engines are given.
     """
 
     sessions: int
+    session_slots: int
+    """Frame slots of one session."""
     pool: tuple[Buffer, ...]
     shared: tuple[Buffer, ...]
     session: tuple[Buffer, ...]
@@ -56,7 +58,8 @@ class BufferPlan:
     @property
     def session_bytes(self) -> int:
         """Bytes one more session costs: its buffers and its part of the pool."""
-        return _total(self.session) + _total(self.pool) // self.sessions
+        slot = sum(buffer.nbytes // buffer.shape[0] for buffer in self.pool)
+        return _total(self.session) + self.session_slots * slot
 
     @property
     def total_bytes(self) -> int:
@@ -78,7 +81,8 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         BundleError: a component's inputs or outputs are unusable.
         InputError: the engines are built for fewer sessions.
     """
-    slots = max(1, sessions * manifest.cache.max_past_frames)
+    session_slots = max(1, manifest.held_frames)
+    slots = max(1, manifest.window_slots + sessions * manifest.held_frames)
     step, clean = manifest.components["step"], manifest.components["clean"]
     conditioner = manifest.components["conditioner"]
     vae_first, vae_next = manifest.components["vae_first"], manifest.components["vae_next"]
@@ -89,7 +93,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     ring = LatentRing(
         chunk_frames=manifest.model.chunk_frames,
         sink_frames=cache.sink_frames,
-        past_frames=cache.max_past_frames,
+        past_frames=manifest.held_frames,
     )
 
     pool = [_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("past_")]
@@ -98,9 +102,10 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
             f"the engines of this bundle have {pool[0].shape[0]} frame slots, which is one rollout, and {sessions} "
             f"sessions need {slots}; load one session, or use a bundle of another backend"
         )
+    denoised = Buffer("denoised", latent.dtype, (schedule.most_steps, *_fixed(latent)))
     shared = [
         Buffer("noise", latent.dtype, (schedule.noises, *_fixed(latent))),
-        Buffer("denoised", latent.dtype, (schedule.most_steps, *_fixed(latent))),
+        *([] if schedule.rolling else [denoised]),
         _renamed(latent, "clean_latent"),
         *(
             _resolve(_require(inputs, name, step), slots)
@@ -117,6 +122,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     _require(_named(clean.inputs), "latent", clean)
     session = [
         Buffer("latents", latent.dtype, (ring.slots, *_fixed(latent))),
+        *([denoised] if schedule.rolling else []),  # chunks of the window stay there between forwards
         *(_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("cross_")),
         *(
             Buffer(f"cache.{index}.{side}", decoder_cache.dtype, decoder_cache.shape)
@@ -134,6 +140,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         ]
     return BufferPlan(
         sessions=sessions,
+        session_slots=session_slots,
         pool=tuple(pool),
         shared=tuple(shared),
         session=tuple(session),
@@ -180,7 +187,7 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
         buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
     if manifest.segments is not None:
         buffers += _segment_buffers(manifest)
-        buffers += _joint_buffers(manifest)
+        buffers += _joint_buffers(manifest, max(manifest.joint_chunks, _window_chunks(manifest)))
     encoder = manifest.components["text_encoder"]
     buffers += [_renamed(spec, f"encoder.{spec.name}") for spec in (*encoder.inputs, *encoder.outputs)]
     scratch: dict[str, int] = {}
@@ -194,17 +201,22 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
     )
 
 
-def _joint_buffers(manifest: Manifest) -> list[Buffer]:
-    """What each of the chunks keeps that are recomputed at once."""
+def _window_chunks(manifest: Manifest) -> int:
+    """Chunks that are denoised together; 0 where it is one by one."""
+    return manifest.schedule.window_chunks if manifest.schedule.rolling else 0
+
+
+def _joint_buffers(manifest: Manifest, chunks: int) -> list[Buffer]:
+    """What each chunk keeps of so many that one forward computes together; a rolling window's latents are elsewhere."""
     components = manifest.components
     first, prepare = components["first"], components["qk_prepare"]
-    given, taken = _named(first.inputs), _named(prepare.inputs)
+    latent, taken = _require(_named(first.inputs), "latent", first), _named(prepare.inputs)
     residual, query = _require(_named(first.outputs), "x_out", first), _named(prepare.outputs)
     return [
         buffer
-        for chunk in range(manifest.joint_chunks)
+        for chunk in range(chunks)
         for buffer in (
-            _renamed(_require(given, "latent", first), f"joint.{chunk}.latent"),
+            *([_renamed(latent, f"joint.{chunk}.latent")] if manifest.joint_chunks else []),
             *(_renamed(_require(taken, name, prepare), f"joint.{chunk}.{name}") for name in ("cos", "sin")),
             *(_renamed(residual, f"joint.{chunk}.x.{side}") for side in (0, 1)),
             *(_renamed(_require(query, name, prepare), f"joint.{chunk}.{name}") for name in ("q", "q_mean")),

@@ -11,6 +11,7 @@ from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
 
 from .buffers import Buffer, BufferPlan, work_buffers
+from .joint import joint_forwards, window_forwards
 from .program import (
     ALIGNMENT,
     Copy,
@@ -113,9 +114,10 @@ class _Builder:
             *self._encode_video(),
             self._forward("begin", (*_PLACEMENT, "noise"), []),
             *(self._forward(f"denoise.{row}", (), self._step(row)) for row in self._denoising()),
+            *window_forwards(self, manifest),
             self._forward("begin_clean", _PLACEMENT, []),
             self._forward("clean", (), self._step(None)),
-            *self._joint(),
+            *joint_forwards(self, manifest),
             self._forward("commit", ("commit_slots",), self._commit()),
             *self._sinks(),
             self._decode("decode_first", "vae_first", "frames_first", [], sides["a"]),
@@ -126,8 +128,10 @@ class _Builder:
         ring = LatentRing(
             chunk_frames=self.model.chunk_frames,
             sink_frames=manifest.cache.sink_frames,
-            past_frames=manifest.cache.max_past_frames,
+            past_frames=manifest.held_frames,
         )
+        # In a window, the forward of the chunk after it overwrites x0.
+        last = self.view("denoised").index(manifest.schedule.denoise_steps - 1)
         return Program(
             sessions=self.sessions,
             buffers=self.placed,
@@ -136,9 +140,11 @@ class _Builder:
             forwards={forward.name: forward for forward in forwards},
             weights=self.weights,
             latent_slots=ring.slots,
+            finished=last if manifest.schedule.rolling else self.view("x0"),
         )
 
     def view(self, name: str) -> View:
+        """A whole buffer."""
         return self.placed[name].view
 
     def _place(self, buffers: tuple[Buffer, ...], *, per_session: bool) -> int:
@@ -229,30 +235,35 @@ class _Builder:
         if row is None:
             own = {"latent": self.view("clean_latent"), "step": self.view(f"step.{schedule.clean_step}")}
         else:
-            noise, denoised = self.view("noise"), self.view("denoised")
-            place, _ = schedule.place(row)
-            own = {
-                "latent": denoised.index(place - 1) if place else noise.index(0),
-                "noise": noise.index(min(place + 1, schedule.noises - 1)),  # the last forward does not use it
-                "step": self.view(f"step.{row}"),
-                "next_latent": denoised.index(place),
-            }
+            own = self.row_tensors(row)
         if self.manifest.segments is None:
             return [self._whole("clean" if row is None else "step", own)]
         return self._segmented(own, clean=row is None)
+
+    def row_tensors(self, row: int) -> dict[str, View]:
+        """What a denoising forward in a row of the schedule takes and gives besides what all of them do."""
+        schedule = self.manifest.schedule
+        noise, denoised = self.view("noise"), self.view("denoised")
+        place, _ = schedule.place(row)
+        return {
+            "latent": denoised.index(place - 1) if place else noise.index(0),
+            "noise": noise.index(min(place + 1, schedule.noises - 1)),  # the last forward does not use it
+            "step": self.view(f"step.{row}"),
+            "next_latent": denoised.index(place),
+        }
 
     def _segmented(self, own: Views, *, clean: bool) -> list[Operation]:
         segments = self.manifest.segments
         assert segments is not None
         layers = self.model.layers
         outs = {"x_out": self.view("residual.0"), "qkv": self.view("qkv")}
-        operations: list[Operation] = [self._segment("first", {**own, **outs}, segments.first, None)]
+        operations: list[Operation] = [self.segment("first", {**own, **outs}, segments.first, None)]
         for layer in range(layers):
-            operations.append(self._prepare(layer, segments.prepare[layer]))
+            operations.append(self.prepare(layer, segments.prepare[layer]))
             is_last = layer == layers - 1
             if clean and is_last:
                 break
-            operations += self._attention(layer)
+            operations += self.attention(layer)
             tensors = {
                 **own,
                 "x": self.view(f"residual.{layer % 2}"),
@@ -264,57 +275,10 @@ class _Builder:
                 "x_out": self.view(f"residual.{(layer + 1) % 2}"),
             }
             if is_last:
-                operations.append(self._segment("last", tensors, segments.last, layer))
+                operations.append(self.segment("last", tensors, segments.last, layer))
             else:
                 name = segments.layer_component(layer)
-                operations.append(self._segment(name, tensors, segments.layers[layer], layer))
-        return operations
-
-    def _joint(self) -> list[Forward]:
-        """Forwards that recompute one, two, ... chunks at once: every chunk sees every other one, in every layer."""
-        forwards = []
-        for count in range(1, self.manifest.joint_chunks + 1):
-            feeds = ["chunk", "frame_slots"]
-            for chunk in range(count):
-                kinds = ("cos", "sin", "slots") if chunk < count - 1 else ("cos", "sin")
-                feeds += [f"joint.{chunk}.{kind}" for kind in kinds]
-            forwards.append(self._forward(f"joint.{count}", tuple(feeds), self._jointly(count)))
-        return forwards
-
-    def _jointly(self, count: int) -> list[Operation]:
-        """A layer of all chunks before the next layer of any. Keys and values lie in the pool but for the last chunk's.
-
-        Attention without a budget of blocks asks only which keys there are. So every chunk's queries are given the last
-        chunk's keys as those of the current chunk, and all others as past.
-        """
-        segments = self.manifest.segments
-        assert segments is not None
-        operations: list[Operation] = []
-        step = self.view(f"step.{self.manifest.schedule.clean_step}")
-        for layer in range(self.model.layers):
-            for chunk in range(count):
-                own = {kind: self.view(f"joint.{chunk}.{kind}") for kind in ("cos", "sin", "q", "q_mean")}
-                tensors = {
-                    "latent": self.view(f"joint.{chunk}.latent"),
-                    "step": step,
-                    "qkv": self.view("qkv"),
-                    "x_out": self.view(f"joint.{chunk}.x.{layer % 2}"),
-                }
-                if layer == 0:
-                    operations.append(self._segment("first", tensors, segments.first, None))
-                else:
-                    operations += self._attention(layer - 1, own)
-                    tensors |= {
-                        "x": self.view(f"joint.{chunk}.x.{(layer + 1) % 2}"),
-                        "attention_out": self.view("attention_out"),
-                        "cross_k": self.view(f"cross_k.{layer - 1}"),
-                        "cross_v": self.view(f"cross_v.{layer - 1}"),
-                    }
-                    name, weights = segments.layer_component(layer - 1), segments.layers[layer - 1]
-                    operations.append(self._segment(name, tensors, weights, layer - 1))
-                operations.append(self._prepare(layer, segments.prepare[layer], own))
-                if chunk < count - 1:
-                    operations.append(self._commit_layer(layer, self.view(f"joint.{chunk}.slots")))
+                operations.append(self.segment(name, tensors, segments.layers[layer], layer))
         return operations
 
     def _outside(self, name: str) -> Views:
@@ -322,7 +286,8 @@ class _Builder:
         segments = self.manifest.segments
         return self._bound(name, {} if segments is None else segments.outside.get(name, {}))
 
-    def _segment(self, name: str, tensors: Views, weights: Mapping[str, str], layer: int | None) -> EngineRun:
+    def segment(self, name: str, tensors: Views, weights: Mapping[str, str], layer: int | None) -> EngineRun:
+        """A run of a segment with its weights bound."""
         return self._run(name, {**tensors, **self._bound(name, weights)}.get, layer=layer)
 
     def _bound(self, name: str, weights: Mapping[str, str]) -> Views:
@@ -336,8 +301,8 @@ class _Builder:
             )
         return bound
 
-    def _prepare(self, layer: int, weights: Mapping[str, str], own: Views | None = None) -> Operation:
-        """`own` stands for the buffers of the same names."""
+    def prepare(self, layer: int, weights: Mapping[str, str], own: Views | None = None) -> Operation:
+        """From a layer's projection to queries, keys and values; `own` stands for the buffers of the same names."""
         tensors = {
             "qkv": self.view("qkv"),
             "cos": self.view("rope_cos"),
@@ -367,8 +332,8 @@ class _Builder:
         stems = ("k", "v", "kmean", *self.scales)
         return {f"past_{stem}": self.view(f"past_{stem}.{layer}") for stem in stems}
 
-    def _attention(self, layer: int, own: Views | None = None) -> list[Operation]:
-        """`own` stands for the buffers of the same names."""
+    def attention(self, layer: int, own: Views | None = None) -> list[Operation]:
+        """The attention of a layer; `own` stands for the buffers of the same names."""
         shared = {name: self.view(name) for name in ("frame_slots", "chunk")}
         tensors = {
             **self._projections(layer),
@@ -390,9 +355,10 @@ class _Builder:
 
     def _commit(self) -> list[Operation]:
         slots = self.view("commit_slots")
-        return [self._commit_layer(layer, slots) for layer in range(self.model.layers)]
+        return [self.commit_layer(layer, slots) for layer in range(self.model.layers)]
 
-    def _commit_layer(self, layer: int, slots: View) -> Operation:
+    def commit_layer(self, layer: int, slots: View) -> Operation:
+        """A layer's keys and values into the pool."""
         views = {**self._past(layer), **self._staged(layer), "commit_slots": slots}
         return KernelLaunch(kernel_name(self.manifest, "commit"), self.problem, views, layer=layer)
 

@@ -109,8 +109,14 @@ class ProgramEngine:
             count = 1 + factor * (self._chunk_frames - 1)
             self.encode(0, np.zeros((count, *size, 3), dtype=np.uint8), (0,))
         self.begin(0, placement, np.zeros(shapes["noise"], dtype=np.float32))
-        for row in dict.fromkeys((*self._schedule.rows(0), *self._schedule.rows(1))):
-            self.denoise(0, row)
+        if self._schedule.rolling:
+            for count in range(1, self._schedule.window_chunks + 1):
+                chunks = [JointChunk(0, 0, ())] * count
+                noise = np.zeros(shapes["noise"], dtype=np.float32)
+                self.denoise_window(0, 0, chunks, placement.frame_slots, noise)
+        else:
+            for row in dict.fromkeys((*self._schedule.rows(0), *self._schedule.rows(1))):
+                self.denoise(0, row)
         self.begin(0, placement, None)
         self.clean(0)
         for count in range(1, self._joint_chunks + 1):
@@ -172,10 +178,31 @@ class ProgramEngine:
         """See `Engine.denoise`."""
         seconds = self._executor.run(session, f"denoise.{row}")
         if self._schedule.place(row)[1]:
-            latent = self._latent[session]
-            self._executor.copy(session, self._program.store_latent(latent), "forward")
-            self._executor.signal(session, latent)
+            self._store(session, self._latent[session])
         return seconds
+
+    def denoise_window(
+        self,
+        session: int,
+        chunk: int,
+        chunks: Sequence[JointChunk],
+        frame_slots: Sequence[int],
+        noise: NDArray[np.float32],
+    ) -> float:
+        """See `Engine.denoise_window`."""
+        forward = f"window.{len(chunks)}"
+        with self._executor.feed(session, forward) as arrays:
+            self._place_together(arrays, chunk, chunks, frame_slots)
+            np.copyto(arrays["noise"], noise, casting="unsafe")
+        seconds = self._executor.run(session, forward)
+        if len(chunks) == self._schedule.window_chunks:
+            self._store(session, chunks[0].latent)
+        return seconds
+
+    def _store(self, session: int, latent: int) -> None:
+        """Keep the clean latent of a chunk that is finished."""
+        self._executor.copy(session, self._program.store_latent(latent), "forward")
+        self._executor.signal(session, latent)
 
     def clean(self, session: int) -> float:
         """See `Engine.clean`."""
@@ -187,15 +214,24 @@ class ProgramEngine:
         """See `Engine.recache`."""
         forward = f"joint.{len(chunks)}"
         with self._executor.feed(session, forward) as arrays:
-            arrays["chunk"][...] = chunk
-            arrays["frame_slots"][...] = frame_slots
-            for number, one in enumerate(chunks):
-                self._rope.fill(one.first_frame, arrays[f"joint.{number}.cos"], arrays[f"joint.{number}.sin"])
-                if number < len(chunks) - 1:
-                    _fill_slots(arrays[f"joint.{number}.slots"], one.moves)
+            self._place_together(arrays, chunk, chunks, frame_slots)
         for number, one in enumerate(chunks):
             self._executor.copy(session, self._program.load_joint_latent(one.latent, number), "forward")
         return self._executor.run(session, forward)
+
+    def _place_together(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        chunk: int,
+        chunks: Sequence[JointChunk],
+        frame_slots: Sequence[int],
+    ) -> None:
+        arrays["chunk"][...] = chunk
+        arrays["frame_slots"][...] = frame_slots
+        for number, one in enumerate(chunks):
+            self._rope.fill(one.first_frame, arrays[f"joint.{number}.cos"], arrays[f"joint.{number}.sin"])
+            if number < len(chunks) - 1:
+                _fill_slots(arrays[f"joint.{number}.slots"], one.moves)
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:
         """See `Engine.commit`."""

@@ -194,7 +194,8 @@ class Program:
     `forwards` has, in the order a rollout first needs them: `load` (once), `reset` (once per rollout),
     `condition`; `encode_first`, `encode_next.a` and `encode_next.b` where a rollout can start from frames;
     `begin`, `denoise.ROW` for each row, `begin_clean`, `clean`, `joint.N`
-    where so many chunks may be recomputed at once, `commit`; `keep_sinks.0` and on (copies of
+    where so many chunks may be recomputed at once, `window.N` where so many are denoised at once (`denoise.ROW` is then
+    there for `runtime.verify` alone), `commit`; `keep_sinks.0` and on (copies of
     the sinks that chunk holds) and `place_sinks` where sinks move; `decode_first`, `decode_next.a` and
     `decode_next.b`, `encode_text_layer`. What ends in a side reads the caches of that side and writes the other's.
 
@@ -208,6 +209,8 @@ class Program:
     forwards: Mapping[str, Forward]
     weights: Mapping[str, View]
     latent_slots: int
+    finished: View
+    """Where the last denoising forward of a chunk leaves its clean latent."""
 
     @property
     def arena_bytes(self) -> int:
@@ -222,7 +225,7 @@ class Program:
 
     def store_latent(self, slot: int) -> Copy:
         """Keep the clean latent of the chunk that was just denoised."""
-        return Copy(self.buffers["x0"].view, self.buffers["latents"].view.index(slot))
+        return Copy(self.finished, self.buffers["latents"].view.index(slot))
 
     def load_latent(self, slot: int) -> Copy:
         """Hand a kept latent to the clean forward."""

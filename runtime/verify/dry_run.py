@@ -215,7 +215,7 @@ def _rollout(program: Program) -> Iterator[Forward]:
     def between(name: str, operation: Operation) -> Forward:
         return Forward(name, "decode" if name.startswith("decode") else "forward", (), (operation,))
 
-    last_denoise = [name for name in program.forwards if name.startswith("denoise.")][-1]
+    last_denoise = [name for name in program.forwards if name.startswith(("denoise.", "window."))][-1]
     for name, forward in program.forwards.items():
         if name.startswith("joint."):
             number = int(name.removeprefix("joint.")) - 1

@@ -11,7 +11,8 @@ from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import Workload
 from export.request.plan import PlanRequest
-from export.request.targets import SchedulePolicy, load_target, load_variant
+from export.request.schedules import SchedulePolicy
+from export.request.targets import load_target, load_variant
 from lightforcing_ref.config import PRESETS
 from runtime import Pipeline
 from runtime.bundle import load_bundle

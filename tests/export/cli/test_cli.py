@@ -44,7 +44,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--gpu rtx509", ("unknown target 'rtx509'", "did you mean rtx5090", "cpu", "h200")),
         ("--gpu nowhere/mine.toml", ("no target file at nowhere/mine.toml",)),
         ("--preset huge", ("unknown preset 'huge'", "tiny", "wan-1.3b")),
-        ("--variant sparse", ("unknown variant 'sparse'", "dense, hopper, infinite, long, longlive, short")),
+        (
+            "--variant sparse",
+            ("unknown variant 'sparse'", "dense, hopper, infinite, long, longlive, rolling, short"),
+        ),
         ("--backend tensort", ("unknown backend 'tensort'", "did you mean tensorrt")),
         ("--backend tensorrt-rtx", ("cannot build for cpu", "--backend onnxruntime")),
         ("--gpu h200 --backend tensorrt-rtx", ("only for compute capability", "--backend onnxruntime")),

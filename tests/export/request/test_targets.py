@@ -42,6 +42,7 @@ PUBLISHED_VARIANTS = {
     "dense": (0, 0, 21, (18, 0, 0), 21, 1, "absolute", None),
     "longlive": (0, 0, 21, (9, 0, 0), 12, 3, "absolute", None),
     "infinite": (0, 0, 21, (3, 0, 0), 6, 1, "window", None),
+    "rolling": (0, 0, 21, (18, 0, 0), 21, 3, "window", None),
 }
 
 OTHERS = {  # held by tests/export/test_schedules.py
@@ -273,7 +274,7 @@ def test_unknown_names_suggest_and_list() -> None:
         load_target("rtx509")
     with pytest.raises(
         InputError,
-        match=r"unknown variant 'xyz'; the variants are causal-chunkwise, .*hopper, infinite, long, longlive, short",
+        match=r"unknown variant 'xyz'; the variants are causal-chunkwise, .*hopper, infinite, long, longlive, rolling,",
     ):
         load_variant("xyz")
 

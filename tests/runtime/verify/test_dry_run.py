@@ -67,6 +67,24 @@ def test_chunks_that_are_recomputed_at_once_are_walked(tmp_path: Path) -> None:
     assert "joint.4" not in costs
 
 
+def test_chunks_that_are_denoised_at_once_are_walked(tmp_path: Path) -> None:
+    folder = device.build_device_bundle(tmp_path / "rolling")
+
+    def rolling(raw: dict[str, Any]) -> None:
+        raw["schedule"] = {"timesteps": [1000, 600, 0], "sigmas": [1.0, 0.6, 0.0], "rolling": True}
+        raw["sparsity"] |= {"target": 0.0, "base": 0.0}
+        raw["cache"]["recache"] = "none"
+
+    costs = {cost.name: cost for cost in dry_run(changed(folder, rolling), sessions=2).forwards}
+    layers = device.LAYERS
+    # A window of two chunks. All but the last are committed, and all go through the last layer's attention.
+    for chunks in (1, 2):
+        cost = costs[f"window.{chunks}"]
+        assert cost.engine_runs == chunks * (layers + 1)
+        assert cost.kernel_launches == chunks * 4 * layers + (chunks - 1) * layers
+    assert "window.3" not in costs
+
+
 def test_a_sound_bundle_is_counted(device_bundle: Path) -> None:
     report = dry_run(load_bundle(device_bundle), sessions=2)
     costs = {cost.name: cost for cost in report.forwards}
