@@ -172,6 +172,8 @@ class Service:
             "fps": shape.fps,
             "chunk_frames": model.chunk_frames * manifest.vae.temporal_factor,
             "denoise_steps": manifest.schedule.denoise_steps,
+            "recache": manifest.cache.recache,
+            "recache_modes": list(manifest.recache_modes),
             "examples": list(self.settings.examples),
             "places": self.places.total,
             "formats": ["h264", "jpeg"],

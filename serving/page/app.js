@@ -169,6 +169,10 @@ $("token-form").onsubmit = () => {
 on("bundle", (bundle) => {
   $("bundle").textContent = `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} fps · ${bundle.precision} · ${bundle.target}`;
   clip.chunk_frames = bundle.chunk_frames;
+  const memory = $("recache");
+  for (const mode of memory.options) mode.hidden = mode.disabled = !bundle.recache_modes.includes(mode.value);
+  if (memory.dataset.bundle !== bundle.name) memory.value = bundle.recache;
+  memory.dataset.bundle = bundle.name;
   if (!$("examples").childElementCount) {
     for (const prompt of bundle.examples) {
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
