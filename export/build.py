@@ -119,11 +119,17 @@ def check_build(request: BuildRequest) -> CheckedBuild:
 
 
 def _check_rollout(request: BuildRequest) -> None:
-    """Refuse what has no place in a rolling rollout.
+    """Refuse what a rollout's forwards cannot be made of.
 
     Raises:
         InputError: the request asks for it.
     """
+    if request.variant.cache.recache == "joint" and request.execution != "segmented":
+        raise InputError(
+            f"the variant {request.variant.name} recomputes all cached frames in one forward at a prompt switch; in it "
+            "chunks take turns in every layer, so the step must be cut into segments; use --execution segmented, with "
+            "--backend tensorrt-rtx, inductor or onnxruntime, or recompute them chunk by chunk: --recache window"
+        )
     if not request.variant.schedule.rolling:
         return
     if request.execution != "segmented":
@@ -252,10 +258,6 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
             lora=loras[0] if loras else None,
             further_loras=tuple(loras[1:]),
         )
-    sections = plan.manifest_sections()
-    if built.segments is None and plan.variant.cache.recache == "joint":
-        # Layers of several chunks take turns in it, and one graph has them all.
-        sections["cache"] = sections["cache"].model_copy(update={"recache": "window"})
     return bundle.Manifest(
         name=request.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -265,7 +267,7 @@ def _manifest(run: Run, built: Built, digests: dict[str, str]) -> bundle.Manifes
         library=built.library,
         variant=request.variant.name,
         status=built.status,
-        **sections,
+        **plan.manifest_sections(),
         text=bundle.Text(
             encoder="umt5",
             text_len=dit.text_len,

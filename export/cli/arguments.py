@@ -217,5 +217,7 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
         ),
     )
     changed.table()
+    if (recache := getattr(args, "recache", None)) is not None:
+        changed = changed.switching(recache)
     kv = getattr(args, "kv", None)
     return target, changed if kv is None else changed.holding("fp8" if kv == "fp8" else None)

@@ -116,6 +116,11 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="what keys and values are held in: the type that the model computes in, or E4M3 with a scale for every "
         "block, half the cache (default: the variant's)",
     )
+    parser.add_argument(
+        "--recache",
+        choices=("window", "all", "none", "joint", "flush", "cut"),
+        help="what a prompt switch does to cached frames where it does not say (default: the variant's)",
+    )
     sparse.add_argument(
         "--frames",
         type=positive,

@@ -367,6 +367,19 @@ class Variant(_Spec):
         name = f"{self.name}-kv8" if kv else self.name.removesuffix("-kv8")
         return self.model_copy(update={"name": name, "cache": self.cache.model_copy(update={"kv": kv})})
 
+    def switching(self, recache: Recache) -> Variant:
+        """This variant with another usual way to switch prompts, called `NAME-RECACHE`; itself where it has that one.
+
+        Raises:
+            InputError: it has no such way.
+        """
+        if recache == self.cache.recache:
+            return self
+        document = self.model_dump()
+        document["cache"]["recache"] = recache
+        document["name"] = f"{self.name}-{recache}"
+        return _validated(Variant, document, f"variant {self.name!r} with --recache {recache}")
+
     def changed(self, **changes: int | float | None) -> Variant:
         """This variant with other values, called `NAME-custom`; itself where every value is None.
 

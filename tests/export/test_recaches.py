@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from export.build import BuildRequest, check_build
+from export.cli.arguments import build_request
+from export.cli.main import _parser
 from export.compare.against_reference import decoded
 from export.compare.reference import Reference
 from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.request.plan import PlanRequest
 from export.request.targets import load_target, load_variant
+from export.tolerances import CODES
 from lightforcing_ref.config import PRESETS
 from runtime import InputError as RuntimeInputError
 from runtime.backends import load_engine
@@ -29,6 +33,12 @@ from tests.runtime.program.test_program_engine import Load, OnGpu, embedding, op
 @pytest.fixture(scope="module")
 def longlive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("longlive"), "longlive", execution="segmented")
+
+
+@pytest.fixture(scope="module")
+def longlive_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    variant = load_variant("longlive").holding("fp8")
+    return build(tmp_path_factory.mktemp("longlive"), "longlive-kv8", variant=variant, execution="segmented")
 
 
 def clip(load: Load, path: Path, switch_at: int, recache: str | None = None) -> np.ndarray:
@@ -53,6 +63,29 @@ def test_a_bundle_recomputes_jointly_as_the_reference_does(longlive: Path, switc
     causal = clip(load_engine, longlive, switch_at, "window")
     assert np.array_equal(found[:-24], causal[:-24])
     assert not np.array_equal(found, causal)
+
+
+def test_codes_are_recomputed_jointly_as_in_the_reference(longlive_codes: Path) -> None:
+    """Chunks of a joint forward see each other's keys and values as the cache holds them, with `--kv fp8` as codes."""
+    manifest = load_bundle(longlive_codes).manifest
+    assert (manifest.cache.recache, manifest.cache.kv) == ("joint", "fp8")
+    rollout = Reference.of(manifest).rollout(manifest, torch.from_numpy(embedding(longlive_codes, 0)), 3)
+    latents = list(rollout.stream(5))
+    switched = torch.from_numpy(embedding(longlive_codes, 1))
+    rollout.set_prompt(switched, "joint")
+    expected = torch.cat([*latents, *rollout.stream(1)], dim=1).numpy()
+    with (
+        opened(load_engine, longlive_codes) as pipe,
+        pipe.session(embedding=embedding(longlive_codes, 0), seed=3, latents=True) as session,
+    ):
+        session.set_prompt(embedding=embedding(longlive_codes, 1), at=5)
+        made = list(session.stream(chunks=6))
+    found = np.concatenate([chunk.latent for chunk in made if chunk.latent is not None], axis=1)
+    # A code that falls between two is rounded either way; its error is that of one code among many.
+    assert np.linalg.norm(found - expected) < CODES * np.linalg.norm(expected)
+    frames = np.concatenate([chunk.frames for chunk in made])
+    assert np.array_equal(clip(OnGpu(2, 0.3), longlive_codes, 5)[: len(frames)], frames)
+    dry_run(load_bundle(longlive_codes))
 
 
 def test_streams_and_graphs_change_no_bit(longlive: Path) -> None:
@@ -94,6 +127,25 @@ def test_only_where_it_can_be(longlive: Path, tiny_bundle: Path) -> None:
             session.set_prompt(embedding=embedding(tiny_bundle, 0), recache="joint")
         with pytest.raises(RuntimeInputError, match="a cut is at one chunk"):
             session.set_prompt(embedding=embedding(tiny_bundle, 0), recache="cut", over=2)
+
+
+def test_a_whole_graph_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
+    common = ("build", "--gpu", "cpu", "--variant", "longlive", "--out", str(tmp_path))
+
+    def request(*more: str) -> BuildRequest:
+        args = _parser().parse_args([*common, *more])
+        args.command_line = ""
+        return build_request(args)[0]
+
+    assert (request().execution, request().variant.cache.recache) == ("segmented", "joint")
+    with pytest.raises(InputError, match=r"--execution segmented.*or .* chunk by chunk: --recache window"):
+        check_build(request("--execution", "whole"))
+    window = request("--recache", "window")
+    assert (window.execution, window.variant.name) == ("whole", "longlive-window")
+    assert check_build(window).request.plan.manifest_sections()["cache"].recache == "window"
+    with pytest.raises(InputError, match=r"variant 'dense' with --recache joint.*whole chunks"):
+        load_variant("dense").switching("joint")
+    assert load_variant("dense").switching("window") == load_variant("dense")
 
 
 @pytest.mark.parametrize(
