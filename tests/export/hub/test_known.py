@@ -37,6 +37,28 @@ def test_sizes_and_hashes_are_pinned_together() -> None:
             assert file.bytes % 100_000 == 0, file.name
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "width"),
+    [
+        ("self-forcing", 1_418_996_800, 4),
+        ("causal-forcing", 1_418_996_800, 4),
+        ("causal-forcing-framewise", 1_418_996_800, 4),
+        ("causal-forcing-pp-1step", 1_418_996_800, 4),
+        ("longlive-base", 1_418_996_800, 4),
+        ("infinite-forcing", 1_418_996_800, 4),
+        ("wan-vae", 126_900_000, 4),
+        ("light-vae", 126_900_000 / 16, 4),  # a quarter of every width
+        ("umt5-xxl", 5_680_000_000, 2),
+        # Twice rank 256 of q, k, v, o of both attentions and of the feed-forward, in 30 layers.
+        ("longlive-lora", 2 * 30 * 256 * (8 * 2 * 1536 + 2 * (1536 + 8960)), 4),
+    ],
+)
+def test_sizes_are_those_of_their_parameters(name: str, parameters: float, width: int) -> None:
+    """What the models have, by their papers, in the type that the files hold, and a little for the container."""
+    files = {file.name: file for model in MODELS.values() for file in model.files.values()}
+    assert files[name].bytes == pytest.approx(parameters * width, rel=0.02)
+
+
 def test_the_public_models_are_there() -> None:
     assert MODELS["light-forcing-short"].variants[0] == "short"
     assert MODELS["light-forcing-short"].resolution == "512x768"

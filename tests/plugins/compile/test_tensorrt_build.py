@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_missing_cmake_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildError, match="pip install cmake ninja"):
         tensorrt_build.build_libraries((90,), tmp_path, tmp_path / "out")
+
+
+@lf.needs_tools
+def test_windows_is_told_at_once_that_it_is_not_built_there(tmp_path: Path) -> None:
+    """As a build for Windows is configured: before any compiler is tried, and before any kernel is asked for."""
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert cmake is not None
+    working = [f"-DCMAKE_{language}_COMPILER_WORKS=1" for language in ("CXX", "ASM")]
+    command = [cmake, "-S", ROOT / "plugins", "-B", tmp_path, "-DCMAKE_SYSTEM_NAME=Windows", *working]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "built on Linux only" in " ".join(done.stderr.split())
 
 
 @lf.needs_tools
