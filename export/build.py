@@ -97,7 +97,9 @@ def check_build(request: BuildRequest) -> CheckedBuild:
         InputError: the backend or the method has no keys and values in fp8; besides, as `build_bundle`.
     """
     plan = request.plan
-    check_backend(request.variant.attention, request.backend, request.execution)
+    check_backend(
+        request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
+    )
     _check_rollout(request)
     if plan.spec.kv is not None and request.backend == "tensorrt":
         raise InputError(
@@ -186,7 +188,9 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
         As `build_bundle`; InputError also where the backend has no such parts.
     """
     plan, builder = request.plan, _BUILDERS[request.backend]()
-    check_backend(request.variant.attention, request.backend, request.execution)
+    check_backend(
+        request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
+    )
     _check_rollout(request)
     if builder.compile is None:
         raise InputError(

@@ -336,6 +336,7 @@ class VMoBAAttributes(_BlockAttributes):
         extent: frames, rows and columns of a block; 0 = all there are.
         top: blocks that each token keeps, its own among them; 0 = until `threshold` is reached.
         threshold: share of the stretched scores.
+        query_block: tokens that choose together, by their mean query; 0 = every token by itself.
 
     Raises:
         ContractError: a value lies outside its range.
@@ -346,6 +347,7 @@ class VMoBAAttributes(_BlockAttributes):
     extent: tuple[int, ...]
     top: int
     threshold: float
+    query_block: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "extent", tuple(self.extent))
@@ -353,6 +355,7 @@ class VMoBAAttributes(_BlockAttributes):
         _require_positive(VMOBA, "scale", self.scale)
         _require_grid(VMOBA, self.frame_tokens, self.columns)
         _require_int(VMOBA, "top", self.top, 0)
+        _require_int(VMOBA, "query_block", self.query_block, 0)
         if len(self.extent) != 3 or min(self.extent) < 0:
             raise ContractError(
                 f"{VMOBA}: extent is {self.extent}; expected (frames, rows, columns), 0 for all of an axis"

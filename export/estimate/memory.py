@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, Protocol
 
+from export.request.selection import selection_bytes
 from export.request.sizes import (
     Sized,
     conditioner_parameters,
@@ -294,8 +295,10 @@ class _Planner:
         # Residual stream twice, projection, queries, attention output; then what the selection kernels share.
         between = (2 + 3 + 1 + 1) * tokens * dit.dim * self.item
         q_blocks = self.chunk_frames * self.geometry.q_blocks
-        key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
-        selection = dit.heads * q_blocks * (8 * key_blocks + 4) + 4 * q_blocks * dit.dim
+        columns = self.request.preset.token_grid(self.request.height, self.request.width)[1]
+        method, window = self.request.variant.attention, (self.past, self.chunk_frames)
+        selection = 4 * q_blocks * dit.dim
+        selection += selection_bytes(method, self.geometry, columns, *window, dit.heads, dit.head_dim)
         yield MemoryItem("buffers", "between segments and kernels", between + selection)
         # Residual stream twice, queries, rotary tables, pooled queries, and where their frames go.
         each = 3 * tokens * dit.dim * self.item + rope + 4 * q_blocks * dit.dim + 4 * self.chunk_frames

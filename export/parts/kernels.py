@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from export.errors import BuildError, InputError
 from export.progress import StepCallback, no_steps
 from export.request.geometry import StepPlan
+from export.request.methods import operator_of
+from export.request.selection import selection_tables
 from export.request.targets import Target
+from plugins import contract, maps
 from plugins.compile import kernels as kernel_build
 from plugins.compile.prebuilt import write_prebuilt
 from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime import bundle
+from runtime.bundle.policies import SelectionTables, TokenBlocks
 
 from .run import Run
 
-__all__ = ["FOLDER", "kernel_arch", "kernel_variants", "write_kernels"]
+__all__ = ["FOLDER", "SELECTS", "kernel_arch", "kernel_variants", "write_kernels", "write_tables"]
 
 FOLDER = "kernels"
 
-_ALWAYS = ("prepare", "score", "select", "attend", "commit")
+_ALWAYS = ("prepare", "commit")
+SELECTS: Mapping[str, tuple[str, ...]] = {
+    contract.HIERARCHICAL_SPARSE_ATTENTION: ("score", "select", "attend"),
+    contract.SLIDING_TILE: ("expand", "attend_ordered"),
+    contract.RADIAL: ("expand", "attend"),
+    contract.SPARGE: ("score", "mean_key", "resemble", "select_sparge", "attend"),
+    contract.VMOBA: ("pool", "score_groups", "choose", "expand", "attend_ordered"),
+}
+"""What the attention operators are made of, at most."""
+_TABLES = "tables.safetensors"
 _OVER_CODES = {kernel: f"{kernel}_fp8" for kernel in ("prepare", "attend", "commit", "rope_sink")}
 """What takes a kernel's place where keys and values are codes."""
 
@@ -62,22 +80,78 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
         block_k=geometry.block_k,
         sinks=cache.sink_frames if moves_sinks else 0,
     )
-    kernels = [*_ALWAYS, "rope_sink"] if moves_sinks else [*_ALWAYS]
+    problems = {kernel: [problem] for kernel in (*_ALWAYS, *(("rope_sink",) if moves_sinks else ()))}
+    by_turn = [_over_tables(problem, tables) for tables in _tables(plan)] or [problem]
+    problems |= dict.fromkeys(SELECTS[operator_of(plan.variant.attention)], by_turn)
     if plan.spec.kv is not None:
-        kernels = [_OVER_CODES.get(kernel, kernel) for kernel in kernels]
+        problems = {_OVER_CODES.get(kernel, kernel): of_kernel for kernel, of_kernel in problems.items()}
     try:
-        return frozenset(specs.find_variant(kernel, problem, arch).name for kernel in kernels)
+        return frozenset(
+            specs.find_variant(kernel, one, arch).name
+            for kernel, of_kernel in problems.items()
+            for one in of_kernel
+        )
     except PluginError as error:
         raise InputError(
             f"no attention kernel serves {plan.variant.name} on {target.name}: {error}"
         ) from error
 
 
+def _ordered(tables: maps.Tables) -> TokenBlocks | None:
+    """The blocks of tables that cut a frame's tokens in an order of their own."""
+    if tables.blocks is None:
+        return None
+    (q_blocks, block_q), (k_blocks, block_k) = (tables.arrays[name].shape for name in ("q_order", "k_order"))
+    return TokenBlocks(block_q=block_q, block_k=block_k, q_blocks=q_blocks, k_blocks=k_blocks)
+
+
+def _over_tables(problem: specs.KernelProblem, tables: maps.Tables) -> specs.KernelProblem:
+    blocks = _ordered(tables)
+    if blocks is None:
+        return problem
+    return replace(
+        problem,
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
+        ordered_blocks=(blocks.q_blocks, blocks.k_blocks),
+        groups=tables.groups,
+    )
+
+
+def _tables(plan: StepPlan) -> Sequence[maps.Tables]:
+    columns = plan.preset.token_grid(plan.height, plan.width)[1]
+    return selection_tables(
+        plan.variant.attention, plan.geometry, columns, plan.max_past_frames, plan.chunk_frames
+    )
+
+
+def write_tables(folder: Path, by_turn: Sequence[maps.Tables]) -> dict[str, Any]:
+    """Write the tables that attention selects by into `folder`, a bundle's.
+
+    Returns:
+        the fields of the manifest's section that tell of them.
+    """
+    turns, tensors = [], dict[str, np.ndarray[Any, Any]]()
+    for turn, tables in enumerate(by_turn):
+        names = {buffer: f"{buffer}.{turn}" for buffer in tables.arrays}
+        tensors |= {names[buffer]: np.ascontiguousarray(array) for buffer, array in tables.arrays.items()}
+        turns.append(SelectionTables(blocks=_ordered(tables), tensors=names))
+    if not tensors:
+        return {}
+    (folder / FOLDER).mkdir(exist_ok=True)
+    save_file(tensors, folder / FOLDER / _TABLES)
+    listed = (
+        bundle.TensorSpec(name=name, dtype=bundle.dtype_name(array.dtype), shape=array.shape)
+        for name, array in tensors.items()
+    )
+    return {"tables": f"{FOLDER}/{_TABLES}", "tensors": tuple(listed), "turns": tuple(turns)}
+
+
 def write_kernels(
     folder: Path, target: Target, plan: StepPlan, progress: StepCallback = no_steps
 ) -> tuple[list[str], bundle.Kernels]:
     """Put the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`: those that came with this package,
-    or compiled now.
+    or compiled now. Beside that folder go the tables that they select by.
 
     Args:
         progress: called as kernels are compiled.
@@ -106,10 +180,12 @@ def write_kernels(
                 f"attention kernels run out of registers ({', '.join(spilled)}); use the Triton of the lock file"
             )
         index = built[arch]
-    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}", driver=index.driver)
+    tables = write_tables(folder, _tables(plan))
+    section = bundle.Kernels(folder=FOLDER, arch=f"sm_{arch}", driver=index.driver, **tables)
     stem = f"{FOLDER}/{section.arch}"
     names: Sequence[str] = ["kernels.json", *(image.file for image in index.images)]
-    return [f"{stem}/{name}" for name in names], section
+    files = [f"{stem}/{name}" for name in names]
+    return [*files, *([] if section.tables is None else [section.tables])], section
 
 
 def kernels_part(run: Run, *, key: str | None = None) -> tuple[bundle.Kernels, list[bundle.FileEntry]]:

@@ -11,7 +11,7 @@ from export.estimate.selection import own_share
 from export.request.targets import load_target
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 from runtime.bundle import Bundle, Manifest
-from runtime.program import KernelLibrary, plan_buffers
+from runtime.program import KernelLibrary, attention_launches, plan_buffers
 from runtime.verify import VERDICT_NAME, Verdict
 
 __all__ = [
@@ -25,9 +25,6 @@ __all__ = [
     "sparsity_by_chunk",
     "target_memory",
 ]
-
-_PER_LAYER_KERNELS = ("prepare", "score", "select", "attend")
-"""Kernels launched once per layer in a denoising forward."""
 
 
 def bundle_document(bundle: Bundle) -> dict[str, object]:
@@ -95,7 +92,9 @@ def forward_launches(manifest: Manifest) -> dict[str, int] | None:
     needed = ["first", *runs, "last"]
     if any(name not in costs for name in needed):
         return None
-    kernels = len(_PER_LAYER_KERNELS) * layers if manifest.kernels else 0
+    kernels = 0
+    if manifest.kernels is not None:  # one prepares queries, keys and values
+        kernels = sum(1 + len(attention_launches(manifest, "bfloat16", layer)) for layer in range(layers))
     return {"engines": sum(costs[name].launches for name in needed), "kernels": kernels}
 
 

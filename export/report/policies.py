@@ -51,7 +51,7 @@ def policies_table(
         table.add_row(row["policy"], f"{row['seen']:.1%}{mark}", f"{row['seen_last']:.1%}", *figures)
     lines = [
         "keys seen: of the resident ones, after the first chunk; attention and s: the clip at 100 % of the published "
-        "rates, whether or not there is a kernel for the method yet; selection and launches are not counted",
+        "rates; selection and launches are not counted",
         *(f"({number}) if {escape(note)}" for number, note in enumerate(notes, start=1)),
     ]
     table.caption = "\n".join(lines)

@@ -12,16 +12,24 @@ from typing import Any
 from export.errors import InputError
 from plugins import contract
 from runtime.bundle import AttentionPolicy, BackendName
-from runtime.bundle.policies import DensePolicy, HsaPolicy, RadialPolicy, SlaPolicy, SpargePolicy, StaPolicy
+from runtime.bundle.policies import (
+    DensePolicy,
+    HsaPolicy,
+    RadialPolicy,
+    SlaPolicy,
+    SpargePolicy,
+    StaPolicy,
+    VmobaPolicy,
+)
 
-__all__ = ["attends", "check_backend", "differs_by_layer", "method_attributes", "operator_of"]
+__all__ = ["attends", "check_backend", "differs_by_layer", "method_attributes", "operator_of", "resolved"]
 
-_EVERYWHERE = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
+_PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
     "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
-    "tensorrt-rtx": _EVERYWHERE,
-    "tensorrt": _EVERYWHERE,
-    "inductor": _EVERYWHERE,
+    "tensorrt-rtx": tuple(contract.ATTENTION_OPERATORS),
+    "tensorrt": _PLUGIN,
+    "inductor": tuple(contract.ATTENTION_OPERATORS),
 }
 """Attention operators that each backend executes."""
 
@@ -65,6 +73,7 @@ def method_attributes(method: AttentionPolicy, layer: int, columns: int) -> dict
         "extent": list(method.blocks[turn]),
         "top": method.tops[turn] if method.mode == "top-k" else 0,
         "threshold": method.threshold,
+        "query_block": method.query_block if method.gating == "pooled" else 0,
     }
 
 
@@ -96,8 +105,18 @@ def differs_by_layer(method: AttentionPolicy) -> bool:
     return any(method_attributes(method, layer, 1) != method_attributes(method, 0, 1) for layer in (1, 2, 3))
 
 
-def check_backend(method: AttentionPolicy, backend: BackendName, execution: str) -> None:
+def resolved(method: AttentionPolicy, *, kernels: bool) -> AttentionPolicy:
+    """The method as it is executed: VMoBA gates by pooled queries where `kernels` do it, else token by token."""
+    if isinstance(method, VmobaPolicy) and method.gating is None:
+        return method.model_copy(update={"gating": "pooled" if kernels else "token"})
+    return method
+
+
+def check_backend(method: AttentionPolicy, backend: BackendName, execution: str, *, kernels: bool) -> None:
     """Refuse a method that a backend does not execute.
+
+    Args:
+        kernels: whether kernels execute attention where segments do the rest, or else a graph.
 
     Raises:
         InputError: it does not.
@@ -109,7 +128,14 @@ def check_backend(method: AttentionPolicy, backend: BackendName, execution: str)
             f"{backend} has no kernel for the policy {method.policy}; use --backend {able}, or one of the policies "
             "hsa, dense, sla and sparge (top-k with similarity below 0), which every backend executes"
         )
-    if execution == "segmented" and differs_by_layer(method):
+    if execution != "segmented":
+        return
+    if kernels and isinstance(method, VmobaPolicy) and method.gating == "token":
+        raise InputError(
+            "the kernels of the policy vmoba choose once for a block of queries, not token by token; set "
+            'gating = "pooled", or use --backend onnxruntime'
+        )
+    if not kernels and differs_by_layer(method):
         raise InputError(
             f"layers select in turns under the policy {method.policy}, and segments have one attention for all of "
             "them; use --execution whole"

@@ -12,6 +12,7 @@ from lightforcing_ref.dimensions import VAEConfig
 from runtime.bundle import FormatSearch
 
 from .geometry import StepPlan
+from .methods import resolved
 from .targets import BackendName, Precision, Target, Variant
 from .weights import Weights
 
@@ -67,6 +68,16 @@ class BuildRequest:
     with_encoder: bool = False
     quantization: QuantizationRequest = QuantizationRequest()
     command: str = ""
+
+    def __post_init__(self) -> None:
+        method = resolved(self.variant.attention, kernels=self.launches_kernels)
+        if method != self.variant.attention:
+            object.__setattr__(self, "variant", self.variant.model_copy(update={"attention": method}))
+
+    @property
+    def launches_kernels(self) -> bool:
+        """Whether kernels of this project execute attention, or else graphs on a host."""
+        return self.backend != "onnxruntime" and self.target.compute_capability is not None
 
     @property
     def preset(self) -> Preset:

@@ -83,7 +83,13 @@ def _vmoba(attributes: _Attributes) -> PolicyAttention:
     frames, rows, columns = (size or None for size in attributes["extent"])
     mode, top = ("top-k", attributes["top"]) if attributes["top"] else ("threshold", 1)
     return PolicyAttention(
-        VMoBA((frames, rows, columns), mode, top, attributes["threshold"]),  # type: ignore[arg-type]
+        VMoBA(
+            (frames, rows, columns),
+            mode,  # type: ignore[arg-type]
+            top,
+            attributes["threshold"],
+            attributes["query_block"] or None,
+        ),
         _grid(attributes),
     )
 
@@ -99,6 +105,6 @@ radial_attention = MethodOperator(_radial)
 sparge_attention = MethodOperator(_sparge)
 """SpargeAttn. `cumulative` 0 keeps what the table says."""
 vmoba_attention = MethodOperator(_vmoba)
-"""VMoBA. `extent` 0 is all of an axis, `top` 0 goes by `threshold`."""
+"""VMoBA. `extent` 0 is all of an axis, `top` 0 goes by `threshold`, `query_block` 0 token by token."""
 persistent_block_attention = MethodOperator(_persistent)
 """PBSA. `pinned`, the last of its tensors, is how many of the past frames everybody sees whole."""

@@ -6,104 +6,27 @@ before Triton is imported, everything here runs on CPU tensors in Triton's inter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plugins import contract, operators
-from plugins.kernels.specs import (
-    KernelError,
-    KernelProblem,
-    Variant,
-    find_variant,
-    image_arch,
-    kernel_function,
-)
+from plugins.kernels.specs import KernelError, KernelProblem
 from runtime.bundle import FLOATS
 
-from .interpreter import mend_interpreter
+from .launcher import BlockLists, Launcher, TritonLauncher, empty_lists
+from .methods import OPERATORS, MethodKernels
 
-__all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda"]
+__all__ = ["BlockLists", "Launcher", "TorchKernels", "TritonLauncher", "bind_cuda", "empty_lists"]
 
 _CODES_TAKE = ("k_mean", "k_scale", "v_scale", "past_kmean", "past_kscale", "past_vscale")
 """What *attend* over codes takes besides."""
 
 _CACHE_DTYPE = "bfloat16"
 """What a problem of the cache kernels over codes says; they hold nothing in a compute type."""
-
-
-@dataclass(frozen=True)
-class BlockLists:
-    """Which key blocks each query block sees.
-
-    Attributes:
-        entries: int32 `[H, query_blocks, key_blocks]`; of each row the first `counts` entries are valid, ascending,
-            each `frame << 16 | block` (logical frame: past oldest first, then current; block within the frame).
-        counts: int32 `[H, query_blocks]`.
-    """
-
-    entries: Tensor
-    counts: Tensor
-
-
-class Launcher(Protocol):
-    """Runs a kernel of `plugins.kernels.specs.KERNELS` on the current stream."""
-
-    def launch(
-        self,
-        kernel: str,
-        problem: KernelProblem,
-        buffers: Mapping[str, Tensor],
-        options: Mapping[str, int | float] | None = None,
-    ) -> None:
-        """Launch `kernel`; `buffers` and `options` hold its arguments by name, sizes come from `problem`."""
-        ...
-
-
-class TritonLauncher:
-    """Compiles kernels just in time (or interprets them) and launches them."""
-
-    def __init__(self, adjust: Callable[[Variant], Variant] = lambda variant: variant) -> None:
-        """`adjust` may change a specialisation before it is compiled, to try other tile sizes."""
-        self._adjust = adjust
-
-    def launch(
-        self,
-        kernel: str,
-        problem: KernelProblem,
-        buffers: Mapping[str, Tensor],
-        options: Mapping[str, int | float] | None = None,
-    ) -> None:
-        from triton import knobs
-
-        interpret = bool(knobs.runtime.interpret)
-        if interpret:
-            mend_interpreter()
-            # Every type runs in the interpreter; the table knows those of the GPU.
-            arch, problem = 80, replace(problem, dtype="bfloat16")
-        else:
-            major, minor = torch.cuda.get_device_capability(next(iter(buffers.values())).device)
-            arch = image_arch(10 * major + minor)
-        variant = self._adjust(find_variant(kernel, problem, arch, triton_only=True))
-        constants = dict(variant.constants)
-        if "INTERPRET" in constants:
-            constants["INTERPRET"] = interpret
-        if interpret and "HARDWARE" in constants:
-            constants["HARDWARE"] = False
-        values = {**problem.sizes(), **buffers, **(options or {})}
-        with torch.cuda.device_of(next(iter(buffers.values()))):
-            kernel_function(kernel)[variant.grid_for(problem)](
-                *(values[argument.name] for argument in variant.arguments),
-                **constants,
-                num_warps=variant.num_warps,
-                num_stages=variant.num_stages,
-                maxnreg=variant.max_registers,
-                enable_fp_fusion=True,
-            )
 
 
 def _dtype_name(tensor: Tensor) -> str:
@@ -412,16 +335,6 @@ class TorchKernels:
         self._launcher.launch(kernel, problem, buffers, {"turned_pairs": cos.shape[1]})
 
 
-def empty_lists(problem: KernelProblem, device: torch.device) -> BlockLists:
-    """Uninitialised lists with room for every resident block."""
-    sizes = problem.sizes()
-    shape = (problem.heads, sizes["query_blocks"], sizes["key_blocks"])
-    return BlockLists(
-        torch.empty(shape, dtype=torch.int32, device=device),
-        torch.empty(shape[:2], dtype=torch.int32, device=device),
-    )
-
-
 def _cache_problem(
     past_k: Tensor,
     past_kmean: Tensor,
@@ -450,10 +363,11 @@ def bind_cuda() -> None:
     """Make `torch.ops.lightforcing.*` run these kernels on CUDA tensors."""
     from plugins.nodes import ops
 
-    kernels = TorchKernels()
+    kernels, methods = TorchKernels(), MethodKernels.just_in_time()
     ops.bind(
         "cuda",
         hsa=kernels.hierarchical_sparse_attention,
         qk_prepare=kernels.qk_prepare,
+        methods={operator: partial(methods, operator) for operator in OPERATORS},
         codes=(kernels.qk_prepare_fp8, kernels.hierarchical_sparse_attention_fp8),
     )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from runtime.bundle.images import KernelProblem
 
-from .tuning import COMMIT_TILE, attend_variants, candidates, fp8_variants, prepare_variant
+from .tuning import (
+    COMMIT_TILE,
+    attend_variants,
+    candidates,
+    fp8_variants,
+    ordered_variants,
+    prepare_variant,
+)
 from .variant import (
     ARCHS,
     DRIVERS,
@@ -45,6 +52,12 @@ __all__ = [
     "variants",
 ]
 
+_POOLING: Mapping[str, tuple[GridAxis | int, ...]] = {
+    "mean_key": (GridAxis("heads"), 1),
+    "resemble": (GridAxis("key_blocks"), GridAxis("heads")),
+    "pool": (GridAxis("groups"), GridAxis("heads")),
+}
+"""Kernels that take means of tokens, and their grids."""
 _ROPE_TILE = 64
 _SCORE_Q, _SCORE_K = 32, 64
 
@@ -103,6 +116,60 @@ def _other_variants() -> Iterator[Variant]:
             {},
             {"frames": MAX_FRAMES, "k_blocks": blocks},
         )
+    for blocks, warps in ((16, 1), (32, 2), (64, 4)):
+        yield Variant(
+            "select_sparge",
+            f"select_sparge-b{blocks}",
+            {"FRAMES": MAX_FRAMES, "BLOCKS": blocks},
+            warps,
+            (GridAxis("query_blocks"), GridAxis("heads")),
+            kernel_arguments("select_sparge", "float32"),
+            {},
+            {"frames": MAX_FRAMES, "k_blocks": blocks},
+        )
+    for groups, warps in ((256, 2), (1024, 4), (4096, 8)):
+        yield Variant(
+            "choose",
+            f"choose-g{groups}",
+            {"FRAMES": MAX_FRAMES, "GROUPS": groups},
+            warps,
+            (GridAxis("query_blocks"), GridAxis("heads")),
+            kernel_arguments("choose", "float32"),
+            {},
+            {"frames": MAX_FRAMES, "groups": groups},
+        )
+    for head_dim in (128, 64):
+        yield Variant(
+            "score_groups",
+            f"score_groups-d{head_dim}",
+            {"HEAD_DIM": head_dim, "Q_TILE": _SCORE_Q, "K_TILE": _SCORE_K, "D_TILE": 32},
+            4,
+            (GridAxis("groups", _SCORE_K), GridAxis("query_blocks", _SCORE_Q), GridAxis("heads")),
+            kernel_arguments("score_groups", "float32"),
+            {"head_dim": (head_dim,)},
+        )
+        for kernel, axes in _POOLING.items():
+            yield Variant(
+                kernel,
+                f"{kernel}-bf16-d{head_dim}",
+                {"HEAD_DIM": head_dim, "FRAMES": MAX_FRAMES, "TILE": 32},
+                4,
+                axes,
+                kernel_arguments(kernel, "bfloat16"),
+                {"dtype": ("bfloat16",), "head_dim": (head_dim,)},
+                {"frames": MAX_FRAMES},
+            )
+    for blocks, warps in ((32, 1), (128, 4), (256, 8)):
+        yield Variant(
+            "expand",
+            f"expand-b{blocks}",
+            {"FRAMES": MAX_FRAMES, "BLOCKS": blocks},
+            warps,
+            (GridAxis("query_blocks"), GridAxis("heads")),
+            kernel_arguments("expand", "float32"),
+            {},
+            {"frames": MAX_FRAMES, "k_blocks": blocks},
+        )
 
 
 @cache
@@ -115,7 +182,7 @@ def variants(arch: int) -> tuple[Variant, ...]:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")
-    return (*_other_variants(), *attend_variants(arch), *fp8_variants(arch))
+    return (*_other_variants(), *attend_variants(arch), *fp8_variants(arch), *ordered_variants(arch))
 
 
 def image_arch(capability: int) -> int:

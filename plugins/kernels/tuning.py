@@ -19,12 +19,15 @@ from .variant import (
 
 __all__ = [
     "COMMIT_TILE",
+    "ORDERED_BLOCKS",
+    "QUERY_BLOCKS",
     "Tiles",
     "Warpgroups",
     "attend_variant",
     "attend_variants",
     "candidates",
     "fp8_variants",
+    "ordered_variants",
     "prepare_variant",
     "warp_prepare_variant",
     "warpgroup_variant",
@@ -254,6 +257,39 @@ def fp8_variants(arch: int) -> Iterator[Variant]:
                     constants={**plain.constants, "HARDWARE": hardware},
                     arguments=kernel_arguments("attend_fp8", dtype),
                 )
+
+
+QUERY_BLOCKS = (32, 64, 128)
+"""Query blocks of *attend*."""
+
+ORDERED_BLOCKS = (8, 16, 32, 64)
+"""Key blocks of an order of tokens. Small ones leave little room in them unused where patches are small."""
+
+
+def _ordered_tiles(arch: int, head_dim: int, block_q: int) -> Tiles:
+    """Chosen so that nothing spills: every row of a tile has an address of its own."""
+    tiles = _attend_tiles(arch, head_dim, block_q, False)
+    if (head_dim, block_q) != (128, 64):
+        return tiles._replace(k_tile=32)
+    return tiles if arch in (90, 100) else Tiles(64, 128, 8, 2)
+
+
+def ordered_variants(arch: int) -> Iterator[Variant]:
+    """Every specialisation of *attend* over orders of tokens: compute type bfloat16."""
+    for head_dim in (128, 64):
+        for block_q in QUERY_BLOCKS:
+            tiles = _ordered_tiles(arch, head_dim, block_q)
+            plain = attend_variant("bfloat16", head_dim, block_q, False, tiles)
+            constants = {name: value for name, value in plain.constants.items() if name != "EVEN"}
+            serves = {name: values for name, values in plain.serves.items() if name != "even"}
+            yield replace(
+                plain,
+                kernel="attend_ordered",
+                name=plain.name.replace("attend", "attend_ordered").removesuffix("-ragged"),
+                constants=constants,
+                arguments=kernel_arguments("attend_ordered", "bfloat16"),
+                serves={**serves, "block_k": ORDERED_BLOCKS},
+            )
 
 
 _WARP_CANDIDATES = (12, 8, 6, 4)

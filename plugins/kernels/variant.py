@@ -128,6 +128,16 @@ _OPTIONS = {
     "sink_frames": _I32,
     "near_frames": _I32,
     "turned_pairs": _I32,
+    "cumulative": _F32,
+    "similarity": _F32,
+    "smooth": _I32,
+    "group_frames": _I32,
+    "patches": _I32,
+    "top": _I32,
+    "threshold": _F32,
+    "map_heads": _I32,
+    "map_rows": _I32,
+    "map_columns": _I32,
 }
 
 # Kernel -> (module, buffers with their element types in order, scalars in order). "compute" is the variant's type.
@@ -211,6 +221,133 @@ KERNELS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
     ),
 }
 
+
+KERNELS |= {
+    "expand": (
+        "ordered",
+        {
+            "lists": _I32,
+            "counts": _I32,
+            "frame_slots": _I32,
+            "frame_map": _I32,
+            "block_map": _CODES,
+            "columns": _I32,
+        },
+        (
+            "chunk_frames",
+            "past_frames",
+            "q_blocks",
+            "k_blocks",
+            "key_blocks",
+            "map_heads",
+            "map_rows",
+            "map_columns",
+        ),
+    ),
+    "attend_ordered": (
+        "ordered",
+        {**KERNELS["attend"][1], "q_order": _I32, "k_order": _I32},
+        KERNELS["attend"][2],
+    ),
+    "mean_key": (
+        "sparge",
+        {"shift": _F32, "k_mean": _F32, "past_kmean": _F32, "frame_slots": _I32},
+        ("heads", "frame_tokens", "chunk_frames", "past_frames", "k_blocks", "block_k"),
+    ),
+    "resemble": (
+        "sparge",
+        {
+            "unlike_q": _CODES,
+            "unlike_k": _CODES,
+            "q": "compute",
+            "k": "compute",
+            "past_k": "compute",
+            "shift": _F32,
+            "frame_slots": _I32,
+        },
+        (
+            "heads",
+            "frame_tokens",
+            "chunk_frames",
+            "past_frames",
+            "q_blocks",
+            "k_blocks",
+            "key_blocks",
+            "block_q",
+            "block_k",
+            "similarity",
+            "smooth",
+        ),
+    ),
+    "select_sparge": (
+        "sparge",
+        {
+            "lists": _I32,
+            "counts": _I32,
+            "scores": _F32,
+            "unlike_q": _CODES,
+            "unlike_k": _CODES,
+            "frame_slots": _I32,
+            "chunk": _I32,
+            "keep_q20": _I32,
+        },
+        (
+            "head_dim",
+            "chunk_frames",
+            "past_frames",
+            "k_blocks",
+            "key_blocks",
+            "table_entries",
+            "cumulative",
+        ),
+    ),
+    "pool": (
+        "vmoba",
+        {
+            "q_pool": _F32,
+            "k_pool": _F32,
+            "q": "compute",
+            "k": "compute",
+            "past_k": "compute",
+            "frame_slots": _I32,
+            "q_order": _I32,
+            "k_order": _I32,
+            "patch_blocks": _I32,
+        },
+        (
+            "heads",
+            "frame_tokens",
+            "chunk_frames",
+            "past_frames",
+            "q_blocks",
+            "block_q",
+            "block_k",
+            "groups",
+            "group_frames",
+            "patches",
+        ),
+    ),
+    "score_groups": (
+        "vmoba",
+        {"scores": _F32, "q_pool": _F32, "k_pool": _F32},
+        ("heads", "query_blocks", "groups"),
+    ),
+    "choose": (
+        "vmoba",
+        {"block_map": _CODES, "scores": _F32, "frame_slots": _I32, "q_patches": _I32},
+        (
+            "chunk_frames",
+            "past_frames",
+            "q_blocks",
+            "groups",
+            "group_frames",
+            "patches",
+            "top",
+            "threshold",
+        ),
+    ),
+}
+"""The kernels of methods that select by tables, and that cut frames into blocks of their own."""
 
 _SCALES = dict.fromkeys(("k_scale", "v_scale"), _F32)
 _PAST_SCALES = dict.fromkeys(("past_kscale", "past_vscale"), _F32)

@@ -46,6 +46,8 @@ class KernelProblem:
     """Sizes of one call.
 
     `past_frames` is the length of `frame_slots`: the largest number of past frames, not the number present.
+    `ordered_blocks` has the query and the key blocks of a frame where tables name their tokens; None: blocks are runs
+    of consecutive tokens. `groups` are blocks in time and space among which queries choose, all that there can be.
     """
 
     dtype: str
@@ -57,11 +59,15 @@ class KernelProblem:
     block_q: int
     block_k: int
     sinks: int = 0
+    ordered_blocks: tuple[int, int] | None = None
+    groups: int = 0
 
     def sizes(self) -> dict[str, int]:
         """The integers that grids and integer arguments are made of, and that choose an image."""
-        q_blocks = -(-self.frame_tokens // self.block_q)
-        k_blocks = -(-self.frame_tokens // self.block_k)
+        q_blocks, k_blocks = self.ordered_blocks or (
+            -(-self.frame_tokens // self.block_q),
+            -(-self.frame_tokens // self.block_k),
+        )
         frames = self.past_frames + self.chunk_frames
         return {
             "heads": self.heads,
@@ -80,6 +86,7 @@ class KernelProblem:
             "frame_elements": self.frame_tokens * self.heads * self.head_dim,
             "even": int(self.frame_tokens % self.block_q == 0 and self.frame_tokens % self.block_k == 0),
             "sinks": self.sinks,
+            "groups": self.groups,
         }
 
 

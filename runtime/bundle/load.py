@@ -251,6 +251,8 @@ def _check_components(root: Path, manifest: Manifest) -> None:
         used["the segments' weights"] = segments.weights
     if manifest.kernels:
         used["the kernels"] = f"{manifest.kernels.folder}/{manifest.kernels.arch}/kernels.json"
+        if manifest.kernels.tables is not None:
+            used["the kernels' tables"] = manifest.kernels.tables
     if manifest.golden:
         used["the golden vectors"] = manifest.golden.file
     for owner, path in used.items():

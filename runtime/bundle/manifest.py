@@ -26,7 +26,7 @@ from .fields import (
     Size,
     Tolerance,
 )
-from .policies import AttentionPolicy, HsaPolicy, keeps_everything
+from .policies import AttentionPolicy, HsaPolicy, SelectionTables, keeps_everything
 from .provenance import Provenance
 from .rollout import RECACHE_MODES, Cache, Recache, Schedule
 
@@ -314,14 +314,17 @@ class Library(Part):
 
 
 class Kernels(Part):
-    """Compiled attention kernels: a folder of the bundle that holds `ARCH/kernels.json`.
+    """Compiled attention kernels, `ARCH/kernels.json` in `folder`; `driver` is the oldest branch that loads them (525).
 
-    `driver` is the branch of the oldest driver that loads them (525).
+    Methods that select by tables have them in the file `tables`, which holds `tensors`; layers take `turns` in order.
     """
 
     folder: BundlePath
     arch: Annotated[str, Field(pattern=r"^sm_\d+$")]
     driver: Positive
+    tables: BundlePath | None = None
+    tensors: tuple[TensorSpec, ...] = ()
+    turns: tuple[SelectionTables, ...] = ()
 
 
 class Calibration(Part):

@@ -18,9 +18,11 @@ __all__ = [
     "DensePolicy",
     "HsaPolicy",
     "RadialPolicy",
+    "SelectionTables",
     "SlaPolicy",
     "SpargePolicy",
     "StaPolicy",
+    "TokenBlocks",
     "VmobaPolicy",
     "keeps_everything",
 ]
@@ -108,7 +110,8 @@ class VmobaPolicy(Part):
     """VMoBA: layers take `blocks` of (frames, rows, columns) in turns, 0 for all of an axis.
 
     `mode`: `"top-k"` keeps `tops[i]` blocks where `blocks[i]` is in turn, `"threshold"` blocks up to a share
-    of the stretched scores.
+    of the stretched scores. `gating`: by `"token"`, or `"pooled"`, with one choice for the next `query_block` tokens of
+    a frame, patch by patch; a build decides where it is not said, and the manifest says which.
     """
 
     policy: Literal["vmoba"] = "vmoba"
@@ -120,6 +123,8 @@ class VmobaPolicy(Part):
     mode: Literal["top-k", "threshold"] = "threshold"
     tops: Annotated[tuple[_Positive, ...], Field(min_length=1, max_length=4096)] = (3, 20, 15)
     threshold: _Share = 0.25
+    gating: Literal["token", "pooled"] | None = None
+    query_block: Literal[32, 64, 128] = 64
 
     @model_validator(mode="after")
     def _consistent(self) -> VmobaPolicy:
@@ -145,6 +150,26 @@ POLICIES: Final[dict[str, type[Part]]] = {
     "vmoba": VmobaPolicy,
 }
 """By name."""
+
+
+class TokenBlocks(Part):
+    """Blocks of a frame's tokens that are no runs of consecutive ones: tokens of a block, and blocks of a frame."""
+
+    block_q: _Positive
+    block_k: _Positive
+    q_blocks: _Positive
+    k_blocks: _Positive
+
+
+class SelectionTables(Part):
+    """What kernels select by beside a method's numbers, in the layers that take one turn.
+
+    `tensors` goes from a buffer of the kernels to a tensor of the file of tables. Without `blocks`, blocks are those of
+    the manifest's attention.
+    """
+
+    blocks: TokenBlocks | None = None
+    tensors: dict[str, str]
 
 
 def keeps_everything(method: AttentionPolicy, target: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from runtime.bundle import Bundle, Manifest
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError, EngineError
 from runtime.frames import DeviceFrames
+from runtime.program.attention import read_tables
 from runtime.program.buffers import BufferPlan
 from runtime.program.builder import build_program
 from runtime.program.engine import ProgramEngine
@@ -52,11 +54,13 @@ class _Weights(Mapping[str, NDArray[Any]]):
         return len(self.small) + (0 if self.file is None else len(self.file))
 
 
-def constants(manifest: Manifest, weights: WeightsFile | None) -> Mapping[str, NDArray[Any]]:
+def constants(
+    manifest: Manifest, weights: WeightsFile | None, tables: Mapping[str, NDArray[Any]] = MappingProxyType({})
+) -> Mapping[str, NDArray[Any]]:
     """Values of what a program's `load` feeds; tensors of `weights` are read when their turn comes."""
     steps = {f"step.{row}": np.array(row, dtype=np.int32) for row in range(manifest.schedule.row_count)}
     table = np.array(manifest.sparsity.keep_q20, dtype=np.int32)
-    return _Weights({**steps, "keep_q20": table}, weights)
+    return _Weights({**steps, "keep_q20": table, **tables}, weights)
 
 
 class KernelImages:
@@ -164,7 +168,8 @@ def load_cuda_engine(bundle: Bundle, plan: BufferPlan, *, device: int = 0, graph
     library = open_library(bundle, driver)
     weights = None if manifest.segments is None else WeightsFile(bundle.opened(manifest.segments.weights))
     try:
-        executor = CudaExecutor(program, driver, library, launch, constants(manifest, weights), graphs=graphs)
+        fed = constants(manifest, weights, read_tables(bundle))
+        executor = CudaExecutor(program, driver, library, launch, fed, graphs=graphs)
         try:
             if weights is not None:
                 weights.check()

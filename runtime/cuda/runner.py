@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle, Component
+from runtime.bundle import Bundle, Component, nbytes
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Arrays, Platform
 from runtime.errors import EngineError
+from runtime.program.attention import (
+    attention_launches,
+    attention_work,
+    kernel_name,
+    kernel_problem,
+    read_tables,
+    table_buffer,
+)
 from runtime.program.buffers import Buffer
-from runtime.program.builder import attention_launches, kernel_name, kernel_problem, prepare_options
+from runtime.program.builder import prepare_options
 from runtime.program.program import ALIGNMENT, KernelLaunch
 
 from .driver import CudaDriver, host_bytes
@@ -80,22 +88,21 @@ class CudaComponentRunner:
         if manifest.kernels is None or name not in ("qk_prepare", "attention"):
             raise EngineError(f"component {name!r} has neither an engine nor a kernel; rebuild the bundle")
         dtype = next(spec.dtype for spec in component.inputs if spec.name in ("qkv", "q"))
-        problem = kernel_problem(manifest, dtype)
         if name == "qk_prepare":
-            launches = [(kernel_name(manifest, "prepare"), prepare_options(manifest))]
-        else:
-            launches = attention_launches(manifest)
-            sizes = problem.sizes()
-            rows = sizes["heads"] * sizes["query_blocks"]
-            for work, count in (
-                ("scores", sizes["key_blocks"]),
-                ("lists", sizes["key_blocks"]),
-                ("counts", 1),
-            ):
-                addresses[work] = memory.reserve(4 * rows * count)
-            addresses["keep_q20"] = memory.put(np.array(manifest.sparsity.keep_q20, dtype=np.int32))
-        for kernel, options in launches:
-            self._executor.launch(KernelLaunch(kernel, problem, {}, options), addresses, stream)
+            options = prepare_options(manifest)
+            launch = KernelLaunch(
+                kernel_name(manifest, "prepare"), kernel_problem(manifest, dtype), {}, options
+            )
+            self._executor.launch(launch, addresses, stream)
+            return
+        for work, (kind, shape) in attention_work(manifest, dtype, 0).items():
+            addresses[work] = memory.put(np.zeros(nbytes(kind, shape), dtype=np.uint8))
+        addresses["keep_q20"] = memory.put(np.array(manifest.sparsity.keep_q20, dtype=np.int32))
+        tables = {buffer: memory.put(values) for buffer, values in read_tables(self._bundle).items()}
+        for step in attention_launches(manifest, dtype):
+            launch = KernelLaunch(step.kernel, step.problem, {}, step.options)
+            own = {buffer: tables[table_buffer(tensor)] for buffer, tensor in step.tables.items()}
+            self._executor.launch(launch, {**addresses, **own}, stream)
 
 
 class _Memory:

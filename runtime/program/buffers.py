@@ -11,6 +11,8 @@ from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Dtype, Manifes
 from runtime.errors import BundleError, CapacityError, InputError
 from runtime.frame_table import LatentRing
 
+from .attention import table_buffer, work_sizes
+
 __all__ = [
     "Buffer",
     "BufferPlan",
@@ -242,16 +244,9 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
         _renamed(q, "attention_out"),
     ]
     if manifest.kernels is not None:
-        model, attention = manifest.model, manifest.attention
-        rows = model.chunk_frames * -(-model.frame_tokens // attention.block_q)
-        frames = manifest.cache.max_past_frames + model.chunk_frames
-        lists = (model.heads, rows, frames * manifest.key_blocks)
-        buffers += [
-            Buffer("scores", "float32", lists),
-            Buffer("lists", "int32", lists),
-            Buffer("counts", "int32", lists[:2]),
-            Buffer("keep_q20", "int32", (len(manifest.sparsity.keep_q20),)),
-        ]
+        buffers += [Buffer(name, dtype, shape) for name, (dtype, shape) in work_sizes(manifest).items()]
+        buffers.append(Buffer("keep_q20", "int32", (len(manifest.sparsity.keep_q20),)))
+        buffers += [_renamed(spec, table_buffer(spec.name)) for spec in manifest.kernels.tensors]
     return buffers
 
 

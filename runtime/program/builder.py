@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Dtype, Manifest, TensorSpec
-from runtime.bundle.images import KernelProblem
+from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Manifest, TensorSpec
 from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
 
+from .attention import CLEARED, attention_launches, attention_work, kernel_name, kernel_problem, table_buffer
 from .buffers import Buffer, BufferPlan, work_buffers
 from .joint import joint_forwards, window_forwards
 from .program import (
@@ -26,7 +26,7 @@ from .program import (
     View,
 )
 
-__all__ = ["attention_launches", "build_program", "kernel_name", "kernel_problem", "prepare_options"]
+__all__ = ["build_program", "prepare_options"]
 
 Views = Mapping[str, View]
 
@@ -46,42 +46,9 @@ def build_program(bundle: Bundle, plan: BufferPlan) -> Program:
     return _Builder(manifest, plan, stored).build()
 
 
-def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
-    """The sizes of every kernel launch of a bundle that computes in `dtype`."""
-    return KernelProblem(
-        dtype=dtype,
-        heads=manifest.model.heads,
-        head_dim=manifest.model.head_dim,
-        frame_tokens=manifest.model.frame_tokens,
-        chunk_frames=manifest.model.chunk_frames,
-        past_frames=manifest.cache.max_past_frames,
-        block_q=manifest.attention.block_q,
-        block_k=manifest.attention.block_k,
-        sinks=manifest.cache.sink_frames,
-    )
-
-
-def kernel_name(manifest: Manifest, kernel: str) -> str:
-    """The kernel that does what `kernel` does, on keys and values as the bundle holds them."""
-    return f"{kernel}_fp8" if manifest.cache.kv == "fp8" else kernel
-
-
 def prepare_options(manifest: Manifest) -> dict[str, int | float]:
     """Scalar arguments of the kernel `prepare`."""
     return {"eps": manifest.attention.eps}
-
-
-def attention_launches(manifest: Manifest) -> list[tuple[str, dict[str, int | float]]]:
-    """The kernels that make up the attention operator, in order, with their scalar arguments."""
-    attention = manifest.attention
-    choice: dict[str, int | float] = {
-        "table_entries": len(manifest.sparsity.keep_q20),
-        "keep_frames": attention.keep_frames,
-        "sink_frames": attention.sink_frames,
-        "near_frames": attention.near_frames,
-    }
-    attend = kernel_name(manifest, "attend")
-    return [("score", choice), ("select", choice), (attend, {"scale": attention.scale})]
 
 
 class _Builder:
@@ -99,7 +66,8 @@ class _Builder:
         self.session_bytes = self._place(plan.session, per_session=True)
         self.pool = [buffer.name for buffer in plan.pool]
         self.weights = self._place_weights()
-        self.problem = kernel_problem(manifest, self.view("cross_k.0").dtype)
+        self.problem_dtype = self.view("cross_k.0").dtype
+        self.problem = kernel_problem(manifest, self.problem_dtype)
         codes = manifest.cache.kv is not None
         self.scales = ("kscale", "vscale") if codes else ()
         """Stems of what belongs to keys and values that are codes."""
@@ -184,7 +152,9 @@ class _Builder:
         """Constants; the pool is cleared because a masked value that is not finite would still spoil a product."""
         constants = [f"step.{row}" for row in range(self.manifest.schedule.row_count)]
         constants += [name for name in ("keep_q20", "weights") if name in self.placed]
-        return self._forward("load", tuple(constants), [Fill(self.view(name)) for name in self.pool])
+        constants += [name for name in self.placed if name.startswith(table_buffer(""))]
+        cleared = [*self.pool, *(name for name in CLEARED if name in self.placed)]
+        return self._forward("load", tuple(constants), [Fill(self.view(name)) for name in cleared])
 
     def _run(
         self,
@@ -344,14 +314,16 @@ class _Builder:
         }
         if self.manifest.kernels is None:
             return [self._run("attention", tensors.get, layer=layer)]
-        tensors |= {name: self.view(name) for name in ("scores", "lists", "counts", "keep_q20")}
-
-        return [
-            KernelLaunch(
-                kernel, self.problem, {name: tensors[name] for name in _BUFFERS[kernel]}, options, layer
-            )
-            for kernel, options in attention_launches(self.manifest)
-        ]
+        dtype = self.problem_dtype
+        tensors["keep_q20"] = self.view("keep_q20")
+        for name, (kind, shape) in attention_work(self.manifest, dtype, layer).items():
+            tensors[name] = View(name, kind, shape)
+        launches: list[Operation] = []
+        for launch in attention_launches(self.manifest, dtype, layer):
+            given = tensors | {name: self.view(table_buffer(table)) for name, table in launch.tables.items()}
+            buffers = {name: given[name] for name in _BUFFERS[launch.kernel]}
+            launches.append(KernelLaunch(launch.kernel, launch.problem, buffers, launch.options, layer))
+        return launches
 
     def _commit(self) -> list[Operation]:
         slots = self.view("commit_slots")
@@ -443,6 +415,23 @@ _BUFFERS: Mapping[str, tuple[str, ...]] = {
     "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
     "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
     "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
+    "expand": ("lists", "counts", "frame_slots", "frame_map", "block_map", "columns"),
+    "mean_key": ("shift", "k_mean", "past_kmean", "frame_slots"),
+    "resemble": ("unlike_q", "unlike_k", "q", "k", "past_k", "shift", "frame_slots"),
+    "select_sparge": (
+        *("lists", "counts", "scores", "unlike_q", "unlike_k"),
+        *("frame_slots", "chunk", "keep_q20"),
+    ),
+    "pool": (
+        *("q_pool", "k_pool", "q", "k", "past_k", "frame_slots"),
+        *("q_order", "k_order", "patch_blocks"),
+    ),
+    "score_groups": ("scores", "q_pool", "k_pool"),
+    "choose": ("block_map", "scores", "frame_slots", "q_patches"),
+    "attend_ordered": (
+        *("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
+        *("q_order", "k_order"),
+    ),
     "attend_fp8": (
         *("out", "q", "k", "v", "k_mean", "k_scale", "v_scale"),
         *("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),

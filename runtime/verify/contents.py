@@ -16,6 +16,7 @@ from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import LightForcingError
 from runtime.host.inductor import SUFFIX as PACKAGE_SUFFIX
 from runtime.host.onnx_file import external_tensors, read_external
+from runtime.program.attention import map_sizes, read_tables, table_buffer
 
 from .steps import Flaws
 
@@ -36,6 +37,8 @@ def check_contents(bundle: Bundle, flaws: Flaws) -> None:
     if manifest.segments is not None:
         file = manifest.segments.weights
         _note(flaws, f"weights file {file!r}", partial(_check_values, bundle, file))
+    if manifest.kernels is not None and manifest.kernels.tables is not None:
+        _note(flaws, f"tables {manifest.kernels.tables!r}", partial(_check_tables, bundle))
     if manifest.golden is not None:
         _note(flaws, f"golden vectors {manifest.golden.file!r}", partial(_check_golden, bundle))
 
@@ -75,6 +78,30 @@ def _check_tokenizer(bundle: Bundle) -> None:
     with bundle.opened(bundle.manifest.text.tokenizer) as opened:
         if not isinstance(parse_json(opened.contents()), dict):
             raise ValueError("it is no tokenizer.json")
+
+
+def _check_tables(bundle: Bundle) -> None:
+    """What kernels read as an index lies inside of what it is an index of."""
+    kernels = bundle.manifest.kernels
+    tables = read_tables(bundle)
+    assert kernels is not None
+    for number, turn in enumerate(kernels.turns):
+        own = {
+            buffer: tables[table_buffer(tensor)]
+            for buffer, tensor in turn.tensors.items()
+            if table_buffer(tensor) in tables  # that one is missing is found where it is taken
+        }
+        sizes = dict.fromkeys(("q_order", "k_order"), bundle.manifest.model.frame_tokens)
+        sizes |= map_sizes(bundle.manifest, number)
+        if "patch_blocks" in own:
+            sizes["patch_blocks"] = len(own["k_order"]) + 1
+        for buffer in own.keys() & sizes.keys():
+            least = -1 if buffer in ("frame_map", "q_order", "k_order") else 0
+            if own[buffer].min() < least or own[buffer].max() >= sizes[buffer]:
+                raise ValueError(
+                    f"{turn.tensors[buffer]!r} has values from {own[buffer].min()} to {own[buffer].max()}, expected "
+                    f"{least} to {sizes[buffer] - 1}"
+                )
 
 
 def _check_values(bundle: Bundle, file: str) -> None:

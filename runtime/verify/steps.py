@@ -30,7 +30,7 @@ _SHARED_MEMORY_KIB: Final = {
 }
 """Largest dynamic shared memory of one thread block: CUDA C++ programming guide, table of compute capabilities."""
 
-# Sizes of every buffer of every kernel (docs/kernels.md), as products of the problem's sizes; `slots` is free.
+# Sizes of every buffer of every kernel (docs/kernels.md), as products of the problem's sizes; `_FREE` ones aside.
 _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "prepare": {
         "qkv": ("tokens", "width", "three"),
@@ -73,6 +73,14 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "lists": ("heads", "query_blocks", "key_blocks"),
         "counts": ("heads", "query_blocks"),
     },
+    "expand": {
+        "lists": ("heads", "query_blocks", "key_blocks"),
+        "counts": ("heads", "query_blocks"),
+        "frame_slots": ("past_frames",),
+        "frame_map": ("presences", "map_heads", "chunk_frames", "frames"),
+        "block_map": ("maps", "map_rows", "map_columns"),
+        "columns": ("k_blocks",),
+    },
     "commit": {
         "k": ("tokens", "width"),
         "v": ("tokens", "width"),
@@ -92,6 +100,57 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "sin": ("sinks", "turned_pairs"),
     },
 }
+
+_METHOD_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "mean_key": {
+        "shift": ("width",),
+        "k_mean": ("chunk_frames", "k_blocks", "width"),
+        "past_kmean": ("slots", "k_blocks", "width"),
+        "frame_slots": ("past_frames",),
+    },
+    "resemble": {
+        "unlike_q": ("heads", "query_blocks"),
+        "unlike_k": ("heads", "key_blocks"),
+        "q": ("tokens", "width"),
+        "k": ("tokens", "width"),
+        "past_k": ("slots", "frame_elements"),
+        "shift": ("width",),
+        "frame_slots": ("past_frames",),
+    },
+    "select_sparge": {
+        **_SIZES["select"],
+        "unlike_q": ("heads", "query_blocks"),
+        "unlike_k": ("heads", "key_blocks"),
+    },
+    "pool": {
+        "q_pool": ("query_blocks", "width"),
+        "k_pool": ("groups", "width"),
+        "q": ("tokens", "width"),
+        "k": ("tokens", "width"),
+        "past_k": ("slots", "frame_elements"),
+        "frame_slots": ("past_frames",),
+        "q_order": ("q_blocks", "block_q"),
+        "k_order": ("k_blocks", "block_k"),
+        "patch_blocks": ("patch_ends",),
+    },
+    "score_groups": {
+        "scores": ("heads", "query_blocks", "groups"),
+        "q_pool": ("query_blocks", "width"),
+        "k_pool": ("groups", "width"),
+    },
+    "choose": {
+        "block_map": ("heads", "query_blocks", "groups"),
+        "scores": ("heads", "query_blocks", "groups"),
+        "frame_slots": ("past_frames",),
+        "q_patches": ("q_blocks", "two"),
+    },
+    "attend_ordered": {
+        **_SIZES["attend"],
+        "q_order": ("q_blocks", "block_q"),
+        "k_order": ("k_blocks", "block_k"),
+    },
+}
+"""The same of the kernels of other methods."""
 
 _CHUNK_SCALES: Final = dict.fromkeys(("k_scale", "v_scale"), ("chunk_frames", "k_blocks", "heads"))
 _PAST_SCALES: Final = dict.fromkeys(("past_kscale", "past_vscale"), ("slots", "k_blocks", "heads"))
@@ -113,9 +172,13 @@ _FP8_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 }
 """The same of the kernels over codes."""
 
+_ALL_SIZES: Final = {**_SIZES, **_METHOD_SIZES, **_FP8_SIZES}
+_FREE: Final = ("slots", "maps")
+"""Sizes that nothing but the buffer itself says: its elements are a multiple of the others'."""
+
 _OPERATORS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("prepare", "prepare_fp8"), "qk_prepare"),
-    **dict.fromkeys(("score", "select", "attend", "attend_fp8"), "attention"),
+    **dict.fromkeys(("score", "select", "expand", "attend", *_METHOD_SIZES, "attend_fp8"), "attention"),
 }
 """The component that each kernel executes, or a part of it."""
 
@@ -222,7 +285,7 @@ class LaunchChecker:
     def check(self, launch: KernelLaunch, where: str) -> None:
         """Note what differs between `launch` and the kernel's image."""
         self.count += 1
-        sizes = _SIZES.get(launch.kernel) or _FP8_SIZES.get(launch.kernel)
+        sizes = _ALL_SIZES.get(launch.kernel)
         if sizes is None:
             self._flaws.add(where, "there is no such kernel")
             return
@@ -279,6 +342,9 @@ class LaunchChecker:
             )
 
 
+_SIZE_OPTIONS: Final = ("table_entries", "turned_pairs", "map_heads", "map_rows", "map_columns")
+
+
 def _facts(problem: KernelProblem, options: Mapping[str, int | float]) -> dict[str, int]:
     sizes = problem.sizes()
     return {
@@ -287,7 +353,10 @@ def _facts(problem: KernelProblem, options: Mapping[str, int | float]) -> dict[s
         "width": problem.heads * problem.head_dim,
         "half": problem.head_dim // 2,
         "three": 3,
-        **{name: int(value) for name, value in options.items() if name in ("table_entries", "turned_pairs")},
+        "presences": problem.past_frames + 1,
+        "patch_ends": int(options.get("patches", 0)) + 1,
+        "two": 2,
+        **{name: int(value) for name, value in options.items() if name in _SIZE_OPTIONS},
     }
 
 
@@ -296,15 +365,13 @@ def _wrong_size(size: tuple[str, ...] | None, view: View, facts: Mapping[str, in
         return "the kernel has no such buffer"
     if view.pitch is not None:
         return "it must be contiguous"
-    missing = [name for name in size if name != "slots" and name not in facts]
+    missing = [name for name in size if name not in _FREE and name not in facts]
     if missing:
         return f"its size depends on the option {missing[0]!r}, which is not given"
-    expected = math.prod(facts[name] for name in size if name != "slots")
-    found = math.prod(view.shape)
-    if found != expected and not ("slots" in size and found and found % expected == 0):
-        return (
-            f"it has {found:,} elements, expected {'a multiple of ' if 'slots' in size else ''}{expected:,}"
-        )
+    expected = math.prod(facts[name] for name in size if name not in _FREE)
+    found, free = math.prod(view.shape), any(name in size for name in _FREE)
+    if found != expected and not (free and found and found % expected == 0):
+        return f"it has {found:,} elements, expected {'a multiple of ' if free else ''}{expected:,}"
     return ""
 
 

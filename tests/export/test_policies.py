@@ -25,9 +25,10 @@ from export.compare.trials import SEED
 from export.errors import InputError
 from export.estimate.selection import Share, own_share
 from export.graph.oracles import ORACLES
+from export.parts.kernels import kernel_variants
 from export.request.geometry import StepPlan
-from export.request.methods import check_backend, method_attributes, operator_of
-from export.request.targets import Variant, load_variant
+from export.request.methods import check_backend, method_attributes, operator_of, resolved
+from export.request.targets import Variant, load_target, load_variant
 from export.tolerances import PIXELS
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.errors import ConfigError
@@ -43,7 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparge": {"mode": "cdf", "cumulative": 0.7, "similarity": 0.2},
     "sta": {"windows": ((3, 1, 3), (5, 3, 1)), "tile": (4, 2), "sink_frames": 1},
     "radial": {"decay": 0.5},
-    "vmoba": {"blocks": ((1, 0, 0), (0, 2, 4), (2, 4, 4)), "threshold": 0.4},
+    "vmoba": {"blocks": ((1, 0, 0), (0, 2, 4), (2, 4, 4)), "threshold": 0.4, "gating": "token"},
+    "vmoba-pooled": {"blocks": ((1, 0, 0), (0, 2, 3)), "gating": "pooled", "query_block": 32},
 }
 
 CHUNKS = 5
@@ -52,7 +54,8 @@ CHUNKS = 5
 
 def variant_of(policy: str, base: str = "long", **parameters: Any) -> Variant:
     document = load_variant(base).model_dump()
-    return Variant.model_validate(document | {"attention": {"policy": policy, **parameters}})
+    method = {"policy": policy.removesuffix("-pooled"), **parameters}
+    return Variant.model_validate(document | {"attention": method})
 
 
 QUICK = ("sta", "vmoba")
@@ -79,7 +82,8 @@ def test_a_bundle_rolls_out_as_the_reference(method_bundle: Path) -> None:
     bundle = open_bundle(method_bundle)
     reference = Reference.of(bundle.manifest)
     method = bundle.manifest.attention.method
-    assert method.model_dump() == variant_of(method.policy, **METHODS[method.policy]).attention.model_dump()
+    name = method_bundle.name
+    assert method.model_dump() == variant_of(name, **METHODS[name]).attention.model_dump()
     embedding = reference_embedding(bundle, reference)
     latents = torch.cat(list(reference.rollout(bundle.manifest, embedding, SEED).stream(CHUNKS)), dim=1)
     films = Film("bundle", play(bundle, CHUNKS)), Film("PyTorch", decoded(reference, latents))
@@ -118,20 +122,67 @@ def test_plain_top_k_needs_no_operator_of_its_own(
 ) -> None:
     method = variant_of(policy, **parameters).attention
     assert operator_of(method) == operator
+    check_backend(method, "tensorrt-rtx", "segmented", kernels=True)
     if operator == contract.HIERARCHICAL_SPARSE_ATTENTION:
-        check_backend(method, "tensorrt-rtx", "segmented")
+        check_backend(method, "tensorrt", "whole", kernels=True)
     else:
-        with pytest.raises(
-            InputError, match=f"tensorrt-rtx has no kernel for the policy {policy}.*onnxruntime"
-        ):
-            check_backend(method, "tensorrt-rtx", "segmented")
+        with pytest.raises(InputError, match=f"tensorrt has no kernel for the policy {policy}.*onnxruntime"):
+            check_backend(method, "tensorrt", "whole", kernels=True)
 
 
-def test_layers_that_take_turns_are_no_segments() -> None:
-    check_backend(variant_of("vmoba").attention, "onnxruntime", "whole")
-    check_backend(variant_of("vmoba", blocks=((1, 2, 2),), tops=(4,)).attention, "onnxruntime", "segmented")
-    with pytest.raises(InputError, match="use --execution whole"):
-        check_backend(variant_of("vmoba").attention, "onnxruntime", "segmented")
+@pytest.mark.parametrize("policy", ["sta", "radial"])
+def test_the_plugin_has_one_method_and_the_kernels_have_more(policy: str) -> None:
+    method = variant_of(policy).attention
+    for backend in ("onnxruntime", "tensorrt-rtx", "inductor"):
+        check_backend(method, backend, "segmented", kernels=backend != "onnxruntime")
+    with pytest.raises(
+        InputError, match=f"tensorrt has no kernel for the policy {policy}; use --backend onnx.*rtx"
+    ):
+        check_backend(method, "tensorrt", "whole", kernels=True)
+
+
+def test_layers_that_take_turns_are_no_segments_of_graphs() -> None:
+    """Kernels are launched layer by layer, each with its own tables; a graph of the operator is one for all."""
+    turns = variant_of("vmoba").attention
+    check_backend(turns, "onnxruntime", "whole", kernels=False)
+    check_backend(turns, "tensorrt-rtx", "segmented", kernels=True)
+    alike = variant_of("vmoba", blocks=((1, 2, 2),), tops=(4,)).attention
+    check_backend(alike, "onnxruntime", "segmented", kernels=False)
+    for backend in ("onnxruntime", "inductor"):
+        with pytest.raises(InputError, match="use --execution whole"):
+            check_backend(turns, backend, "segmented", kernels=False)
+
+
+@pytest.mark.parametrize("target", ["a100", "rtx3090", "rtx4090", "h100", "b200", "rtx5090"])
+@pytest.mark.parametrize("size", [(480, 832), (512, 768)], ids=str)
+def test_kernels_serve_every_method_at_full_size(target: str, size: tuple[int, int]) -> None:
+    """Frames of 30x52 and of 32x48 tokens, in the window of the short variant: 21 frames."""
+    pytest.importorskip("triton")
+    kernels = {
+        "sta": {"attend_ordered", "expand"},
+        "radial": {"attend", "expand"},
+        "sparge": {"attend", "mean_key", "resemble", "score", "select_sparge"},
+        "vmoba": {"attend_ordered", "choose", "expand", "pool", "score_groups"},
+    }
+    for policy, expected in kernels.items():
+        variant = variant_of(policy, "short", **({"similarity": 0.5} if policy == "sparge" else {}))
+        plan = StepPlan.of(PRESETS["wan-1.3b"], variant, *size, block_q=64, block_k=64)
+        names = kernel_variants(load_target(target), plan)
+        assert {name.split("-")[0] for name in names} == expected | {"prepare", "commit"}
+
+
+def test_the_manifest_says_how_vmoba_gates() -> None:
+    """Where the variant does not: token by token in graphs, pooled in kernels; these do nothing else."""
+    method = variant_of("vmoba").attention
+    assert resolved(method, kernels=False).gating == "token"
+    pooled = resolved(method, kernels=True)
+    assert pooled.gating == "pooled"
+    assert method_attributes(pooled, 1, 8)["query_block"] == 64
+    assert method_attributes(resolved(method, kernels=False), 1, 8)["query_block"] == 0
+    own = variant_of("vmoba", gating="token").attention
+    assert resolved(own, kernels=True) == own
+    with pytest.raises(InputError, match='set gating = "pooled"'):
+        check_backend(own, "inductor", "segmented", kernels=True)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +255,6 @@ def test_a_file_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     method = load_variant(str(path)).attention
     assert (method.policy, method.windows, method.tile) == ("sta", ((3, 3, 3),), (4, 4))
     arguments = ["build", "--gpu", "rtx5090", "--variant", str(path), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert "tensorrt-rtx has no kernel for the policy sta" in capsys.readouterr().err
     assert main([*arguments, "--policy", "monarch"]) == 2
     assert "unknown policy 'monarch'" in capsys.readouterr().err
 

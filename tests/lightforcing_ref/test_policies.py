@@ -267,7 +267,8 @@ def test_vmoba(case: Case, data: st.DataObject) -> None:
     block = data.draw(st.tuples(size, size, size))
     mode = data.draw(st.sampled_from(["top-k", "threshold"]))
     top, threshold = data.draw(st.integers(1, 5)), data.draw(st.floats(0.05, 0.95))
-    policy = VMoBA(block, "top-k" if mode == "top-k" else "threshold", top, threshold)
+    pooled = data.draw(st.none() | st.integers(1, 7))
+    policy = VMoBA(block, "top-k" if mode == "top-k" else "threshold", top, threshold, pooled)
     result = mask(policy, case)
 
     def block_of(token: int) -> tuple[int, ...]:
@@ -278,19 +279,29 @@ def test_vmoba(case: Case, data: st.DataObject) -> None:
     members: dict[tuple[int, ...], list[int]] = {}
     for token in range(len(case.k)):
         members.setdefault(block_of(token), []).append(token)
-    shift = len(case.k) - len(case.q)
+    shift, runs = len(case.k) - len(case.q), [[row] for row in range(len(case.q))]
+    if pooled is not None:  # patch by patch, and in each in raster order
+        by_frame: dict[int, list[int]] = {}
+        for row in range(len(case.q)):
+            by_frame.setdefault(case.place(shift + row)[0], []).append(row)
+        ordered_rows = [
+            sorted(rows, key=lambda row: (block_of(shift + row)[1:], row)) for rows in by_frame.values()
+        ]
+        runs = [rows[i : i + pooled] for rows in ordered_rows for i in range(0, len(rows), pooled)]
     for head in range(case.heads):
-        for row, query in enumerate(case.q[:, head]):
-            own = block_of(shift + row)
+        for rows in runs:
+            query = case.q[rows, head].mean(0)
+            own = {block_of(shift + row) for row in rows}
             scores = {name: float(query @ case.k[tokens, head].mean(0)) for name, tokens in members.items()}
-            others = sorted((name for name in scores if name != own), key=lambda name: -scores[name])
+            others = sorted((name for name in scores if name not in own), key=lambda name: -scores[name])
             ordered = [scores[name] for name in others]
             if mode == "top-k":
-                count, close = top - 1, not margin(ordered, top - 1) if top > 1 else False
+                count = max(0, top - len(own))
+                close = count > 0 and not margin(ordered, count)
             else:
                 low, high = min(scores.values()), max(scores.values())
                 share = {name: (scores[name] - low) / (high - low or 1) for name in scores}
-                total, running, count, close = sum(share.values()), share[own], 0, False
+                total, running, count, close = sum(share.values()), sum(share[name] for name in own), 0, False
                 while running < threshold * total and count < len(others):
                     close |= abs(running - threshold * total) < 1e-4
                     running += share[others[count]]
@@ -298,9 +309,10 @@ def test_vmoba(case: Case, data: st.DataObject) -> None:
                 close |= abs(running - threshold * total) < 1e-4 or (count > 0 and not margin(ordered, count))
             if close:
                 continue
-            chosen = {own, *others[:count]}
+            chosen = {*own, *others[:count]}
             tokens = {token for name in chosen for token in members[name]}
-            assert set(np.flatnonzero(result[head, row])) == tokens
+            for row in rows:
+                assert set(np.flatnonzero(result[head, row])) == tokens
 
 
 @quick
@@ -321,6 +333,7 @@ def test_every_token_sees_itself_or_something(case: Case) -> None:
         (lambda: SpargeAttention(cumulative=0), "cumulative"),
         (lambda: VMoBA((0, None, None)), "block"),
         (lambda: VMoBA(top=0), "top"),
+        (lambda: VMoBA(pooled=0), "choose together"),
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[[], Policy], message: str) -> None:

@@ -6,17 +6,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
+from export.parts.kernels import SELECTS, write_tables
+from export.request.methods import operator_of
+from export.request.selection import selection_tables
+from lightforcing_ref.sparsity import BlockGeometry
+from plugins import maps
 from plugins.compile import kernels as kernel_build
 from plugins.kernels import specs
-from runtime.bundle import Manifest, file_entry, images, write_manifest
+from runtime.bundle import AttentionPolicy, Manifest, file_entry, images, write_manifest
 
 LAYERS, HEADS, HEAD_DIM, CHUNK, FRAME_TOKENS, BLOCK = 3, 2, 64, 3, 64, 32
 DIM, FFN, TOKENS = HEADS * HEAD_DIM, 256, CHUNK * FRAME_TOKENS
@@ -32,7 +38,8 @@ ACTIVATIONS = {
     "text_encoder": 1 << 13,
 }
 LAUNCHES = {"first": 4, "layer": 17, "last": 18, "conditioner": 10, "vae_first": 113, "vae_next": 118}
-KERNELS = ("prepare", "score", "select", "attend", "commit", "rope_sink")
+CACHE_KERNELS = ("prepare", "commit", "rope_sink")
+KERNELS = (*CACHE_KERNELS, "score", "select", "attend")
 
 
 def tensor(name: str, *shape: int | str, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -172,13 +179,13 @@ def stored_weights(*, embedded: bool) -> tuple[dict[str, np.ndarray], dict[str, 
     return tensors, {**segments, "prepare": prepare}
 
 
-def write_kernels(folder: Path, arch: int = 120) -> list[str]:
-    """An index with every specialisation, as the build writes it; files relative to `folder`'s parent."""
+def write_kernels(folder: Path, arch: int = 120, kernels: Iterable[str] = KERNELS) -> list[str]:
+    """An index with every specialisation of `kernels`, as the build writes it; files relative to `folder`'s parent."""
     target = folder / f"sm_{arch}"
     target.mkdir(parents=True)
     listed = []
     for variant in specs.variants(arch):
-        if variant.kernel not in KERNELS:
+        if variant.kernel not in kernels:
             continue
         cubin = b"\x7fELF" + variant.name.encode()
         entry: Any = {
@@ -202,6 +209,13 @@ def write_kernels(folder: Path, arch: int = 120) -> list[str]:
     return [f"{folder.name}/sm_{arch}/{path.name}" for path in sorted(target.iterdir())]
 
 
+def selection_of(method: dict[str, Any], past: int) -> tuple[tuple[str, ...], Sequence[maps.Tables]]:
+    """The kernels that select under a method, and its tables by turn."""
+    policy = TypeAdapter(AttentionPolicy).validate_python(method)
+    geometry = BlockGeometry(FRAME_TOKENS, BLOCK, BLOCK)
+    return SELECTS[operator_of(policy)], selection_tables(policy, geometry, 8, past, CHUNK)
+
+
 def engine(content: str) -> bytes:
     """What looks like an engine of TensorRT-RTX from outside: the letters it begins with, and its size."""
     return b"vtrt".ljust(16, b"\0") + (24 + len(content)).to_bytes(8, "little") + content.encode()
@@ -214,8 +228,12 @@ def build_device_bundle(
     embedded: bool = False,
     sinks: int = 3,
     whole: bool = False,
+    method: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a bundle for an RTX 5090 into `folder`; a `whole` one has engines for the step, as with the plugin."""
+    """Write a bundle for an RTX 5090 into `folder`; a `whole` one has engines for the step, as with the plugin.
+
+    `method` is the table `[attention]` of a variant.
+    """
     folder.mkdir(parents=True)
     past = 6
     tensors, segments = stored_weights(embedded=embedded)
@@ -240,7 +258,10 @@ def build_device_bundle(
         if part["file"] is not None:
             (folder / part["file"]).write_bytes(engine(part["file"]))
             files.append(part["file"])
-    files += write_kernels(folder / "kernels")
+    selects, turns = selection_of(method or {"policy": "hsa"}, past)
+    files += write_kernels(folder / "kernels", kernels=(*CACHE_KERNELS, *selects))
+    tables = write_tables(folder, turns)
+    files += [tables["tables"]] if tables else []
     sigmas = (1.0, 0.9375, 0.8333, 0.625, 0.0)
     manifest = {
         "name": "device",
@@ -276,6 +297,7 @@ def build_device_bundle(
             "sink_frames": sinks,
             "near_frames": 1,
             "scale": HEAD_DIM**-0.5,
+            "method": method or {"policy": "hsa"},
         },
         "sparsity": {"table_frames": 9, "target": 0.5, "base": 0.6, "values": [0.0, 0.5, 0.5],
                      "keep_q20": [1 << 20, 1 << 19, 1 << 19]},
@@ -305,7 +327,7 @@ def build_device_bundle(
         },
         "components": parts,
         "segments": None if whole else segments,
-        "kernels": {"folder": "kernels", "arch": "sm_120", "driver": 570},
+        "kernels": {"folder": "kernels", "arch": "sm_120", "driver": 570, **tables},
         "files": [file_entry(folder, name).model_dump() for name in files],
         "provenance": {"checkpoint": {"random": 0}, "tools": {}, "command": "test"},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from export.errors import BuildError, InputError
 from export.graph.components import TEXT_WEIGHTS, attention_form, component_of
 from export.graph.modules import StepModule, merge_qkv
 from export.graph.tensor_files import StoredTensor, store, write_tensors
+from export.graph.tracing import OPERATORS as OPERATOR_OPS
 from export.graph.tracing import operators as torch_operators
 from export.graph.tracing import save_model, trace
 from export.machine import importable
@@ -221,7 +222,7 @@ class _Operator(nn.Module):
 def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
     """The operators as ONNX graphs, for hosts."""
     spec, eps = plan.spec, plan.preset.dit.eps
-    prepare, attend = torch_operators(spec.kv)
+    prepare, attend = torch_operators(spec.kv, plan.attends(OPERATOR_OPS)[0])
     operators: dict[str, tuple[Any, Mapping[str, Any]]] = {
         "qk_prepare": (prepare, {**spec.prepare_attributes(), "eps": eps}),
         "attention": (attend, spec.attend_attributes()),

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.graph.arrays import as_tensor
+from export.graph.oracles import ORACLES
 from export.parts.golden_reference import GoldenGraph
 from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention
 from lightforcing_ref.fp8_cache import oracles, with_fp8_cache
+from plugins import contract
 from runtime import bundle
 from runtime.bundle.golden import Arrays
 
@@ -113,7 +115,8 @@ def golden_graphs(
     qk_prepare, _ = oracles(plan.spec.kv)
     # Gathering keeps the memory of a full-size call small.
     gathering = partial(hsa_attention, form="gather")
-    attention = with_fp8_cache(gathering) if plan.spec.kv else gathering
+    kernels: dict[str, Callable[..., Any]] = {**ORACLES, contract.HIERARCHICAL_SPARSE_ATTENTION: gathering}
+    attention = with_fp8_cache(gathering) if plan.spec.kv else plan.attends(kernels)[0]
 
     def prepare(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return qk_prepare(*given.values(), **prepare_attributes)

@@ -32,7 +32,7 @@ def fixed_attributes(attributes: AttentionAttributes | QKPrepareAttributes) -> o
         case SpargeAttributes():
             return attributes.cumulative > 0
         case VMoBAAttributes():
-            return attributes.top > 0
+            return attributes.top > 0, attributes.query_block > 0
     return None
 
 
@@ -45,7 +45,7 @@ def attention(operator: Operator, attributes: AttentionAttributes, form: Attenti
         case SpargeAttributes():
             body = SpargeBody(cumulative=attributes.cumulative > 0)
         case VMoBAAttributes():
-            body = VMoBABody(by_count=attributes.top > 0)
+            body = VMoBABody(by_count=attributes.top > 0, pooled=attributes.query_block > 0)
         case contract.SlidingTileAttributes():
             body = SlidingTileBody()
         case contract.HSAAttributes():

@@ -164,11 +164,11 @@ class SpargeBody(_RasterBlocks):
 
 
 class VMoBABody(AttentionBody):
-    """Every token chooses; groups are blocks of frames, rows and columns."""
+    """Every token chooses, or every run of tokens; groups are blocks of frames, rows and columns."""
 
-    def __init__(self, *, by_count: bool) -> None:
+    def __init__(self, *, by_count: bool, pooled: bool) -> None:
         super().__init__()
-        self._by_count = by_count
+        self._by_count, self._pooled = by_count, pooled
 
     def emit(self, form: AttentionForm) -> ir.Value:
         """The output [T, H, D]."""
@@ -179,16 +179,53 @@ class VMoBABody(AttentionBody):
         sums = b("MatMul", member, b("Reshape", k, b.int_list(0, -1)))
         means = b("Div", sums, b("ReduceSum", member, b.int_list(1), keepdims=1))
         means = b("Transpose", b("Reshape", means, self.rows_heads_dim), perm=[1, 2, 0])
-        scores = b("MatMul", b("Transpose", b.to_float32(self.q), perm=[1, 0, 2]), means)  # [H, T, G]
         past_tokens = b("Mul", self.past, self.frame_tokens)
         tokens = b("Mul", self.frames, self.frame_tokens)
         own_group = b("Slice", group, past_tokens, tokens)
         own = b("Equal", b("Unsqueeze", own_group, b.int_list(1)), self.count(groups))  # [T, G]
+        queries = b.to_float32(self.q)
+        if self._pooled:  # a run of tokens takes the place of each token
+            run, share = self._runs()
+            queries = self._by_run(share, queries, self.rows_heads_dim)
+            owned = self._by_run(share, b.to_float32(own), b("Concat", b.int_list(-1), groups, axis=0))
+            own = b("Greater", owned, b.number(0.0))
+        scores = b("MatMul", b("Transpose", queries, perm=[1, 0, 2]), means)  # [H, T, G]
         kept = self._top(scores, own, groups) if self._by_count else self._share(scores, own, groups)
+        kept = b("Or", kept, own)
+        if self._pooled:
+            kept = b("Gather", kept, run, axis=1)
         return self.grouped(self.by_query(kept), group, form)
 
-    def _groups(self) -> tuple[ir.Value, ir.Value]:
-        """Block of each resident token, [tokens], and the number of blocks, [1]."""
+    def _runs(self) -> tuple[ir.Value, ir.Value]:
+        """Run of each query, [T], and what each token adds to the mean of a frame's runs, [runs of a frame, FT]."""
+        b = self.b
+        token = b("Range", b.scalar(0), self.frame_tokens, b.scalar(1))
+        patch = b(
+            "Slice",
+            self._groups(whole_time=True)[0],
+            b.int_list(0),
+            b("Reshape", self.frame_tokens, b.int_list(1)),
+        )
+        key = b("Add", b("Mul", patch, self.frame_tokens), token)
+        earlier = b("Less", b("Unsqueeze", key, b.int_list(0)), b("Unsqueeze", key, b.int_list(1)))
+        place = b("ReduceSum", b("Cast", earlier, to=ir.DataType.INT64.value), b.int_list(1), keepdims=0)
+        size = b.attribute("query_block")
+        of_frame = b("Div", place, size)
+        count = self.ceil_div(self.frame_tokens, size)
+        runs = b("Unsqueeze", b("Range", b.scalar(0), count, b.scalar(1)), b.int_list(1))
+        member = b.to_float32(b("Equal", runs, of_frame))
+        share = b("Div", member, b("ReduceSum", member, b.int_list(1), keepdims=1))
+        frame = b("Mul", b("Unsqueeze", self.count(self.current), b.int_list(1)), count)
+        return b("Reshape", b("Add", frame, of_frame), b.int_list(-1)), share
+
+    def _by_run(self, share: ir.Value, tokens: ir.Value, shape: ir.Value) -> ir.Value:
+        """The means over runs of `tokens` [T, ...], reshaped to `shape`."""
+        b = self.b
+        frames = b("Reshape", tokens, b.vector(self.current, self.frame_tokens, -1))
+        return b("Reshape", b("MatMul", share, frames), shape)
+
+    def _groups(self, *, whole_time: bool = False) -> tuple[ir.Value, ir.Value]:
+        """Block of each resident token, [tokens], and their number, [1]; `whole_time`: blocks have all frames."""
         b = self.b
         columns = b.attribute("columns")
         token = b("Range", b.scalar(0), self.frame_tokens, b.scalar(1))
@@ -200,7 +237,7 @@ class VMoBABody(AttentionBody):
         extents = b.attribute("extent", ir.AttributeType.INTS)
         index, count = b.scalar(0), b.int_list(1)
         for axis, (place, size) in enumerate(axes):
-            extent = b("Gather", extents, b.scalar(axis))
+            extent = b.scalar(0) if whole_time and axis == 0 else b("Gather", extents, b.scalar(axis))
             step = b("Where", b("Equal", extent, b.scalar(0)), size, extent)
             parts = self.ceil_div(size, step)
             index = b("Add", b("Mul", index, parts), b("Div", place, step))
@@ -228,8 +265,7 @@ class VMoBABody(AttentionBody):
         before = b("Sub", b("CumSum", sorted_weights, b.scalar(2)), sorted_weights)
         share = b("Cast", b.attribute("threshold", ir.AttributeType.FLOAT), to=ir.DataType.DOUBLE.value)
         wanted = b("Less", before, b("Mul", b("ReduceSum", wide, last, keepdims=1), share))
-        first = b("Equal", self.count(groups), b.scalar(0))  # the token's own block
-        return _scattered(self, scores, order, b.to_float32(b("Or", wanted, first)))
+        return _scattered(self, scores, order, b.to_float32(wanted))
 
 
 def _scattered(body: AttentionBody, like: ir.Value, order: ir.Value, chosen: ir.Value) -> ir.Value:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from plugins.compile import kernels as builder
 from plugins.compile.prebuilt import source_hash
-from plugins.kernels import specs
+from plugins.kernels import specs, tuning
 from runtime.bundle import images
 from runtime.errors import BundleIntegrityError, BundleSchemaError, EngineError
 from runtime.program import kernels as reader
@@ -251,9 +251,30 @@ def test_every_operator_geometry_is_served() -> None:
                         for kernel in specs.KERNELS:
                             if kernel.endswith("_fp8") and dtype != "bfloat16":
                                 continue  # over codes there is one compute type
+                            if kernel == "attend_ordered":
+                                continue  # over blocks of its own, below
+                            if kernel in ("mean_key", "resemble", "pool") and dtype != "bfloat16":
+                                continue  # bundles for a GPU compute in it
                             variant = specs.find_variant(kernel, problem, arch)
                             if kernel == "attend" and variant.cuda is None:
                                 assert variant.constants["EVEN"] == (frame_tokens == 1536)
+
+
+def test_every_order_of_tokens_is_served() -> None:
+    """Every pair of block sizes that tables may have, of as many blocks as the smallest ones make of a frame."""
+    for arch in specs.ARCHS:
+        for block_q in tuning.QUERY_BLOCKS:
+            for block_k in tuning.ORDERED_BLOCKS:
+                for head_dim in (64, 128):
+                    problem = specs.KernelProblem(
+                        *("bfloat16", 12, head_dim, 1560, 3, 18, block_q, block_k),
+                        ordered_blocks=(49, 256),
+                        groups=4096,
+                    )
+                    for kernel in ("pool", "score_groups", "choose", "expand", "attend_ordered"):
+                        variant = specs.find_variant(kernel, problem, arch)
+                        programs = {"pool": (4096, 12), "score_groups": (64, 5, 12)}.get(kernel, (147, 12))
+                        assert variant.grid_for(problem) == programs
 
 
 def test_index_that_was_damaged_is_refused(altered: Path) -> None:

@@ -43,10 +43,13 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (contract.SPARGE, {**RAGGED, "similarity": 0.3, "cumulative": 0.6, "smooth": 0, "keep_q20": (FULL,)}),
     (contract.SPARGE, {**RAGGED, "similarity": -0.1, "cumulative": 0.9, "smooth": 1, "keep_q20": (FULL,)}),
     (contract.SPARGE, {**EXACT, "similarity": 1.0, "cumulative": 0.0, "smooth": 1, "keep_q20": (FULL, 1)}),
-    (contract.VMOBA, {**EXACT, "columns": 6, "extent": (2, 0, 0), "top": 0, "threshold": 0.25}),
-    (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (0, 2, 3), "top": 0, "threshold": 0.5}),
-    (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (2, 2, 3), "top": 4, "threshold": 1.0}),
-    (contract.VMOBA, {**EXACT, "columns": 4, "extent": (1, 0, 0), "top": 99, "threshold": 1.0}),
+    (contract.VMOBA, {**EXACT, "columns": 6, "extent": (2, 0, 0), "top": 0, "threshold": 0.25, "query_block": 0}),
+    (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (0, 2, 3), "top": 0, "threshold": 0.5, "query_block": 0}),
+    (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (2, 2, 3), "top": 4, "threshold": 1.0, "query_block": 0}),
+    (contract.VMOBA, {**EXACT, "columns": 4, "extent": (1, 0, 0), "top": 99, "threshold": 1.0, "query_block": 0}),
+    (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (2, 2, 3), "top": 0, "threshold": 0.4, "query_block": 8}),
+    (contract.VMOBA, {**RAGGED, "columns": 5, "extent": (1, 3, 2), "top": 3, "threshold": 1.0, "query_block": 10}),
+    (contract.VMOBA, {**EXACT, "columns": 6, "extent": (0, 0, 2), "top": 0, "threshold": 0.3, "query_block": 99}),
 )  # fmt: skip
 
 

@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
+from export.request.selection import selection_bytes
+from lightforcing_ref.sparsity import BlockGeometry
 from runtime.bundle import Bundle, Manifest, load_bundle
 from runtime.errors import BundleError
 from runtime.program.buffers import plan_buffers
@@ -118,6 +121,63 @@ def test_other_bundles_pass(options: Raw, tmp_path: Path) -> None:
     names = {cost.name for cost in report.forwards}
     assert ("place_sinks" in names) == (options.get("sink_positions") != "absolute")
     assert ("keep_sinks.1" in names) == (options.get("sinks") == 4)
+
+
+METHODS: dict[str, Raw] = {
+    "sta": {"policy": "sta", "windows": [[3, 1, 3], [5, 3, 1]], "tile": [3, 5], "sink_frames": 1},
+    "radial": {"policy": "radial", "decay": 0.1},
+    "sparge": {"policy": "sparge", "mode": "cdf", "similarity": 0.2},
+    "vmoba": {"policy": "vmoba", "gating": "pooled", "query_block": 32},
+}
+TABLED = [name for name in METHODS if name != "sparge"]
+
+
+@pytest.mark.parametrize("policy", METHODS)
+def test_bundles_of_every_method_pass(policy: str, tmp_path: Path) -> None:
+    """Their tables are found, fed and as large as their kernels take them to be."""
+    bundle = load_bundle(device.build_device_bundle(tmp_path / "bundle", method=METHODS[policy]))
+    report = dry_run(bundle, sessions=2)
+    selects, _ = device.selection_of(METHODS[policy], 6)
+    assert {name.split("-")[0] for name in report.images} == {*device.CACHE_KERNELS, *selects}
+    assert {name.partition(".")[0] for name in report.to_json()["unbound"]} == set()
+
+
+@pytest.mark.parametrize("policy", METHODS)
+def test_a_memory_plan_knows_what_a_method_needs(policy: str, tmp_path: Path) -> None:
+    """The buffers that kernels of selection share, to the byte; but for `keep_q20`."""
+    bundle = load_bundle(device.build_device_bundle(tmp_path / "bundle", method=METHODS[policy]))
+    placed = build_program(bundle, plan_buffers(bundle.manifest, 1)).buffers
+    work = ("lists", "counts", "scores", "shift", "unlike_q", "unlike_k", "q_pool", "k_pool", "block_map")
+    found = [part.buffer.nbytes for name, part in placed.items() if name in work or name.startswith("table.")]
+    geometry = BlockGeometry(device.FRAME_TOKENS, device.BLOCK, device.BLOCK)
+    sizes = (geometry, 8, 6, device.CHUNK, device.HEADS, device.HEAD_DIM)
+    assert sum(found) == selection_bytes(bundle.manifest.attention.method, *sizes)
+
+
+@pytest.mark.parametrize("policy", TABLED)
+def test_tables_that_kernels_would_read_past_are_refused(policy: str, tmp_path: Path) -> None:
+    folder = device.build_device_bundle(tmp_path / "bundle", method=METHODS[policy])
+    kernels = load_bundle(folder).manifest.kernels
+    assert kernels is not None and kernels.tables is not None
+    path = folder / kernels.tables
+    sound = load_file(path)
+    for turn in kernels.turns:
+        for buffer, name in turn.tensors.items():
+            wrong = {**sound, name: sound[name].copy()}
+            if buffer == "block_map":
+                wrong[name] = wrong[name][..., 1:].copy()
+            else:
+                wrong[name].flat[-1] = 99
+            save_file(wrong, path)
+            relist(folder, kernels.tables)
+            found = flaws(load_bundle(folder))
+            assert any(name in flaw or "not what the manifest lists" in flaw for flaw in found), (name, found)
+
+
+def test_a_method_that_has_lost_its_tables_is_refused(tmp_path: Path) -> None:
+    folder = device.build_device_bundle(tmp_path / "bundle", method=METHODS["radial"])
+    bundle = changed(folder, lambda raw: raw["kernels"].update(tables=None, tensors=[], turns=[]))
+    assert any("the policy radial selects by tables" in flaw for flaw in flaws(bundle))
 
 
 def test_host_bundles_pass(make_bundle: MakeBundle) -> None:
