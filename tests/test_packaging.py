@@ -255,6 +255,55 @@ def test_the_wheels_install_into_an_empty_environment(wheels: tuple[Path, Path],
     assert "not installed" in build.stderr or "install it: pip install" in build.stderr
 
 
+@pytest.mark.slow
+def test_wheels_with_kernels_make_a_clip_and_need_no_triton(tmp_path: Path) -> None:
+    """Needs a package index. Real images of one architecture and the launch library, in an environment of its own."""
+    pytest.importorskip("triton", reason="kernels are compiled with Triton (extra kernels)")
+    from tests.runtime import handmade
+
+    images, libraries = tmp_path / "images", tmp_path / "lib"
+    command = [
+        sys.executable,
+        "-m",
+        "plugins",
+        "build",
+        "--arch",
+        "sm_120",
+        "--out",
+        str(images),
+        "--tensorrt",
+    ]
+    subprocess.run([*command, "--tensorrt-out", str(libraries)], cwd=ROOT, check=True, capture_output=True)
+    runtime, deploy = tool("build_wheels").build_wheels(tmp_path / "dist", images=images, libraries=libraries)
+    assert {"plugins/images/sm_120/kernels.json", "plugins/lib/liblightforcing_launch.so"} <= held(deploy)
+
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    binaries = tmp_path / "venv" / "bin"
+    install = [binaries / "python", "-m", "pip", "install", "--quiet", f"{runtime}[cpu,text,video]", deploy]
+    subprocess.run(install, check=True)
+    handmade.build_bundle(tmp_path / "bundle")
+
+    def run(*arguments: str | Path) -> str:
+        done = subprocess.run(
+            [binaries / arguments[0], *arguments[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("lightforcing", "generate", "bundle", "--prompt", "a red fox", "--seconds", "1", "--out", "clip.mp4")
+    assert (tmp_path / "clip.mp4").stat().st_size > 500
+    assert '"rtx5090"' in run("lightforcing-export", "targets", "--json")
+    code = (
+        "import importlib.util, plugins.compile.prebuilt as p; "
+        "print(p.has_images(120), p.has_images(90), importlib.util.find_spec('triton'))"
+    )
+    assert run("python", "-c", code) == "True False None\n"
+
+
 def write_wheel(folder: Path, name: str, version: str, requires: str = "") -> None:
     """A pure-Python wheel that holds nothing but its metadata."""
     info = f"{name.replace('-', '_')}-{version}.dist-info"
