@@ -95,6 +95,14 @@ def test_nothing_that_is_needed_is_left_out(system: tuple[str, str]) -> None:
     assert checked > 50
 
 
+def test_what_the_project_is_built_with_is_locked() -> None:
+    from hatchling.build import get_requires_for_build_editable
+
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    for needed in map(Requirement, [*build, *get_requires_for_build_editable()]):
+        assert needed.specifier.contains(version(canonicalize_name(needed.name))), needed
+
+
 def wheel(folder: Path, content: str) -> str:
     """A wheel of the package `held`; its SHA-256."""
     path = folder / "held-1.0-py3-none-any.whl"
