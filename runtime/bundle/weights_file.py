@@ -22,7 +22,7 @@ from .dtypes import Dtype, dtypes_by, nbytes, numpy_dtype
 from .files import BundleFile, OpenFile
 from .strict_json import parse_json
 
-__all__ = ["StoredTensor", "WeightsFile"]
+__all__ = ["StoredTensor", "WeightsFile", "is_finite"]
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100 << 20
@@ -161,7 +161,7 @@ class WeightsFile(Mapping[str, NDArray[Any]]):
             BundleError: values are not finite.
         """
         array = self.get_required(name)
-        if not _is_finite(array, self.tensors[name].dtype):
+        if not is_finite(array, self.tensors[name].dtype):
             raise BundleError(
                 f"tensor {name!r} of {self.path} holds values that are not finite; build the bundle again from weights "
                 f"that are intact"
@@ -210,7 +210,8 @@ _AT_ONCE: Final = 1 << 18
 """Bytes that are looked at together, so that they stay in the caches."""
 
 
-def _is_finite(array: NDArray[Any], dtype: Dtype) -> bool:
+def is_finite(array: NDArray[Any], dtype: Dtype) -> bool:
+    """Whether an array of a type, without gaps, holds finite numbers only; types that have no others do."""
     mask = _EXPONENTS.get(dtype)
     if mask is None:
         return True

@@ -231,7 +231,9 @@ class CudaDriver:
     def copy_rows(self, copy: RowCopy, stream: int) -> None:
         """See `Driver`."""
         what = self._cuda.CUDA_MEMCPY2D()
-        what.srcMemoryType = what.dstMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        what.srcMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        # The device's memory, or pinned memory of the host: the address tells.
+        what.dstMemoryType = self._cuda.CUmemorytype.CU_MEMORYTYPE_UNIFIED
         what.srcDevice, what.srcPitch = copy.source, copy.source_pitch
         what.dstDevice, what.dstPitch = copy.target, copy.target_pitch
         what.WidthInBytes, what.Height = copy.width, copy.rows

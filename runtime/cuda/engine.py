@@ -134,8 +134,9 @@ class CudaEngine(ProgramEngine):
             self._cuda.keep(session, buffer, lease.address + written * math.prod(shape))
             written += count
 
-        seconds = self._decode(session, latent, first, take)
+        seconds, judged = self._decode(session, latent, first, take)
         seconds += self._cuda.finish_decoding()
+        judged.require_finite()
         return DeviceFrames(lease, (written, *shape), self._cuda.driver.dlpack_device), seconds
 
     def component_runner(self) -> ComponentRunner:

@@ -93,10 +93,13 @@ class _Fetched:
         self._executor.counters.waits += 1
         self._executor.driver.sync_event(self._slot.event)
         seconds = time.perf_counter() - start
-        view = self._view
-        array = self._slot.memory[: view.nbytes].view(numpy_dtype(view.dtype)).reshape(view.shape)
-        np.copyto(out, array.reshape(out.shape), casting="unsafe")
+        np.copyto(out, self.arrived().reshape(out.shape), casting="unsafe")
         return seconds
+
+    def arrived(self) -> NDArray[Any]:
+        """See `Fetch`."""
+        view = self._view
+        return self._slot.memory[: view.nbytes].view(numpy_dtype(view.dtype)).reshape(view.shape)
 
 
 class CudaExecutor:
@@ -218,8 +221,12 @@ class CudaExecutor:
     def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> _Fetched:
         """See `Executor.fetch`."""
         self.driver.enter()
-        slot = self._fetches[queue, index]
-        self.driver.copy(slot.address, self.address(view, session), view.nbytes, self._streams[queue])
+        slot, source, stream = self._fetches[queue, index], self.address(view, session), self._streams[queue]
+        if view.pitch is None:
+            self.driver.copy(slot.address, source, view.nbytes, stream)
+        else:
+            rows, width = view.shape[0], view.nbytes // view.shape[0]
+            self.driver.copy_rows(RowCopy(slot.address, width, source, view.pitch, width, rows), stream)
         self.driver.record(slot.event, self._streams[queue])
         self.counters.copies += 1
         return _Fetched(self, slot, view)
@@ -407,12 +414,16 @@ class CudaExecutor:
         return _Slot(address, host_bytes(address, max(1, nbytes)), self._event())
 
     def _fetch_slots(self) -> dict[tuple[Queue, int], _Slot]:
-        """One for each run of the decoder in a chunk, one for its latent, and one for the text encoder."""
+        """One for each run of the decoder in a chunk, one for its latent, one for what is left of it in the decoder's
+        caches, and one for the text encoder.
+        """
         buffers = {name: placed.buffer for name, placed in self._program.buffers.items()}
         video = max(buffers["frames_first"].nbytes, buffers["frames_next"].nbytes)
         latent = buffers["clean_latent"]
         slots = {("decode", i): self._slot(video) for i in range(latent.shape[1])}
         slots["decode", latent.shape[1]] = self._slot(latent.nbytes)
+        witness = max(view.nbytes for view in self._program.decoder_witnesses)
+        slots["decode", latent.shape[1] + 1] = self._slot(witness)
         slots["text", 0] = self._slot(buffers["encoder.hidden_out"].nbytes)
         return slots  # type: ignore[return-value]
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Manifest
+from runtime.bundle import Dtype, Manifest
+from runtime.bundle.weights_file import is_finite
 from runtime.engine import JointChunk, Placement
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 from runtime.frame_table import ABSENT, Move
 
 from .program import Copy, Program, Queue, View
 from .rope import RopeTables
 
-__all__ = ["Executor", "Fetch", "ProgramEngine"]
+__all__ = ["Executor", "Fetch", "Judged", "ProgramEngine"]
 
 
 class Fetch(Protocol):
@@ -30,6 +32,12 @@ class Fetch(Protocol):
 
     def into(self, out: NDArray[Any]) -> float:
         """Wait for it and copy it into `out`; the seconds spent waiting for the device."""
+
+    def arrived(self) -> NDArray[Any]:
+        """What was fetched, where something that was fetched later in the same queue has arrived: nothing waits.
+
+        It is overwritten when the same is fetched again.
+        """
 
 
 class Executor(Protocol):
@@ -56,7 +64,8 @@ class Executor(Protocol):
     def fetch(self, session: int, view: View, queue: Queue, index: int = 0) -> Fetch:
         """Enqueue a copy to the host; `index` up to the frames of a chunk tells fetches apart that are under way.
 
-        In queue `decode`, those below that number are for frames, and that number is for a latent.
+        In queue `decode`, those below that number are for frames, that number is for a latent, and the next one for
+        the decoder's witness.
         """
 
     def read(self, session: int, view: View) -> NDArray[np.uint8]:
@@ -72,6 +81,33 @@ class Executor(Protocol):
         """Free everything."""
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What tells whether a chunk is what it should be: its latent, and a part of the decoder's caches behind it."""
+
+    latent: Fetch
+    latent_dtype: Dtype
+    decoder: Fetch
+    decoder_dtype: Dtype
+
+    def require_finite(self) -> None:
+        """Once frames that were fetched later have arrived.
+
+        Raises:
+            EngineError: the transformer or the decoder gave numbers that are not finite.
+        """
+        if not is_finite(np.ascontiguousarray(self.latent.arrived()), self.latent_dtype):
+            raise EngineError(
+                "the transformer gave a latent that is not finite; its weights or its engine are faulty: run "
+                "'python -m runtime verify'"
+            )
+        if not is_finite(np.ascontiguousarray(self.decoder.arrived()), self.decoder_dtype):
+            raise EngineError(
+                f"the video decoder gave numbers that are not finite: it overflowed {self.decoder_dtype}, or its "
+                "engine is faulty; run 'python -m runtime verify', or build the bundle with another decoder"
+            )
+
+
 class ProgramEngine:
     """Implements `Engine` but for frames that stay on a device, and for components alone."""
 
@@ -83,6 +119,7 @@ class ProgramEngine:
         self._joint_chunks = manifest.joint_chunks
         self._sinks = manifest.cache.sink_frames if "place_sinks" in program.forwards else 0
         self._rope = RopeTables(manifest.model)
+        self._witnesses = program.decoder_witnesses
         self._latent = [0] * program.sessions
         self._side = [0] * program.sessions
         self._encoding = threading.Lock()
@@ -123,7 +160,7 @@ class ProgramEngine:
             self.recache(0, 0, [JointChunk(0, 0, ())] * count, placement.frame_slots)
         first, following = shapes["frames_first"], shapes["frames_next"]
         frames = first[0] + (self._chunk_frames - 1) * following[0]
-        self.decode(0, 0, first=True, out=np.empty((frames, *first[1:]), dtype=np.uint8))
+        self._decode_into(np.empty((frames, *first[1:]), dtype=np.uint8), 0, 0, first=True)
         self.commit(0, [Move(frame, 0, frame) for frame in range(min(1, len(placement.frame_slots)))])
         if self._sinks:
             self.place_sinks(0, (0,), 1)
@@ -251,22 +288,38 @@ class ProgramEngine:
 
     def decode(self, session: int, latent: int, *, first: bool, out: NDArray[np.uint8]) -> float:
         """See `Engine.decode`."""
+        seconds, judged = self._decode_into(out, session, latent, first=first)
+        judged.require_finite()
+        return seconds
+
+    def _decode_into(
+        self, out: NDArray[np.uint8], session: int, latent: int, *, first: bool
+    ) -> tuple[float, Judged]:
+        """Decode without judging: before a session begins, buffers hold anything."""
         fetches: list[tuple[Fetch, int]] = []
 
         def take(buffer: str, count: int, index: int) -> None:
             view = self._program.buffers[buffer].view
             fetches.append((self._executor.fetch(session, view, "decode", index), count))
 
-        seconds, written = self._decode(session, latent, first, take), 0
+        seconds, judged = self._decode(session, latent, first, take)
+        written = 0
         for fetch, count in fetches:
             seconds += fetch.into(out[written : written + count])
             written += count
-        return seconds
+        return seconds, judged
 
-    def _decode(self, session: int, latent: int, first: bool, take: Callable[[str, int, int], None]) -> float:
-        """Run the decoder for each frame of a latent; `take` gets the buffer that then holds so many frames."""
+    def _decode(
+        self, session: int, latent: int, first: bool, take: Callable[[str, int, int], None]
+    ) -> tuple[float, Judged]:
+        """Run the decoder for each frame of a latent; `take` gets the buffer that then holds so many frames.
+
+        What is to be judged is fetched before the last of them, so that nothing more is waited for.
+        """
         self._executor.wait(session, latent)
         seconds = 0.0
+        view = self._program.buffers["latents"].view.index(latent)
+        written = self._executor.fetch(session, view, "decode", self._chunk_frames)
         for index in range(self._chunk_frames):
             self._executor.copy(session, self._program.decode_latent(latent, index), "decode")
             if first and index == 0:
@@ -275,8 +328,11 @@ class ProgramEngine:
                 forward, frames = f"decode_next.{'ab'[self._side[session]]}", "frames_next"
                 self._side[session] ^= 1
             seconds += self._executor.run(session, forward)
+            if index == self._chunk_frames - 1:
+                witness = self._witnesses[self._side[session]]
+                shown = self._executor.fetch(session, witness, "decode", self._chunk_frames + 1)
             take(frames, self._program.buffers[frames].buffer.shape[0], index)
-        return seconds
+        return seconds, Judged(written, view.dtype, shown, witness.dtype)
 
     def latent(self, session: int, latent: int, out: NDArray[np.float32]) -> float:
         """See `Engine.latent`."""

@@ -8,6 +8,7 @@ operations themselves never change, so a forward can be recorded once and replay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -31,6 +32,10 @@ __all__ = [
     "Queue",
     "View",
 ]
+
+_SAMPLE_BYTES: Final = 4 << 20
+"""Of a decoder's cache, what is copied to the host with a chunk: the frames of a clip are three times that."""
+_CACHED_FRAMES: Final = 2
 
 ALIGNMENT: Final = 256
 """Of every buffer, in bytes: what TensorRT asks of tensors and activation memory."""
@@ -251,6 +256,19 @@ class Program:
         """Hand one frame of a kept latent to the decoder."""
         return Copy(self._latent_frame(slot, frame), self.buffers["vae_latent"].view)
 
+    @property
+    def decoder_witnesses(self) -> tuple[View, View]:
+        """By the side of the decoder's caches, what tells whether the decoder has overflowed before.
+
+        That is a part of the last cache, which the last convolution reads: a number that is not finite spreads from
+        layer to layer, by norms over all channels of a pixel and by convolutions to the pixels and frames around it.
+        One channel has it then, and where channels lie last, one row of pixels in several.
+        """
+        caches = [name.split(".")[1] for name in self.buffers if name.startswith("cache.")]
+        last = max(map(int, caches))
+        first, second = (_sample(self.buffers[f"cache.{last}.{side}"].view) for side in "ab")
+        return first, second
+
     def _latent_frame(self, slot: int, frame: int) -> View:
         chunk = self.buffers["latents"].view.index(slot)  # [channels, frames, h, w]
         channels, frames, *size = chunk.shape
@@ -264,3 +282,20 @@ class Program:
         for forward in self.forwards.values():
             for operation in forward.operations:
                 yield forward, operation
+
+
+def _sample(view: View) -> View:
+    """A part of a cache that is read quickly; a small one as a whole.
+
+    Of `[C, T, H, W]` or `[C, H, W]` some channels, of `[T, H, W, C]` or `[H, W, C]` one row of pixels in several. Two
+    frames are kept at most, and no decoder has more channels than rows where it is at its largest.
+    """
+    shape = view.shape[1:] if view.shape[0] == 1 else view.shape
+    whole = replace(view, shape=shape)
+    if view.nbytes <= _SAMPLE_BYTES or len(shape) < 3:
+        return whole
+    is_last = shape[0] <= _CACHED_FRAMES if len(shape) == 4 else shape[-1] < shape[0]
+    if not is_last:
+        return whole.index(0, max(1, _SAMPLE_BYTES * shape[0] // view.nbytes))
+    rows, step = math.prod(shape[:-2]), -(-view.nbytes // _SAMPLE_BYTES)
+    return replace(view, shape=(-(-rows // step), shape[-2] * shape[-1]), pitch=step * (view.nbytes // rows))

@@ -284,7 +284,8 @@ int cuMemcpyAsync(address target, address source, size_t bytes, struct stream* s
 
 int cuMemcpy2DAsync_v2(const struct copy* copy, struct stream* stream) {
     const struct work work = {.kind = COPY, .copy = *copy};
-    if (copy->source_type != 2 || copy->target_type != 2 || copy->width > copy->source_pitch ||
+    // Out of the device's memory (2), to wherever the address leads (4): pinned memory has one, too.
+    if (copy->source_type != 2 || copy->target_type != 4 || copy->width > copy->source_pitch ||
         copy->width > copy->target_pitch || copy->source_x || copy->source_y || copy->target_x ||
         copy->target_y) {
         return INVALID_VALUE;

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,17 @@ from runtime.pipeline import Pipeline
 from runtime.program.buffers import BufferPlan, plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.engine import ProgramEngine
+from runtime.program.program import View, _sample
 from tests.conftest import build
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.naive import NaiveRollout
-from tests.runtime.simulated_gpu import SimulatedComponent, SimulatedDriver, SimulatedLibrary, launcher
+from tests.runtime.simulated_gpu import (
+    SimulatedComponent,
+    SimulatedDriver,
+    SimulatedLibrary,
+    array_at,
+    launcher,
+)
 
 Load = Callable[..., Engine]
 
@@ -353,3 +361,55 @@ def test_segmented_bundles_of_the_exporter(variant: str, tmp_path: Path) -> None
     expected = plain(build(tmp_path / "whole", variant))
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
     assert np.array_equal(rollout(OnGpu(), path), found)
+
+
+def poison(load: OnGpu, component: str, output: str) -> None:
+    """From now on an output of a component has one number that is not finite, its last."""
+    part: Any = load.executor.component(component)
+    enqueue, spec = part.enqueue, part._graph.outputs[output]
+
+    def poisoned(addresses: Mapping[str, int], scratch: int, stream: int) -> None:
+        enqueue(addresses, scratch, stream)
+        written = array_at(addresses[output], spec.dtype, spec.shape).reshape(-1)
+        load.driver.push(stream, lambda: written.__setitem__(-1, np.inf))
+
+    part.enqueue = poisoned
+
+
+@pytest.mark.parametrize("frames", ["host", "device"])
+@pytest.mark.parametrize(
+    ("component", "output", "message"),
+    [
+        ("step", "x0", "a latent that is not finite"),
+        ("vae_next", "cache_out.1", "decoder gave numbers that are not"),
+    ],
+)
+def test_numbers_that_are_not_finite_end_a_session_at_their_chunk_without_a_wait(
+    bundle: Path, frames: str, component: str, output: str, message: str
+) -> None:
+    load = OnGpu(eagerness=0.95)
+    with opened(load, bundle, graphs=False) as pipe, pipe.session("a red fox", frames=frames) as session:
+        stream = session.stream(ahead=0)
+        next(stream)
+        before = load.executor.counters.waits
+        next(stream)
+        waits = load.executor.counters.waits - before
+        assert waits <= (3 if frames == "host" else 1) + 1  # frames, and a feed that may have to wait
+        poison(load, component, output)
+        with pytest.raises(SessionFailedError, match=f"chunk 2 failed: .*{message}"):
+            next(stream)
+
+
+def test_what_is_looked_at_of_a_decoders_caches() -> None:
+    size = 480 * 832 * 2
+    for shape, looked, pitch in (
+        ((1, 2, 4, 4), (2, 4, 4), None),
+        ((1, 24, 2, 480, 832), (2, 2, 480, 832), None),  # channels first: as many as fit
+        ((1, 96, 2, 480, 832), (2, 2, 480, 832), None),
+        ((1, 2, 480, 832, 24), (96, 832 * 24), 10 * 832 * 24 * 2),  # channels last: every tenth row
+        ((1, 64, 480, 832), (5, 480, 832), None),
+        ((1, 480, 832, 64), (37, 832 * 64), 13 * 832 * 64 * 2),
+    ):
+        view = _sample(View("cache.0.a", "float16", shape))
+        assert (view.shape, view.pitch) == (looked, pitch)
+        assert view.nbytes <= 6 * size and view.extent <= View("", "float16", shape).nbytes
