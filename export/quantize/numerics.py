@@ -56,6 +56,12 @@ _DIVISORS = (6.0, 4.0, 4.5, 5.0, 5.5, 6.5, 7.0, 7.5)
 _WEIGHT_RANGE: dict[Format, float] = {"fp8": FP8_MAX, "nvfp4": min(_DIVISORS) * FP8_MAX}
 """As `RANGE`, for weights, whose block scales must reach further."""
 
+_EXPONENT = 0x7F800000
+"""The exponent's bits of float32."""
+
+_ROWS = 32
+"""Of a weight, whose scales are searched for at a time."""
+
 _LEAST_IMPORTANCE = 1e-3
 """Of an input channel, against the mean of all: one that was silent in a calibration may speak later."""
 
@@ -106,32 +112,43 @@ def _divided(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _searched_blocks(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `_blocks`, with the scale of each block that has the least squared error.
+    """As `_blocks`, for `x` `[N, K]`, with the scale of each block that has the least squared error.
 
     Args:
         importance: weight of each column's error, `[K]`; None = all alike.
     """
+    # A few rows at a time stay in the processor's cache.
+    starts = range(0, len(x), _ROWS)
+    scales = torch.cat([_best_scales(x[start : start + _ROWS], importance) for start in starts])
     blocks = x.reshape(*x.shape[:-1], -1, FP4_BLOCK)
-    weigh = torch.ones(()) if importance is None else importance.reshape(-1, FP4_BLOCK)
-    largest = blocks.abs().amax(-1)
-    best = torch.full_like(largest, torch.inf)
-    scales = torch.zeros_like(largest, dtype=torch.float8_e4m3fn)
-    for divisor in _DIVISORS:
-        tried = to_e4m3(largest / divisor)
-        values = _nearest_e2m1(_divided(blocks, tried)) * tried.float()[..., None]
-        errors = values.sub_(blocks).square_().mul_(weigh).sum(-1)
-        better = errors < best
-        scales = torch.where(better, tried.float(), scales.float()).to(torch.float8_e4m3fn)
-        best = torch.where(better, errors, best)
     return to_e2m1(_divided(blocks, scales)).flatten(-2), scales
 
 
-def _nearest_e2m1(x: Tensor) -> Tensor:
-    """The E2M1 values nearest to `x`, those that `to_e2m1` gives the codes of."""
-    magnitude = x.abs()
-    # Spacing of the values; ties go to the even multiple, which has the even code.
-    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
-    return (magnitude / step).round_().mul_(step).clamp_(max=FP4_MAX).copysign_(x)
+def _best_scales(x: Tensor, importance: Tensor | None) -> Tensor:
+    """The block scales of `_searched_blocks`."""
+    magnitude = x.abs().reshape(*x.shape[:-1], -1, FP4_BLOCK)
+    weigh = None if importance is None else importance.reshape(-1, FP4_BLOCK)
+    largest = magnitude.amax(-1)
+    best, scales = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    for divisor in _DIVISORS:
+        tried = to_e4m3(largest / divisor).float()
+        # By a scale of zero, zeros.
+        divided = magnitude / torch.where(tried > 0, tried, torch.inf)[..., None]
+        errors = _nearest_e2m1(divided).mul_(tried[..., None]).sub_(magnitude).square_()
+        total = (errors if weigh is None else errors.mul_(weigh)).sum(-1)
+        scales = torch.where(total < best, tried, scales)
+        best = torch.minimum(best, total)
+    return scales.to(torch.float8_e4m3fn)
+
+
+def _nearest_e2m1(magnitude: Tensor) -> Tensor:
+    """The E2M1 values nearest to `magnitude`, which `to_e2m1` gives the codes of; float32, at least 0; in place."""
+    magnitude.clamp_(max=FP4_MAX)
+    # The power of two at or below each value, from its exponent's bits: half of it is the spacing there, and below 1.
+    power = magnitude.clamp(min=1.0).view(torch.int32).bitwise_and_(_EXPONENT).view(torch.float32)
+    # Beside so large a number, float32 has no digits below the spacing: what is added to it is rounded to even.
+    large = power.mul_(0.5 * 1.5 * 2**23)
+    return magnitude.add_(large).sub_(large)
 
 
 def _from_blocks(codes: Tensor, scales: Tensor) -> Tensor:

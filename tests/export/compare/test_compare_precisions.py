@@ -69,7 +69,7 @@ def test_curves_have_a_point_for_everything(study):
     linears = plots["nvfp4: error of each linear's output"]
     assert len(linears["labels"]) == 6
     assert [series["name"] for series in linears["series"][-3:]] == [
-        "cross_attn.v (nvfp4)",
+        "cross_attn.o (nvfp4)",
         "ffn.0 (nvfp4)",
         "ffn.2 (nvfp4)",
     ]

@@ -136,7 +136,7 @@ def test_nvfp4_of_activations_is_its_definition() -> None:
 
 @pytest.mark.parametrize("is_weighed", [False, True])
 def test_blocks_of_weights_have_the_scale_with_the_least_error(is_weighed: bool) -> None:
-    rows = nvfp4_rows()
+    rows = torch.cat([nvfp4_rows(), normal(40, 64, seed=7)])
     importance = importance_of(normal(64, seed=3).abs().tolist()) if is_weighed else None
     weigh = None if importance is None else importance.numpy()
     folded = fold_weight(rows, "nvfp4", importance=importance)
