@@ -157,6 +157,7 @@ def _variant(bundle: MeasuredBundle) -> Variant:
             window_frames=cache.window_frames,
             sink_frames=cache.sink_frames,
             sink_positions=cache.sink_positions,
+            recache=cache.recache,
             kv=cache.kv,
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from export.compare.against_reference import against_reference
 from export.compare.attention_map import attention_maps
 from export.compare.reference import Reference
 from export.errors import ComparisonError, InputError
+from export.estimate.efficiency import measured
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import Workload
 from export.request.plan import PlanRequest
@@ -26,6 +28,7 @@ from lightforcing_ref.rolling import ROLLING_STEPS
 from runtime import InputError as RuntimeInputError
 from runtime.backends import load_engine
 from runtime.bundle import Manifest, load_bundle
+from runtime.cli.main import main as runtime
 from runtime.program.buffers import plan_buffers
 from runtime.verify.dry_run import dry_run
 from tests.conftest import build
@@ -167,6 +170,21 @@ def test_memory_plans_count_it(rolling: Path) -> None:
     pool = sum(buffer.nbytes for buffer in buffers.pool)
     assert items["keys and values of the window's other chunks"] == pool * 12 // 33
     assert plan_buffers(manifest, 3).session_bytes == buffers.session_bytes
+
+
+def test_a_bench_is_planned_with(rolling: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    arguments = ["--chunks", "1", "--warmup-chunks", "1", "--threads", "1", "--json", str(path)]
+    assert runtime(["bench", str(rolling), *arguments]) == 0
+    document = json.loads(path.read_text())
+    assert (document["frames"], document["chunks"][0]["index"]) == (12, 1)
+    document["bundle"] |= {
+        "target": {"name": "rtx5090", "compute_capability": "12.0"},
+        "backend": "tensorrt-rtx",
+        "precision": "bf16",
+    }
+    path.write_text(json.dumps(document))
+    assert measured(path, load_target("rtx5090")).is_measured
 
 
 def test_work_by_hand() -> None:

@@ -261,6 +261,18 @@ def test_a_token_is_asked_for(start_server: StartServer, open_page: Callable[...
     assert shows(page, 1)
 
 
+def test_a_switch_is_offered_what_the_bundle_can(
+    server: RunningServer, open_page: Callable[..., playwright.Page]
+) -> None:
+    page = open_page(server.url)
+    until_state(page, "ready")
+    modes = page.evaluate(
+        "[...document.querySelector('#recache').options].filter(o => !o.disabled).map(o => o.value)"
+    )
+    assert set(modes) == {"all", "window", "none", "flush", "cut"}
+    assert page.evaluate("document.querySelector('#recache').value") == "window"
+
+
 def test_phone_width_and_keyboard(server: RunningServer, open_page: Callable[..., playwright.Page]) -> None:
     page = open_page(server.url, viewport={"width": 360, "height": 740})
     until_state(page, "ready")

@@ -45,6 +45,10 @@ def test_the_bundle(server: RunningServer) -> None:
     bundle = http(f"{server.url}/v1/bundle").json
     assert (bundle["name"], bundle["width"], bundle["height"], bundle["fps"]) == ("handmade", 32, 32, FPS)
     assert bundle["h264_codec"].startswith("avc1.")
+    assert (bundle["recache"], bundle["recache_modes"]) == (
+        "window",
+        ["window", "all", "none", "flush", "cut"],
+    )
 
 
 def test_metrics_count_what_happened(start_server: StartServer) -> None:

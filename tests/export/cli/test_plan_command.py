@@ -52,6 +52,25 @@ def test_plan_as_json(capsys):
     assert decoders["light"]["seconds"] == document["prediction"]["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("variant", "frames", "forwards"),
+    [
+        # Forwards of chunks 0 and 3 through cross-attention; the clean one lacks the last of 30 layers.
+        ("causal-framewise-2step", [1, 4, 4], (4, 2 + 29 / 30)),
+        ("causal-framewise-1step", [1, 4, 4], (4, 1 + 29 / 30)),
+        ("rolling", [9, 12, 12], (1 + 2 + 3 + 4 + 5, 5 + 29 / 30)),
+    ],
+)
+def test_plan_follows_the_schedule(capsys, variant, frames, forwards):
+    common = ("--gpu", "h200", "--preset", "wan-1.3b", "--precision", "bf16", "--variant", variant)
+    chunks = json.loads(run(capsys, *common, "--json"))["prediction"]["chunks"]
+    assert [chunk["frames"] for chunk in chunks[:3]] == frames
+    cross = [chunk["parts"]["cross-attention"]["flops"] for chunk in chunks]
+    assert cross[0] / cross[3] == pytest.approx(forwards[0] / forwards[1])
+    text = run(capsys, *common)
+    assert {"rolling": "5 chunks at once, rolling"}.get(variant, "1 latent frame a chunk") in text
+
+
 def test_a_rate_that_is_not_known_costs_its_prediction_only(capsys, tmp_path):
     """A target of one's own, with fp8 and no rate for it: the memory plan stays, and so does what bf16 would take."""
     path = tmp_path / "mine.toml"

@@ -221,6 +221,43 @@ def test_bench_reports(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["frames"] == 36
 
 
+FRAMEWISE = {  # one latent frame a chunk in two steps, the first in four
+    "chunk_frames": 1,
+    "window_frames": 5,
+    "sink_frames": 2,
+    "sigmas": (1.0, 0.8333333, 0.0),
+    "first_sigmas": (1.0, 0.9375, 0.8333333, 0.625),
+}
+
+
+def test_generate_frame_by_frame_switches_within_one_latent_frame(
+    make_bundle: MakeBundle, tmp_path: Path
+) -> None:
+    bundle = make_bundle(**FRAMEWISE)
+    latents = []
+    for name, extra in (("plain", ()), ("switched", ("--switch", "3: snow"))):
+        files = ["--out", str(tmp_path / f"{name}.mp4"), "--latents", str(tmp_path / f"{name}.npy")]
+        prompt = ["--prompt", "a red fox", "--seconds", "1", "--threads", "1"]
+        assert main(["generate", str(bundle), *prompt, *files, *extra]) == 0
+        # One frame, then four for each latent frame; a second of 16 rounds up to whole chunks.
+        assert len(frames_of(tmp_path / f"{name}.mp4")) == 1 + 4 * 4
+        latents.append(np.load(tmp_path / f"{name}.npy"))
+    plain, switched = latents
+    assert plain.shape[1] == 5
+    alike = [np.array_equal(plain[:, frame], switched[:, frame]) for frame in range(5)]
+    assert alike == [True, True, True, False, False]
+
+
+def test_bench_frame_by_frame(make_bundle: MakeBundle, tmp_path: Path) -> None:
+    """Each chunk is one latent frame; the first, which has more steps, is warm-up."""
+    path = tmp_path / "bench.json"
+    arguments = ["bench", str(make_bundle(**FRAMEWISE)), "--chunks", "4", "--warmup-chunks", "1"]
+    assert main([*arguments, "--threads", "1", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["frames"] == 4 * 4
+    assert [(chunk["index"], chunk["frames"]) for chunk in result["chunks"]] == [(n, 4) for n in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize(
     "extra", [["--chunks", "0"], ["--warmup-chunks", "-1"], ["--sessions", "0"], ["--json", "no/b.json"]]
 )
