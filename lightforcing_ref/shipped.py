@@ -66,11 +66,13 @@ class Shipped:
     """Files of one preset, all of them present.
 
     `transformer` is finetuned under sparse attention; `dense_transformer` is the same model before that, and the
-    better one where every chunk attends densely.
+    better one where every chunk attends densely; `framewise_transformer` is that one, trained on for chunks of one
+    latent frame.
     """
 
     transformer: Path
     dense_transformer: Path
+    framewise_transformer: Path
     vae: Path
     text_encoder: Path
     tokenizer: Path
@@ -82,6 +84,7 @@ def shipped(preset: str) -> Shipped | None:
     files = Shipped(
         transformer=folder / "dit.safetensors",
         dense_transformer=folder / "dit_dense.safetensors",
+        framewise_transformer=folder / "dit_framewise.safetensors",
         vae=folder / "vae.safetensors",
         text_encoder=folder / "text_encoder.safetensors",
         tokenizer=folder / "tokenizer.json",

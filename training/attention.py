@@ -135,6 +135,6 @@ class CachedCore:
         return attend(q, k, v, self.chunk, self.spec).transpose(1, 2).flatten(2)
 
 
-def chunk_positions(chunks: Sequence[int]) -> Tensor:
-    """Temporal position of every latent frame of `chunks`."""
-    return torch.cat([torch.arange(c * CHUNK_FRAMES, (c + 1) * CHUNK_FRAMES) for c in chunks])
+def chunk_positions(chunks: Sequence[int], frames: int = CHUNK_FRAMES) -> Tensor:
+    """Temporal position of every latent frame of `chunks`, which have `frames` each."""
+    return torch.cat([torch.arange(c * frames, (c + 1) * frames) for c in chunks])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = ["CONFIGS", "STAGES", "ConfigError", "Run", "StageConfig", "StageName", "TrainingConfig"]
 
 CONFIGS = Path(__file__).parent / "configs"
-StageName = Literal["latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen"]
-STAGES: tuple[StageName, ...] = (
-    "latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen",
-)  # fmt: skip
+StageName = Literal[
+    "latents", "encoder", "text", "decoder", "still", "student", "rollout", "hsa", "sla", "sharpen",
+    "framewise",
+]  # fmt: skip
+STAGES: tuple[StageName, ...] = get_args(StageName)
 """In the order in which they build on each other."""
 
 
@@ -96,7 +97,9 @@ class TrainingConfig(_Model):
     student: StageConfig
     rollout: StageConfig
     hsa: StageConfig
+    sla: StageConfig
     sharpen: StageConfig
+    framewise: StageConfig
 
     @classmethod
     def load(cls, path: Path) -> TrainingConfig:

@@ -58,10 +58,14 @@ def predict_flow(
 
 
 def window_core(
-    model: CausalWanModel, layout: Sequence[Segment], grid: tuple[int, int], spec: AttentionSpec | None = None
+    model: CausalWanModel,
+    layout: Sequence[Segment],
+    grid: tuple[int, int],
+    spec: AttentionSpec | None = None,
+    frames: int = CHUNK_FRAMES,
 ) -> WindowCore:
-    """The attention of a training window."""
-    positions = chunk_positions([segment.chunk for segment in layout])
+    """The attention of a training window whose chunks have `frames` latent frames each."""
+    positions = chunk_positions([segment.chunk for segment in layout], frames)
     cos, sin = rope_tables(positions, grid, model.config.head_dim, theta=model.config.rope_theta)
     return WindowCore(layout, model.config.heads, cos, sin, spec)
 
@@ -89,11 +93,11 @@ class BatchRollout:
 
     @torch.no_grad()
     def flow(self, x: Tensor, sigma: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Flow of the next chunk `[B, C, 3, h, w]` at `sigma`, and its keys and values."""
-        config = self.model.config
-        cos, sin = rope_tables(chunk_positions([self.chunk]), self.grid, config.head_dim)
+        """Flow of the next chunk `[B, C, F, h, w]` at `sigma`, and its keys and values."""
+        config, frames = self.model.config, self.schedule.chunk_frames
+        cos, sin = rope_tables(chunk_positions([self.chunk], frames), self.grid, config.head_dim)
         core = CachedCore(self.chunk, config.heads, cos, sin, self.past, self.spec)
-        t = torch.full((x.shape[0], CHUNK_FRAMES), 1000 * sigma)
+        t = torch.full((x.shape[0], frames), 1000 * sigma)
         return predict_flow(self.model, x, t, self.cross, core), core.new
 
     @torch.no_grad()
@@ -110,13 +114,13 @@ class BatchRollout:
         self.chunk += 1
 
     def few_steps(self, noise: Callable[[], Tensor]) -> Tensor:
-        """The next chunk by the four-step schedule; `noise` gives fresh noise at every call."""
+        """The next chunk by the schedule; `noise` gives fresh noise at every call."""
         x = noise()
-        sigmas = self.schedule.sigmas
-        for step in range(self.schedule.denoise_steps):
-            x = x - sigmas[step] * self.flow(x, sigmas[step])[0]
-            if sigmas[step + 1]:
-                x = (1 - sigmas[step + 1]) * x + sigmas[step + 1] * noise()
+        for row in self.schedule.rows(self.chunk):
+            sigma, following = self.schedule.row_sigmas[row], self.schedule.row_following[row]
+            x = x - sigma * self.flow(x, sigma)[0]
+            if following:
+                x = (1 - following) * x + following * noise()
         return x
 
     def chunks(self, count: int, noise: Callable[[], Tensor]) -> Iterator[Tensor]:

@@ -7,7 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
+from lightforcing_ref.checkpoint import (
+    load_dit_state,
+    load_umt5_state,
+    load_vae_encoder_state,
+    load_vae_state,
+)
+from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.text import umt5_keys
 from training.data.latents import PatchPCA
 from training.stages.run import PRESET, PREVIOUS, StageError, latest_transformer
@@ -22,18 +28,21 @@ __all__ = ["FILES", "adopt", "ship"]
 FILES = {
     "transformer": "dit.safetensors",
     "dense": "dit_dense.safetensors",
+    "framewise": "dit_framewise.safetensors",
     "decoder": "vae.safetensors",
     "text": "text_encoder.safetensors",
     "tokenizer": "tokenizer.json",
     "latents": "latents.safetensors",
 }
-"""`dense` is the transformer before it was finetuned under sparse attention, to compare with. The latents' basis
-serves training only; the decoder holds its inverse."""
+"""`dense` is the transformer before it was finetuned under sparse attention, to compare with, and `framewise` that one
+for chunks of one latent frame. The latents' basis serves training only; the decoder holds its inverse."""
 LEAVE_OUT = "none"
 
 
 def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     """Write transformer, decoder, text encoder (Wan's key layout), tokenizer and latent basis; returns the files.
+
+    The video encoder lies beside the decoder, in one file.
 
     Args:
         transformer: the stage whose transformer to ship; None = the latest, "none" = leave it out.
@@ -45,6 +54,8 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     transformers = {} if name == LEAVE_OUT else {"transformer": name}
     if name == "hsa":
         transformers["dense"] = latest_transformer(run, PREVIOUS["hsa"])
+    if transformers and run.weights("framewise").exists():
+        transformers["framewise"] = "framewise"
     decoder = "sharpen" if run.weights("sharpen").exists() else "decoder"
     for stage in (decoder, "text", *transformers.values()):
         if not run.weights(stage).exists():
@@ -57,6 +68,8 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
         "decoder": load_weights(run.weights(decoder)),
         "text": {names[key]: value for key, value in captions.weights.items()},
     }
+    if run.weights("encoder").exists():
+        states["decoder"] |= load_weights(run.weights("encoder"))
     states |= {part: load_weights(run.weights(stage)) for part, stage in transformers.items()}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -91,13 +104,25 @@ def adopt(run: Run, folder: Path) -> list[str]:
         run.weights("text"): {names[key]: value for key, value in text.items()},
         run.start("decoder"): load_vae_state(folder / FILES["decoder"], PRESET.vae, dtype=torch.float32),
     }
-    transformer = folder / FILES["transformer"]
-    if transformer.exists():
-        states[run.start("student")] = load_dit_state(transformer, PRESET.dit, dtype=torch.float32)
+    if _has_encoder(folder / FILES["decoder"]):
+        encoder = load_vae_encoder_state(folder / FILES["decoder"], TINY_VAE, dtype=torch.float32)
+        states[run.weights("encoder")] = encoder
+    transformers = {
+        "transformer": run.start("student"),
+        "dense": run.weights("rollout"),
+        "framewise": run.weights("framewise"),
+    }
+    for part, path in transformers.items():
+        if (folder / FILES[part]).exists():
+            states[path] = load_dit_state(folder / FILES[part], PRESET.dit, dtype=torch.float32)
     for path, state in states.items():
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(state, path)
     return [path.parent.name for path in states]
+
+
+def _has_encoder(path: Path) -> bool:
+    return any(key.startswith("encoder.") for key in load_weights(path))
 
 
 def _half(key: str, value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def test_the_tiny_preset_comes_with_all_its_weights() -> None:
     files = shipped("tiny")
     assert files is not None
     preset = PRESETS["tiny"]
-    for transformer in (files.transformer, files.dense_transformer):
+    for transformer in (files.transformer, files.dense_transformer, files.framewise_transformer):
         load_dit_state(transformer, preset.dit)
     load_vae_state(files.vae, preset.vae)
     load_umt5_state(files.text_encoder, preset.text)
@@ -39,6 +39,7 @@ def test_an_incomplete_folder_counts_as_none(tmp_path: Path, monkeypatch: pytest
     names = (
         "dit.safetensors",
         "dit_dense.safetensors",
+        "dit_framewise.safetensors",
         "vae.safetensors",
         "text_encoder.safetensors",
         "tokenizer.json",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CHANNELS", "PatchPCA"]
+__all__ = ["CHANNELS", "FRAME_STRIDE", "STRIDE", "PatchPCA", "patches"]
 
 CHANNELS = 16
 FRAME_STRIDE, STRIDE = 4, 8
@@ -21,7 +21,7 @@ FRAME_STRIDE, STRIDE = 4, 8
 Array = npt.NDArray[np.float32]
 
 
-def _patches(frames: npt.NDArray[np.uint8]) -> Array:
+def patches(frames: npt.NDArray[np.uint8]) -> Array:
     """Pixels uint8 `[1 + 4 n, H, W, 3]` to patches in -1..1, `[n + 1, h, w, 4 * 8 * 8 * 3]`."""
     if (len(frames) - 1) % FRAME_STRIDE:
         raise ValueError(f"the clip has {len(frames)} frames; expected 1 + a multiple of {FRAME_STRIDE}")
@@ -53,10 +53,10 @@ class PatchPCA:
         total, second = np.zeros(size), np.zeros((size, size))
         count = 0
         for frames in clips:
-            patches = _patches(frames).reshape(-1, size)
-            total = total + patches.sum(0, dtype=np.float64)
-            second = second + (patches.T @ patches).astype(np.float64)
-            count += len(patches)
+            flat = patches(frames).reshape(-1, size)
+            total = total + flat.sum(0, dtype=np.float64)
+            second = second + (flat.T @ flat).astype(np.float64)
+            count += len(flat)
         if count == 0:
             raise ValueError("no clips to fit the latents to; expected at least one")
         mean = total / count
@@ -74,7 +74,7 @@ class PatchPCA:
 
     def encode(self, frames: npt.NDArray[np.uint8]) -> Array:
         """Pixels uint8 `[1 + 4 n, H, W, 3]` to latents `[n + 1, 16, H / 8, W / 8]`."""
-        latents = (_patches(frames) - self.mean) @ (self.components / self.scale[:, None]).T
+        latents = (patches(frames) - self.mean) @ (self.components / self.scale[:, None]).T
         return np.ascontiguousarray(latents.transpose(0, 3, 1, 2))
 
     def decode(self, latents: Array) -> npt.NDArray[np.uint8]:

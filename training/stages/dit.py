@@ -7,6 +7,7 @@ no teacher to distil.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -32,7 +33,6 @@ from .text import CaptionEncoder
 
 __all__ = ["RolloutStage", "StillStage", "StudentStage", "attention_spec"]
 
-CLIP_CHUNKS = LATENT_FRAMES // CHUNK_FRAMES
 ADAM_ONLY = ("patch_embedding", "text_embedding.0", "time_embedding.0", "head.head")
 SPARSITY_TARGET, SPARSITY_BASE = 0.88, 0.98
 """Light Forcing's short configuration."""
@@ -56,7 +56,11 @@ def attention_spec(preset: Preset, table: SparsityTable, hsa: HSAConfig | None =
 
 
 class _TransformerStage(Stage):
-    """What the transformer stages share: batches of clips and the weighted loss."""
+    """What the transformer stages share: batches of clips and the weighted loss.
+
+    Args:
+        schedule: chunks' frames and noise levels; None = four steps of three frames.
+    """
 
     adam_only: tuple[str, ...] = ADAM_ONLY
 
@@ -68,6 +72,7 @@ class _TransformerStage(Stage):
         clips: ClipSet,
         captions: CaptionEncoder,
         start: dict[str, Tensor] | None,
+        schedule: FlowSchedule | None = None,
     ) -> None:
         self.config, self.weights, self.preset = config, loss, preset
         self.clips, self.captions = clips, captions
@@ -79,7 +84,9 @@ class _TransformerStage(Stage):
             self.model.load_state_dict(start)
         self.channel_weight = tensor(clips.channel_weight)[:, None, None, None]
         self.grid = preset.token_grid()
-        self.schedule = FlowSchedule.warped()
+        self.schedule = schedule or FlowSchedule.warped()
+        self.chunk_frames = self.schedule.chunk_frames
+        self.clip_chunks = LATENT_FRAMES // self.chunk_frames
         self.extend()
 
     def extend(self) -> None:
@@ -94,15 +101,21 @@ class _TransformerStage(Stage):
         weight = 1 + (self.weights.foreground - 1) * touched.float()
         return latents.transpose(1, 2), self.captions([clip.caption for clip in clips]), weight[:, None]
 
-    def noised(self, generator: np.random.Generator, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """`x0` with a noise level of the schedule for every chunk, and the level of each frame `[B, F]`."""
-        frames = x0.shape[2]
-        chunks = -(-frames // CHUNK_FRAMES)
-        steps = self.schedule.denoise_steps
-        rest = (1 - self.weights.full_noise) / (steps - 1)
-        odds = [self.weights.full_noise] + [rest] * (steps - 1)
-        drawn = tensor(generator.choice(steps, p=odds, size=(len(x0), chunks)))
-        sigma = torch.tensor(self.schedule.sigmas)[drawn].repeat_interleave(frames // chunks, 1)
+    def noised(
+        self, generator: np.random.Generator, x0: Tensor, chunks: Sequence[int] = (0,)
+    ) -> tuple[Tensor, Tensor]:
+        """`x0` with a noise level of the schedule for each of `chunks`, and the level of each frame `[B, F]`."""
+        drawn = []
+        for chunk in chunks:
+            sigmas = [self.schedule.row_sigmas[row] for row in self.schedule.rows(chunk)]
+            later = len(sigmas) - 1
+            odds = (
+                [self.weights.full_noise, *[(1 - self.weights.full_noise) / later] * later]
+                if later
+                else [1.0]
+            )
+            drawn.append(generator.choice(sigmas, p=odds, size=len(x0)))
+        sigma = tensor(np.stack(drawn, 1).astype(np.float32)).repeat_interleave(x0.shape[2] // len(chunks), 1)
         level = over_pixels(sigma)
         return (1 - level) * x0 + level * torch.randn_like(x0), sigma
 
@@ -132,12 +145,13 @@ class _TransformerStage(Stage):
             the predicted chunks, which are the window's last ones.
         """
         layout = forcing_layout(chunks)
-        targets = (len(layout) - len(chunks) + 1) * CHUNK_FRAMES
-        context = own[:, :, :-CHUNK_FRAMES]
+        noisy = [segment.chunk for segment in layout[len(chunks) - 1 :]]
+        targets = len(noisy) * self.chunk_frames
+        context = own[:, :, : -self.chunk_frames]
         context = context + self.weights.context_noise * torch.randn_like(context)
-        x, sigma = self.noised(generator, own[:, :, -targets:])
+        x, sigma = self.noised(generator, own[:, :, -targets:], noisy)
         t = torch.cat([torch.zeros(context.shape[0], context.shape[2]), sigma], dim=1)
-        core = window_core(self.model, layout, self.grid, spec)
+        core = window_core(self.model, layout, self.grid, spec, self.chunk_frames)
         both = torch.cat([context, x], dim=2)
         flow = predict_flow(self.model, both, 1000 * t, self.model.embed_text(text), core)
         return x - over_pixels(sigma) * flow[:, :, -targets:]
@@ -191,7 +205,7 @@ class _PlacedStage(_TransformerStage):
     handed_on = "model."
 
     def extend(self) -> None:
-        self.sizes = (CHUNK_FRAMES, *self.grid)
+        self.sizes = (self.chunk_frames, *self.grid)
         self.readout = nn.Linear(self.preset.dit.dim, sum(self.sizes))
         nn.init.zeros_(
             self.readout.weight
@@ -240,12 +254,12 @@ class StudentStage(_PlacedStage):
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         if generator.random() < self.weights.first_window:
-            return self.alone(generator, self.shown, CHUNK_FRAMES)
+            return self.alone(generator, self.shown, self.chunk_frames)
         count = int(generator.integers(2, self.config.chunks + 1))
-        first = int(generator.integers(CLIP_CHUNKS - count + 1))
+        first = int(generator.integers(self.clip_chunks - count + 1))
         chunks = range(first, first + count)
         chosen = self.clips.draw(generator, self.fitting(count))
-        latents, text, weight = self.batch(chosen, len(chunks) * CHUNK_FRAMES, chunks[0] * CHUNK_FRAMES)
+        latents, text, weight = self.batch(chosen, count * self.chunk_frames, first * self.chunk_frames)
         found = self.continued(generator, chunks, latents, text)
         frames = found.shape[2]
         drawn = self.error(found, latents[:, :, -frames:], weight[:, :, -frames:])
@@ -270,10 +284,10 @@ class RolloutStage(_TransformerStage):
         places = generator.choice(self.replay.size, min(ROLLED_OUT, self.replay.size), replace=False)
         self.replay.renew(generator, places)
         captions = [self.clips.clips[index].caption for index in self.replay.members[places]]
-        rollout = BatchRollout(self.model, self.captions(captions), self.grid, self.spec)
-        alike = self.replay.own[places, :, :CHUNK_FRAMES]
-        for index, chunk in enumerate(rollout.chunks(CLIP_CHUNKS, lambda: torch.randn_like(alike))):
-            self.replay.put(places, chunk, index * CHUNK_FRAMES)
+        rollout = BatchRollout(self.model, self.captions(captions), self.grid, self.spec, self.schedule)
+        alike = self.replay.own[places, :, : self.chunk_frames]
+        for index, chunk in enumerate(rollout.chunks(self.clip_chunks, lambda: torch.randn_like(alike))):
+            self.replay.put(places, chunk, index * self.chunk_frames)
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         count, size = 1, self.shown
@@ -282,13 +296,15 @@ class RolloutStage(_TransformerStage):
             if generator.random() < SHORTER:
                 count = int(generator.integers(2, count + 1))
             size = self.fitting(count)
-        if generator.random() < self.weights.own_rollouts:
+        # A rollout of shorter chunks takes as many more forwards.
+        if generator.random() < self.weights.own_rollouts * self.chunk_frames / CHUNK_FRAMES:
             self.roll_out(generator)
         places = self.replay.draw(generator, size)
-        latents, text, weight = self.batch(self.replay.members[places], count * CHUNK_FRAMES)
-        rivals = self.replay.rivals(generator, places, count * CHUNK_FRAMES)
+        frames = count * self.chunk_frames
+        latents, text, weight = self.batch(self.replay.members[places], frames)
+        rivals = self.replay.rivals(generator, places, frames)
         weight = weight + self.weights.outline * self.difference(rivals, latents)
-        own = self.replay.own[places, :, : count * CHUNK_FRAMES]
+        own = self.replay.own[places, :, :frames]
         found = self.continued(generator, range(count), own, text, self.spec)
         drawn = self.error(found, latents, weight)
         self.replay.put(places, found)

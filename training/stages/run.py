@@ -3,22 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.dimensions import TINY_VAE
-from lightforcing_ref.sparsity import SparsityTable
+from lightforcing_ref.schedule import FlowSchedule
+from lightforcing_ref.sparsity import HSAConfig, SparsityTable
 from training.config import Run, StageConfig, StageName, TrainingConfig
-from training.data.dataset import ClipSet, build_latents
+from training.data.clips import FRAMES, random_clip
+from training.data.dataset import LATENT_FRAMES, ClipSet, build_latents
 from training.data.latents import PatchPCA
 from training.device import load_weights
-from training.runner import Stage, run_stage
+from training.runner import Stage, run_stage, save_tensors
 
 from .decoder import DecoderStage
 from .dit import SPARSITY_BASE, SPARSITY_TARGET, RolloutStage, StillStage, StudentStage, attention_spec
+from .encoder import derive_encoder
 from .sharpen import SharpenStage
 from .text import CaptionEncoder, TextStage
 
@@ -29,8 +34,13 @@ PREVIOUS: dict[str, tuple[str, ...]] = {
     "student": ("still",),
     "rollout": ("student", "still"),
     "hsa": ("rollout", "student", "still"),
+    "sla": ("rollout", "student", "still"),
+    "framewise": ("rollout", "student"),
 }
 """Stages whose transformer a stage starts from: the first that exists."""
+SPARSE = {"hsa": HSAConfig(), "sla": HSAConfig(keep_frames=LATENT_FRAMES, sink_frames=0, near_frames=0)}
+"""Stages under sparse attention: Light Forcing's, and one stage of selection among all blocks, which is SLA's sparse
+branch."""
 
 
 class StageError(Exception):
@@ -84,12 +94,24 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
         return StillStage(*common)
     if name == "student":
         return StudentStage(*common)
+    if name == "framewise":
+        framewise = RolloutStage(*common, FlowSchedule.warped(chunk_frames=1))
+        framewise.name = name
+        return framewise
     rollout = RolloutStage(*common)
-    if name == "hsa":
-        rollout.name = "hsa"
+    if name in SPARSE:
+        rollout.name = name
         table = SparsityTable.chunk_aware(SPARSITY_TARGET, SPARSITY_BASE)
-        rollout.spec = attention_spec(PRESET, table)
+        rollout.spec = attention_spec(PRESET, table, SPARSE[name])
     return rollout
+
+
+def _windows(config: TrainingConfig) -> Iterator[npt.NDArray[np.uint8]]:
+    """The clips that the encoder is derived for: three latent frames each, from anywhere."""
+    generator = np.random.default_rng([config.seed, 3])
+    for _ in range(config.data.pca_clips):
+        clip = random_clip(generator, config.data.kinds)
+        yield clip.render(int(generator.integers(FRAMES - 8)), 9)
 
 
 def run(
@@ -113,6 +135,10 @@ def run(
         torch.set_default_device(config.device)
     if name == "latents":
         build_latents(config, folder, report)
+    elif name == "encoder":
+        encoder = derive_encoder(PatchPCA.load(_need(folder.pca, "latents")), _windows(config), TINY_VAE)
+        folder.stage(name).mkdir(parents=True, exist_ok=True)
+        save_tensors(encoder.state_dict(), folder.weights(name))
     elif name == "text" and folder.weights(name).exists() and not (folder.stage(name) / "state.pt").exists():
         return  # adopted: training on would change what the transformer reads
     else:
