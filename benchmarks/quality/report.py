@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from .scores import ClipScore, chunk_frames, summarise
 
-__all__ = ["COLUMNS", "write_report"]
+__all__ = ["COLUMNS", "Line", "write_report"]
 
 COLUMNS: dict[str, str] = {
+    "seen": "%",
     "ground": "%",
     "colour": "%",
     "shape": "%",
@@ -31,6 +32,22 @@ COLUMNS: dict[str, str] = {
 """Figures of the table and their units."""
 
 Frames = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Line:
+    """What one row reached.
+
+    Attributes:
+        share: the part of the resident keys that its queries saw after the first chunk; None = not known.
+        scores: one for each clip.
+        sheet: the frames of the first few clips.
+    """
+
+    name: str
+    share: float | None = None
+    scores: list[ClipScore] = field(default_factory=list)
+    sheet: list[Frames] = field(default_factory=list)
 
 
 def _cell(value: float | None, unit: str) -> str:
@@ -51,20 +68,12 @@ def table(summaries: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(
-    folder: Path,
-    scores: Mapping[str, Sequence[ClipScore]],
-    sheets: Mapping[str, Sequence[Frames]],
-    settings: Mapping[str, object],
-) -> str:
-    """Write quality.json, quality.md, quality.png and contact_sheet.png to `folder`; returns the table.
-
-    Args:
-        scores: per row, one per clip.
-        sheets: per row, the frames of the first few clips.
-    """
+def write_report(folder: Path, lines: Sequence[Line], settings: Mapping[str, object]) -> str:
+    """Write quality.json, quality.md, quality.png and contact_sheet.png to `folder`; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = {row: summarise(clips) for row, clips in scores.items()}
+    scores = {line.name: line.scores for line in lines}
+    sheets = {line.name: line.sheet for line in lines}
+    summaries = {line.name: {"seen": line.share, **summarise(line.scores)} for line in lines}
     content = {
         "schema_version": 1,
         "settings": dict(settings),
