@@ -11,7 +11,15 @@ from torch import Tensor
 
 from lightforcing_ref.attention import dense_attention, hsa_attention, hsa_selection
 from lightforcing_ref.config import CHUNK_FRAMES, Preset
-from lightforcing_ref.policies import SLA, PolicyAttention, Radial, SlidingTile, SpargeAttention, VMoBA
+from lightforcing_ref.policies import (
+    SLA,
+    PersistentBlocks,
+    PolicyAttention,
+    Radial,
+    SlidingTile,
+    SpargeAttention,
+    VMoBA,
+)
 from lightforcing_ref.policies import Policy as Method
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable, kept_blocks
 
@@ -43,11 +51,15 @@ class Operator:
     visible: Callable[..., Tensor]
     counting: bool = False
     shares: list[float] = field(default_factory=list)
-    """Of the resident keys, mean over heads and queries, of every call after the first chunk while `counting`."""
+    """Of the keys of all frames so far, mean over heads and queries, of every call after the first chunk while
+    `counting`."""
 
     def __call__(self, *tensors: Any, scale: float, **attributes: Any) -> Tensor:
-        if self.counting and tensors[8].numel():  # there are past frames
-            self.shares.append(float(self.visible(*tensors, **attributes).float().mean()))
+        past, chunk = tensors[8].numel(), int(tensors[9])
+        if self.counting and past:
+            current = tensors[0].shape[0] // attributes["frame_tokens"]
+            resident = (past + current) / (current * (chunk + 1))
+            self.shares.append(resident * float(self.visible(*tensors, **attributes).float().mean()))
         return self.call(*tensors, scale=scale, **attributes)
 
 
@@ -69,6 +81,12 @@ class Policy:
     """With CAG, the sparsity in the limit of a long history."""
     methods: tuple[Method, ...] = ()
     """Another method of the field in its place; where there are several, layers take them in turn."""
+    window: int | None = None
+    """Frames within which attention looks, as the method has it; None = all."""
+    persistent: int = 0
+    """Frames of the window that a persistent set fills."""
+    keep: float | None = None
+    """The fraction of the blocks that are not persistent to keep, in place of a sparsity."""
 
     def attend(self, preset: Preset) -> list[Operator]:
         """The attention operator of every layer."""
@@ -89,6 +107,8 @@ class Policy:
             preset.geometry().k_blocks * frames
             for frames in range(CHUNK_FRAMES, TABLE_FRAMES + 1, CHUNK_FRAMES)
         ]
+        if self.keep is not None:
+            return SparsityTable((1 - self.keep,)).keep_q20(totals)
         if self.sparsity is None:
             return SparsityTable.dense().keep_q20(totals)
         base = self.base if self.cag else self.sparsity
@@ -195,12 +215,13 @@ POLICIES: dict[str, Policy] = {
         Policy("sta-one", None, _HSA, None, methods=(SlidingTile(((7, 1, 1),), tile=(4, 4)),)),
         Policy("vmoba", None, _HSA, None, methods=_VMOBA),
         Policy("vmoba-threshold", None, _HSA, None, methods=tuple(VMoBA(m.block) for m in _VMOBA)),
+        Policy("pbsa", None, _HSA, None, methods=(PersistentBlocks(),), window=7, persistent=1, keep=0.2),
         Policy("radial", None, _HSA, None, methods=(Radial(),)),
     )
 }
 """By name. From `hsa` to `sparge`, all but `hsa-80` have the same table, `-uniform` without CAG (`sparge` adds blocks
-that their means do not stand for). The windows of `sta`, one for each of two heads, and of `sta-one`, and the blocks
-of `vmoba` are chosen for the same share of the keys. `radial` and `vmoba-threshold` have rules of their own. SLA
-without its linear branch is `top-k`."""
-METHODS = ("hsa", "sla", "sparge", "sta", "vmoba", "radial", "nearest", "random")
+that their means do not stand for). The windows of `sta`, one for each of two heads, and of `sta-one`, the blocks of
+`vmoba`, and window, set and fraction of `pbsa` are chosen for about the same share of the keys. `radial` and
+`vmoba-threshold` have rules of their own. SLA without its linear branch is `top-k`."""
+METHODS = ("hsa", "sla", "sparge", "sta", "vmoba", "pbsa", "radial", "nearest", "random")
 """What `--policies all` compares: the methods of the field, then what a budget is worth without a choice."""

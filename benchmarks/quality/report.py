@@ -39,7 +39,7 @@ class Line:
     """What one row reached.
 
     Attributes:
-        share: the part of the resident keys that its queries saw after the first chunk; None = not known.
+        share: the part of the keys of all frames so far that its queries saw after the first chunk; None = not known.
         scores: one for each clip.
         sheet: the frames of the first few clips.
     """

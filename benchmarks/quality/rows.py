@@ -27,6 +27,7 @@ from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
 from lightforcing_ref.decoders.vae import to_uint8
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.policies import PersistentSet
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.text import build_encoder, encode_prompts, load_tokenizer
@@ -64,7 +65,7 @@ class Row(Protocol):
 
     @property
     def share(self) -> float | None:
-        """The part of the resident keys that queries saw after the first chunk of the first clip; None = not known."""
+        """The part of the keys of all frames so far that queries saw, after the first chunk; None = not known."""
 
     def generate(self, prompt: str, seed: int, chunks: int) -> Frames:
         """Frames uint8 `[N, H, W, 3]` of as many latent frames as `chunks` of three have."""
@@ -131,6 +132,7 @@ class ReferenceRow:
         parts = (
             *(self.weights.digest, selection, policy.hsa, policy.sparsity, policy.cag, policy.base),
             *(policy.methods, self.window_frames, self.precision, self.schedule),
+            *((policy.window, policy.persistent, policy.keep) if policy.persistent else ()),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -154,6 +156,7 @@ class ReferenceRow:
             self.policy.hsa,
             self.policy.keep_q20(preset),
             preset.dit.head_dim**-0.5,
+            persistent_frames=self.policy.persistent,
         )
 
         def noise(chunk: int, step: int) -> Tensor:
@@ -170,7 +173,8 @@ class ReferenceRow:
             self.weights.embed(prompt),
             noise,
             preset.token_grid(),
-            window_frames=self.window_frames,
+            window_frames=self.policy.window or self.window_frames,
+            persistent=PersistentSet(self.policy.persistent) if self.policy.persistent else None,
             sink_frames=1 if self.window_frames else 0,
             schedule=self.schedule,
             attend=attend,

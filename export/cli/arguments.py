@@ -186,7 +186,7 @@ def chosen_weights(args: argparse.Namespace, model: Preset, variant: Variant) ->
             named=named,
         )
     if not args.init and args.seed is None and getattr(args, "decoder", None) is None:
-        shipped = shipped_weights(model, dense=variant.is_dense)
+        shipped = shipped_weights(model, dense=variant.is_dense, chunk_frames=variant.schedule.chunk_frames)
         if shipped is not None:
             return shipped
     return Weights(model, seed=args.seed or 0)

@@ -180,7 +180,9 @@ class Reference:
         if isinstance(origin, RandomInit):
             return cls(Weights(replace(model, vae=_decoder(manifest.vae, model.vae)), seed=origin.random))
         shipped = shipped_weights(
-            model, dense=keeps_everything(manifest.attention.method, manifest.sparsity.target)
+            model,
+            dense=keeps_everything(manifest.attention.method, manifest.sparsity.target),
+            chunk_frames=manifest.model.chunk_frames,
         )
         if shipped is not None and shipped.source == origin.source and not origin.loras:
             if (found := shipped.digests()["checkpoint"]) == origin.sha256:

@@ -25,7 +25,7 @@ from lightforcing_ref.checkpoint import (
 )
 from lightforcing_ref.checkpoint.lora import MergedLoRA, lora_sha256
 from lightforcing_ref.checkpoint.spec import umt5_shapes
-from lightforcing_ref.config import Preset
+from lightforcing_ref.config import CHUNK_FRAMES, Preset
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
 from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import LIGHT_VAE, DecoderConfig, VAEConfig
@@ -287,16 +287,17 @@ class Weights:
         return drawn.mul_(fan_in**-0.5)
 
 
-def shipped_weights(preset: Preset, *, dense: bool) -> Weights | None:
-    """The trained weights that come with this package for `preset`, for dense or for sparse attention; None if there
-    are none.
+def shipped_weights(preset: Preset, *, dense: bool, chunk_frames: int = CHUNK_FRAMES) -> Weights | None:
+    """The trained weights that come with this package for `preset`, for dense or for sparse attention and for chunks of
+    so many latent frames; None if there are none.
     """
     files = shipped(preset.name)
     if files is None:
         return None
+    trained_dense = files.framewise_transformer if chunk_frames == 1 else files.dense_transformer
     return Weights(
         preset,
-        checkpoint=files.dense_transformer if dense else files.transformer,
+        checkpoint=trained_dense if dense else files.transformer,
         vae=files.vae,
         text_encoder=files.text_encoder,
         tokenizer=files.tokenizer,

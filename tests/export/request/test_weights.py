@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,18 @@ def test_a_build_with_a_file_for_something_else_writes_nothing(
 def test_what_is_shipped_and_what_is_random_pass() -> None:
     weights = shipped_weights(PRESETS["tiny"], dense=True)
     assert weights is not None
-    weights.check()
+    weights.check(with_encoder=True)
     Weights(PRESETS["tiny"], seed=0).check()
+
+
+def test_shipped_weights_are_those_for_the_attention_and_the_chunks() -> None:
+    def chosen(**how: Any) -> Path | None:
+        weights = shipped_weights(PRESETS["tiny"], **how)
+        return weights.checkpoint if weights else None
+
+    assert chosen(dense=True) == FILES.dense_transformer
+    assert chosen(dense=True, chunk_frames=1) == FILES.framewise_transformer
+    assert chosen(dense=False) == chosen(dense=False, chunk_frames=1) == FILES.transformer
 
 
 def test_a_bundle_says_which_lora_was_merged_into_its_checkpoint(tmp_path: Path) -> None:

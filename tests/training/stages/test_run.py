@@ -11,16 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lightforcing_ref.cache import CachedAttention
-from lightforcing_ref.checkpoint import load_dit_state, load_umt5_state, load_vae_state
+from lightforcing_ref.checkpoint import (
+    load_dit_state,
+    load_umt5_state,
+    load_vae_encoder_state,
+    load_vae_state,
+)
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.decoders.vae import VAEDecoder
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
+from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import SparsityTable
 from training.attention import causal_layout, forcing_layout
 from training.cli import main
-from training.config import CONFIGS, Run, StageConfig, TrainingConfig
+from training.config import CONFIGS, STAGES, Run, StageConfig, TrainingConfig
 from training.data.dataset import ClipSet, build_latents
 from training.data.latents import PatchPCA
 from training.device import load_weights
@@ -35,6 +41,7 @@ from training.stages.sharpen import SharpenStage
 from training.stages.text import CaptionEncoder
 
 GRID = (8, 8)
+OPTIMISED = tuple(stage for stage in STAGES if stage not in ("latents", "encoder"))
 
 
 class Regression(Stage):
@@ -147,6 +154,25 @@ def test_batched_rollouts_are_the_references(model: CausalWanModel, text: Tensor
         assert (x0 - wanted).norm() < 2e-3 * wanted.norm()
 
 
+def test_batched_rollouts_of_single_frames_are_the_references(model: CausalWanModel, text: Tensor) -> None:
+    schedule = FlowSchedule.warped((1000, 500), first_steps=(1000, 750, 250), chunk_frames=1)
+    draws = torch.randn(3, 3, 16, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    rollout = Rollout(
+        model,
+        attention_spec(PRESET, SparsityTable.dense()),
+        text[0],
+        lambda chunk, step: draws[chunk, step],
+        GRID,
+        schedule=schedule,
+    )
+    batch = BatchRollout(model, text[:1], GRID, schedule=schedule)
+    for chunk, expected in enumerate(rollout.stream(3)):
+        noise = iter(draws[chunk])
+        x0 = batch.few_steps(lambda noise=noise: next(noise)[None])
+        batch.commit(x0)
+        assert (x0[0] - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_a_window_computes_what_the_cache_computes(model: CausalWanModel, text: Tensor) -> None:
     torch.manual_seed(3)
     clean, noisy = torch.randn(2, 16, 3, 16, 16), torch.randn(2, 16, 6, 16, 16)
@@ -204,19 +230,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingConfig, R
     small = {"steps": 1, "batch": 1, "minutes": 5, "warmup": 0}
     changes: dict[str, object] = {
         name: config.stage(name).model_copy(update=small | ({"chunks": 2} if name != "text" else {}))
-        for name in ("text", "decoder", "still", "student", "rollout", "hsa", "sharpen")
+        for name in OPTIMISED
     }
     changes["data"] = config.data.model_copy(update={"clips": 2, "pca_clips": 2})
     config = config.model_copy(update=changes)
     folder = Run(tmp_path_factory.mktemp("run"))
-    for stage in ("latents", "text", "decoder", "still", "student", "rollout", "hsa", "sharpen"):
+    for stage in STAGES:
         run(stage, config, folder)
     return config, folder
 
 
 def test_every_stage_builds_on_the_one_before(trained: tuple[TrainingConfig, Run]) -> None:
     _, folder = trained
-    for stage in ("text", "decoder", "still", "student", "rollout", "hsa", "sharpen"):
+    for stage in OPTIMISED:
         assert len(curve(folder.stage(stage))) == 1
         assert folder.weights(stage).exists()
 
@@ -256,16 +282,20 @@ def test_shipped_files_load_as_public_checkpoints(
     _, folder = trained
     assert main(["--run", str(folder.folder), "ship", "--to", str(tmp_path)]) == 0
     load_dit_state(tmp_path / "dit.safetensors", PRESET.dit)
+    load_dit_state(tmp_path / "dit_framewise.safetensors", PRESET.dit)
     load_vae_state(tmp_path / "vae.safetensors", PRESET.vae)
+    load_vae_encoder_state(tmp_path / "vae.safetensors", PRESET.vae)
     load_umt5_state(tmp_path / "text_encoder.safetensors", PRESET.text)
     again = Run(tmp_path / "again")
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 0
     assert set(load_weights(again.start("student"))) == set(load_weights(folder.weights("hsa")))
     assert load_weights(again.weights("text")).keys() < load_weights(folder.weights("text")).keys()
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 2
-    (tmp_path / "dit.safetensors").unlink()
+    assert set(load_weights(again.weights("framewise"))) == set(load_weights(folder.weights("framewise")))
+    for name in ("dit", "dit_dense", "dit_framewise"):
+        (tmp_path / f"{name}.safetensors").unlink()
     later = Run(tmp_path / "later")
-    assert adopt(later, tmp_path) == ["text", "decoder"]
+    assert adopt(later, tmp_path) == ["text", "decoder", "encoder"]
     before = later.weights("text").read_bytes()
     run("text", TrainingConfig.load(CONFIGS / "cpu.toml"), later)
     assert later.weights("text").read_bytes() == before
