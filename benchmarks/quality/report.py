@@ -100,7 +100,7 @@ def _plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 5), layout="constrained")
     names = ("colour", "shape", "motion")
     places = np.arange(len(summaries))
     for offset, name in enumerate(names):
@@ -109,7 +109,7 @@ def _plot(
     left.set_xticks(places, list(summaries), rotation=30, ha="right")
     left.set_ylabel("% of clips")
     left.set_ylim(0, 100)
-    left.legend()
+    left.legend(loc="lower left")
     for row, clips in scores.items():
         chunks = min(len(clip.by_chunk) for clip in clips)
         values = [100 * np.mean([clip.by_chunk[chunk] for clip in clips]) for chunk in range(chunks)]
@@ -117,7 +117,7 @@ def _plot(
     right.set_xlabel("chunk")
     right.set_ylabel("% with the caption's colour and shape")
     right.set_ylim(0, 102)
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

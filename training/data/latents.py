@@ -22,7 +22,11 @@ Array = npt.NDArray[np.float32]
 
 
 def patches(frames: npt.NDArray[np.uint8]) -> Array:
-    """Pixels uint8 `[1 + 4 n, H, W, 3]` to patches in -1..1, `[n + 1, h, w, 4 * 8 * 8 * 3]`."""
+    """Pixels uint8 `[1 + 4 n, H, W, 3]` to patches in -1..1, `[n + 1, h, w, 4 * 8 * 8 * 3]`.
+
+    Raises:
+        ValueError: the number of frames is another.
+    """
     if (len(frames) - 1) % FRAME_STRIDE:
         raise ValueError(f"the clip has {len(frames)} frames; expected 1 + a multiple of {FRAME_STRIDE}")
     full = np.concatenate([np.repeat(frames[:1], FRAME_STRIDE - 1, axis=0), frames])

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls, no-warn-return-any
 """The video encoder, derived and not trained: weights with which Wan's encoder computes the latents' PCA.
 
 The latents are a linear map of patches of 4 x 8 x 8 pixels, and what stands between a frame and a latent in Wan's
@@ -163,7 +164,7 @@ def derive_encoder(pca: PatchPCA, clips: Iterable[Frames], config: VAEConfig) ->
     )
     lower, upper = still.narrowed(3, LATE_MEANS), moving.narrowed(3, LATE_DIFFERENCES)
 
-    width = encoder.middle[0].residual[2].in_channels
+    width = config.widths[0]
     basis = _balanced(width)
     third_shrink = torch.zeros(width - 1, MEANS + DIFFERENCES, 2, 2, dtype=torch.float64)
     third_shrink[:LATE_MEANS, :MEANS] = lower
