@@ -16,7 +16,7 @@ from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
 from export.quantize.decision import QuantizationPlan
 from export.request.graph_types import graph_types
-from export.request.methods import check_backend, operator_of
+from export.request.methods import check_backend, check_products, operator_of
 from export.request.request import BuildRequest
 from export.request.targets import BackendName
 from export.request.weights import Weights
@@ -94,9 +94,11 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     """Refuse what cannot be built, before any long work. `build_bundle` takes the result, or does so itself.
 
     Raises:
-        InputError: the backend or the method has no keys and values in fp8; besides, as `build_bundle`.
+        InputError: the backend or the method has no keys and values in fp8, or the target does not multiply them;
+            besides, as `build_bundle`.
     """
     plan = request.plan
+    check_products(request.target, request.variant)
     check_backend(
         request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
     )

@@ -6,7 +6,7 @@ frames whose token count is no multiple of the block size are well defined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -158,6 +158,7 @@ def hsa_attention(
     scale: float,
     keep_q20: Sequence[int],
     form: Literal["mask", "gather"] = "mask",
+    attend: Callable[..., Tensor] = dense_attention,
 ) -> Tensor:
     """Hierarchical sparse attention of the current chunk over the cached frames and itself.
 
@@ -169,6 +170,7 @@ def hsa_attention(
         frame_slots: int32 `[F]`, slot of each past frame, oldest first, then -1 for absent ones.
         chunk: index into `keep_q20`, clamped to its range.
         form: `"mask"` masks the dense score matrix, `"gather"` gathers each query block's key blocks; they agree.
+        attend: softmax attention of what is selected, called as `dense_attention` is.
 
     Returns:
         `[T, H, D]` in the type of `q`.
@@ -186,10 +188,10 @@ def hsa_attention(
         keep_q20=keep_q20,
     )
     if form == "gather":
-        return _gathered_attention(q, keys, values, selected, geometry, scale)
+        return _gathered_attention(q, keys, values, selected, geometry, scale, attend)
     row = token_blocks(q.shape[0], frame_tokens, block_q, q.device)
     column = token_blocks(keys.shape[0], frame_tokens, block_k, q.device)
-    return dense_attention(q, keys, values, scale, selected[:, row][:, :, column])
+    return attend(q, keys, values, scale, selected[:, row][:, :, column])
 
 
 def token_blocks(tokens: int, frame_tokens: int, block: int, device: torch.device) -> Tensor:
@@ -199,7 +201,13 @@ def token_blocks(tokens: int, frame_tokens: int, block: int, device: torch.devic
 
 
 def _gathered_attention(
-    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, geometry: BlockGeometry, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selected: Tensor,
+    geometry: BlockGeometry,
+    scale: float,
+    attend: Callable[..., Tensor],
 ) -> Tensor:
     """Attention that touches only the selected blocks: one small dense problem per head and query block."""
     row = token_blocks(q.shape[0], geometry.frame_tokens, geometry.block_q, q.device)
@@ -210,5 +218,5 @@ def _gathered_attention(
             queries = row == block
             seen = selected[head, block][column]
             part = slice(head, head + 1)
-            out[queries, part] = dense_attention(q[queries, part], k[seen, part], v[seen, part], scale)
+            out[queries, part] = attend(q[queries, part], k[seen, part], v[seen, part], scale)
     return out

@@ -10,23 +10,33 @@ import torch
 from torch import Tensor
 
 from .config import DiTConfig
-from .fp8_cache import KVFormat, dequantize_blocks, oracles, quantize_blocks
+from .fp8_cache import KVFormat, Products, dequantize_blocks, oracles, quantize_blocks
 from .model import QKVParams
 from .rope import apply_rope, rope_angles
 from .sparsity import BlockGeometry, HSAConfig
 
-__all__ = ["AttentionSpec", "CachedAttention", "FrameCache", "KVFormat", "LayerKV", "SinkPositions"]
+__all__ = [
+    "AttentionSpec",
+    "CachedAttention",
+    "FrameCache",
+    "KVFormat",
+    "LayerKV",
+    "Products",
+    "SinkPositions",
+]
 
 SinkPositions = Literal["absolute", "window"]
 """Where sink frames sit: at their own positions (LongLive), or just before the window (Light Forcing long)."""
 
 LayerKV = tuple[Tensor, ...]
-"""Keys, values and key block means of one layer; behind them, where they are codes, the scales of both."""
+"""Keys, values and key block means of one layer; behind them, where they are codes, the scales of both.
+
+Values that are codes lie block by block, `[..., blocks, H, D, block]`."""
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Constants of the self-attention operators of one model variant; `kv` None = in the compute type.
+    """Constants of the self-attention of one model variant; `kv` and `products` None = in the compute type.
 
     With `persistent_frames`, the most virtual frames that a persistent set fills, attention is told what is pinned.
     """
@@ -37,6 +47,7 @@ class AttentionSpec:
     keep_q20: tuple[int, ...]
     scale: float
     kv: KVFormat | None = None
+    products: Products | None = None
     persistent_frames: int = 0
 
     def prepare_attributes(self) -> dict[str, int]:
@@ -88,12 +99,12 @@ class CachedAttention:
     attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] | None = None
     pinned: Tensor | int = 0
     new: list[LayerKV] = field(default_factory=list)
-    """Per layer, keys and values `[T, H, D]`, key block means `[frames, blocks, H, D]` and scales of the chunk."""
+    """Per layer what `LayerKV` lists of the chunk: keys and values `[T, H, D]`, the rest with frames first."""
     queries: list[Tensor] = field(default_factory=list)
     """Per layer, query block means `[frames, blocks, H, D]` of the chunk."""
 
     def __post_init__(self) -> None:
-        prepare, attend = oracles(self.spec.kv)
+        prepare, attend = oracles(self.spec.kv, self.spec.products)
         self.prepare, self.attend = self.prepare or prepare, self.attend or attend
 
     def __call__(self, layer: int, qkv: Tensor, params: QKVParams) -> Tensor:
@@ -149,8 +160,8 @@ class FrameCache:
     sink_positions: SinkPositions = "absolute"
     kv: KVFormat | None = None
     frames: dict[int, list[LayerKV]] = field(default_factory=dict)
-    """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`, scales `[blocks, H]`
-    of both if they are codes)."""
+    """Absolute frame index -> per layer (k `[FT, H, D]`, v `[FT, H, D]`, means `[blocks, H, D]`; if they are codes, v
+    `[blocks, H, D, block]` and scales `[blocks, H]` of both)."""
     virtual: list[list[LayerKV]] = field(default_factory=list)
     """The persistent set: virtual frames in the form of `frames`."""
     gone: int = 0
@@ -179,16 +190,30 @@ class FrameCache:
             del self.frames[frame]
         self.virtual.clear()
 
-    def commit(self, first_frame: int, new: Sequence[LayerKV], *, only: Sequence[int] | None = None) -> None:
-        """Store the frames of a chunk that starts at `first_frame`; `only` restricts which ones."""
+    def commit(
+        self,
+        first_frame: int,
+        new: Sequence[LayerKV],
+        *,
+        only: Sequence[int] | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        """Store the frames of a chunk that starts at `first_frame`.
+
+        Args:
+            only: which frames; None = all.
+            part: where in `new` the chunk's frames are.
+        """
         count = new[0][2].shape[0]
-        for index in range(count):
-            frame = first_frame + index
+        for frame, index in enumerate(range(count)[part], start=first_frame):
             if only is None or frame in only:
-                tokens = slice(index * self.geometry.frame_tokens, (index + 1) * self.geometry.frame_tokens)
-                self.frames[frame] = [
-                    (k[tokens], v[tokens], *(blocks[index] for blocks in rest)) for k, v, *rest in new
-                ]
+                self.frames[frame] = [self._frame(layer, index) for layer in new]
+
+    def _frame(self, new: LayerKV, index: int) -> LayerKV:
+        """One of the frames of a chunk."""
+        k, v, *rest = new
+        tokens = slice(index * self.geometry.frame_tokens, (index + 1) * self.geometry.frame_tokens)
+        return k[tokens], v[tokens] if self.kv is None else v[index], *(blocks[index] for blocks in rest)
 
     def past(self, layer: int, frames: Sequence[int], first_recent: int, virtual: bool = False) -> LayerKV:
         """Stacked keys, values and means of `frames`, and of the virtual ones behind the sinks if these are wanted.
@@ -211,9 +236,12 @@ class FrameCache:
             self.geometry.frame_tokens,
             self.geometry.k_blocks,
         )
-        empty = torch.zeros(0, tokens, *heads, dtype=torch.float32 if self.kv is None else torch.uint8)
-        scales = () if self.kv is None else 2 * (torch.zeros(0, blocks, heads[0]),)
-        return (empty, empty, torch.zeros(0, blocks, *heads), *scales)
+        means = torch.zeros(0, blocks, *heads)
+        if self.kv is None:
+            return (*2 * (torch.zeros(0, tokens, *heads),), means)
+        keys = torch.zeros(0, tokens, *heads, dtype=torch.uint8)
+        values = torch.zeros(0, blocks, *heads, self.geometry.block_k, dtype=torch.uint8)
+        return (keys, values, means, *2 * (torch.zeros(0, blocks, heads[0]),))
 
     def _turned(self, entry: LayerKV, frames: int) -> LayerKV:
         """A sink frame as it is at another temporal position; codes of its keys are rounded a second time."""

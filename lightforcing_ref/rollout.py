@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention import hsa_attention
 from .cache import AttentionSpec, CachedAttention, FrameCache, LayerKV, SinkPositions
 from .errors import ConfigError
-from .fp8_cache import with_fp8_cache
+from .fp8_cache import hsa_attention_e4m3, with_fp8_cache
 from .model import CausalWanModel, CrossKV
 from .policies import PersistentSet, block_weights
 from .rope import rope_tables
@@ -57,7 +57,7 @@ class Rollout:
     schedule: FlowSchedule = field(default_factory=FlowSchedule.warped)
     attend: Callable[..., Tensor] | Sequence[Callable[..., Tensor]] = hsa_attention
     """The attention operator, one for all layers or one for each; the oracle unless another execution or policy is
-    under study."""
+    under study. With products of eight bits, the oracle whatever is given."""
     persistent: PersistentSet | None = None
     """Blocks that outlive the window; of `spec.persistent_frames` frames, for `persistent_block_attention`."""
 
@@ -154,10 +154,7 @@ class Rollout:
         latents = torch.cat([self.latents[chunk] for chunk in chunks], dim=1)
         _, new = self._forward(latents, self.schedule.clean_step, chunks, protected)
         for index, chunk in enumerate(chunks):
-            rows = slice(index * frames * self.spec.geometry.frame_tokens, None)
-            blocks = slice(index * frames, (index + 1) * frames)
-            part = [(k[rows], v[rows], *(x[blocks] for x in rest)) for k, v, *rest in new]
-            self.cache.commit(chunk * frames, part)
+            self.cache.commit(chunk * frames, new, part=slice(index * frames, (index + 1) * frames))
 
     def position(self, frame: int) -> int:
         """Where a frame lies in time."""
@@ -168,6 +165,8 @@ class Rollout:
         """The attention, over codes where the cache holds such."""
         if self.spec.kv is None:
             return self.attend
+        if self.spec.products is not None:
+            return hsa_attention_e4m3
         if callable(self.attend):
             return with_fp8_cache(self.attend)
         return [with_fp8_cache(attend) for attend in self.attend]

@@ -424,12 +424,15 @@ def hsa_output_shapes(
     _expect(owner, shapes, "q", ("tokens", "heads", "head_dim"))
     tokens, heads, dim = shapes["q"]
     frames = _frames(owner, "q", tokens, attributes.frame_tokens)
-    for name in ("k", "v"):
-        _expect(owner, shapes, name, (tokens, heads, dim))
+    by_token, in_slots = (tokens, heads, dim), ("slots", attributes.frame_tokens, heads, dim)
+    by_block = (attributes.k_blocks, heads, dim, attributes.block_k)
+    codes = "v_scale" in shapes
+    _expect(owner, shapes, "k", by_token)
+    _expect(owner, shapes, "v", (frames, *by_block) if codes else by_token)
     _expect(owner, shapes, "q_mean", (frames, attributes.q_blocks, heads, dim))
     _expect(owner, shapes, "k_mean", (frames, attributes.k_blocks, heads, dim))
-    for name in ("past_k", "past_v"):
-        _expect(owner, shapes, name, ("slots", attributes.frame_tokens, heads, dim))
+    _expect(owner, shapes, "past_k", in_slots)
+    _expect(owner, shapes, "past_v", ("slots", *by_block) if codes else in_slots)
     _expect(owner, shapes, "past_kmean", ("slots", attributes.k_blocks, heads, dim))
     for name, count in (
         ("k_scale", frames),
@@ -445,12 +448,13 @@ def hsa_output_shapes(
 
 
 def qk_prepare_output_shapes(
-    attributes: QKPrepareAttributes, shapes: Mapping[str, Shape]
+    attributes: QKPrepareAttributes, shapes: Mapping[str, Shape], *, codes: bool = False
 ) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of `QKPrepare`, with codes as results or not, and derive its output shapes.
+    """Check the input shapes of `QKPrepare` and derive its output shapes.
 
     Args:
         shapes: shape of every input in `QK_PREPARE_INPUTS`.
+        codes: whether keys and values are codes in its results.
 
     Raises:
         ContractError: a shape does not fit; the message names the input and both shapes.
@@ -475,7 +479,7 @@ def qk_prepare_output_shapes(
     return {
         "q": head,
         "k": head,
-        "v": head,
+        "v": (frames, attributes.k_blocks, heads, dim, attributes.block_k) if codes else head,
         "q_mean": (frames, attributes.q_blocks, heads, dim),
         "k_mean": (frames, attributes.k_blocks, heads, dim),
         **dict.fromkeys(("k_scale", "v_scale"), (frames, attributes.k_blocks, heads)),

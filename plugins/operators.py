@@ -14,6 +14,7 @@ from . import contract
 from .contract import AttentionAttributes, HSAAttributes, QKPrepareAttributes
 
 __all__ = [
+    "HIERARCHICAL_SPARSE_ATTENTION_E4M3",
     "HIERARCHICAL_SPARSE_ATTENTION_FP8",
     "HSA_FP8_INPUTS",
     "OPERATORS",
@@ -23,6 +24,7 @@ __all__ = [
     "operators",
 ]
 
+HIERARCHICAL_SPARSE_ATTENTION_E4M3: Final = "HierarchicalSparseAttentionE4M3"
 HIERARCHICAL_SPARSE_ATTENTION_FP8: Final = "HierarchicalSparseAttentionFP8"
 QK_PREPARE_FP8: Final = "QKPrepareFP8"
 
@@ -82,20 +84,25 @@ OPERATORS: Final[Mapping[str, Operator]] = {
             for name, made in contract.ATTENTION_OPERATORS.items()
         ),
         Operator(QK_PREPARE_FP8, contract.QK_PREPARE_INPUTS, QK_PREPARE_FP8_OUTPUTS, QKPrepareAttributes),
-        Operator(HIERARCHICAL_SPARSE_ATTENTION_FP8, HSA_FP8_INPUTS, contract.HSA_OUTPUTS, HSAAttributes),
+        *(
+            Operator(name, HSA_FP8_INPUTS, contract.HSA_OUTPUTS, HSAAttributes)
+            for name in (HIERARCHICAL_SPARSE_ATTENTION_FP8, HIERARCHICAL_SPARSE_ATTENTION_E4M3)
+        ),
     )
 }
 """The operators, those over codes last."""
 
 
 def operators(
-    kv: str | None, attention: str = contract.HIERARCHICAL_SPARSE_ATTENTION
+    kv: str | None, products: str | None = None, attention: str = contract.HIERARCHICAL_SPARSE_ATTENTION
 ) -> tuple[Operator, Operator]:
     """What a layer holds: preparation and attention, over codes where `kv` is "fp8".
 
     Args:
+        products: "fp8" where attention multiplies codes; None = in the compute type.
         attention: the attention operator of a layer whose keys and values are in the compute type.
     """
     if kv is None:
         return OPERATORS[contract.QK_PREPARE], OPERATORS[attention]
-    return OPERATORS[QK_PREPARE_FP8], OPERATORS[HIERARCHICAL_SPARSE_ATTENTION_FP8]
+    over_codes = HIERARCHICAL_SPARSE_ATTENTION_FP8 if products is None else HIERARCHICAL_SPARSE_ATTENTION_E4M3
+    return OPERATORS[QK_PREPARE_FP8], OPERATORS[over_codes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from export.errors import InputError
 
@@ -219,5 +219,20 @@ def chosen_variant(args: argparse.Namespace) -> tuple[Target, Variant]:
     changed.table()
     if (recache := getattr(args, "recache", None)) is not None:
         changed = changed.switching(recache)
-    kv = getattr(args, "kv", None)
-    return target, changed if kv is None else changed.holding("fp8" if kv == "fp8" else None)
+    return target, _multiplied(args, changed)
+
+
+def _multiplied(args: argparse.Namespace, variant: Variant) -> Variant:
+    """The variant with keys and values held, and multiplied, as the command line says; fp8 products imply codes."""
+    kv, attention = getattr(args, "kv", None), getattr(args, "attention", None)
+    products: Literal["fp8"] | None = variant.products if attention is None else _fp8(attention)
+    if products is not None and kv == "bf16":
+        raise InputError(
+            "attention in fp8 multiplies keys and values that are held in fp8; drop --kv bf16, or give --attention bf16"
+        )
+    held = products or (variant.cache.kv if kv is None else _fp8(kv))
+    return variant.holding(held, products)
+
+
+def _fp8(name: str) -> Literal["fp8"] | None:
+    return "fp8" if name == "fp8" else None

@@ -121,6 +121,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("window", "all", "none", "joint", "flush", "cut"),
         help="what a prompt switch does to cached frames where it does not say (default: the variant's)",
     )
+    parser.add_argument(
+        "--attention",
+        choices=("bf16", "fp8"),
+        help="what attention multiplies: 16 bits, or E4M3 from compute capability 8.9 on, which implies --kv fp8 "
+        "(default: the variant's)",
+    )
     sparse.add_argument(
         "--frames",
         type=positive,

@@ -103,6 +103,7 @@ class Plan(Command):
 def _every_card(args: argparse.Namespace) -> int:
     from export.estimate.efficiency import assumed
     from export.report.cards import Card, cards_document, cards_table
+    from export.request.methods import multiplies_e4m3
     from export.request.targets import list_targets
 
     if args.measured or args.bundle:
@@ -114,6 +115,7 @@ def _every_card(args: argparse.Namespace) -> int:
             continue
         args.gpu = target.name
         able = args.precision is None or args.precision in target.precisions
+        able = able and (args.attention != "fp8" or multiplies_e4m3(target))
         cards.append((target, _planned(args) if able else None))
     if args.json:
         write_out(json.dumps(cards_document(cards, args.sessions, share), indent=1) + "\n")
@@ -149,9 +151,11 @@ def efficiency(text: str) -> float:
 
 def _planned(args: argparse.Namespace) -> PlanRequest:
     """Check the arguments of `plan`."""
+    from export.request.methods import check_products
     from export.request.plan import PlanRequest, planned_precision
 
     target, variant = chosen_variant(args)
+    check_products(target, variant)
     precision = planned_precision(target, args.precision)
 
     model = chosen_preset(args)

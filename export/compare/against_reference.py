@@ -225,7 +225,8 @@ def step_function(module: StepModule, clean_step: int | None = None) -> Callable
         geometry, stems = module.spec.geometry, layer_stems(module.spec.kv)
         codes = torch.float32 if module.spec.kv is None else torch.uint8
         for stem in stems:
-            per_block = (stem.startswith("past_k") and stem != "past_k") or stem == "past_vscale"
+            by_block = codes == torch.uint8 and stem == "past_v"
+            per_block = stem not in ("past_k", "past_v") or by_block
             shape: tuple[int, ...] = (
                 0,
                 geometry.k_blocks if per_block else geometry.frame_tokens,
@@ -233,6 +234,8 @@ def step_function(module: StepModule, clean_step: int | None = None) -> Callable
             )
             if not stem.endswith("scale"):
                 shape = (*shape, config.head_dim)
+            if by_block:
+                shape = (*shape, geometry.block_k)
             nothing = torch.zeros(shape, dtype=codes if stem in ("past_k", "past_v") else torch.float32)
             for layer in range(layers):
                 tensor.setdefault(f"{stem}.{layer}", torch.zeros_like(tensor.get(f"{stem}.0", nothing)))

@@ -67,6 +67,7 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         keep_q20=manifest.sparsity.keep_q20,
         scale=attention.scale,
         kv=manifest.cache.kv,
+        products=attention.products,
     )
 
 
@@ -123,6 +124,7 @@ def variant_of(manifest: Manifest) -> Variant:
         title=manifest.variant,
         schedule=_schedule_policy(manifest),
         attention=attention.method,
+        products=attention.products,
         sparsity=SparsityPolicy(
             target=sparsity.target,
             base=sparsity.base,
@@ -265,7 +267,7 @@ class Reference:
         spec = _spec(manifest)
         if chunk is not None:
             spec = replace(spec, keep_q20=(spec.keep_q20[min(chunk, len(spec.keep_q20) - 1)],))
-        prepare, attend = oracles(spec.kv)
+        prepare, attend = oracles(spec.kv, spec.products)
         attends = _attends(manifest) if spec.kv is None else attend
         return StepModule(self.model, spec, _schedule(manifest), prepare=prepare, attend=attends)
 

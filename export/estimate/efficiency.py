@@ -145,6 +145,7 @@ def _variant(bundle: MeasuredBundle) -> Variant:
         title=bundle.variant,
         schedule=_schedule(bundle.variant),
         attention=bundle.attention.method,
+        products=bundle.attention.products,
         sparsity=SparsityPolicy(
             target=sparsity.target,
             base=sparsity.base,

@@ -96,7 +96,8 @@ class StepPasses:
         written = 3 * self._stream
         if self._codes:
             scales = 2 * frames * geometry.k_blocks * dit.heads * _SCALE
-            written = self._stream + 2 * self._tokens * dit.dim + scales
+            values = frames * geometry.k_blocks * geometry.block_k  # in whole blocks
+            written = self._stream + (self._tokens + values) * dit.dim + scales
         return Pass("prepare q, k, v", 3 * self._stream + tables, written + means)
 
     def layer(self, *, is_last: bool = False) -> Iterator[Pass]:

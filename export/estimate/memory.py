@@ -209,27 +209,26 @@ class _Planner:
         layer = self.item * text_layer_parameters(self.request.preset.text)
         yield MemoryItem("weights", "text encoder, the layer at work", layer)
 
-    def _frames(self, frames: int) -> tuple[int, int]:
-        """Bytes of keys (as many of values) and of their block means for cached frames, all layers."""
+    def _frames(self, frames: int) -> tuple[int, int, int]:
+        """Bytes of keys, of values and of the keys' block means for cached frames, all layers."""
         elements = self.dit.layers * self.dit.dim * frames
-        blocks = self.geometry.k_blocks
+        tokens, blocks = self.geometry.frame_tokens, self.geometry.k_blocks
+        means = elements * blocks * 4
         if self.request.variant.cache.kv is None:
-            keys = elements * self.geometry.frame_tokens * self.item
-        else:
-            keys = (
-                elements * self.geometry.frame_tokens + self.dit.layers * self.dit.heads * frames * blocks * 4
-            )
-        return keys, elements * blocks * 4
+            return elements * tokens * self.item, elements * tokens * self.item, means
+        scales = self.dit.layers * self.dit.heads * frames * blocks * 4
+        # Codes of values come in whole blocks.
+        return elements * tokens + scales, elements * blocks * self.geometry.block_k + scales, means
 
     def cache(self) -> Iterator[MemoryItem]:
         """Keys and values of past frames, and what else a session keeps."""
-        keys, means = self._frames(max(1, self.held))  # a pool is never empty
-        yield MemoryItem("cache", "keys and values of past frames", 2 * keys, per_session=True)
+        keys, values, means = self._frames(max(1, self.held))  # a pool is never empty
+        yield MemoryItem("cache", "keys and values of past frames", keys + values, per_session=True)
         yield MemoryItem("cache", "block means of the keys", means, per_session=True)
         policy = self.request.variant.cache
         if policy.sink_positions == "window":
-            sinks = sum(self._frames(policy.sink_frames))
-            yield MemoryItem("cache", "sink keys as committed", sinks, per_session=True)
+            sink_keys, _, sink_means = self._frames(policy.sink_frames)
+            yield MemoryItem("cache", "sink keys as committed", sink_keys + sink_means, per_session=True)
         cross = 2 * self.dit.layers * self.dit.text_len * self.dit.dim * self.item
         yield MemoryItem("cache", "cross-attention keys and values", cross, per_session=True)
         decoder = sum(prod(shape) for shape in self.decoder_caches)
@@ -263,11 +262,10 @@ class _Planner:
     def buffers(self) -> Iterator[MemoryItem]:
         """What passes between the parts of a chunk's work."""
         dit, tokens = self.dit, self.tokens
-        keys, means = self._frames(self.chunk_frames)
-        yield MemoryItem("buffers", "keys and values of the chunk", 2 * keys + means)
+        yield MemoryItem("buffers", "keys and values of the chunk", sum(self._frames(self.chunk_frames)))
         if self.rolling:
-            keys, means = self._frames(self.chunk_frames * (self.window_chunks - 1))
-            yield MemoryItem("buffers", "keys and values of the window's other chunks", 2 * keys + means)
+            others = sum(self._frames(self.chunk_frames * (self.window_chunks - 1)))
+            yield MemoryItem("buffers", "keys and values of the window's other chunks", others)
         # noise and denoised latents per denoising step, the clean one, x0; one latent frame for the decoder
         count = self.schedule.noises + (0 if self.rolling else self.schedule.most_steps) + 2
         latents = count * self._latent + self._latent // self.chunk_frames

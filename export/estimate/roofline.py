@@ -125,6 +125,8 @@ class Workload:
         self.dit = request.preset.dit
         self.item = item_bytes(request.precision)
         self.wide: Format = "fp32" if request.precision == "fp32" else "bf16"
+        self.products: Format = self.wide if request.variant.products is None else "fp8"
+        """What self-attention multiplies."""
         blocks = request.variant.blocks(request.target, request.preset.block)
         frame_tokens = request.preset.frame_tokens(request.height, request.width)
         self.geometry = BlockGeometry(frame_tokens, blocks.query, blocks.key)
@@ -141,7 +143,7 @@ class Workload:
     @property
     def formats(self) -> set[Format]:
         """What its products compute in."""
-        return {self.wide, self.request.precision}
+        return {self.wide, self.products, self.request.precision}
 
     @cached_property
     def _keep_q20(self) -> tuple[int, ...]:
@@ -197,7 +199,7 @@ class Workload:
         flops = 4 * self.tokens * keys * self.dit.dim
         held = self.item if self.request.variant.cache.kv is None else 1
         moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
-        return Work("self-attention", self.wide, flops if dense else flops * kept // total, moved)
+        return Work("self-attention", self.products, flops if dense else flops * kept // total, moved)
 
     def linear(self, kind: str, tokens: int | None = None) -> Work:
         """One block linear on so many tokens, by default those of a chunk."""

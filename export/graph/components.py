@@ -99,7 +99,7 @@ def write_step(
     """
     progress(TRACING, 0, 1)
     merge_qkv(model)
-    prepare, attend = operators(plan.spec.kv, plan.attends(OPERATORS))
+    prepare, attend = operators(plan.spec.kv, plan.spec.products, plan.attends(OPERATORS))
     module = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend)
     layers = plan.preset.dit.layers
     slots = torch.export.Dim("slots", min=1)

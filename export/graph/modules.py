@@ -158,7 +158,13 @@ class StepModule(nn.Module):
         latent = torch.zeros(config.channels, chunk_frames, *latent_size)
         scalar = torch.zeros((), dtype=torch.int32)
         rope = torch.zeros(tokens, head_dim // 2)
-        held = dtype if self.spec.kv is None else torch.uint8
+        by_token = (slots, geometry.frame_tokens, heads, head_dim)
+        if self.spec.kv is None:
+            keys, values = per_layer(*by_token), per_layer(*by_token)
+        else:
+            keys = per_layer(*by_token, dtype=torch.uint8)
+            by_block = (slots, geometry.k_blocks, heads, head_dim, geometry.block_k)
+            values = per_layer(*by_block, dtype=torch.uint8)
         scales = [
             per_layer(slots, geometry.k_blocks, heads, dtype=torch.float32)
             for _ in cache_stems(self.spec.kv)[3:]
@@ -173,8 +179,8 @@ class StepModule(nn.Module):
             rope.clone(),
             per_layer(config.text_len, heads, head_dim),
             per_layer(config.text_len, heads, head_dim),
-            per_layer(slots, geometry.frame_tokens, heads, head_dim, dtype=held),
-            per_layer(slots, geometry.frame_tokens, heads, head_dim, dtype=held),
+            keys,
+            values,
             per_layer(slots, geometry.k_blocks, heads, head_dim, dtype=torch.float32),
             *scales,
         )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from export.progress import StepCallback, no_steps
 from lightforcing_ref.attention import qk_prepare
-from lightforcing_ref.cache import KVFormat
-from lightforcing_ref.fp8_cache import hsa_attention_fp8, qk_prepare_fp8
+from lightforcing_ref.cache import KVFormat, Products
+from lightforcing_ref.fp8_cache import hsa_attention_e4m3, hsa_attention_fp8, qk_prepare_fp8
 from plugins import contract
 from plugins.nodes import functions, ops
 
@@ -39,7 +39,7 @@ ops.bind(
     hsa=ORACLES[contract.HIERARCHICAL_SPARSE_ATTENTION],
     qk_prepare=qk_prepare,
     methods={name: ORACLES[name] for name in ORACLES if name != contract.HIERARCHICAL_SPARSE_ATTENTION},
-    codes=(qk_prepare_fp8, hsa_attention_fp8),
+    codes=(qk_prepare_fp8, hsa_attention_fp8, hsa_attention_e4m3),
 )
 
 
@@ -48,6 +48,7 @@ _Attend = Callable[..., Tensor]
 
 def operators(
     kv: KVFormat | None,
+    products: Products | None = None,
     attend: _Attend | Sequence[_Attend] = torch.ops.lightforcing.hierarchical_sparse_attention,
 ) -> tuple[Callable[..., tuple[Tensor, ...]], _Attend | Sequence[_Attend]]:
     """Preparation and attention of a layer as PyTorch ops.
@@ -55,9 +56,12 @@ def operators(
     Args:
         attend: the attention where keys and values are in the compute type.
     """
+    ops_of = torch.ops.lightforcing
     if kv is None:
-        return torch.ops.lightforcing.qk_prepare, attend
-    return torch.ops.lightforcing.qk_prepare_fp8, torch.ops.lightforcing.hierarchical_sparse_attention_fp8
+        return ops_of.qk_prepare, attend
+    if products is None:
+        return ops_of.qk_prepare_fp8, ops_of.hierarchical_sparse_attention_fp8
+    return ops_of.qk_prepare_fp8, ops_of.hierarchical_sparse_attention_e4m3
 
 
 OPERATORS: Mapping[str, Callable[..., Tensor]] = {

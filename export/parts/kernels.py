@@ -42,6 +42,8 @@ SELECTS: Mapping[str, tuple[str, ...]] = {
 _TABLES = "tables.safetensors"
 _OVER_CODES = {kernel: f"{kernel}_fp8" for kernel in ("prepare", "attend", "commit", "rope_sink")}
 """What takes a kernel's place where keys and values are codes."""
+_OVER_PRODUCTS = _OVER_CODES | {"attend": "attend_e4m3"}
+"""The same where attention multiplies codes."""
 
 
 def kernel_arch(target: Target) -> int:
@@ -84,7 +86,8 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
     by_turn = [_over_tables(problem, tables) for tables in _tables(plan)] or [problem]
     problems |= dict.fromkeys(SELECTS[operator_of(plan.variant.attention)], by_turn)
     if plan.spec.kv is not None:
-        problems = {_OVER_CODES.get(kernel, kernel): of_kernel for kernel, of_kernel in problems.items()}
+        replaced = _OVER_CODES if plan.spec.products is None else _OVER_PRODUCTS
+        problems = {replaced.get(kernel, kernel): of_kernel for kernel, of_kernel in problems.items()}
     try:
         return frozenset(
             specs.find_variant(kernel, one, arch).name

@@ -130,7 +130,7 @@ def _summary(bundle: Bundle) -> Table:
             else f"{_selection(attention.method)}, blocks of {attention.block_q} x {attention.block_k}"
         ),
         "cache": f"window {manifest.window_frames} frames, sink {cache.sink_frames} ({cache.sink_positions})"
-        f"{', keys and values in fp8' if cache.kv else ''}",
+        f"{', keys and values in fp8' if cache.kv else ''}{', multiplied in fp8' if attention.products else ''}",
         "weights": manifest.provenance.checkpoint.described,
         **{name.replace("_", " "): file.described for name, file in manifest.provenance.files.items()},
         "built": f"{manifest.created} by {manifest.provenance.command or 'the API'}",

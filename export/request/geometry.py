@@ -60,6 +60,7 @@ class StepPlan:
             keep_q20=table.keep_q20(frames * geometry.k_blocks for frames in resident),
             scale=preset.dit.head_dim**-0.5,
             kv=variant.cache.kv,
+            products=variant.products,
         )
         return cls(preset, variant, height, width, geometry, table, spec, schedule)
 
@@ -136,6 +137,7 @@ class StepPlan:
                 scale=self.spec.scale,
                 eps=self.preset.dit.eps,
                 method=self.variant.attention,
+                products=self.variant.products,
             ),
             "sparsity": bundle.Sparsity(
                 table_frames=policy.table_frames,

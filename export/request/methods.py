@@ -22,7 +22,18 @@ from runtime.bundle.policies import (
     VmobaPolicy,
 )
 
-__all__ = ["attends", "check_backend", "differs_by_layer", "method_attributes", "operator_of", "resolved"]
+from .targets import Target, Variant
+
+__all__ = [
+    "attends",
+    "check_backend",
+    "check_products",
+    "differs_by_layer",
+    "method_attributes",
+    "multiplies_e4m3",
+    "operator_of",
+    "resolved",
+]
 
 _PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
@@ -103,6 +114,25 @@ def attends(
 def differs_by_layer(method: AttentionPolicy) -> bool:
     """Whether layers do not all select alike, so that one graph of the operator cannot serve them."""
     return any(method_attributes(method, layer, 1) != method_attributes(method, 0, 1) for layer in (1, 2, 3))
+
+
+def multiplies_e4m3(target: Target) -> bool:
+    """Whether the tensor cores of `target` multiply E4M3; a host does what it is told."""
+    capability = target.compute_capability
+    return capability is None or tuple(map(int, capability.split("."))) >= (8, 9)
+
+
+def check_products(target: Target, variant: Variant) -> None:
+    """Refuse a variant whose attention multiplies codes that the target does not multiply.
+
+    Raises:
+        InputError: it does not.
+    """
+    if variant.products is not None and not multiplies_e4m3(target):
+        raise InputError(
+            f"{target.title} (compute capability {target.compute_capability}) has no products of E4M3, which begin "
+            "with 8.9; drop --attention fp8: --kv fp8 alone halves the cache there, and multiplies in 16 bits"
+        )
 
 
 def resolved(method: AttentionPolicy, *, kernels: bool) -> AttentionPolicy:

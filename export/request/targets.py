@@ -200,6 +200,7 @@ class Variant(_Spec):
     Attributes:
         block: tokens of a block, where the variant's weights were trained with one size; None = the target's.
         attention: the method that selects, with its parameters (docs/policies.md).
+        products: what attention multiplies; None = the type that the model computes in.
     """
 
     schema_version: Literal[1]
@@ -208,8 +209,15 @@ class Variant(_Spec):
     block: _Tokens | None = None
     schedule: SchedulePolicy = SchedulePolicy()
     attention: AttentionPolicy = HsaPolicy()
+    products: Literal["fp8"] | None = None
     sparsity: SparsityPolicy
     cache: CachePolicy
+
+    @model_validator(mode="after")
+    def _multiplies_codes(self) -> Variant:
+        if self.products is not None and self.cache.kv is None:
+            raise ValueError("products is 'fp8', which multiplies codes; expected cache.kv 'fp8', too")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Variant:
@@ -360,12 +368,15 @@ class Variant(_Spec):
         document = self.model_dump() | {"attention": {"policy": name}, "name": f"{self.name}-{name}"}
         return _validated(Variant, document, f"variant {self.name!r} with the policy {name}")
 
-    def holding(self, kv: Literal["fp8"] | None) -> Variant:
-        """This variant with keys and values held as `kv` says, called `NAME-kv8` where that is fp8."""
-        if kv == self.cache.kv:
+    def holding(self, kv: Literal["fp8"] | None, products: Literal["fp8"] | None = None) -> Variant:
+        """This variant with keys and values held as `kv` says, and multiplied as `products` says: `NAME-kv8-att8`."""
+        if (kv, products) == (self.cache.kv, self.products):
             return self
-        name = f"{self.name}-kv8" if kv else self.name.removesuffix("-kv8")
-        return self.model_copy(update={"name": name, "cache": self.cache.model_copy(update={"kv": kv})})
+        plain = self.name.removesuffix("-att8").removesuffix("-kv8")
+        name = plain + "-kv8" * bool(kv) + "-att8" * bool(products)
+        document = self.model_dump() | {"name": name, "products": products}
+        document["cache"] |= {"kv": kv}
+        return _validated(Variant, document, f"variant {self.name!r} with codes")
 
     def switching(self, recache: Recache) -> Variant:
         """This variant with another usual way to switch prompts, called `NAME-RECACHE`; itself where it has that one.

@@ -96,6 +96,8 @@ class TorchKernels:
             }
             scales = (problem.chunk_frames, sizes["k_blocks"], heads)
             shapes |= dict.fromkeys(("k_scale", "v_scale"), scales)
+            if codes:
+                shapes["v"] = (*scales, problem.head_dim, block_k)
             types = {
                 **dict.fromkeys(("q", "k", "v"), qkv.dtype),
                 **dict.fromkeys(("k", "v") * codes, torch.uint8),
@@ -181,6 +183,7 @@ class TorchKernels:
         scale: float,
         out: Tensor | None = None,
         codes: Mapping[str, Tensor] | None = None,
+        e4m3: bool = False,
     ) -> Tensor:
         """Softmax attention of each query block over its listed key blocks, `[T, H, D]`.
 
@@ -189,7 +192,8 @@ class TorchKernels:
             past_k, past_v: `[slots, frame_tokens, H, D]`.
             frame_slots: int32 `[F]`.
             codes: where keys and values are such: block means of the keys and scales of both, by the names of
-                `HierarchicalSparseAttentionFP8`.
+                `HierarchicalSparseAttentionFP8`; values are `[frames, k_blocks, H, D, block_k]` then.
+            e4m3: multiply the codes.
         """
         tokens, heads, head_dim = q.shape
         problem = KernelProblem(
@@ -211,7 +215,8 @@ class TorchKernels:
             **(codes or {}),
         }
         _whole(buffers)
-        self._launcher.launch("attend" if codes is None else "attend_fp8", problem, buffers, {"scale": scale})
+        over_codes = "attend_e4m3" if e4m3 else "attend_fp8"
+        self._launcher.launch("attend" if codes is None else over_codes, problem, buffers, {"scale": scale})
         return out
 
     def hierarchical_sparse_attention(
@@ -236,8 +241,9 @@ class TorchKernels:
         scale: float,
         keep_q20: Sequence[int],
         codes: Mapping[str, Tensor] | None = None,
+        e4m3: bool = False,
     ) -> Tensor:
-        """The operator `HierarchicalSparseAttention`; `codes` as for `attend`."""
+        """The operator `HierarchicalSparseAttention`; `codes` and `e4m3` as for `attend`."""
         lists = self.select(
             q_mean,
             k_mean,
@@ -265,7 +271,12 @@ class TorchKernels:
             block_k=block_k,
             scale=scale,
             codes=codes,
+            e4m3=e4m3,
         )
+
+    def hierarchical_sparse_attention_e4m3(self, *tensors: Tensor, **attributes: Any) -> Tensor:
+        """The operator `HierarchicalSparseAttentionE4M3`."""
+        return self.hierarchical_sparse_attention_fp8(*tensors, **attributes, e4m3=True)
 
     def hierarchical_sparse_attention_fp8(self, *tensors: Tensor, **attributes: Any) -> Tensor:
         """The operator `HierarchicalSparseAttentionFP8`."""
@@ -293,9 +304,11 @@ class TorchKernels:
             past_k, past_v: `[slots, frame_tokens, H, D]`; past_kmean: float32 `[slots, k_blocks, H, D]`.
             k, v: `[T, H, D]`; k_mean: float32 `[frames, k_blocks, H, D]`.
             commit_slots: int32 `[frames]`, the slot of each frame; negative: skip the frame.
-            scales: where keys and values are codes: `k_scale`, `v_scale`, `past_kscale`, `past_vscale`.
+            scales: where keys and values are codes: `k_scale`, `v_scale`, `past_kscale`, `past_vscale`; values are
+                `[..., k_blocks, H, D, block_k]` then.
         """
-        problem = _cache_problem(past_k, past_kmean, chunk_frames=k_mean.shape[0])
+        block_k = None if scales is None else v.shape[-1]
+        problem = _cache_problem(past_k, past_kmean, chunk_frames=k_mean.shape[0], block_k=block_k)
         bits = {"past_k": past_k, "past_v": past_v, "k": k, "v": v}
         if k.element_size() == 2:
             bits = {name: tensor.view(torch.int16) for name, tensor in bits.items()}
@@ -369,5 +382,9 @@ def bind_cuda() -> None:
         hsa=kernels.hierarchical_sparse_attention,
         qk_prepare=kernels.qk_prepare,
         methods={operator: partial(methods, operator) for operator in OPERATORS},
-        codes=(kernels.qk_prepare_fp8, kernels.hierarchical_sparse_attention_fp8),
+        codes=(
+            kernels.qk_prepare_fp8,
+            kernels.hierarchical_sparse_attention_fp8,
+            kernels.hierarchical_sparse_attention_e4m3,
+        ),
     )

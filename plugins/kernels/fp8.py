@@ -14,7 +14,7 @@ from .cache import move
 from .prepare import rotated_rows
 from .select import BLOCK_BITS, count_present
 
-__all__ = ["attend_fp8", "commit_fp8", "prepare_fp8", "rope_sink_fp8", "to_codes", "to_half"]
+__all__ = ["attend_e4m3", "attend_fp8", "commit_fp8", "prepare_fp8", "rope_sink_fp8", "to_codes", "to_half"]
 
 _ENTRY_BITS = tl.constexpr(BLOCK_BITS)
 _ENTRY_MASK = tl.constexpr((1 << BLOCK_BITS) - 1)
@@ -22,6 +22,12 @@ _E4M3_MAX = tl.constexpr(448.0)
 _SMALLEST_SCALE = tl.constexpr(2.0**-24)
 _TO_HALF = tl.constexpr(2.0**8)
 """What the bits of a code, moved to where float16 has them, are short of: the difference of the exponents' biases."""
+_WEIGHT_BITS = tl.constexpr(8.0)
+"""A weight of 1 is rounded as 2^8, the largest power of two that is a code."""
+_MEAN_ROWS = tl.constexpr(8)
+"""Columns of the smallest product; the mean of a block stands in all."""
+_VALUE_ROWS = tl.constexpr(32)
+"""Tokens of a tile in which values are turned; every block is a multiple."""
 
 
 @triton.jit
@@ -88,7 +94,8 @@ def prepare_fp8(
     """As `prepare`, one block of one frame for q, k or v: grid (chunk_frames * max(q_blocks, k_blocks), 3).
 
     Keys and values are walked twice: for the mean and the largest magnitude, which the smallest and the largest
-    value of each channel give, and, from the cache by then, for the codes.
+    value of each channel give, and, from the cache by then, for the codes. Those of values are written channel by
+    channel, head after head, with zeros where a frame's last block is short.
     """
     role = tl.program_id(1)
     block = tl.where(role == 0, block_q, block_k)
@@ -143,18 +150,82 @@ def prepare_fp8(
     head = tl.arange(0, WIDTH // HEAD_DIM)
     scales = tl.where(role == 1, k_scale, v_scale) + index.to(tl.int64) * heads
     tl.store(scales + head, scale, mask=head < heads)
-    by_column = tl.reshape(tl.broadcast_to(scale[:, None], [WIDTH // HEAD_DIM, HEAD_DIM]), [WIDTH])
-    out = tl.where(role == 1, k, v) + token0 * width
-    for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
-        here = first + row
-        alive = here < rows_here
-        mask = alive[:, None] & inside[None, :]
-        x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
-        x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
-        if role == 1:
+    if role == 1:
+        by_column = tl.reshape(tl.broadcast_to(scale[:, None], [WIDTH // HEAD_DIM, HEAD_DIM]), [WIDTH])
+        out = k + token0 * width
+        for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
+            here = first + row
+            alive = here < rows_here
+            mask = alive[:, None] & inside[None, :]
+            x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
+            x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
             x = rotated_rows(x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS)
-        x = (x.to(q.dtype.element_ty).to(tl.float32) - mean[None, :]) / by_column[None, :]
-        tl.store(out + here[:, None] * width + column[None, :], to_codes(x, HARDWARE), mask=mask)
+            x = (x.to(q.dtype.element_ty).to(tl.float32) - mean[None, :]) / by_column[None, :]
+            tl.store(out + here[:, None] * width + column[None, :], to_codes(x, HARDWARE), mask=mask)
+        return
+    channel = tl.arange(0, HEAD_DIM)
+    key = tl.arange(0, _VALUE_ROWS)
+    block = block // _VALUE_ROWS * _VALUE_ROWS  # the same number, known to be a multiple
+    for of_head in range(heads):
+        head_scale = tl.sum(tl.where(head == of_head, scale, 0.0), 0)
+        head_shift = tl.load(bias + 2 * width + of_head * HEAD_DIM + channel).to(tl.float32)
+        out = v + (index.to(tl.int64) * heads + of_head) * (HEAD_DIM * block)
+        for first in range(0, block, _VALUE_ROWS):
+            here = first + key
+            alive = (here < rows_here)[:, None]
+            at = source + here[:, None] * (3 * width) + of_head * HEAD_DIM + channel[None, :]
+            x = tl.load(at, mask=alive, other=0.0).to(tl.float32) + head_shift[None, :]
+            x = tl.where(alive, x, 0.0).to(q.dtype.element_ty).to(tl.float32) / head_scale
+            codes = tl.trans(to_codes(x, HARDWARE))
+            tl.store(out + channel[:, None] * block + here[None, :], codes)
+
+
+@triton.jit
+def _rounded(x, INTERPRET: tl.constexpr):
+    """E4M3 of float32; the interpreter, which has no products of these, gets their numbers."""
+    if INTERPRET:
+        return to_half(to_codes(x, False), False).to(tl.float32) * _TO_HALF
+    else:
+        return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _operand(codes, E4M3: tl.constexpr, INTERPRET: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes as products take them."""
+    if INTERPRET:
+        half = to_half(codes, False).to(tl.float32)
+        return half * _TO_HALF if E4M3 else half
+    elif E4M3:
+        return codes.to(tl.float8e4nv, bitcast=True)
+    elif HARDWARE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        # As `to_half`, four at a time: codes into the upper bytes of halves, then all but their signs one bit down.
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            prmt.b32 $0, 0, $2, 0x5040; prmt.b32 $1, 0, $2, 0x7060;
+            shr.b32 a, $0, 1; shr.b32 b, $1, 1;
+            and.b32 a, a, 0x3f803f80; and.b32 b, b, 0x3f803f80;
+            and.b32 $0, $0, 0x80008000; and.b32 $1, $1, 0x80008000;
+            or.b32 $0, $0, a; or.b32 $1, $1, b; }""",
+            "=&r,=&r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def _added(acc, decay, weights, v_tile, E4M3: tl.constexpr):
+    """`decay` times the sums so far, and the products of one step.
+
+    Tensor cores may hold sums of E4M3's products with fewer digits than float32 has, so steps are added up outside.
+    """
+    if E4M3:
+        return tl.fma(acc, decay[:, None], tl.dot(weights, tl.trans(v_tile)))
+    else:
+        return tl.dot(weights, tl.trans(v_tile), acc * decay[:, None])
 
 
 @triton.jit(
@@ -201,11 +272,13 @@ def attend_fp8(
     STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
     HARDWARE: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
     """As `attend`, one query block of one head over its listed key blocks: grid (query_blocks, heads).
 
-    Products are of float16, which holds every code exactly: a logit is `s (q . code) + q . mean`. The output is kept
-    in units of the last block's scale, so that scales of values cost nothing.
+    Products are of float16, which holds every code exactly, or with `E4M3` of the codes; queries are rounded to a scale
+    for each then. A logit is `s (q . code) + q . mean`; the product with the mean is of float16 in both. The output is
+    kept in units of the last block's scale, so that scales of values cost nothing.
     """
     query_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -218,20 +291,32 @@ def attend_fp8(
     query_inside = query < frame_tokens
     query_base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
     q_tile = load_rows(q + query_base + query[:, None] * stride + column[None, :], query_inside, EVEN)
-    q_tile = q_tile.to(tl.float16)
     to_log2 = scale * 1.4426950408889634
-    code_to_log2 = to_log2
-    if not HARDWARE:
-        code_to_log2 = to_log2 * _TO_HALF
+    code_to_log2 = tl.full([Q_TILE], 1.0, tl.float32) * to_log2
+    if E4M3:
+        wide = q_tile.to(tl.float32)
+        q_scale = _scale_of(tl.max(tl.abs(wide), 1))
+        code_to_log2 = code_to_log2 * q_scale
+        q_codes = _rounded(wide / q_scale[:, None], INTERPRET)
+        q_tile = q_tile.to(tl.float16)
+    else:
+        q_tile = q_tile.to(tl.float16)
+        q_codes = q_tile
+        if not HARDWARE:
+            code_to_log2 = code_to_log2 * _TO_HALF
+    if INTERPRET:
+        q_codes = q_codes.to(tl.float32)
 
     row = (head * tl.num_programs(0) + query_block).to(tl.int64)
     entries = lists + row * key_blocks
     # log2(block_k / K_TILE) for the ratios 1, 2 and 4.
     shift = block_k // K_TILE >> 1
     steps = tl.load(counts + row) << shift
+    block_k = K_TILE << shift  # the same number, known to be a multiple
     key = tl.arange(0, K_TILE)
     key_offset = key[:, None] * stride + column[None, :]
-    value_offset = key[:, None] * stride + value_column[None, :]
+    mean_offset = tl.zeros([_MEAN_ROWS], tl.int32)[:, None] + column[None, :]
+    value_offset = value_column[:, None] * block_k + key[None, :]
 
     best = tl.full([Q_TILE], float("-inf"), tl.float32)
     norm = tl.zeros([Q_TILE], tl.float32)
@@ -242,30 +327,35 @@ def attend_fp8(
         entry = load_if(entries + (step >> shift), step < steps, INTERPRET)
         frame = entry >> _ENTRY_BITS
         block = entry & _ENTRY_MASK
-        start = block * block_k + (step & ((1 << shift) - 1)) * K_TILE
+        within = (step & ((1 << shift) - 1)) * K_TILE
+        start = block * block_k + within
         past = frame < present
         slot = load_if(frame_slots + frame, past, INTERPRET)
         place = tl.where(past, slot, frame - present)
-        base = (place.to(tl.int64) * frame_tokens + start) * stride + head * HEAD_DIM
         of_block = (place.to(tl.int64) * k_blocks + block) * heads + head
-        k_base = tl.where(past, past_k, k) + base
-        v_base = tl.where(past, past_v, v) + base
+        token = place.to(tl.int64) * frame_tokens + start
+        k_base = tl.where(past, past_k, k) + token * stride + head * HEAD_DIM
+        v_base = tl.where(past, past_v, v) + of_block * (HEAD_DIM * block_k) + within
 
         key_inside = key < frame_tokens - start
-        k_tile = to_half(load_rows(k_base + key_offset, key_inside, EVEN), HARDWARE)
-        mean = tl.load(tl.where(past, past_kmean, k_mean) + of_block * HEAD_DIM + column)
-        key_scale = tl.load(tl.where(past, past_kscale, k_scale) + of_block) * code_to_log2
+        k_tile = _operand(load_rows(k_base + key_offset, key_inside, EVEN), E4M3, INTERPRET, HARDWARE)
+        mean = tl.load(tl.where(past, past_kmean, k_mean) + of_block * HEAD_DIM + mean_offset).to(tl.float16)
+        key_scale = tl.load(tl.where(past, past_kscale, k_scale) + of_block)
         value_scale = tl.load(tl.where(past, past_vscale, v_scale) + of_block)
-        of_mean = tl.sum(q_tile.to(tl.float32) * mean[None, :], 1) * to_log2
         if INTERPRET:
-            products = tl.dot(q_tile.to(tl.float32), tl.trans(k_tile.to(tl.float32)))
+            of_mean = tl.dot(q_tile.to(tl.float32), tl.trans(mean.to(tl.float32)))
         else:
-            products = tl.dot(q_tile, tl.trans(k_tile))
-        logits = products * key_scale + of_mean[:, None]
+            of_mean = tl.dot(q_tile, tl.trans(mean))
+        of_mean = tl.max(of_mean, 1) * to_log2  # all columns are the same
+        logits = tl.dot(q_codes, tl.trans(k_tile)) * (code_to_log2 * key_scale)[:, None] + of_mean[:, None]
         if not EVEN:
             logits = tl.where(key_inside[None, :], logits, float("-inf"))
         # The first step of a block always has a key inside the frame, so `new_best` is finite from then on.
-        new_best = tl.maximum(best, tl.max(logits, 1))
+        largest = tl.max(logits, 1)
+        if E4M3:
+            # A power of two: what a weight is rounded to does not depend on the order of blocks then.
+            largest = tl.ceil(largest) - _WEIGHT_BITS
+        new_best = tl.maximum(best, largest)
         weights = tl.exp2(logits - new_best[:, None])
         decay = tl.exp2(best - new_best)
         norm = norm * decay + tl.sum(weights, 1)
@@ -274,20 +364,18 @@ def attend_fp8(
         decay = decay * (unit / value_scale)
         unit = value_scale
 
-        weights = weights.to(tl.float16)
-        v_tile = to_half(load_rows(v_base + value_offset, key_inside, EVEN), HARDWARE)
+        weights = _rounded(weights, INTERPRET) if E4M3 else weights.to(tl.float16)
         if INTERPRET:
             weights = weights.to(tl.float32)
-            v_tile = v_tile.to(tl.float32)
-        acc = tl.dot(weights, v_tile, acc * decay[:, None])
+        # Behind a frame's last key, values are zeros.
+        v_tile = _operand(tl.load(v_base + value_offset), E4M3, INTERPRET, HARDWARE)
+        acc = _added(acc, decay, weights, v_tile, E4M3)
         if V_TILE < HEAD_DIM:
-            v_tile = to_half(load_rows(v_base + V_TILE + value_offset, key_inside, EVEN), HARDWARE)
-            if INTERPRET:
-                v_tile = v_tile.to(tl.float32)
-            acc_high = tl.dot(weights, v_tile, acc_high * decay[:, None])
+            v_tile = tl.load(v_base + V_TILE * block_k + value_offset)
+            acc_high = _added(acc_high, decay, weights, _operand(v_tile, E4M3, INTERPRET, HARDWARE), E4M3)
 
     # An empty list leaves zeros.
-    if not HARDWARE:
+    if not HARDWARE and not E4M3:
         unit = unit * _TO_HALF
     inverse = (unit / tl.where(norm > 0, norm, 1.0))[:, None]
     o_pointers = out + query_base + query[:, None] * stride + value_column[None, :]
@@ -296,7 +384,11 @@ def attend_fp8(
         store_rows(o_pointers + V_TILE, (acc_high * inverse).to(out.dtype.element_ty), query_inside, EVEN)
 
 
-@triton.jit(do_not_specialize=["heads", "frame_tokens", "k_blocks"])
+attend_e4m3 = attend_fp8
+"""The kernel of that name is the same function with `E4M3`."""
+
+
+@triton.jit(do_not_specialize=["heads", "frame_tokens", "k_blocks", "block_k"])
 def commit_fp8(
     past_k,
     past_v,
@@ -312,6 +404,7 @@ def commit_fp8(
     heads,
     frame_tokens,
     k_blocks,
+    block_k,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -323,7 +416,13 @@ def commit_fp8(
     width = heads * HEAD_DIM
     element = tl.program_id(0) * TILE + tl.arange(0, TILE)
     values = tl.program_id(2) == 1
-    move(tl.where(values, past_v, past_k), tl.where(values, v, k), slot, frame, frame_tokens * width, element)
+    if values:
+        # Whole blocks: more than the frame's elements where the last one is short.
+        size = k_blocks * block_k * width
+        for first in range(0, size, tl.num_programs(0) * TILE):
+            move(past_v, v, slot, frame, size, first + element)
+    else:
+        move(past_k, k, slot, frame, frame_tokens * width, element)
     # There are never more blocks than tokens, so the same tiles cover what belongs to blocks.
     scales = tl.where(values, v_scale, k_scale)
     move(tl.where(values, past_vscale, past_kscale), scales, slot, frame, k_blocks * heads, element)

@@ -200,20 +200,18 @@ def attend_variants(arch: int) -> Iterator[Variant]:
 
 
 _CONVERTS_E4M3 = 89
-"""The first architecture that converts E4M3 in hardware."""
+"""The first architecture that converts and multiplies E4M3 in hardware."""
 
 
-def _fp8_tiles(arch: int, head_dim: int, block_q: int, even: bool) -> Tiles:
-    """Chosen so that nothing spills, but for some bytes on sm_80: queries stay in registers for their products with
-    the means of blocks, and codes are widened there, so that tiles are smaller than those of `attend`.
+def _fp8_tiles(arch: int, head_dim: int, block_q: int) -> Tiles:
+    """Chosen so that nothing spills: 64 keys a step, and the output in halves where its sums share the registers with
+    the operands of its products.
     """
     if arch in (90, 100):
         return Tiles(32 if block_q == 32 else 64, head_dim, 4 if block_q == 32 else block_q // 16, 3)
     if block_q == 32:
         return Tiles(32, min(head_dim, 64), 4 if head_dim == 128 else 2, 2)
-    narrow = not even or (arch == 120 and head_dim == 128)
-    warps = 8 if head_dim == 128 and not even and arch < _CONVERTS_E4M3 else block_q // 16
-    return Tiles(32 if narrow else 64, min(head_dim, 64), warps, 2)
+    return Tiles(64, min(head_dim, 64), block_q // 16, 2)
 
 
 def fp8_variants(arch: int) -> Iterator[Variant]:
@@ -248,15 +246,16 @@ def fp8_variants(arch: int) -> Iterator[Variant]:
         )
         for block_q in (128, 64, 32):
             for even in (True, False):
-                tiles = _fp8_tiles(arch, head_dim, block_q, even)
-                plain = attend_variant(dtype, head_dim, block_q, even, tiles)
-                yield replace(
-                    plain,
-                    kernel="attend_fp8",
-                    name=plain.name.replace("attend", "attend_fp8"),
-                    constants={**plain.constants, "HARDWARE": hardware},
-                    arguments=kernel_arguments("attend_fp8", dtype),
-                )
+                plain = attend_variant(dtype, head_dim, block_q, even, _fp8_tiles(arch, head_dim, block_q))
+                for kernel in ("attend_fp8", "attend_e4m3")[: 1 + hardware]:
+                    products = {"HARDWARE": hardware, "E4M3": kernel == "attend_e4m3"}
+                    yield replace(
+                        plain,
+                        kernel=kernel,
+                        name=plain.name.replace("attend", kernel),
+                        constants={**plain.constants, **products},
+                        arguments=kernel_arguments(kernel, dtype),
+                    )
 
 
 QUERY_BLOCKS = (32, 64, 128)

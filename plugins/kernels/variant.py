@@ -382,7 +382,7 @@ KERNELS |= {
         _over_codes(
             "commit", ("past_k", "past_v", "k", "v"), {"past_kmean": _PAST_SCALES, "k_mean": _SCALES}
         ),
-        KERNELS["commit"][2],
+        (*KERNELS["commit"][2], "block_k"),
     ),
     "rope_sink_fp8": (
         "fp8",
@@ -394,6 +394,8 @@ KERNELS |= {
         ("heads", "frame_tokens", "k_blocks", "block_k", "turned_pairs"),
     ),
 }
+
+KERNELS["attend_e4m3"] = KERNELS["attend_fp8"]
 
 
 def kernel_arguments(kernel: str, dtype: str) -> tuple[Argument, ...]:

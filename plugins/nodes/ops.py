@@ -1,8 +1,8 @@
 """PyTorch custom ops of the operators: schemas and shape inference, without a computation of their own.
 
 `torch.ops.lightforcing.hierarchical_sparse_attention`, `torch.ops.lightforcing.qk_prepare`, both over codes
-(`..._fp8`), and one op for each other method (`OPS`) exist once this module is imported, and can be traced and exported
-then. `bind` gives them a kernel per device.
+(`..._fp8`, and `hierarchical_sparse_attention_e4m3` with products of eight bits), and one op for each other method
+(`OPS`) exist once this module is imported, and can be traced and exported then. `bind` gives them a kernel per device.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from plugins.operators import Operator
 
 __all__ = [
     "HIERARCHICAL_SPARSE_ATTENTION",
+    "HIERARCHICAL_SPARSE_ATTENTION_E4M3",
     "HIERARCHICAL_SPARSE_ATTENTION_FP8",
     "NAMES",
     "OPS",
@@ -32,6 +33,7 @@ __all__ = [
 
 HIERARCHICAL_SPARSE_ATTENTION: Final = "hierarchical_sparse_attention"
 QK_PREPARE: Final = "qk_prepare"
+HIERARCHICAL_SPARSE_ATTENTION_E4M3: Final = "hierarchical_sparse_attention_e4m3"
 HIERARCHICAL_SPARSE_ATTENTION_FP8: Final = "hierarchical_sparse_attention_fp8"
 QK_PREPARE_FP8: Final = "qk_prepare_fp8"
 
@@ -50,6 +52,7 @@ NAMES: Final[Mapping[str, str]] = MappingProxyType(
     {
         **{name: operator for operator, name in OPS.items()},
         QK_PREPARE: contract.QK_PREPARE,
+        HIERARCHICAL_SPARSE_ATTENTION_E4M3: operators.HIERARCHICAL_SPARSE_ATTENTION_E4M3,
         HIERARCHICAL_SPARSE_ATTENTION_FP8: operators.HIERARCHICAL_SPARSE_ATTENTION_FP8,
         QK_PREPARE_FP8: operators.QK_PREPARE_FP8,
     }
@@ -81,7 +84,8 @@ def _arguments(
     attributes = operator.made(**dict(zip(operator.attributes, args[count:], strict=True)))
     shapes = {name: tensor.shape for name, tensor in zip(operator.inputs, tensors, strict=True)}
     if isinstance(attributes, QKPrepareAttributes):
-        return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes)
+        codes = operator.over_codes
+        return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes, codes=codes)
     return tensors, attributes, contract.hsa_output_shapes(attributes, shapes)
 
 
@@ -130,7 +134,7 @@ def bind(
     hsa: Kernel,
     qk_prepare: Kernel,
     methods: Mapping[str, Kernel] = MappingProxyType({}),
-    codes: tuple[Kernel, Kernel] | None = None,
+    codes: tuple[Kernel, Kernel, Kernel] | None = None,
 ) -> None:
     """Make the ops callable on one type of device; binding again replaces the kernels.
 
@@ -142,7 +146,8 @@ def bind(
         hsa: kernel of `hierarchical_sparse_attention`.
         qk_prepare: kernel of `qk_prepare`.
         methods: kernels of other methods, by operator; one that is not named raises `UnboundOperatorError`.
-        codes: kernels of `qk_prepare_fp8` and `hierarchical_sparse_attention_fp8`; None leaves them uncallable.
+        codes: kernels of `qk_prepare_fp8`, `hierarchical_sparse_attention_fp8` and `..._e4m3`; None leaves them
+            uncallable.
 
     Raises:
         PluginError: another device.
@@ -152,7 +157,8 @@ def bind(
     kernels = {HIERARCHICAL_SPARSE_ATTENTION: hsa, QK_PREPARE: qk_prepare}
     kernels |= {OPS[operator]: kernel for operator, kernel in methods.items()}
     if codes is not None:
-        kernels |= {QK_PREPARE_FP8: codes[0], HIERARCHICAL_SPARSE_ATTENTION_FP8: codes[1]}
+        over_codes = (QK_PREPARE_FP8, HIERARCHICAL_SPARSE_ATTENTION_FP8, HIERARCHICAL_SPARSE_ATTENTION_E4M3)
+        kernels |= dict(zip(over_codes, codes, strict=True))
     _bound.pop(device, None)  # dropping the library withdraws its kernels
     library = Library(contract.DOMAIN, "IMPL")
     for name, kernel in kernels.items():

@@ -26,7 +26,7 @@ from .fields import (
     Size,
     Tolerance,
 )
-from .policies import AttentionPolicy, HsaPolicy, SelectionTables, keeps_everything
+from .policies import Attention, SelectionTables, keeps_everything
 from .provenance import Provenance
 from .rollout import RECACHE_MODES, Cache, Recache, Schedule
 
@@ -132,33 +132,6 @@ class Model(Part):
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""
         return self.latent_height // self.patch[1], self.latent_width // self.patch[2]
-
-
-class Attention(Part):
-    """The sparse attention: its operator's attributes, and what it selects by. Blocks in tokens, the rest in frames.
-
-    `eps` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default, and
-    hierarchical selection. `keep_frames` and the two after it belong to the methods that the operator of
-    hierarchical sparse attention executes.
-    """
-
-    block_q: Positive
-    block_k: Positive
-    keep_frames: Positive
-    sink_frames: NonNegative
-    near_frames: NonNegative
-    scale: PositiveFloat
-    eps: PositiveFloat = 1e-6
-    method: AttentionPolicy = HsaPolicy()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Attention:
-        if self.keep_frames < self.sink_frames + self.near_frames:
-            raise ValueError(
-                f"keep_frames ({self.keep_frames}) is below sink_frames + near_frames "
-                f"({self.sink_frames} + {self.near_frames})"
-            )
-        return self
 
 
 class Sparsity(Part):
@@ -437,6 +410,10 @@ class Manifest(Part):
             raise ValueError(
                 f"video is {self.model.video_height}x{self.model.video_width}, but the latent and the "
                 f"decoder's factor {factor} give {expected[0]}x{expected[1]}"
+            )
+        if self.attention.products is not None and self.cache.kv is None:
+            raise ValueError(
+                "attention.products is 'fp8', but cache.kv is null: only codes are multiplied so"
             )
         if self.cache.recache == "joint":
             self._require_joint()

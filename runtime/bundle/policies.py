@@ -9,10 +9,11 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Part
+from .fields import NonNegative, Part, Positive, PositiveFloat
 
 __all__ = [
     "POLICIES",
+    "Attention",
     "AttentionPolicy",
     "Budget",
     "DensePolicy",
@@ -139,6 +140,36 @@ AttentionPolicy = Annotated[
     HsaPolicy | DensePolicy | SlaPolicy | SpargePolicy | StaPolicy | RadialPolicy | VmobaPolicy,
     Field(discriminator="policy"),
 ]
+
+
+class Attention(Part):
+    """The sparse attention: its operator's attributes, and what it selects by. Blocks in tokens, the rest in frames.
+
+    `eps` is that of the RMS norm of queries and keys before it; bundles that do not tell have the default, and
+    hierarchical selection. `keep_frames` and the two after it belong to the methods that the operator of
+    hierarchical sparse attention executes. `products` is null where it multiplies in the type that the model computes
+    in, and `"fp8"` where it multiplies codes of E4M3, which keys and values are then (`cache.kv`; docs/operators.md).
+    """
+
+    block_q: Positive
+    block_k: Positive
+    keep_frames: Positive
+    sink_frames: NonNegative
+    near_frames: NonNegative
+    scale: PositiveFloat
+    eps: PositiveFloat = 1e-6
+    method: AttentionPolicy = HsaPolicy()
+    products: Literal["fp8"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Attention:
+        if self.keep_frames < self.sink_frames + self.near_frames:
+            raise ValueError(
+                f"keep_frames ({self.keep_frames}) is below sink_frames + near_frames "
+                f"({self.sink_frames} + {self.near_frames})"
+            )
+        return self
+
 
 POLICIES: Final[dict[str, type[Part]]] = {
     "hsa": HsaPolicy,

@@ -94,6 +94,8 @@ def attention_launches(manifest: Manifest, dtype: Dtype, layer: int = 0) -> list
     """
     attention, problem = manifest.attention, _problem(manifest, dtype, layer)
     attend = kernel_name(manifest, "attend" if problem.ordered_blocks is None else "attend_ordered")
+    if attention.products is not None:
+        attend = "attend_e4m3"
     tables = _turn(manifest, layer).tensors
     launches = [
         AttentionLaunch(kernel, problem, options, tables)

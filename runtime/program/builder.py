@@ -432,10 +432,13 @@ _BUFFERS: Mapping[str, tuple[str, ...]] = {
         *("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
         *("q_order", "k_order"),
     ),
-    "attend_fp8": (
-        *("out", "q", "k", "v", "k_mean", "k_scale", "v_scale"),
-        *("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),
-        *("frame_slots", "lists", "counts"),
+    **dict.fromkeys(
+        ("attend_fp8", "attend_e4m3"),
+        (
+            *("out", "q", "k", "v", "k_mean", "k_scale", "v_scale"),
+            *("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),
+            *("frame_slots", "lists", "counts"),
+        ),
     ),
 }
 """What each kernel of the attention operator may take; an image takes what it needs of it."""

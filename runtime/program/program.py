@@ -60,6 +60,7 @@ KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "rope_sink": ("past_k", "past_kmean"),
     "prepare_fp8": ("q", "k", "v", "q_mean", "k_mean", "k_scale", "v_scale"),
     "attend_fp8": ("out",),
+    "attend_e4m3": ("out",),
     "commit_fp8": ("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),
     "rope_sink_fp8": ("past_k", "past_kmean", "past_kscale"),
 }

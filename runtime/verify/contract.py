@@ -84,9 +84,13 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
     k_blocks = manifest.key_blocks
     latent: Dims = (model.latent_channels, frames, *size)
     projected: dict[str, Dims] = dict.fromkeys(("q", "k", "v", "out"), (tokens, *head))
+    past_values: Dims = ("slots", model.frame_tokens, *head)
+    if manifest.cache.kv is not None:
+        by_block = (k_blocks, *head, manifest.attention.block_k)
+        projected["v"], past_values = (frames, *by_block), ("slots", *by_block)
     past: dict[str, Dims] = {
         "past_k": ("slots", model.frame_tokens, *head),
-        "past_v": ("slots", model.frame_tokens, *head),
+        "past_v": past_values,
         "past_kmean": ("slots", k_blocks, *head),
         **dict.fromkeys(_PAST_SCALES, ("slots", k_blocks, model.heads)),
         "frame_slots": (manifest.cache.max_past_frames,),

@@ -154,16 +154,28 @@ _METHOD_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 _CHUNK_SCALES: Final = dict.fromkeys(("k_scale", "v_scale"), ("chunk_frames", "k_blocks", "heads"))
 _PAST_SCALES: Final = dict.fromkeys(("past_kscale", "past_vscale"), ("slots", "k_blocks", "heads"))
+_VALUES: Final = ("chunk_frames", "value_elements")
+_PAST_VALUES: Final = ("slots", "value_elements")
+_ATTEND_FP8: Final = {
+    **_SIZES["attend"],
+    **_CHUNK_SCALES,
+    **_PAST_SCALES,
+    "v": _VALUES,
+    "past_v": _PAST_VALUES,
+    "k_mean": _SIZES["score"]["k_mean"],
+    "past_kmean": _SIZES["score"]["past_kmean"],
+}
 _FP8_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "prepare_fp8": {**_SIZES["prepare"], **_CHUNK_SCALES},
-    "attend_fp8": {
-        **_SIZES["attend"],
+    "prepare_fp8": {**_SIZES["prepare"], **_CHUNK_SCALES, "v": _VALUES},
+    "attend_fp8": _ATTEND_FP8,
+    "attend_e4m3": _ATTEND_FP8,
+    "commit_fp8": {
+        **_SIZES["commit"],
         **_CHUNK_SCALES,
         **_PAST_SCALES,
-        "k_mean": _SIZES["score"]["k_mean"],
-        "past_kmean": _SIZES["score"]["past_kmean"],
+        "v": _VALUES,
+        "past_v": _PAST_VALUES,
     },
-    "commit_fp8": {**_SIZES["commit"], **_CHUNK_SCALES, **_PAST_SCALES},
     "rope_sink_fp8": {
         **_SIZES["rope_sink"],
         "past_kscale": _PAST_SCALES["past_kscale"],
@@ -178,7 +190,9 @@ _FREE: Final = ("slots", "maps")
 
 _OPERATORS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("prepare", "prepare_fp8"), "qk_prepare"),
-    **dict.fromkeys(("score", "select", "expand", "attend", *_METHOD_SIZES, "attend_fp8"), "attention"),
+    **dict.fromkeys(
+        ("score", "select", "expand", "attend", *_METHOD_SIZES, "attend_fp8", "attend_e4m3"), "attention"
+    ),
 }
 """The component that each kernel executes, or a part of it."""
 
@@ -346,11 +360,14 @@ _SIZE_OPTIONS: Final = ("table_entries", "turned_pairs", "map_heads", "map_rows"
 
 
 def _facts(problem: KernelProblem, options: Mapping[str, int | float]) -> dict[str, int]:
-    sizes = problem.sizes()
+    sizes, width = problem.sizes(), problem.heads * problem.head_dim
     return {
         **sizes,
         "tokens": problem.chunk_frames * problem.frame_tokens,
-        "width": problem.heads * problem.head_dim,
+        "width": width,
+        "value_elements": sizes["k_blocks"]
+        * problem.block_k
+        * width,  # of a frame; codes come in whole blocks
         "half": problem.head_dim // 2,
         "three": 3,
         "presences": problem.past_frames + 1,

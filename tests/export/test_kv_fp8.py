@@ -1,7 +1,8 @@
-"""Bundles whose keys and values are codes: built, rolled out, compared with PyTorch, planned and dry-run."""
+"""Bundles whose keys and values are codes, and multiplied as such: built, compared with PyTorch, planned, dry-run."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 
 from export.build import build_bundle, check_build
+from export.cli.arguments import chosen_variant
+from export.cli.command import add_source_arguments
 from export.compare.against_reference import against_reference
 from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.estimate.roofline import Workload
 from export.request.plan import PlanRequest
 from export.request.request import BuildRequest
-from export.request.targets import load_target, load_variant
+from export.request.targets import Variant, load_target, load_variant
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS, preset
 from runtime import Pipeline
@@ -30,13 +33,13 @@ SIZE = (PRESETS["tiny"].height, PRESETS["tiny"].width)
 
 
 def request(
-    out: Path, target: str, variant: str, backend: str, precision: str, **changes: Any
+    out: Path, target: str, variant: str | Variant, backend: str, precision: str, **changes: Any
 ) -> BuildRequest:
-    """A build of `tiny` with random weights, over codes."""
+    """A build of `tiny` with random weights; over codes, where the variant is given by its name."""
     tiny = PRESETS["tiny"]
     settings: dict[str, Any] = {
         "target": load_target(target),
-        "variant": load_variant(variant).holding("fp8"),
+        "variant": load_variant(variant).holding("fp8") if isinstance(variant, str) else variant,
         "weights": Weights(tiny, seed=0),
         "height": tiny.height,
         "width": tiny.width,
@@ -80,6 +83,36 @@ def test_it_computes_what_pytorch_does(segmented: Path) -> None:
     assert result.passed, [row for row in result.rows if not row.passed]
 
 
+def test_products_of_codes(tmp_path: Path) -> None:
+    """The whole graph of the short mode, whose operator is another; refused where nothing multiplies such."""
+    variant = load_variant("short").holding("fp8", "fp8")
+    root = build_bundle(request(tmp_path, "cpu", variant, "onnxruntime", "fp32"))
+    manifest = load_bundle(root).manifest
+    assert (manifest.attention.products, manifest.variant) == ("fp8", "short-kv8-att8")
+    result = against_reference(root, chunks=2)
+    assert result.passed, [row for row in result.rows if not row.passed]
+    with pytest.raises(InputError, match=r"RTX 3090 .* has no products of E4M3.*drop --attention fp8"):
+        check_build(request(tmp_path, "rtx3090", variant, "tensorrt-rtx", "bf16"))
+    with pytest.raises(InputError, match=r"expected cache\.kv 'fp8'"):
+        load_variant("short").holding(None, "fp8")
+
+
+def test_the_command_line_chooses() -> None:
+    """fp8 products imply codes, and are refused without."""
+    parser = argparse.ArgumentParser()
+    add_source_arguments(parser)
+
+    def chosen(*options: str) -> tuple[str | None, str | None]:
+        _, variant = chosen_variant(parser.parse_args(["--gpu", "rtx4090", "--preset", "tiny", *options]))
+        return variant.cache.kv, variant.products
+
+    assert chosen() == (None, None)
+    assert chosen("--kv", "fp8") == chosen("--kv", "fp8", "--attention", "bf16") == ("fp8", None)
+    assert chosen("--attention", "fp8") == chosen("--kv", "fp8", "--attention", "fp8") == ("fp8", "fp8")
+    with pytest.raises(InputError, match="drop --kv bf16"):
+        chosen("--kv", "bf16", "--attention", "fp8")
+
+
 def test_sessions_are_isolated(segmented: Path) -> None:
     with Pipeline.load(segmented, sessions=2, threads=1) as pipe:
         with pipe.session(prompt=PROMPT, seed=1) as alone:
@@ -103,6 +136,13 @@ def test_the_cost_of_a_chunk() -> None:
     assert sizes[0][name] == 18 * 30 * 2 * 1536 * 1536 * 2
     moved = [Workload(one).attention(6).bytes for one in (plain, codes)]
     assert moved[0] - moved[1] == 2 * 21 * 1536 * 1536
+    multiplied = replace(codes, variant=codes.variant.holding("fp8", "fp8"))
+    peak, works = codes.target.peak, [Workload(one).attention(6) for one in (codes, multiplied)]
+    assert peak is not None
+    assert [work.format for work in works] == ["bf16", "fp8"]
+    assert works[0].seconds(peak) / works[1].seconds(peak) == pytest.approx(
+        2, rel=0.01
+    )  # GeForce's fp32 sums
     prepare = [Workload(one).passes.prepare().written for one in (plain, codes)]
     assert prepare[0] - prepare[1] == 2 * 4608 * 1536 - 2 * 3 * 24 * 12 * 4
 
@@ -123,9 +163,12 @@ def test_other_methods_have_no_codes(tmp_path: Path) -> None:
 def test_engines_and_kernels_for_a_gpu(tmp_path: Path) -> None:
     """Built for real: TensorRT-RTX engines between kernels over codes, every launch checked against the images."""
     pytest.importorskip("tensorrt_rtx")
-    root = build_bundle(request(tmp_path, "rtx4090", "long", "tensorrt-rtx", "bf16", execution="segmented"))
+    variant = load_variant("long").holding("fp8", "fp8")
+    asked = request(tmp_path, "rtx4090", variant, "tensorrt-rtx", "bf16", execution="segmented")
+    root = build_bundle(asked)
     dry_run(load_bundle(root))
     names = json.loads((root / "kernels" / "sm_89" / "kernels.json").read_text())["images"]
     kernels = {image["kernel"] for image in names}
-    assert kernels == {"score", "select", *(f"{k}_fp8" for k in ("prepare", "attend", "commit", "rope_sink"))}
+    over_codes = {f"{kernel}_fp8" for kernel in ("prepare", "commit", "rope_sink")}
+    assert kernels == {"score", "select", "attend_e4m3", *over_codes}
     assert all(image["spill_stores"] == 0 for image in names)

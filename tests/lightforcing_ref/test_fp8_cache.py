@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,13 +14,19 @@ from torch import Tensor
 
 from export.request.geometry import StepPlan
 from export.request.targets import load_variant
-from lightforcing_ref.cache import FrameCache
+from lightforcing_ref.attention import hsa_attention
+from lightforcing_ref.cache import FrameCache, Products
 from lightforcing_ref.config import preset
 from lightforcing_ref.fp8_cache import (
     dequantize_blocks,
+    dequantize_values,
+    e4m3_attention,
+    hsa_attention_e4m3,
     hsa_attention_fp8,
     qk_prepare_fp8,
     quantize_blocks,
+    quantize_values,
+    with_fp8_cache,
 )
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
@@ -71,6 +78,15 @@ def test_blocks_by_hand(frame_tokens: int) -> None:
             gap = (back - x)[:, start : start + block].abs().amax((1, 3))
             assert (gap <= 1.01 * 16 * scales[:, index]).all()  # half of the largest step, 32
     codes, scales = quantize_blocks(x, block)
+    by_channel, same = quantize_values(x, block)
+    assert torch.equal(same, scales)
+    for index, start in enumerate(starts):
+        rows = codes[:, start : start + block]
+        assert torch.equal(by_channel[:, index, ..., : rows.shape[1]], rows.permute(0, 2, 3, 1))
+        assert not by_channel[:, index, ..., rows.shape[1] :].any()
+    assert torch.equal(
+        dequantize_values(by_channel, scales, frame_tokens), dequantize_blocks(codes, scales, block)
+    )
     for frame in range(frames):
         found, sizes = narrow(x[frame].numpy(), block)
         assert np.array_equal(sizes, scales[frame].numpy())
@@ -97,7 +113,7 @@ def inputs(frame_tokens: int = 12) -> tuple[dict[str, Tensor], dict[str, object]
     past = torch.randn(4, frame_tokens, heads, dim, generator=generator)
     past_means = torch.stack([past[:, s : s + block].mean(1) for s in range(0, frame_tokens, block)], 1)
     past_k, past_kscale = quantize_blocks(past, block, past_means)
-    past_v, past_vscale = quantize_blocks(past.flip(0), block)
+    past_v, past_vscale = quantize_values(past.flip(0), block)
     slots, chunk = torch.tensor([2, 0, -1], dtype=torch.int32), torch.tensor(1, dtype=torch.int32)
     tensors = (q, k, v, q_mean, *rest, past_k, past_v, past_means, past_kscale, past_vscale, slots, chunk)
     assert past_means.shape[1] == blocks
@@ -114,7 +130,7 @@ def test_attention_with_the_codes_themselves() -> None:
         for k, k_scale, k_mean, v, v_scale in (
             *((given["past_k"][s], given["past_kscale"][s], given["past_kmean"][s],
                given["past_v"][s], given["past_vscale"][s]) for s in (2, 0)),
-            (given["k"], given["k_scale"][0], given["k_mean"][0], given["v"], given["v_scale"][0]),
+            (given["k"], given["k_scale"][0], given["k_mean"][0], given["v"][0], given["v_scale"][0]),
         ):  # fmt: skip
             for token in range(12):
                 block = token // 4
@@ -123,19 +139,68 @@ def test_attention_with_the_codes_themselves() -> None:
                 logits.append(
                     float(k_scale[block, head]) * (q @ code) + q @ k_mean[block, head].double().numpy()
                 )
-                values.append(float(v_scale[block, head]) * decode(v[token, head].numpy()).astype(np.float64))
+                of_token = decode(v[block, head, :, token % 4].numpy()).astype(np.float64)
+                values.append(float(v_scale[block, head]) * of_token)
         weights = np.exp(0.25 * np.stack(logits, 1))
         expected = weights / weights.sum(1, keepdims=True) @ np.stack(values)
         assert np.allclose(out[:, head].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def rolled(variant: str, chunks: int) -> tuple[Tensor, Tensor]:
+def test_products_of_codes_by_hand() -> None:
+    """A query's codes and the codes of weights relative to a power of two, from the definition of E4M3, in float64."""
+    given, attributes = inputs()
+    out, values = hsa_attention_e4m3(*given.values(), **attributes), e4m3_values()
+    keys = [(given["past_k"][s], given["past_kscale"][s], given["past_kmean"][s]) for s in (2, 0)]
+    keys.append((given["k"], given["k_scale"][0], given["k_mean"][0]))
+    stored = [(given["past_v"][s], given["past_vscale"][s]) for s in (2, 0)]
+    stored.append((given["v"][0], given["v_scale"][0]))
+    for token, head in ((0, 0), (5, 1), (11, 0)):
+        q = given["q"][token, head].double().numpy()
+        size = max(float(np.abs(q).max()) / 448, 2.0**-24)
+        codes = np.array([nearest(float(np.float32(x / size)), values) for x in q])
+        logits = [
+            size * float(scale[key // 4, head]) * (codes @ decode(k[key, head].numpy()).astype(np.float64))
+            + q @ mean[key // 4, head].double().numpy()
+            for k, scale, mean in keys
+            for key in range(12)
+        ]
+        bits = 0.25 * np.array(logits) / math.log(2)
+        weights = 2.0 ** (bits - math.ceil(bits.max()) + 8)
+        mixed = sum(
+            nearest(float(np.float32(weight)), values)
+            * float(scale[key // 4, head])
+            * decode(v[key // 4, head, :, key % 4].numpy()).astype(np.float64)
+            for weight, (v, scale, key) in zip(
+                weights, [(v, scale, key) for v, scale in stored for key in range(12)], strict=True
+            )
+        )
+        found = out[token, head].double().numpy()
+        # A weight that lies between two codes may fall to the other side.
+        assert np.linalg.norm(found - mixed / weights.sum()) < 2e-3 * np.linalg.norm(found)
+
+
+def test_products_of_codes_cost_a_few_percent() -> None:
+    """Against the same keys and values in float32: what rounding queries and weights adds."""
+    given, attributes = inputs()
+    exact = hsa_attention_fp8(*given.values(), **attributes)
+    found = hsa_attention_e4m3(*given.values(), **attributes)
+    assert 2e-3 < float((found - exact).norm() / exact.norm()) < 4e-2
+
+
+def test_gathered_and_masked_agree() -> None:
+    given, attributes = inputs()
+    gathering = with_fp8_cache(partial(hsa_attention, form="gather", attend=e4m3_attention), means_apart=True)
+    expected = hsa_attention_e4m3(*given.values(), **attributes)
+    assert torch.allclose(gathering(*given.values(), **attributes), expected, rtol=2e-3, atol=1e-4)
+
+
+def rolled(variant: str, chunks: int, products: Products | None = None) -> tuple[Tensor, Tensor]:
     """Latents of a rollout in the compute type, and over codes."""
     model, chosen = preset("tiny"), load_variant(variant)
     torch.manual_seed(0)
     dit = CausalWanModel(model.dit).requires_grad_(False)
     found = []
-    for kind in (chosen, chosen.holding("fp8")):
+    for kind in (chosen, chosen.holding("fp8", products)):
         plan = StepPlan.of(model, kind, model.height, model.width, block_q=32, block_k=32)
         height, width = plan.latent_size
         rollout = Rollout(
@@ -157,8 +222,10 @@ def rolled(variant: str, chunks: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("variant", "chunks"), [("short", 3), ("long", 6)])
 def test_rollouts_stay_close(variant: str, chunks: int) -> None:
-    """Six chunks of the long mode turn the sinks twice. What the codes cost is about what FP8 linears do."""
-    plain, codes = rolled(variant, chunks)
+    """Six chunks of the long mode turn the sinks twice. What the codes cost is about what FP8 linears do; with the
+    sinks' mode products are of codes, too.
+    """
+    plain, codes = rolled(variant, chunks, "fp8" if variant == "long" else None)
     error = float((codes - plain).norm() / plain.norm())
     assert 1e-4 < error < 2e-2
 
@@ -172,7 +239,8 @@ def test_sinks_are_turned_from_the_codes_as_committed() -> None:
     keys = torch.randn(1, tokens, model.dit.heads, model.dit.head_dim)
     means = torch.stack([part.mean(1) for part in keys.split(block, 1)], 1)
     codes, scale = quantize_blocks(keys, block, means)
-    cache.commit(0, [(codes[0], codes[0], means, scale, scale)])
+    values, _ = quantize_values(keys, block)
+    cache.commit(0, [(codes[0], values, means, scale, scale)])
     cache.past(0, [0], 3)
     moved = cache.past(0, [0], 7)
     again = cache.past(0, [0], 7)
@@ -180,4 +248,4 @@ def test_sinks_are_turned_from_the_codes_as_committed() -> None:
     plain = replace(cache, kv=None, frames={0: [(keys[0], keys[0], means[0])]}).past(0, [0], 7)
     found = dequantize_blocks(moved[0], moved[3], block, moved[2])
     assert float((found - plain[0]).norm() / plain[0].norm()) < 0.05
-    assert torch.equal(moved[1], codes) and torch.equal(moved[4], scale)  # values do not turn
+    assert torch.equal(moved[1], values) and torch.equal(moved[4], scale)  # values do not turn

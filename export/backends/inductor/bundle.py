@@ -133,7 +133,7 @@ def _weight_tensors(
 ) -> Iterable[StoredTensor]:
     """Everything that packages and operators read, under the names of `tensor_name`; the transformer is used up."""
     merge_qkv(model)
-    prepare, attend = torch_operators(plan.spec.kv)
+    prepare, attend = torch_operators(plan.spec.kv, plan.spec.products)
     state = StepModule(model, plan.spec, plan.schedule, prepare=prepare, attend=attend).state_dict()
     for stem, network in (("decoder", decoder), ("encoder", encoder)):
         if network is not None:
@@ -222,7 +222,7 @@ class _Operator(nn.Module):
 def _write_operators(folder: Path, plan: StepPlan) -> list[str]:
     """The operators as ONNX graphs, for hosts."""
     spec, eps = plan.spec, plan.preset.dit.eps
-    prepare, attend = torch_operators(spec.kv, plan.attends(OPERATOR_OPS)[0])
+    prepare, attend = torch_operators(spec.kv, spec.products, plan.attends(OPERATOR_OPS)[0])
     operators: dict[str, tuple[Any, Mapping[str, Any]]] = {
         "qk_prepare": (prepare, {**spec.prepare_attributes(), "eps": eps}),
         "attention": (attend, spec.attend_attributes()),

@@ -47,6 +47,7 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         "k_mean": (frames, geometry.k_blocks, *heads),
         **dict.fromkeys(("past_k", "past_v"), ("slots", geometry.frame_tokens, *heads)),
         "past_kmean": ("slots", geometry.k_blocks, *heads),
+        **(_values_by_block(plan) if plan.spec.kv else {}),
         **dict.fromkeys(("k_scale", "v_scale"), (frames, geometry.k_blocks, dit.heads)),
         **dict.fromkeys(("past_kscale", "past_vscale"), ("slots", geometry.k_blocks, dit.heads)),
         "frame_slots": (plan.max_past_frames,),
@@ -59,7 +60,7 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         **dict.fromkeys(("frame_slots", "chunk"), "int32"),
         **dict.fromkeys(("k", "v", "past_k", "past_v") if plan.spec.kv else (), "uint8"),
     }
-    prepare, attention = operators.operators(plan.spec.kv)
+    prepare, attention = operators.operators(plan.spec.kv, plan.spec.products)
 
     def specs(names: Iterable[str]) -> tuple[bundle.TensorSpec, ...]:
         kinds = {name: fixed.get(name) for name in names}
@@ -78,6 +79,13 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
             file=None, inputs=specs(attention.inputs), outputs=specs(attention.outputs)
         ),
     }
+
+
+def _values_by_block(plan: StepPlan) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of values that are codes."""
+    dit, geometry = plan.preset.dit, plan.geometry
+    block = (geometry.k_blocks, dit.heads, dit.head_dim, geometry.block_k)
+    return {"v": (plan.chunk_frames, *block), "past_v": ("slots", *block)}
 
 
 def step_components(

@@ -23,7 +23,7 @@ from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention
-from lightforcing_ref.fp8_cache import oracles, with_fp8_cache
+from lightforcing_ref.fp8_cache import e4m3_attention, oracles, with_fp8_cache
 from plugins import contract
 from runtime import bundle
 from runtime.bundle.golden import Arrays
@@ -116,7 +116,10 @@ def golden_graphs(
     # Gathering keeps the memory of a full-size call small.
     gathering = partial(hsa_attention, form="gather")
     kernels: dict[str, Callable[..., Any]] = {**ORACLES, contract.HIERARCHICAL_SPARSE_ATTENTION: gathering}
-    attention = with_fp8_cache(gathering) if plan.spec.kv else plan.attends(kernels)[0]
+    if plan.spec.products is not None:
+        attention = with_fp8_cache(partial(gathering, attend=e4m3_attention), means_apart=True)
+    else:
+        attention = with_fp8_cache(gathering) if plan.spec.kv else plan.attends(kernels)[0]
 
     def prepare(given: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return qk_prepare(*given.values(), **prepare_attributes)

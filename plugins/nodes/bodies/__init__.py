@@ -12,10 +12,10 @@ from plugins.contract import (
     SpargeAttributes,
     VMoBAAttributes,
 )
-from plugins.operators import Operator
+from plugins.operators import HIERARCHICAL_SPARSE_ATTENTION_E4M3, Operator
 
 from .attention import AttentionForm
-from .codes import HierarchicalCodesBody
+from .codes import HierarchicalCodesBody, HierarchicalE4M3Body
 from .hsa import HierarchicalBody
 from .methods import RadialBody, SlidingTileBody, SpargeBody, VMoBABody
 from .prepare import qk_prepare
@@ -36,6 +36,12 @@ def fixed_attributes(attributes: AttentionAttributes | QKPrepareAttributes) -> o
     return None
 
 
+def _hierarchical(operator: Operator) -> HierarchicalBody:
+    if operator.name == HIERARCHICAL_SPARSE_ATTENTION_E4M3:
+        return HierarchicalE4M3Body(operator)
+    return HierarchicalCodesBody(operator) if operator.over_codes else HierarchicalBody()
+
+
 def attention(operator: Operator, attributes: AttentionAttributes, form: AttentionForm) -> ir.Function:
     """The body of an attention operator in one of its forms; both compute the same."""
     body: HierarchicalBody | RadialBody | SlidingTileBody | SpargeBody | VMoBABody
@@ -49,7 +55,7 @@ def attention(operator: Operator, attributes: AttentionAttributes, form: Attenti
         case contract.SlidingTileAttributes():
             body = SlidingTileBody()
         case contract.HSAAttributes():
-            body = HierarchicalCodesBody(operator) if operator.over_codes else HierarchicalBody()
+            body = _hierarchical(operator)
     kinds = {
         "int": ir.AttributeType.INT,
         "float": ir.AttributeType.FLOAT,

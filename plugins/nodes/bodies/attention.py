@@ -44,7 +44,7 @@ class AttentionBody:
         self.lowest = b.number(float("-inf"))
         self.scale = b.attribute("scale", ir.AttributeType.FLOAT)
         self.heads = b.shape(self.q, 1, 2)
-        self.dim = b.shape(self.q, 2, 3)
+        self.dim = self.key_dim = b.shape(self.q, 2, 3)
         self.heads_dim = b.shape(self.q, 1, 3)
         present = b("GreaterOrEqual", frame_slots, b("CastLike", b.scalar(0), frame_slots))
         self.slots = b("Compress", frame_slots, present, axis=0)  # [P]
@@ -94,6 +94,10 @@ class AttentionBody:
         current = b("Reshape", chunk, self.frames_rows_heads_dim)
         return b("Reshape", b("Concat", past, current, axis=0), row_shape)
 
+    def softmax(self, on: Body, logits: ir.Value) -> ir.Value:
+        """The weights of the last axis; `on` is the graph that it happens in."""
+        return on("Softmax", logits, axis=-1)
+
     def query_tiles(self) -> ir.Value:
         """Q as float32 [H, C*QB, block_q, D], the rows of ragged tiles filled up with zeros."""
         b = self.b
@@ -136,15 +140,16 @@ class AttentionBody:
         b = self.b
         k, v = map(b.to_float32, self.keys_values(self.rows_heads_dim))
         tiles = self.query_tiles()
-        q = b("Reshape", tiles, b("Concat", b.int_list(0, -1), self.dim, axis=0))
+        q = b("Reshape", tiles, b("Concat", b.int_list(0, -1), self.key_dim, axis=0))
         logits = b("Mul", b("MatMul", q, b("Transpose", k, perm=[1, 2, 0])), self.scale)
         tile_count = b("Mul", self.current, self.q_blocks)
         by_tile = b("Concat", self.heads, tile_count, b.vector(self.block_q, -1), axis=0)
-        weights = b("Softmax", b("Add", b("Reshape", logits, by_tile), bias), axis=-1)
+        weights = self.softmax(b, b("Add", b("Reshape", logits, by_tile), bias))
         tokens = b("Mul", self.frames, self.frame_tokens)
         weights = b("Reshape", weights, b("Concat", b.int_list(0, -1), tokens, axis=0))
         out = b("MatMul", weights, b("Transpose", v, perm=[1, 0, 2]))
-        return self.output(b("Reshape", out, by_tile))
+        rows = b("Concat", self.heads, tile_count, b.vector(self.block_q), self.dim, axis=0)
+        return self.output(b("Reshape", out, rows))
 
     def grouped(self, kept: ir.Value, group: ir.Value, form: AttentionForm) -> ir.Value:
         """Attention to groups of keys; the first chunk, which has no past, sees everything.

@@ -98,13 +98,13 @@ class HierarchicalBody(AttentionBody):
         tile, tile_rows, tile_bias = (one.value(name) for name in ("tile", "rows", "bias"))
         k, v = (one.to_float32(one("Gather", x, tile_rows, axis=0)) for x in flat)
         logits = one("Mul", one("MatMul", tile, one("Transpose", k, perm=[1, 0])), self.scale)
-        result = one("MatMul", one("Softmax", one("Add", logits, tile_bias), axis=-1), v)
+        result = one("MatMul", self.softmax(one, one("Add", logits, tile_bias)), v)
         out = b(
             "Scan",
-            b("Reshape", tiles, b("Concat", b.vector(-1, self.block_q), self.dim, axis=0)),
+            b("Reshape", tiles, b("Concat", b.vector(-1, self.block_q), self.key_dim, axis=0)),
             b("Reshape", rows, b("Concat", b.int_list(-1), count, axis=0)),
             b("Reshape", bias, b("Concat", b.int_list(-1, 1), count, axis=0)),
             body=ir.Graph([tile, tile_rows, tile_bias], [result], nodes=one.nodes, name="one_tile"),
             num_scan_inputs=3,
         )
-        return self.output(b("Reshape", out, b("Shape", tiles)))
+        return self.output(b("Reshape", out, b("Concat", b.shape(tiles, 0, 3), self.dim, axis=0)))

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from plugins import contract
 from plugins.operators import Operator
 
-from .codes import codes_of
+from .codes import by_channel, codes_of
 from .tape import Body, function, reference
 
 __all__ = ["qk_prepare"]
@@ -63,6 +63,7 @@ def qk_prepare(operator: Operator) -> ir.Function:
     if operator.over_codes:
         k, k_scale = codes_of(b, k, block_k, frame_tokens, k_mean)
         v, v_scale = codes_of(b, v, block_k, frame_tokens, None)
+        v = by_channel(b, v, block_k, frame_tokens)
         outputs = (q, k, v, q_mean, k_mean, k_scale, v_scale)
     return function(
         b,

@@ -29,10 +29,11 @@ def test_kernels_in_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
 
 
-def test_attention_fits_into_registers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["attend_fp8-bf16-d128-q64", "attend_e4m3-bf16-d128-q64"])
+def test_attention_fits_into_registers(name: str, tmp_path: Path) -> None:
     """Blocks of 64 on sm_120, the largest of the shipped problems; bits are converted by the hardware."""
     pytest.importorskip("triton")
-    built = build.build([120], tmp_path, only=lambda variant: variant.name == "attend_fp8-bf16-d128-q64")
+    built = build.build([120], tmp_path, only=lambda variant: variant.name == name)
     (image,) = built[120].images
     assert (image.spill_stores, image.spill_loads, image.stack) == (0, 0, 0)
     names = {argument.name: argument.element for argument in image.arguments}

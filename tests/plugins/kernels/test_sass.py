@@ -22,8 +22,13 @@ REGISTERS = 65_536
 SHARED_MEMORY = {90: 227 << 10, 120: 99 << 10}
 RESERVED_SHARED_MEMORY = 1 << 10  # of each thread block
 NAMES = {
-    90: ("attend-bf16-d128-q128-ws", "attend-bf16-d128-q128", "attend-bf16-d128-q64"),
-    120: ("attend-bf16-d128-q128", "attend-bf16-d128-q64"),
+    90: (
+        "attend-bf16-d128-q128-ws",
+        "attend-bf16-d128-q128",
+        "attend-bf16-d128-q64",
+        "attend_e4m3-bf16-d128-q128",
+    ),
+    120: ("attend-bf16-d128-q128", "attend-bf16-d128-q64", "attend_e4m3-bf16-d128-q64"),
 }
 
 
@@ -57,7 +62,7 @@ def product_loop(text: str) -> list[str]:
         target = re.search(r"^BRA.*`\(\.(L_x_\d+)\)", instruction)
         if target and labels.get(target[1], end + 1) <= end:
             loop = instructions[labels[target[1]] : end + 1]
-            if any(re.match(r"H[GM]MMA|HMMA", one) for one in loop):
+            if any(re.match(r"[HQ]G?MMA", one) for one in loop):
                 loops.append(loop)
     return min(loops, key=len)
 
@@ -124,3 +129,27 @@ def test_products_are_what_limits_geforce_blackwell(built: Path, block_q: int) -
     copies = [i for i, one in enumerate(loop) if one.startswith("LDGSTS")]
     products = [i for i, one in enumerate(loop) if one.startswith("HMMA")]
     assert copies and min(copies) < max(products)
+
+
+@pytest.mark.parametrize(("arch", "block_q", "product"), [(90, 128, "QGMMA"), (120, 64, "QMMA")])
+def test_both_products_are_of_eight_bits(built: Path, arch: int, block_q: int, product: str) -> None:
+    """Keys come out of shared memory as they are, values too, which lie channel by channel: no byte is moved to turn
+    them. Only the means of blocks are multiplied in 16 bits.
+    """
+    _, loop = image(built, arch, f"attend_e4m3-bf16-d128-q{block_q}")
+    counts = count(loop)
+    operands = [one for one in loop if one.startswith(product)]
+    assert all(".E4M3.E4M3" in one for one in operands)
+    if arch == 90:
+        # 64 rows of a warpgroup, 64 keys, head size 128, 32 of it at a time: four for logits, two for the output.
+        assert [one.split()[0] for one in operands].count("QGMMA.64x64x32.F32.E4M3.E4M3") == 4
+        assert [one.split()[0] for one in operands].count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2
+        assert counts["HGMMA"] == 128 // 16
+    else:
+        # 16 rows of a warp times 8 keys or channels: 64 keys of 128, and 128 channels of 64 keys.
+        assert len(operands) == 8 * 4 + 16 * 2
+        assert counts["HMMA"] == 128 // 16
+    # Weights are put in order by shuffles in fours; bytes are moved for them and nothing else.
+    assert counts["PRMT"] <= 8
+    assert counts["LDL"] == counts["STL"] == 0
+    assert counts["LDG"] == 2, "only the scales of keys and values come past shared memory"

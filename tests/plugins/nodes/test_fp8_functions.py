@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref.attention import hsa_attention, qk_prepare
-from lightforcing_ref.fp8_cache import hsa_attention_fp8, qk_prepare_fp8, quantize_blocks
+from lightforcing_ref.fp8_cache import (
+    hsa_attention_e4m3,
+    hsa_attention_fp8,
+    qk_prepare_fp8,
+    quantize_blocks,
+    quantize_values,
+)
 from plugins import contract, operators
 from plugins.errors import ContractError
 from plugins.nodes import functions, ops
@@ -46,9 +52,9 @@ def attention_inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     cache = torch.randn(6, 13, HEADS, DIM, generator=generator)
     means = torch.stack([cache[:, :8].mean(1), cache[:, 8:].mean(1)], 1)
-    (past_k, k_scale), (past_v, v_scale) = quantize_blocks(cache, 8, means), quantize_blocks(cache.flip(0), 8)
+    (past_k, k_scale), (past_v, v_scale) = quantize_blocks(cache, 8, means), quantize_values(cache.flip(0), 8)
     slots, chunk = torch.tensor([3, 1, 5, -1], dtype=torch.int32), torch.tensor(1, dtype=torch.int32)
-    past_k[[0, 2, 4]] = 0x7F  # what no slot names may be no number
+    past_k[[0, 2, 4]] = past_v[[0, 2, 4]] = 0x7F  # what no slot names may be no number
     tensors = (q, k, v, q_mean, *rest, past_k, past_v, means, k_scale, v_scale, slots, chunk)
     return dict(zip(operators.HSA_FP8_INPUTS, tensors, strict=True))
 
@@ -91,7 +97,8 @@ def test_prepare_gives_the_codes_of_the_reference() -> None:
             assert np.mean(value != want.numpy()) < 2e-3, name
         else:
             np.testing.assert_allclose(value, want.numpy(), rtol=2e-6, atol=2e-6, err_msg=name)
-    assert not found["v"][:, 0].any()  # zeros stay zeros
+    assert not found["v"][:, :, 0].any()  # zeros stay zeros
+    assert not found["v"][:, 1, :, :, 5:].any()  # 13 tokens are a block of 8 and one of 5
     assert {0x7F, 0xFF}.isdisjoint(np.unique(found["k"]).tolist())
 
 
@@ -103,6 +110,16 @@ def test_attention_over_codes(form: functions.AttentionForm) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("form", ["dense", "scan"])
+def test_products_of_codes(form: functions.AttentionForm) -> None:
+    given = attention_inputs()
+    found = run(operators.HIERARCHICAL_SPARSE_ATTENTION_E4M3, given, ATTENTION, form)["out"]
+    expected = hsa_attention_e4m3(*given.values(), **ATTENTION)
+    # A weight may fall to the other side where float32 sums differ in their last bit: a sixteenth of it.
+    assert float(np.linalg.norm(found - expected.numpy())) < 1e-3 * float(expected.norm())
+    assert np.median(np.abs(found - expected.numpy())) < 1e-5 * float(expected.abs().max())
+
+
 class TestOps:
     @pytest.fixture(autouse=True)
     def bound(self) -> None:
@@ -110,13 +127,14 @@ class TestOps:
             "cpu",
             hsa=hsa_attention,
             qk_prepare=qk_prepare,
-            codes=(qk_prepare_fp8, hsa_attention_fp8),
+            codes=(qk_prepare_fp8, hsa_attention_fp8, hsa_attention_e4m3),
         )
 
     def test_they_are_the_reference_and_infer_its_shapes_and_types(self) -> None:
         for name, given, attributes, reference in (
             (ops.QK_PREPARE_FP8, projections(), PREPARE, qk_prepare_fp8),
             (ops.HIERARCHICAL_SPARSE_ATTENTION_FP8, attention_inputs(), ATTENTION, hsa_attention_fp8),
+            (ops.HIERARCHICAL_SPARSE_ATTENTION_E4M3, attention_inputs(), ATTENTION, hsa_attention_e4m3),
         ):
             op = getattr(torch.ops.lightforcing, name)
             expected = reference(*given.values(), **attributes)
