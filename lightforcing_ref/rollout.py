@@ -182,6 +182,11 @@ class Rollout:
         seen = resident if frames is None else frames
         return self.cache.past(layer, seen, first_recent, self._sees_virtual(chunk))
 
+    def pinned(self, frames: list[int], chunk: int) -> int:
+        """How many of the past frames `chunk` sees whole: sinks among `frames`, and virtual ones."""
+        virtual = len(self.cache.virtual) if self._sees_virtual(chunk) else 0
+        return sum(frame < self.sink_frames for frame in frames) + virtual
+
     def _sees_virtual(self, chunk: int) -> bool:
         """Whether the persistent set lies wholly before a chunk, which may be one that is recomputed."""
         return chunk * self.schedule.chunk_frames >= self.cache.gone
@@ -201,16 +206,16 @@ class Rollout:
         config, count, chunk = self.model.config, self.schedule.chunk_frames, chunks[-1]
         positions = torch.tensor([self.position(c * count + index) for c in chunks for index in range(count)])
         cos, sin = rope_tables(positions, self.grid, config.head_dim, theta=config.rope_theta)
-        virtual = len(self.cache.virtual) if self._sees_virtual(chunk) else 0
+        past = [self.past(layer, chunk, frames) for layer in range(config.layers)]
         core = CachedAttention(
             self.spec,
             cos,
             sin,
-            [self.past(layer, chunk, frames) for layer in range(config.layers)],
-            torch.arange(len(frames) + virtual, dtype=torch.int32),
+            past,
+            torch.arange(len(past[0][0]), dtype=torch.int32),
             chunk,
             attend=self._attend,
-            pinned=sum(frame < self.sink_frames for frame in frames) + virtual,
+            pinned=self.pinned(frames, chunk),
         )
         t = torch.full((1, len(positions)), self.schedule.row_timesteps[row], dtype=torch.float64)
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 The meaning of every input, output and attribute is defined in docs/operators.md, and in docs/policies.md for the
 methods of other authors: each is an operator with the inputs and the output of hierarchical sparse attention, and
-attributes of its own.
+attributes of its own; one takes an input more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "HSA_ATTRIBUTES",
     "HSA_INPUTS",
     "HSA_OUTPUTS",
+    "PERSISTENT_BLOCK",
     "QK_PREPARE",
     "QK_PREPARE_ATTRIBUTES",
     "QK_PREPARE_INPUTS",
@@ -34,6 +35,7 @@ __all__ = [
     "AttentionAttributes",
     "AttributeKind",
     "HSAAttributes",
+    "PersistentBlockAttributes",
     "QKPrepareAttributes",
     "RadialAttributes",
     "SlidingTileAttributes",
@@ -56,6 +58,7 @@ SLIDING_TILE: Final = "SlidingTileAttention"
 RADIAL: Final = "RadialAttention"
 SPARGE: Final = "SpargeAttention"
 VMOBA: Final = "VMoBAAttention"
+PERSISTENT_BLOCK: Final = "PersistentBlockAttention"
 
 HSA_INPUTS: Final[tuple[str, ...]] = (
     "q",
@@ -364,8 +367,35 @@ class VMoBAAttributes(_BlockAttributes):
             raise ContractError(f"{VMOBA}: threshold is {self.threshold}; expected a share in (0, 1]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class PersistentBlockAttributes(_BlockAttributes):
+    """Attributes of `PersistentBlockAttention`.
+
+    Attributes:
+        scale: factor on the logits of the softmax.
+        keep_q20: per chunk, the kept fraction of the key blocks that are not pinned, times 2^20.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    keep_q20: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
+        self._check_geometry(PERSISTENT_BLOCK)
+        _require_positive(PERSISTENT_BLOCK, "scale", self.scale)
+        _require_table(PERSISTENT_BLOCK, self.keep_q20)
+
+
 AttentionAttributes = (
-    HSAAttributes | SlidingTileAttributes | RadialAttributes | SpargeAttributes | VMoBAAttributes
+    HSAAttributes
+    | SlidingTileAttributes
+    | RadialAttributes
+    | SpargeAttributes
+    | VMoBAAttributes
+    | PersistentBlockAttributes
 )
 
 ATTENTION_OPERATORS: Final[Mapping[str, type[AttentionAttributes]]] = {
@@ -374,8 +404,9 @@ ATTENTION_OPERATORS: Final[Mapping[str, type[AttentionAttributes]]] = {
     RADIAL: RadialAttributes,
     SPARGE: SpargeAttributes,
     VMOBA: VMoBAAttributes,
+    PERSISTENT_BLOCK: PersistentBlockAttributes,
 }
-"""Operators in the place of attention, all with `HSA_INPUTS` and `HSA_OUTPUTS`, and their attributes."""
+"""Operators in the place of attention, with their attributes. All have `HSA_OUTPUTS`, and at least `HSA_INPUTS`."""
 
 AttributeKind = Literal["int", "float", "ints"]
 
@@ -444,6 +475,8 @@ def hsa_output_shapes(
             _expect(owner, shapes, name, (count, attributes.k_blocks, heads))
     _expect(owner, shapes, "frame_slots", ("past frames",))
     _expect(owner, shapes, "chunk", ())
+    if "pinned" in shapes:
+        _expect(owner, shapes, "pinned", ())
     return {"out": (tokens, heads, dim)}
 
 

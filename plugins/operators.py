@@ -18,6 +18,7 @@ __all__ = [
     "HIERARCHICAL_SPARSE_ATTENTION_FP8",
     "HSA_FP8_INPUTS",
     "OPERATORS",
+    "PERSISTENT_BLOCK_INPUTS",
     "QK_PREPARE_FP8",
     "QK_PREPARE_FP8_OUTPUTS",
     "Operator",
@@ -47,6 +48,9 @@ HSA_FP8_INPUTS: Final[tuple[str, ...]] = (
 )
 
 
+PERSISTENT_BLOCK_INPUTS: Final = (*contract.HSA_INPUTS, "pinned")
+
+
 @dataclass(frozen=True)
 class Operator:
     """One operator: its tensors and attributes by name in their order, and the class that holds the attributes."""
@@ -73,6 +77,10 @@ class Operator:
         return "k_scale" in (*self.inputs, *self.outputs)
 
 
+def _inputs(attention: str) -> tuple[str, ...]:
+    return PERSISTENT_BLOCK_INPUTS if attention == contract.PERSISTENT_BLOCK else contract.HSA_INPUTS
+
+
 OPERATORS: Final[Mapping[str, Operator]] = {
     operator.name: operator
     for operator in (
@@ -80,7 +88,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
             contract.QK_PREPARE, contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS, QKPrepareAttributes
         ),
         *(
-            Operator(name, contract.HSA_INPUTS, contract.HSA_OUTPUTS, made)
+            Operator(name, _inputs(name), contract.HSA_OUTPUTS, made)
             for name, made in contract.ATTENTION_OPERATORS.items()
         ),
         Operator(QK_PREPARE_FP8, contract.QK_PREPARE_INPUTS, QK_PREPARE_FP8_OUTPUTS, QKPrepareAttributes),

@@ -36,12 +36,14 @@ class Placement:
     `chunk` is its index (into the sparsity table), `first_frame` the temporal position of its first frame,
     `frame_slots` the pool slots of the frames it may attend to, oldest first, padded with -1, and `latent`
     the latent slot that holds its clean latent (written by the last denoising forward, read by the clean one).
+    `pinned` is how many of `frame_slots` everybody sees, for attention that asks.
     """
 
     chunk: int
     first_frame: int
     frame_slots: tuple[int, ...]
     latent: int
+    pinned: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ class Engine(Protocol):
         """One forward on the clean latents of `chunks`, oldest first, all of which see each other and the frames of
         `frame_slots`. All but the last are committed by it, layer by layer; the last one's keys and values are left
         for `commit`. Only where the bundle's cache is recomputed jointly. `chunk` is as in `Placement`.
+        """
+
+    def persist(self, session: int, kept: int, evicted: int) -> None:
+        """Choose which blocks outlive the window, by the last forward, before `commit` overwrites what is evicted.
+
+        Of the past frames behind the sinks the first `kept` are virtual; the `evicted` behind them leave, and blocks of
+        theirs take the places of worse ones. Only where a bundle has a persistent set.
         """
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:

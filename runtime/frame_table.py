@@ -37,6 +37,10 @@ class TableState:
     free: tuple[int, ...]
     jumps: tuple[tuple[int, int], ...] = ()
     """Frames from which on positions in time are further on than their number, and by how much."""
+    persistent: tuple[int, ...] = ()
+    """Slots of virtual frames, in order."""
+    gone: int = 0
+    """Virtual frames hold blocks of frames below this one."""
 
 
 class FrameTable:
@@ -44,12 +48,21 @@ class FrameTable:
 
     Frames below `sink_frames` are never evicted; of the others the oldest goes first. There is one chunk in
     flight at a time: `begin`, then `commit` once its clean keys and values exist.
+
+    With `persistent_frames`, so many slots are for virtual frames, which come behind the sinks. The first frames that
+    are evicted become virtual as they are; once there are enough, blocks of those that follow take places in them
+    (`contest`).
     """
 
-    def __init__(self, slots: Sequence[int], *, chunk_frames: int, sink_frames: int) -> None:
+    def __init__(
+        self, slots: Sequence[int], *, chunk_frames: int, sink_frames: int, persistent_frames: int = 0
+    ) -> None:
         if sink_frames > len(slots):
             raise ValueError(f"{sink_frames} sink frames do not fit into {len(slots)} slots")
         self._capacity = len(slots)
+        self._persistent_frames = persistent_frames
+        self._persistent: list[int] = []
+        self._gone = 0
         self._chunk_frames = chunk_frames
         self._sink_frames = sink_frames
         self._free = list(slots)
@@ -93,6 +106,8 @@ class FrameTable:
             tuple((frame, slot - first_slot) for frame, slot in self._slots.items()),
             tuple(slot - first_slot for slot in self._free),
             tuple(self._jumps),
+            tuple(slot - first_slot for slot in self._persistent),
+            self._gone,
         )
 
     def restore(self, first_slot: int, state: TableState) -> None:
@@ -101,12 +116,15 @@ class FrameTable:
         Raises:
             ValueError: the state is of a table of another size.
         """
-        if sorted([*(slot for _, slot in state.slots), *state.free]) != list(range(self._capacity)):
+        held = [*(slot for _, slot in state.slots), *state.persistent, *state.free]
+        if sorted(held) != list(range(self._capacity)) or len(state.persistent) > self._persistent_frames:
             raise ValueError(f"its slots are not those of a table of {self._capacity}")
         self._slots = {frame: slot + first_slot for frame, slot in state.slots}
         self._free = [slot + first_slot for slot in state.free]
         self._next, self._in_flight = state.next_chunk, state.in_flight
         self._jumps = list(state.jumps)
+        self._persistent = [slot + first_slot for slot in state.persistent]
+        self._gone = state.gone
 
     def commit(self) -> tuple[Move, ...]:
         """Make the in-flight chunk's frames resident, evicting the oldest; say which frame goes where.
@@ -122,9 +140,11 @@ class FrameTable:
         new = range(first, first + self._chunk_frames)
         frames = [*self._slots, *new]
         recent = [frame for frame in frames if frame >= self._sink_frames]
-        evicted = set(recent[: max(0, len(frames) - self._capacity)])
+        evicted = set(recent[: self._overflow(len(new))])
         for frame in [frame for frame in self._slots if frame in evicted]:
-            self._free.append(self._slots.pop(frame))
+            room = self._persistent if len(self._persistent) < self._persistent_frames else self._free
+            room.append(self._slots.pop(frame))
+            self._gone = frame + 1
         moves = []
         for frame in new:
             if frame not in evicted:
@@ -134,11 +154,31 @@ class FrameTable:
         self._in_flight = None
         return tuple(moves)
 
+    def _overflow(self, frames: int) -> int:
+        """How many frames leave where so many come."""
+        return max(0, len(self._slots) + frames - (self._capacity - self._persistent_frames))
+
+    def contest(self) -> tuple[int, int]:
+        """What `commit` of the chunk in flight makes compete, of the frames behind the sinks, oldest first.
+
+        The first number says how many of them are virtual from then on, the second how many behind these leave: blocks
+        of theirs may take places in the others before.
+        """
+        candidates = len(self._persistent) + self._overflow(self._chunk_frames)
+        kept = min(candidates, self._persistent_frames)
+        return kept, candidates - kept
+
     def flush(self, keep: int) -> None:
         """Forget every frame but the sinks and the latest `keep`."""
         recent = [frame for frame in self._slots if frame >= self._sink_frames]
         for frame in recent[: max(0, len(recent) - keep)]:
             self._free.append(self._slots.pop(frame))
+        self.forget_persistent()
+
+    def forget_persistent(self) -> None:
+        """Forget the virtual frames."""
+        self._free += self._persistent
+        self._persistent.clear()
 
     def jump(self, frames: int) -> None:
         """Move what is begun from now on by so many frames in time; nothing happens before there are all sinks."""
@@ -151,13 +191,32 @@ class FrameTable:
         return frame + sum(distance for first, distance in self._jumps if frame >= first)
 
     def frame_slots(self, before: int | None = None) -> tuple[int, ...]:
-        """Slots of the resident frames (those below frame `before`), oldest first, padded with -1."""
-        present = [slot for frame, slot in self._slots.items() if before is None or frame < before]
+        """Slots of the resident frames (those below frame `before`), oldest first, padded with -1.
+
+        Virtual frames come behind the sinks, unless they may hold blocks of frames that are not below `before`.
+        """
+        pinned, recent = self._seen(before)
+        present = pinned + recent
         return tuple(present + [ABSENT] * (self._capacity - len(present)))
 
     def slots_of(self, frames: Sequence[int]) -> tuple[int, ...]:
         """Slots of some resident frames, in their order."""
         return tuple(self._slots[frame] for frame in frames)
+
+    def pinned(self, before: int | None = None) -> int:
+        """How many of `frame_slots` are those of sinks and virtual frames."""
+        return len(self._seen(before)[0])
+
+    def _seen(self, before: int | None) -> tuple[list[int], list[int]]:
+        """Slots of sinks and virtual frames, and of the others."""
+        pinned: list[int] = []
+        recent: list[int] = []
+        for frame, slot in self._slots.items():
+            if before is None or frame < before:
+                (pinned if frame < self._sink_frames else recent).append(slot)
+        if before is None or before >= self._gone:
+            pinned += self._persistent
+        return pinned, recent
 
     def moves(self, chunk: int, *, sinks: bool) -> tuple[Move, ...]:
         """Where the resident frames of a committed `chunk` lie; `sinks=False` leaves sink frames out."""

@@ -69,7 +69,8 @@ def given_chunks(manifest: Manifest, frames: int) -> int:
 
 def most_start_frames(manifest: Manifest) -> int:
     """Pixel frames of as many chunks as attention can look back on: a rollout starts from no more."""
-    chunks = max(1, manifest.cache.max_past_frames // manifest.model.chunk_frames)
+    frames = manifest.cache.max_past_frames - manifest.persistent_frames
+    chunks = max(1, frames // manifest.model.chunk_frames)
     return chunk_first_frame(manifest, chunks)
 
 
@@ -131,9 +132,16 @@ class Rollout:
         self._session = session
         self._manifest = manifest
         self._seed = seed
-        self._table = FrameTable(slots, chunk_frames=model.chunk_frames, sink_frames=cache.sink_frames)
+        self._table = FrameTable(
+            slots,
+            chunk_frames=model.chunk_frames,
+            sink_frames=cache.sink_frames,
+            persistent_frames=manifest.persistent_frames,
+        )
         self._latents = LatentRing(
-            chunk_frames=model.chunk_frames, sink_frames=cache.sink_frames, past_frames=past
+            chunk_frames=model.chunk_frames,
+            sink_frames=cache.sink_frames,
+            past_frames=past - manifest.persistent_frames,
         )
         shape = (model.latent_channels, model.chunk_frames, model.latent_height, model.latent_width)
         self._noise = np.zeros((manifest.schedule.noises, *shape), dtype=np.float32)
@@ -203,7 +211,7 @@ class Rollout:
             seconds += self._engine.denoise(self._session, row)
         if not self._manifest.schedule.clean_forward:
             # Now, because the next chunk that is computed, maybe another session's, overwrites keys and values.
-            self._engine.commit(self._session, self._table.commit())
+            self._commit()
             self._place_sinks()
         return seconds
 
@@ -251,23 +259,34 @@ class Rollout:
         recomputes = recache in ("window", "all")
         seconds = 0.0
         if chunk is not None:
-            # Recomputing makes the clean forward with the old prompt pointless, unless it is what fills the sinks.
+            # Recomputing makes the clean forward with the old prompt pointless, unless it is what fills the sinks, or
+            # chooses which blocks stay of those that leave.
             sinks_pending = chunk * self._manifest.model.chunk_frames < self._manifest.cache.sink_frames
-            if not recomputes or (recache == "window" and sinks_pending):
+            chooses = self._manifest.persistent_frames and self._table.contest()[1]
+            if not recomputes or (recache == "window" and (sinks_pending or chooses)):
                 _check(cancelled)
                 seconds += self._clean(self._placement(chunk))
-                self._engine.commit(self._session, self._table.commit())
+                self._commit()
             else:
                 self._table.commit()
             if recache != "all":
                 self._place_sinks()
         if switch is not None:
             seconds += self._engine.condition(self._session, switch.embedding)
+            if recache == "all":
+                self._table.forget_persistent()  # there are no latents to recompute it from
             if recache in ("flush", "cut"):
                 self._forget(cut=recache == "cut")
             if recomputes:
                 seconds += self._recache(recache, cancelled)
         return seconds
+
+    def _commit(self) -> None:
+        """Make the frames of the chunk in flight resident, once what leaves for them has been looked through."""
+        kept, evicted = self._table.contest()
+        if self._manifest.persistent_frames and evicted:
+            self._engine.persist(self._session, kept, evicted)
+        self._engine.commit(self._session, self._table.commit())
 
     def _forget(self, *, cut: bool) -> None:
         """Flush the cache; with `cut`, let what follows lie far away in time."""
@@ -330,6 +349,7 @@ class Rollout:
             first_frame=self._table.position(chunk * self._manifest.model.chunk_frames),
             frame_slots=self._table.frame_slots(before),
             latent=self._latents.slot(chunk),
+            pinned=self._table.pinned(before),
         )
 
     def _place_sinks(self) -> None:

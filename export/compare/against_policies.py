@@ -90,7 +90,7 @@ def with_policy(manifest: Manifest, reference: Reference, name: str) -> tuple[Va
         block_k=attention.block_k,
     )
     sections = plan.manifest_sections()
-    changed = {name: sections[name] for name in ("attention", "sparsity")}
+    changed = {name: sections[name] for name in ("attention", "sparsity", "cache")}
     return variant, manifest.model_copy(update=changed)
 
 

@@ -248,6 +248,7 @@ def step_function(module: StepModule, clean_step: int | None = None) -> Callable
             tensor["rope_cos"],
             tensor["rope_sin"],
             *([tensor[f"{stem}.{layer}"] for layer in range(layers)] for stem in stems),
+            *((tensor["pinned"],) if module.spec.persistent_frames else ()),
         )
         following, x0, *lists = outputs
         return _named(module.output_names, [following, x0, *(value for values in lists for value in values)])

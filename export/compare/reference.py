@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.errors import ComparisonError
-from export.graph.modules import StepModule, cache_stems, chunk_stems
+from export.graph.modules import QUERY_MEANS, StepModule, cache_stems, chunk_stems
 from export.graph.oracles import ORACLES
 from export.request.methods import attends
 from export.request.schedules import SchedulePolicy
@@ -30,13 +30,14 @@ from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig, VAEConfig
 from lightforcing_ref.fp8_cache import oracles
 from lightforcing_ref.model import CausalWanModel
+from lightforcing_ref.policies import PersistentSet
 from lightforcing_ref.rolling import RollingRollout
 from lightforcing_ref.rollout import Rollout
 from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
 from runtime.bundle import Manifest, RandomInit, Vae
-from runtime.bundle.policies import keeps_everything
+from runtime.bundle.policies import PbsaPolicy, keeps_everything
 from runtime.noise import fill_noise
 
 __all__ = [
@@ -68,7 +69,15 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         scale=attention.scale,
         kv=manifest.cache.kv,
         products=attention.products,
+        persistent_frames=manifest.persistent_frames,
     )
+
+
+def _persistent(manifest: Manifest) -> PersistentSet | None:
+    method = manifest.attention.method
+    if not isinstance(method, PbsaPolicy):
+        return None
+    return PersistentSet(method.persistent_frames, method.heads, method.score)
 
 
 def _attends(
@@ -296,6 +305,7 @@ class Reference:
             sink_positions=cache.sink_positions,
             schedule=_schedule(manifest),
             attend=_attends(manifest, kernels),
+            persistent=_persistent(manifest),
         )
 
     def rolling(self, manifest: Manifest, embedding: Tensor, seed: int) -> RollingRollout:
@@ -393,7 +403,9 @@ def synthetic_feeds(manifest: Manifest, chunks: int, *, seed: int = 5) -> Iterat
             past.append((k, v, means))
         for row in (*schedule.rows(chunk), schedule.clean_step):
             x, noise = normal(*latent), normal(*latent)
-            yield chunk, row, _inputs(manifest, x, noise, row, chunk, past, rng) | cross
+            recent = manifest.cache.max_past_frames - manifest.persistent_frames
+            pinned = min(manifest.cache.sink_frames, resident) + max(0, resident - recent)
+            yield chunk, row, _inputs(manifest, x, noise, row, chunk, past, pinned, rng) | cross
 
 
 class GraphRollout(Rollout):
@@ -430,8 +442,10 @@ class GraphRollout(Rollout):
         def stem(name: str, layer: int) -> Tensor:
             return torch.from_numpy(out[f"{name}.{layer}"])
 
-        stems = chunk_stems(self._manifest.cache.kv)
-        return [tuple(stem(name, layer) for name in stems) for layer in range(self._manifest.model.layers)]
+        stems, layers = chunk_stems(self._manifest.cache.kv), range(self._manifest.model.layers)
+        if self.persistent is not None:
+            self.queries = [stem(QUERY_MEANS, layer) for layer in layers]
+        return [tuple(stem(name, layer) for name in stems) for layer in layers]
 
     def commit(self, x0: Tensor, chunk: int) -> None:
         clean = self.schedule.clean_step
@@ -450,7 +464,8 @@ def _feed(
 ) -> Feed:
     layers = range(manifest.model.layers)
     past = [tuple(value.numpy() for value in rollout.past(layer, chunk)) for layer in layers]
-    feed = _inputs(manifest, latent.numpy(), noise.numpy(), step, chunk, past, rng)
+    pinned = rollout.pinned(rollout.cache.resident(), chunk)
+    feed = _inputs(manifest, latent.numpy(), noise.numpy(), step, chunk, past, pinned, rng)
     for layer, (k, v) in enumerate(rollout.cross):
         feed[f"cross_k.{layer}"], feed[f"cross_v.{layer}"] = k[0].numpy(), v[0].numpy()
     return feed
@@ -463,6 +478,7 @@ def _inputs(
     step: int,
     chunk: int,
     past: Sequence[tuple[NDArray[Any], ...]],
+    pinned: int,
     rng: np.random.Generator,
 ) -> Feed:
     """Inputs of the `step` component but for the prompt's; `past`: keys, values and block means of each layer."""
@@ -482,6 +498,8 @@ def _inputs(
         "rope_cos": cos.numpy(),
         "rope_sin": sin.numpy(),
     }
+    if manifest.persistent_frames:
+        feed["pinned"] = np.array(pinned, dtype=np.int32)
     for layer, cached in enumerate(past):
         for stem, values in zip(cache_stems(manifest.cache.kv), cached, strict=True):
             # What no slot names is NaN, in codes too.

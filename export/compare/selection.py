@@ -16,6 +16,7 @@ from lightforcing_ref.attention import hsa_selection, token_blocks
 from lightforcing_ref.policies import MethodOperator
 from lightforcing_ref.sparsity import HSAConfig
 from plugins import contract
+from plugins.operators import OPERATORS
 
 __all__ = ["Recording", "seen_blocks"]
 
@@ -66,7 +67,7 @@ class Recording:
 
 def seen_blocks(operator: str, tensors: tuple[Any, ...], attributes: Mapping[str, Any]) -> SeenBlocks:
     """What one call of an attention operator looks at; arguments as for the oracle."""
-    given = dict(zip(contract.HSA_INPUTS, tensors, strict=True))
+    given = dict(zip(OPERATORS[operator].inputs, tensors, strict=True))
     oracle = ORACLES[operator]
     if isinstance(oracle, MethodOperator):
         return _pooled(oracle.visible(*tensors, **attributes), given["q"], attributes)

@@ -31,6 +31,7 @@ from export.units import readable_size
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry
 from runtime.bundle import ENCODER_COMPONENTS
+from runtime.bundle.policies import persistent_frames
 from runtime.host_memory import memory
 
 __all__ = ["Group", "MemoryItem", "MemoryPlan", "Planned", "plan_memory"]
@@ -187,6 +188,7 @@ class _Planner:
         self.past, self.held = request.variant.max_past_frames, request.variant.held_frames
         self.rolling = request.variant.schedule.rolling
         self.window_chunks = request.variant.schedule.window_chunks
+        self.virtual = persistent_frames(request.variant.attention)
 
     def weights(self) -> Iterator[MemoryItem]:
         """Weights by component, as the bundle's files hold them."""
@@ -223,7 +225,10 @@ class _Planner:
     def cache(self) -> Iterator[MemoryItem]:
         """Keys and values of past frames, and what else a session keeps."""
         keys, values, means = self._frames(max(1, self.held))  # a pool is never empty
-        yield MemoryItem("cache", "keys and values of past frames", keys + values, per_session=True)
+        virtual = sum(self._frames(self.virtual)[:2])
+        past = keys + values - virtual
+        yield MemoryItem("cache", "keys and values of past frames", past, per_session=True)
+        yield MemoryItem("cache", "keys and values of persistent blocks", virtual, per_session=True)
         yield MemoryItem("cache", "block means of the keys", means, per_session=True)
         policy = self.request.variant.cache
         if policy.sink_positions == "window":
@@ -252,7 +257,7 @@ class _Planner:
     def _latent_slots(self) -> int:
         """Chunks whose latents are kept: those of sinks, those that recent frames can touch, and two in flight."""
         sinks = self.request.variant.cache.sink_frames
-        recent = self.held - sinks
+        recent = self.held - self.virtual - sinks
         return -(-sinks // self.chunk_frames) + (-(-recent // self.chunk_frames) + 1 if recent else 0) + 2
 
     def _joint_chunks(self) -> int:
@@ -288,11 +293,17 @@ class _Planner:
             yield MemoryItem(
                 "buffers", "video encoder, two sets of caches, pixels", caches + 4 * frames + latent
             )
+        q_blocks = self.chunk_frames * self.geometry.q_blocks
+        key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
+        if self.virtual:
+            # Query means of every layer, numbers of frames, and the scores, which a GPU has anyway.
+            scores = 0 if self.on_gpu else 4 * dit.heads * q_blocks * key_blocks
+            means = (dit.layers - self.on_gpu) * 4 * q_blocks * dit.dim
+            yield MemoryItem("buffers", "choice of persistent blocks", means + scores + 4 * (1 + 2))
         if not self.on_gpu:
             return
         # Residual stream twice, projection, queries, attention output; then what the selection kernels share.
         between = (2 + 3 + 1 + 1) * tokens * dit.dim * self.item
-        q_blocks = self.chunk_frames * self.geometry.q_blocks
         columns = self.request.preset.token_grid(self.request.height, self.request.width)[1]
         method, window = self.request.variant.attention, (self.past, self.chunk_frames)
         selection = 4 * q_blocks * dit.dim

@@ -20,11 +20,11 @@ from export.errors import InputError
 from export.request.sizes import decoder_convs, item_bytes, layer_linears
 from export.request.targets import Operands, Peak
 from lightforcing_ref.dimensions import VAEConfig
-from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
+from lightforcing_ref.sparsity import BlockGeometry
 
 from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
 from .memory import Planned
-from .selection import Share, own_share
+from .selection import Share, own_share, visible_blocks
 
 __all__ = [
     "DECODER",
@@ -181,7 +181,11 @@ class Workload:
         share = self.own_share(chunk)
         if share is not None:
             return max(1, round(share.value * total)), total
-        return kept_blocks(self._keep_q20, chunk, total), total
+        variant, current = self.request.variant, self.schedule.chunk_frames
+        method, sinks = variant.attention, variant.cache.sink_frames
+        past = resident - current
+        kept = visible_blocks(method, self._keep_q20, chunk, per_frame, sinks, past, current)
+        return kept, total
 
     def own_share(self, chunk: int) -> Share | None:
         """What a query of `chunk` sees under a method with a rule of its own; None where a budget of blocks decides."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 from export.request.methods import method_attributes, operator_of
-from lightforcing_ref.sparsity import BlockGeometry
+from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 from plugins import contract, maps
 from runtime.bundle import AttentionPolicy
-from runtime.bundle.policies import RadialPolicy, SpargePolicy, StaPolicy, VmobaPolicy
+from runtime.bundle.policies import PbsaPolicy, RadialPolicy, SpargePolicy, StaPolicy, VmobaPolicy
 
-__all__ = ["Share", "own_share"]
+__all__ = ["Share", "own_share", "visible_blocks"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def own_share(
         grid: rows and columns of a frame's tokens.
         past, current: resident frames before the chunk, and of the chunk.
     """
-    if operator_of(method) == contract.HIERARCHICAL_SPARSE_ATTENTION:
+    if operator_of(method) in (contract.HIERARCHICAL_SPARSE_ATTENTION, contract.PERSISTENT_BLOCK):
         return None
     if past == 0:
         return Share(1.0)
@@ -58,6 +59,30 @@ def own_share(
         return Share(method.cumulative, "all blocks weigh alike, the most that this threshold can keep")
     assert isinstance(method, VmobaPolicy)
     return _vmoba(method, grid, past + current)
+
+
+def visible_blocks(
+    method: AttentionPolicy,
+    keep_q20: Sequence[int],
+    chunk: int,
+    blocks: int,
+    sinks: int,
+    past: int,
+    current: int,
+) -> int:
+    """Key blocks that each query block of `chunk` sees where a budget decides.
+
+    Args:
+        blocks: of a frame.
+        sinks: sink frames of the cache.
+        past, current: resident frames before the chunk, and of the chunk.
+    """
+    pinned = 0
+    if isinstance(method, PbsaPolicy):
+        # Virtual frames come once the window is full.
+        pinned = min(sinks, past) + max(0, past - sinks - (method.local_frames - current))
+    total = (past + current) * blocks
+    return total if past == 0 else pinned * blocks + kept_blocks(keep_q20, chunk, total - pinned * blocks)
 
 
 def _vmoba(method: VmobaPolicy, grid: tuple[int, int], frames: int) -> Share:

@@ -104,12 +104,13 @@ def write_step(
     layers = plan.preset.dit.layers
     slots = torch.export.Dim("slots", min=1)
     past: tuple[object, ...] = ([{0: slots}] * layers,) * len(cache_stems(plan.spec.kv))
+    pinned = (None,) if plan.spec.persistent_frames else ()
     step = trace(
         module,
         module.example_inputs(plan.latent_size, plan.max_past_frames, plan.chunk_frames),
         input_names=module.input_names,
         output_names=module.output_names,
-        dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, past),
+        dynamic_shapes=(*[None] * 7, [None] * layers, [None] * layers, (*past, *pinned)),
         attention=attention_form(plan),
         metadata={"lightforcing.component": "step"},
     )

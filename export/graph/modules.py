@@ -16,6 +16,7 @@ from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.schedule import FlowSchedule
 
 __all__ = [
+    "QUERY_MEANS",
     "ConditionerModule",
     "StepModule",
     "cache_stems",
@@ -24,6 +25,10 @@ __all__ = [
     "layer_stems",
     "merge_qkv",
 ]
+
+
+QUERY_MEANS = "qmean"
+"""Outputs of the step, one per layer, by which a persistent set chooses its blocks."""
 
 
 def cache_stems(kv: KVFormat | None) -> tuple[str, ...]:
@@ -99,10 +104,15 @@ class StepModule(nn.Module):
         rope_sin: Tensor,
         cross_k: Sequence[Tensor],
         cross_v: Sequence[Tensor],
-        *past: Sequence[Tensor],
+        *past: Any,
     ) -> tuple[Tensor, Tensor, *tuple[list[Tensor], ...]]:
-        """Shapes are those of the `step` component; see docs/bundle.md. `past` is as `cache_stems` lists it."""
+        """Shapes are those of the `step` component; see docs/bundle.md. `past` is as `cache_stems` lists it, and behind
+        it, with a persistent set, what is pinned.
+        """
         index = step.reshape(1)
+        pinned: Tensor | int = 0
+        if self.spec.persistent_frames:
+            past, pinned = past[:-1], past[-1]
         core = CachedAttention(
             self.spec,
             rope_cos,
@@ -112,6 +122,7 @@ class StepModule(nn.Module):
             chunk,
             prepare=self.prepare,
             attend=self.attend,
+            pinned=pinned,
         )
         model = self.model
         tokens = model.tokens(latent[None])
@@ -124,7 +135,10 @@ class StepModule(nn.Module):
         sigma, following = self.sigmas.index_select(1, index).chunk(2, dim=0)
         x0 = latent - sigma * flow
         following_latent = (1 - following) * x0 + following * noise
-        return following_latent, x0, *(list(part) for part in zip(*core.new, strict=True))
+        left = [list(part) for part in zip(*core.new, strict=True)]
+        if self.spec.persistent_frames:
+            left.append(core.queries)
+        return following_latent, x0, *left
 
     @property
     def input_names(self) -> list[str]:
@@ -132,7 +146,7 @@ class StepModule(nn.Module):
         names = ["latent", "noise", "step", "chunk", "frame_slots", "rope_cos", "rope_sin"]
         for stem in layer_stems(self.spec.kv):
             names += layer_names(stem, layers)
-        return names
+        return [*names, "pinned"] if self.spec.persistent_frames else names
 
     @property
     def output_names(self) -> list[str]:
@@ -140,7 +154,7 @@ class StepModule(nn.Module):
         names = ["next_latent", "x0"]
         for stem in chunk_stems(self.spec.kv):
             names += layer_names(stem, layers)
-        return names
+        return [*names, *layer_names(QUERY_MEANS, layers)] if self.spec.persistent_frames else names
 
     def example_inputs(
         self, latent_size: tuple[int, int], past_frames: int, chunk_frames: int
@@ -183,6 +197,7 @@ class StepModule(nn.Module):
             values,
             per_layer(slots, geometry.k_blocks, heads, head_dim, dtype=torch.float32),
             *scales,
+            *((scalar.clone(),) if self.spec.persistent_frames else ()),
         )
 
 

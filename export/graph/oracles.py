@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightforcing_ref.attention import hsa_attention
 from lightforcing_ref.policies import (
+    persistent_block_attention,
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
@@ -26,5 +27,6 @@ ORACLES: Final[Mapping[str, Callable[..., Tensor]]] = MappingProxyType(
         contract.RADIAL: radial_attention,
         contract.SPARGE: sparge_attention,
         contract.VMOBA: vmoba_attention,
+        contract.PERSISTENT_BLOCK: persistent_block_attention,
     }
 )

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from .modules import cache_stems, chunk_stems
+from .modules import QUERY_MEANS, cache_stems, chunk_stems
 
 __all__ = ["clean_graph", "constant_input", "keep_outputs", "per_chunk_graph"]
 
@@ -43,7 +43,7 @@ def clean_graph(step: ir.Model, clean_step: int) -> ir.Model:
     Returns `step` itself, edited.
     """
     constant_input(step, "step", np.array(clean_step, dtype=np.int32))
-    kept = frozenset(chunk_stems("fp8"))
+    kept = frozenset((*chunk_stems("fp8"), QUERY_MEANS))
     names = (output.name or "" for output in step.graph.outputs)
     keep_outputs(step, [name for name in names if name.rpartition(".")[0] in kept])
     return step

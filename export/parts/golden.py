@@ -229,6 +229,7 @@ def _recipes(graph: GoldenGraph, scenario: _Scenario, chunk_frames: int) -> tupl
     integers = {
         "step": (scenario.step,),
         "chunk": (-(-past // chunk_frames),),
+        "pinned": (past // 2,),
         "frame_slots": _slots(scenario.label, past, most),
     }
     recipes: dict[str, Recipe] = {}

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from export.errors import InputError
-from export.estimate.selection import own_share
+from export.estimate.selection import own_share, visible_blocks
 from export.request.targets import load_target
-from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
+from lightforcing_ref.sparsity import BlockGeometry
 from runtime.bundle import Bundle, Manifest
 from runtime.program import KernelLibrary, attention_launches, plan_buffers
 from runtime.verify import VERDICT_NAME, Verdict
@@ -113,7 +113,18 @@ def sparsity_by_chunk(manifest: Manifest) -> list[dict[str, Any]]:
         if own is not None:
             row |= {"sparsity": 1 - own.value, "kept": round(own.value * total), "assumption": own.assumption}
         else:
-            row["kept"] = kept_blocks(sparsity.keep_q20, chunk, total) if chunk else total
+            past, current = frames - model.chunk_frames, model.chunk_frames
+            row["kept"] = visible_blocks(
+                attention.method,
+                sparsity.keep_q20,
+                chunk,
+                manifest.key_blocks,
+                manifest.cache.sink_frames,
+                past,
+                current,
+            )
+            if manifest.persistent_frames:  # its budget is one of recent blocks
+                row["sparsity"] = 1 - row["kept"] / total
         rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ from lightforcing_ref.rope import rope_axes
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig, SparsityTable
 from runtime import bundle
-from runtime.bundle.policies import StaPolicy
+from runtime.bundle.policies import StaPolicy, persistent_frames, stated_window
 
 from .methods import attends
 from .targets import Variant
@@ -61,6 +61,7 @@ class StepPlan:
             scale=preset.dit.head_dim**-0.5,
             kv=variant.cache.kv,
             products=variant.products,
+            persistent_frames=persistent_frames(method),
         )
         return cls(preset, variant, height, width, geometry, table, spec, schedule)
 
@@ -147,7 +148,7 @@ class StepPlan:
                 keep_q20=self.spec.keep_q20,
             ),
             "cache": bundle.Cache(
-                window_frames=cache.window_frames,
+                window_frames=stated_window(self.variant.attention, cache.sink_frames, cache.window_frames),
                 max_past_frames=self.max_past_frames,
                 sink_frames=cache.sink_frames,
                 sink_positions=cache.sink_positions,

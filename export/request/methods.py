@@ -15,6 +15,7 @@ from runtime.bundle import AttentionPolicy, BackendName
 from runtime.bundle.policies import (
     DensePolicy,
     HsaPolicy,
+    PbsaPolicy,
     RadialPolicy,
     SlaPolicy,
     SpargePolicy,
@@ -36,11 +37,12 @@ __all__ = [
 ]
 
 _PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
+_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name != contract.PERSISTENT_BLOCK)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
     "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
-    "tensorrt-rtx": tuple(contract.ATTENTION_OPERATORS),
+    "tensorrt-rtx": _KERNELS,
     "tensorrt": _PLUGIN,
-    "inductor": tuple(contract.ATTENTION_OPERATORS),
+    "inductor": _KERNELS,
 }
 """Attention operators that each backend executes."""
 
@@ -53,6 +55,8 @@ def operator_of(method: AttentionPolicy) -> str:
         return contract.HIERARCHICAL_SPARSE_ATTENTION if method.plain else contract.SPARGE
     if isinstance(method, StaPolicy):
         return contract.SLIDING_TILE
+    if isinstance(method, PbsaPolicy):
+        return contract.PERSISTENT_BLOCK
     return contract.RADIAL if isinstance(method, RadialPolicy) else contract.VMOBA
 
 
@@ -62,7 +66,7 @@ def method_attributes(method: AttentionPolicy, layer: int, columns: int) -> dict
     Args:
         columns: tokens of a frame's row.
     """
-    if operator_of(method) == contract.HIERARCHICAL_SPARSE_ATTENTION:
+    if operator_of(method) in (contract.HIERARCHICAL_SPARSE_ATTENTION, contract.PERSISTENT_BLOCK):
         return {}
     if isinstance(method, StaPolicy):
         windows = [size for window in method.windows for size in window]
@@ -77,7 +81,7 @@ def method_attributes(method: AttentionPolicy, layer: int, columns: int) -> dict
     if isinstance(method, SpargePolicy):
         cumulative = method.cumulative if method.mode == "cdf" else 0.0
         return {"similarity": method.similarity, "cumulative": cumulative, "smooth": int(method.smooth)}
-    assert not isinstance(method, HsaPolicy | DensePolicy | SlaPolicy)
+    assert not isinstance(method, HsaPolicy | DensePolicy | SlaPolicy | PbsaPolicy)
     turn = layer % len(method.blocks)
     return {
         "columns": columns,

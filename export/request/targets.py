@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from export.errors import InputError
 from lightforcing_ref.sparsity import SparsityTable
-from runtime.bundle import AttentionPolicy, BackendName, Precision, Recache
-from runtime.bundle.policies import POLICIES, HsaPolicy, SlaPolicy, SpargePolicy, keeps_everything
+from runtime.bundle import AttentionPolicy, BackendName, Precision, Recache, policies
 
 from .schedules import SchedulePolicy
 
@@ -208,7 +207,7 @@ class Variant(_Spec):
     title: str
     block: _Tokens | None = None
     schedule: SchedulePolicy = SchedulePolicy()
-    attention: AttentionPolicy = HsaPolicy()
+    attention: AttentionPolicy = policies.HsaPolicy()
     products: Literal["fp8"] | None = None
     sparsity: SparsityPolicy
     cache: CachePolicy
@@ -231,6 +230,7 @@ class Variant(_Spec):
             raise ValueError(
                 f"cache.window_frames is {self.window_frames}; expected at least the {frames} frames of a chunk"
             )
+        policies.check_window(self.attention, frames)
         if self.cache.sink_frames > self.max_past_frames:
             raise ValueError(
                 f"cache.sink_frames is {self.cache.sink_frames}; expected at most the {self.max_past_frames} past "
@@ -289,7 +289,8 @@ class Variant(_Spec):
     @property
     def window_frames(self) -> int:
         """Latent frames that attention may see, the current chunk included."""
-        return self.cache.window_frames or self.sparsity.table_frames
+        stated = policies.stated_window(self.attention, self.cache.sink_frames, self.cache.window_frames)
+        return stated or self.sparsity.table_frames
 
     @property
     def max_past_frames(self) -> int:
@@ -302,7 +303,7 @@ class Variant(_Spec):
 
         All of them where the variant states none, or its method has no such stage.
         """
-        if not isinstance(self.attention, HsaPolicy):
+        if not isinstance(self.attention, policies.HsaPolicy):
             return max(1, self.max_past_frames), 0, 0
         sink, near = self.sparsity.sink_frames, self.sparsity.near_frames
         return self.sparsity.keep_frames or max(1, self.max_past_frames, sink + near), sink, near
@@ -315,16 +316,17 @@ class Variant(_Spec):
     @property
     def is_dense(self) -> bool:
         """Whether every token sees everything, so that weights that were never finetuned for sparsity suit it."""
-        return keeps_everything(self.attention, self.sparsity.target)
+        return policies.keeps_everything(self.attention, self.sparsity.target)
 
     @property
     def _idle(self) -> frozenset[str]:
-        """Fields of `sparsity` that the method does not look at."""
+        """Fields of `sparsity`, and `window_frames`, that the method does not look at."""
         method, idle = self.attention, set()
-        if not isinstance(method, HsaPolicy):
+        if not isinstance(method, policies.HsaPolicy):
             idle |= {"keep_frames", "sink_frames", "near_frames"}
         if not isinstance(getattr(method, "budget", None), str):
             idle |= {"target", "base"}
+        idle |= {"window_frames"} if policies.persistent_frames(method) else set()
         return frozenset(idle)
 
     def blocks(self, target: Target, preset_block: int) -> Blocks:
@@ -341,7 +343,7 @@ class Variant(_Spec):
             ConfigError: target and base are so far apart that a chunk's sparsity would be negative.
         """
         method = self.attention
-        if not isinstance(method, HsaPolicy | SlaPolicy | SpargePolicy):
+        if not isinstance(method, policies.BUDGETED):
             return SparsityTable.dense()
         if not isinstance(method.budget, str):
             return SparsityTable((0.0, 1 - method.budget) if method.budget < 1 else (0.0,))
@@ -352,7 +354,7 @@ class Variant(_Spec):
             self.sparsity.base,
             table_frames=self.sparsity.table_frames,
             chunk_frames=self.schedule.chunk_frames,
-            window_frames=self.cache.window_frames,
+            window_frames=getattr(method, "local_frames", self.cache.window_frames),
         )
 
     def with_policy(self, name: str) -> Variant:
@@ -361,8 +363,8 @@ class Variant(_Spec):
         Raises:
             InputError: no such method.
         """
-        if name not in POLICIES:
-            raise unknown_name("policy", name, POLICIES)
+        if name not in policies.POLICIES:
+            raise unknown_name("policy", name, policies.POLICIES)
         if self.attention.policy == name:
             return self
         document = self.model_dump() | {"attention": {"policy": name}, "name": f"{self.name}-{name}"}

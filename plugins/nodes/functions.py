@@ -41,7 +41,7 @@ _PYTHON_TYPES: Final[Mapping[contract.AttributeKind, Any]] = {
     "ints": Sequence[int],
 }
 _COMPUTE_TYPES: Final = [ELEMENT_TYPES[dtype].onnxruntime for dtype in FLOATS]
-_OTHER_TYPES: Final = {"frame_slots": "tensor(int32)", "chunk": "tensor(int32)"} | dict.fromkeys(
+_OTHER_TYPES: Final = dict.fromkeys(("frame_slots", "chunk", "pinned"), "tensor(int32)") | dict.fromkeys(
     ("q_mean", "k_mean", "past_kmean", "cos", "sin", "k_scale", "v_scale", "past_kscale", "past_vscale"),
     "tensor(float)",
 )

@@ -44,6 +44,7 @@ OPS: Final[Mapping[str, str]] = MappingProxyType(
         contract.RADIAL: "radial_attention",
         contract.SPARGE: "sparge_attention",
         contract.VMOBA: "vmoba_attention",
+        contract.PERSISTENT_BLOCK: "persistent_block_attention",
     }
 )
 """Attention operator -> its op."""

@@ -26,9 +26,9 @@ from .fields import (
     Size,
     Tolerance,
 )
-from .policies import Attention, SelectionTables, keeps_everything
+from .policies import Attention, SelectionTables, keeps_everything, persistent_frames
 from .provenance import Provenance
-from .rollout import RECACHE_MODES, Cache, Recache, Schedule
+from .rollout import RECACHE_MODES, Cache, Recache, Schedule, require_joint, require_room
 
 __all__ = [
     "ENCODER_COMPONENTS",
@@ -416,9 +416,10 @@ class Manifest(Part):
                 "attention.products is 'fp8', but cache.kv is null: only codes are multiplied so"
             )
         if self.cache.recache == "joint":
-            self._require_joint()
+            require_joint(self.cache, self.window_frames, self.model.chunk_frames, self.segments is not None)
         if self.schedule.rolling:
             self._require_rolling()
+        require_room(self.attention.method, self.cache, self.model.chunk_frames)
         if self.segments is not None:
             layers = self.model.layers
             if (len(self.segments.layers), len(self.segments.prepare)) != (layers - 1, layers):
@@ -427,15 +428,6 @@ class Manifest(Part):
                     f"qk_prepare, but {layers} layers need {layers - 1} and {layers}"
                 )
         return self
-
-    def _require_joint(self) -> None:
-        sinks, frames = self.cache.sink_frames, self.model.chunk_frames
-        if self.segments is None or self.window_frames % frames or sinks % frames:
-            raise ValueError(
-                f"cache.recache is 'joint', which needs a step in segments and a window and sinks of whole chunks of "
-                f"{frames} frames; found {'segments' if self.segments else 'no segments'}, a window of "
-                f"{self.window_frames} and {sinks} sinks"
-            )
 
     def _require_rolling(self) -> None:
         cache, frames = self.cache, self.model.chunk_frames
@@ -475,6 +467,11 @@ class Manifest(Part):
         all but the latest chunk, whose keys and values stay where the forward leaves them.
         """
         return (self.schedule.window_chunks - 1) * self.model.chunk_frames
+
+    @property
+    def persistent_frames(self) -> int:
+        """Past frames that are virtual: packed from blocks that outlive the window."""
+        return persistent_frames(self.attention.method)
 
     @property
     def joint_chunks(self) -> int:

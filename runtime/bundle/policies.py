@@ -12,12 +12,14 @@ from pydantic import Field, model_validator
 from .fields import NonNegative, Part, Positive, PositiveFloat
 
 __all__ = [
+    "BUDGETED",
     "POLICIES",
     "Attention",
     "AttentionPolicy",
     "Budget",
     "DensePolicy",
     "HsaPolicy",
+    "PbsaPolicy",
     "RadialPolicy",
     "SelectionTables",
     "SlaPolicy",
@@ -25,7 +27,10 @@ __all__ = [
     "StaPolicy",
     "TokenBlocks",
     "VmobaPolicy",
+    "check_window",
     "keeps_everything",
+    "persistent_frames",
+    "stated_window",
 ]
 
 Budget = Literal["growth", "uniform"] | Annotated[float, Field(gt=0, le=1)]
@@ -136,8 +141,24 @@ class VmobaPolicy(Part):
         return self
 
 
+class PbsaPolicy(Part):
+    """Sparse Forcing: the sinks and a persistent set of blocks whole, and of the recent frames the best blocks.
+
+    `budget` counts blocks of the `local_frames` recent frames, the chunk's own among them. The set has the blocks of
+    `persistent_frames` frames. Each head has a set of its `heads`: `"own"`, or one that is `"shared"` by a layer's.
+    `score`: a block counts by the `"sum"` of what a chunk's query blocks give it, or by its `"peak"`.
+    """
+
+    policy: Literal["pbsa"] = "pbsa"
+    budget: Budget = 0.25
+    persistent_frames: _Positive = 6
+    local_frames: _Positive = 6
+    heads: Literal["own", "shared"] = "own"
+    score: Literal["sum", "peak"] = "sum"
+
+
 AttentionPolicy = Annotated[
-    HsaPolicy | DensePolicy | SlaPolicy | SpargePolicy | StaPolicy | RadialPolicy | VmobaPolicy,
+    HsaPolicy | DensePolicy | SlaPolicy | SpargePolicy | StaPolicy | RadialPolicy | VmobaPolicy | PbsaPolicy,
     Field(discriminator="policy"),
 ]
 
@@ -179,8 +200,12 @@ POLICIES: Final[dict[str, type[Part]]] = {
     "sta": StaPolicy,
     "radial": RadialPolicy,
     "vmoba": VmobaPolicy,
+    "pbsa": PbsaPolicy,
 }
 """By name."""
+
+BUDGETED = HsaPolicy | SlaPolicy | SpargePolicy | PbsaPolicy
+"""Methods with a budget."""
 
 
 class TokenBlocks(Part):
@@ -201,6 +226,31 @@ class SelectionTables(Part):
 
     blocks: TokenBlocks | None = None
     tensors: dict[str, str]
+
+
+def persistent_frames(method: AttentionPolicy) -> int:
+    """Past frames that are virtual: packed from blocks that outlive the window."""
+    return method.persistent_frames if isinstance(method, PbsaPolicy) else 0
+
+
+def check_window(method: AttentionPolicy, chunk_frames: int) -> None:
+    """Refuse a window in which a frame would leave before it was resident.
+
+    Raises:
+        ValueError: it is shorter than two chunks.
+    """
+    if isinstance(method, PbsaPolicy) and method.local_frames < 2 * chunk_frames:
+        raise ValueError(
+            f"attention.local_frames is {method.local_frames}; expected at least two chunks of {chunk_frames} frames, "
+            "so that every frame is resident before it leaves"
+        )
+
+
+def stated_window(method: AttentionPolicy, sink_frames: int, window_frames: int | None) -> int | None:
+    """The window in frames: what a method says that has one of its own, else `window_frames`, the cache's."""
+    if isinstance(method, PbsaPolicy):
+        return sink_frames + method.persistent_frames + method.local_frames
+    return window_frames
 
 
 def keeps_everything(method: AttentionPolicy, target: float) -> bool:

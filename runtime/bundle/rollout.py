@@ -7,8 +7,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from .fields import NonNegative, NonNegativeFloat, Part, Positive, Steps
+from .policies import AttentionPolicy, persistent_frames
 
-__all__ = ["RECACHE_MODES", "Cache", "Recache", "Schedule"]
+__all__ = ["RECACHE_MODES", "Cache", "Recache", "Schedule", "require_joint", "require_room"]
 
 Recache = Literal["window", "all", "none", "joint", "flush", "cut"]
 """What happens to cached frames when the prompt changes.
@@ -136,3 +137,33 @@ class Cache(Part):
                 f"sink_frames ({self.sink_frames}) does not fit into max_past_frames ({self.max_past_frames})"
             )
         return self
+
+
+def require_joint(cache: Cache, window_frames: int, chunk_frames: int, segmented: bool) -> None:
+    """Hold a bundle against what a joint recache needs.
+
+    Raises:
+        ValueError: its step is one graph, or its window or sinks are no whole chunks.
+    """
+    sinks = cache.sink_frames
+    if not segmented or window_frames % chunk_frames or sinks % chunk_frames:
+        raise ValueError(
+            f"cache.recache is 'joint', which needs a step in segments and a window and sinks of whole chunks of "
+            f"{chunk_frames} frames; found {'segments' if segmented else 'no segments'}, a window of "
+            f"{window_frames} and {sinks} sinks"
+        )
+
+
+def require_room(method: AttentionPolicy, cache: Cache, chunk_frames: int) -> None:
+    """Hold a cache against what a persistent set needs of it, where there is one.
+
+    Raises:
+        ValueError: it has no room for the set, the sinks and a chunk, or recomputes jointly.
+    """
+    virtual, sinks = persistent_frames(method), cache.sink_frames
+    if virtual and (cache.recache == "joint" or cache.max_past_frames < virtual + sinks + chunk_frames):
+        raise ValueError(
+            f"attention.method is 'pbsa', which needs another recache than 'joint', and beside {sinks} sinks and "
+            f"{virtual} persistent frames those of a chunk of {chunk_frames}; found {cache.recache!r} and "
+            f"max_past_frames {cache.max_past_frames}"
+        )

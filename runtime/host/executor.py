@@ -21,6 +21,7 @@ from runtime.program.program import Copy, EngineRun, Fill, Operation, Program, Q
 
 from .graph import Graph, load_graph
 from .onnxruntime import default_threads
+from .persistent import PERSISTENT_KERNELS
 
 __all__ = ["KERNELS", "HostExecutor"]
 
@@ -176,6 +177,8 @@ class HostExecutor:
         kernel = KERNELS.get(operation.kernel)
         if operation.kernel == "rope_sink_fp8":
             kernel = partial(_rope_sink_fp8, block=operation.problem.block_k)
+        elif operation.kernel in PERSISTENT_KERNELS:
+            kernel = partial(PERSISTENT_KERNELS[operation.kernel], launch=operation)
         if kernel is None:
             raise EngineError(
                 f"kernel {operation.kernel!r} runs on a GPU only; a bundle for the host holds a graph in its place"

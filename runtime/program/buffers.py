@@ -95,7 +95,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     ring = LatentRing(
         chunk_frames=manifest.model.chunk_frames,
         sink_frames=cache.sink_frames,
-        past_frames=manifest.held_frames,
+        past_frames=manifest.held_frames - manifest.persistent_frames,
     )
 
     pool = [_resolve(spec, slots) for name, spec in inputs.items() if name.startswith("past_")]
@@ -111,7 +111,7 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
         _renamed(latent, "clean_latent"),
         *(
             _resolve(_require(inputs, name, step), slots)
-            for name in ("chunk", "frame_slots", "rope_cos", "rope_sin")
+            for name in ("chunk", "frame_slots", "rope_cos", "rope_sin", *_pinned(manifest))
         ),
         *(_resolve(spec, slots) for name, spec in outputs.items() if name != "next_latent"),
         _resolve(_require(_named(conditioner.inputs), "text", conditioner), slots),
@@ -155,6 +155,10 @@ def plan_buffers(manifest: Manifest, sessions: int) -> BufferPlan:
     )
 
 
+def _pinned(manifest: Manifest) -> tuple[str, ...]:
+    return ("pinned",) if manifest.persistent_frames else ()
+
+
 def _encoder_buffers(manifest: Manifest) -> list[Buffer]:
     """What the video encoder reads, writes and keeps while a session starts from frames; its caches have two sides."""
     if not manifest.has_encoder:
@@ -187,6 +191,10 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
         pairs = (cache.sink_frames, manifest.model.rope.dims_thw[0] // 2)
         buffers.append(Buffer("sink_slots", "int32", (cache.sink_frames,)))
         buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
+    if manifest.persistent_frames:
+        buffers.append(Buffer("contest", "int32", (2,)))
+        if manifest.kernels is None:  # else attention has them
+            buffers.append(Buffer("scores", "float32", _block_pairs(manifest)))
     if manifest.segments is not None:
         buffers += _segment_buffers(manifest)
         buffers += _joint_buffers(manifest, max(manifest.joint_chunks, _window_chunks(manifest)))
@@ -206,6 +214,13 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
 def _window_chunks(manifest: Manifest) -> int:
     """Chunks that are denoised together; 0 where it is one by one."""
     return manifest.schedule.window_chunks if manifest.schedule.rolling else 0
+
+
+def _block_pairs(manifest: Manifest) -> tuple[int, int, int]:
+    """Heads, query blocks of a chunk, and the most key blocks that can be resident."""
+    model, attention = manifest.model, manifest.attention
+    rows = model.chunk_frames * -(-model.frame_tokens // attention.block_q)
+    return model.heads, rows, manifest.window_frames * manifest.key_blocks
 
 
 def _joint_buffers(manifest: Manifest, chunks: int) -> list[Buffer]:
@@ -240,9 +255,10 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
         _renamed(residual, "residual.1"),
         _renamed(_require(outputs, "qkv", first), "qkv"),
         _renamed(q, "q"),
-        _renamed(_require(query, "q_mean", prepare), "q_mean"),
         _renamed(q, "attention_out"),
     ]
+    if not manifest.persistent_frames:  # else every layer's are kept
+        buffers.append(_renamed(_require(query, "q_mean", prepare), "q_mean"))
     if manifest.kernels is not None:
         buffers += [Buffer(name, dtype, shape) for name, (dtype, shape) in work_sizes(manifest).items()]
         buffers.append(Buffer("keep_q20", "int32", (len(manifest.sparsity.keep_q20),)))

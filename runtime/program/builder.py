@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Manifest, TensorSpec
+from runtime.bundle.policies import PbsaPolicy
 from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
@@ -80,12 +81,13 @@ class _Builder:
             Forward("reset", "decode", (), tuple(Fill(view) for side in sides.values() for view in side)),
             self._forward("condition", ("text",), [self._whole("conditioner", self._outside("conditioner"))]),
             *self._encode_video(),
-            self._forward("begin", (*_PLACEMENT, "noise"), []),
+            self._forward("begin", (*self._placement, "noise"), []),
             *(self._forward(f"denoise.{row}", (), self._step(row)) for row in self._denoising()),
             *window_forwards(self, manifest),
-            self._forward("begin_clean", _PLACEMENT, []),
+            self._forward("begin_clean", self._placement, []),
             self._forward("clean", (), self._step(None)),
             *joint_forwards(self, manifest),
+            *self._persist(),
             self._forward("commit", ("commit_slots",), self._commit()),
             *self._sinks(),
             self._decode("decode_first", "vae_first", "frames_first", [], sides["a"]),
@@ -96,7 +98,7 @@ class _Builder:
         ring = LatentRing(
             chunk_frames=self.model.chunk_frames,
             sink_frames=manifest.cache.sink_frames,
-            past_frames=manifest.held_frames,
+            past_frames=manifest.held_frames - manifest.persistent_frames,
         )
         # In a window, the forward of the chunk after it overwrites x0.
         last = self.view("denoised").index(manifest.schedule.denoise_steps - 1)
@@ -110,6 +112,12 @@ class _Builder:
             latent_slots=ring.slots,
             finished=last if manifest.schedule.rolling else self.view("x0"),
         )
+
+    @property
+    def _placement(self) -> tuple[str, ...]:
+        """What says where a chunk stands."""
+        pinned = ("pinned",) if self.manifest.persistent_frames else ()
+        return ("chunk", "frame_slots", *pinned, "rope_cos", "rope_sin")
 
     def view(self, name: str) -> View:
         """A whole buffer."""
@@ -287,7 +295,10 @@ class _Builder:
         return KernelLaunch(kernel, self.problem, tensors, prepare_options(self.manifest), layer)
 
     def _projections(self, layer: int) -> dict[str, View]:
-        return {"q": self.view("q"), "q_mean": self.view("q_mean"), **self._staged(layer)}
+        return {"q": self.view("q"), "q_mean": self._query_means(layer), **self._staged(layer)}
+
+    def _query_means(self, layer: int) -> View:
+        return self.view(f"qmean.{layer}" if self.manifest.persistent_frames else "q_mean")
 
     def _staged(self, layer: int) -> dict[str, View]:
         """What a chunk leaves for the cache."""
@@ -304,7 +315,7 @@ class _Builder:
 
     def attention(self, layer: int, own: Views | None = None) -> list[Operation]:
         """The attention of a layer; `own` stands for the buffers of the same names."""
-        shared = {name: self.view(name) for name in ("frame_slots", "chunk")}
+        shared = {name: self.view(name) for name in self._placement[:-2]}
         tensors = {
             **self._projections(layer),
             **self._past(layer),
@@ -324,6 +335,30 @@ class _Builder:
             buffers = {name: given[name] for name in _BUFFERS[launch.kernel]}
             launches.append(KernelLaunch(launch.kernel, launch.problem, buffers, launch.options, layer))
         return launches
+
+    def _persist(self) -> list[Forward]:
+        """Scores of the chunk's query blocks, and the choice of the blocks that outlive the window, layer by layer."""
+        method, cache = self.manifest.attention.method, self.manifest.cache
+        if not isinstance(method, PbsaPolicy):
+            return []
+        options: dict[str, int | float] = {
+            "scale": self.manifest.attention.scale,
+            "sink_frames": cache.sink_frames,
+            "shared_heads": int(method.heads == "shared"),
+            "peak": int(method.score == "peak"),
+        }
+        operations: list[Operation] = []
+        for layer in range(self.model.layers):
+            views = {
+                **self._past(layer),
+                "q_mean": self._query_means(layer),
+                "k_mean": self._staged(layer)["k_mean"],
+                **{name: self.view(name) for name in ("scores", "frame_slots", "contest")},
+            }
+            for kernel, own in (("score", {}), ("persist", options)):
+                taken = {name: views[name] for name in _BUFFERS[kernel] if name in views}
+                operations.append(KernelLaunch(kernel, self.problem, taken, own, layer))
+        return [self._forward("persist", ("contest",), operations)]
 
     def _commit(self) -> list[Operation]:
         slots = self.view("commit_slots")
@@ -410,10 +445,10 @@ class _Builder:
         return self._forward("encode_text_layer", feeds, [run], "text")
 
 
-_PLACEMENT = ("chunk", "frame_slots", "rope_cos", "rope_sin")
 _BUFFERS: Mapping[str, tuple[str, ...]] = {
     "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
     "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
+    "persist": ("past_k", "past_v", "past_kmean", "scores", "frame_slots", "contest"),
     "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
     "expand": ("lists", "counts", "frame_slots", "frame_map", "block_map", "columns"),
     "mean_key": ("shift", "k_mean", "past_kmean", "frame_slots"),
@@ -441,4 +476,4 @@ _BUFFERS: Mapping[str, tuple[str, ...]] = {
         ),
     ),
 }
-"""What each kernel of the attention operator may take; an image takes what it needs of it."""
+"""What kernels of attention may take; an image takes what it needs of it."""

@@ -161,6 +161,8 @@ class ProgramEngine:
         first, following = shapes["frames_first"], shapes["frames_next"]
         frames = first[0] + (self._chunk_frames - 1) * following[0]
         self._decode_into(np.empty((frames, *first[1:]), dtype=np.uint8), 0, 0, first=True)
+        if "persist" in self._program.forwards:
+            self.persist(0, 0, 0)
         self.commit(0, [Move(frame, 0, frame) for frame in range(min(1, len(placement.frame_slots)))])
         if self._sinks:
             self.place_sinks(0, (0,), 1)
@@ -185,6 +187,8 @@ class ProgramEngine:
         with self._executor.feed(session, forward) as arrays:
             arrays["chunk"][...] = placement.chunk
             arrays["frame_slots"][...] = placement.frame_slots
+            if "pinned" in arrays:
+                arrays["pinned"][...] = placement.pinned
             self._rope.fill(placement.first_frame, arrays["rope_cos"], arrays["rope_sin"])
             if noise is not None:
                 np.copyto(arrays["noise"], noise, casting="unsafe")
@@ -269,6 +273,12 @@ class ProgramEngine:
             self._rope.fill(one.first_frame, arrays[f"joint.{number}.cos"], arrays[f"joint.{number}.sin"])
             if number < len(chunks) - 1:
                 _fill_slots(arrays[f"joint.{number}.slots"], one.moves)
+
+    def persist(self, session: int, kept: int, evicted: int) -> None:
+        """See `Engine.persist`."""
+        with self._executor.feed(session, "persist") as arrays:
+            arrays["contest"][...] = kept, evicted
+        self._executor.run(session, "persist")
 
     def commit(self, session: int, moves: Sequence[Move]) -> None:
         """See `Engine.commit`."""

@@ -37,6 +37,8 @@ class SavedTable(_Part):
     slots: tuple[tuple[Count, Count], ...]
     free: tuple[Count, ...]
     jumps: tuple[tuple[Count, Count], ...] = ()
+    persistent: tuple[Count, ...] = ()
+    gone: Count = 0
 
 
 class SavedPrompt(_Part):

@@ -67,7 +67,7 @@ def revive(lane: Lane, saved: SavedSession, shape: tuple[int, int], frame: tuple
     _check(saved, shape, frame)
     table = meta.table
     lane.rollout.restore(
-        TableState(table.next_chunk, table.in_flight, table.slots, table.free, table.jumps),
+        TableState(**table.model_dump()),
         saved.buffers,
         meta.side,
     )

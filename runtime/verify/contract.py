@@ -16,9 +16,10 @@ __all__ = ["check_contract"]
 Dims = tuple[int | str, ...]
 
 _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("step", "chunk", "frame_slots"), ("int32",)),
+    **dict.fromkeys(("step", "chunk", "frame_slots", "pinned"), ("int32",)),
     **dict.fromkeys(
-        ("kmean", "past_kmean", "q_mean", "k_mean", "rope_cos", "rope_sin", "cos", "sin"), ("float32",)
+        ("kmean", "past_kmean", "qmean", "q_mean", "k_mean", "rope_cos", "rope_sin", "cos", "sin"),
+        ("float32",),
     ),
     **dict.fromkeys(("kscale", "vscale", "k_scale", "v_scale", "past_kscale", "past_vscale"), ("float32",)),
     "frames": ("uint8",),
@@ -95,6 +96,7 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         **dict.fromkeys(_PAST_SCALES, ("slots", k_blocks, model.heads)),
         "frame_slots": (manifest.cache.max_past_frames,),
         "chunk": (),
+        "pinned": (),
     }
     cross: dict[str, Dims] = dict.fromkeys(("cross_k", "cross_v"), (text.text_len, *head))
     angles: Dims = (tokens, model.head_dim // 2)
@@ -108,6 +110,7 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
         "k": projected["k"],
         "v": projected["v"],
         "kmean": (frames, k_blocks, *head),
+        "qmean": (frames, q_blocks, *head),
         **dict.fromkeys(("kscale", "vscale"), (frames, k_blocks, model.heads)),
     }
     means: dict[str, Dims] = {
@@ -176,6 +179,8 @@ def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
         more: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         if manifest.cache.kv is not None:
             more = _NEEDED_SCALES.get(stem, more)
+        if manifest.persistent_frames and stem in ("step", "attention"):
+            more = ((*more[0], "pinned"), more[1])
         for kind, specs, wanted in (
             ("input", component.inputs, (*inputs, *more[0])),
             ("output", component.outputs, (*outputs, *more[1])),
@@ -220,6 +225,8 @@ def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
     codes = manifest.cache.kv is not None
     past = ("past_k", "past_v", "past_kmean", *(_PAST_SCALES if codes else ()))
     made = ("k", "v", "kmean", *(("kscale", "vscale") if codes else ()))
+    if manifest.persistent_frames:
+        made = (*made, "qmean")
     wanted = {f"{stem}.{i}" for stem in (*past, "cross_k", "cross_v") for i in layers}
     for name in sorted(wanted - inputs):
         flaws.add(f"component 'step', input {name!r}", "it is missing")

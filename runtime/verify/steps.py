@@ -90,6 +90,14 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "past_kmean": ("slots", "k_blocks", "width"),
         "commit_slots": ("chunk_frames",),
     },
+    "persist": {
+        "scores": ("heads", "query_blocks", "key_blocks"),
+        "past_k": ("slots", "frame_elements"),
+        "past_v": ("slots", "frame_elements"),
+        "past_kmean": ("slots", "k_blocks", "width"),
+        "frame_slots": ("past_frames",),
+        "contest": ("two",),
+    },
     "rope_sink": {
         "sink_k": ("sinks", "frame_elements"),
         "sink_kmean": ("sinks", "k_blocks", "width"),
@@ -369,10 +377,10 @@ def _facts(problem: KernelProblem, options: Mapping[str, int | float]) -> dict[s
         * problem.block_k
         * width,  # of a frame; codes come in whole blocks
         "half": problem.head_dim // 2,
+        "two": 2,
         "three": 3,
         "presences": problem.past_frames + 1,
         "patch_ends": int(options.get("patches", 0)) + 1,
-        "two": 2,
         **{name: int(value) for name, value in options.items() if name in _SIZE_OPTIONS},
     }
 

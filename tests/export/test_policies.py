@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "radial": {"decay": 0.5},
     "vmoba": {"blocks": ((1, 0, 0), (0, 2, 4), (2, 4, 4)), "threshold": 0.4, "gating": "token"},
     "vmoba-pooled": {"blocks": ((1, 0, 0), (0, 2, 3)), "gating": "pooled", "query_block": 32},
+    "pbsa": {"persistent_frames": 1, "budget": 0.4},
 }
 
 CHUNKS = 5

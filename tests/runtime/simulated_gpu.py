@@ -22,6 +22,7 @@ from runtime.bundle.dtypes import numpy_dtype
 from runtime.cuda.driver import Graph, RowCopy, host_bytes
 from runtime.host.executor import KERNELS
 from runtime.host.graph import load_graph
+from runtime.host.persistent import PERSISTENT_KERNELS
 from runtime.program.program import KernelLaunch
 
 Work = Callable[[], None]
@@ -238,6 +239,9 @@ def launcher(driver: SimulatedDriver) -> Callable[[KernelLaunch, Mapping[str, in
             name: array_at(addresses[name], view.dtype, view.shape)
             for name, view in operation.buffers.items()
         }
-        driver.push(stream, lambda: KERNELS[operation.kernel](arrays))
+        if operation.kernel in PERSISTENT_KERNELS:
+            driver.push(stream, lambda: PERSISTENT_KERNELS[operation.kernel](arrays, launch=operation))
+        else:
+            driver.push(stream, lambda: KERNELS[operation.kernel](arrays))
 
     return launch

@@ -94,6 +94,84 @@ def test_flushes_and_cuts_against_a_list(shape: tuple[int, int, int], switches: 
         assert again.position(len(positions)) == position
 
 
+@given(
+    chunk_frames=st.integers(1, 4),
+    sinks=st.integers(0, 3),
+    persistent=st.integers(1, 5),
+    more=st.integers(0, 4),
+    events=st.lists(st.sampled_from(["", "", "", "", "flush", "forget", "restored"]), max_size=14),
+)
+def test_virtual_frames_against_lists(
+    chunk_frames: int, sinks: int, persistent: int, more: int, events: list[str]
+) -> None:
+    """What memory would hold: frames as they were, and virtual ones by the order in which their slots became that."""
+    recent_frames = chunk_frames + more
+    capacity = sinks + persistent + recent_frames
+
+    def made() -> FrameTable:
+        return FrameTable(
+            range(7, 7 + capacity), chunk_frames=chunk_frames, sink_frames=sinks, persistent_frames=persistent
+        )
+
+    table = made()
+    stored: dict[int, object] = {}
+    resident: list[int] = []
+    virtual: list[str] = []
+    newest_gone = -1
+    for chunk, event in enumerate(events):
+        if event == "flush":
+            recent = [frame for frame in resident if frame >= sinks]
+            resident = [frame for frame in resident if frame < sinks] + recent[-2:]
+            table.flush(2)
+        elif event == "forget":
+            table.forget_persistent()
+        elif event == "restored":
+            state, table = table.state(7), made()
+            table.restore(7, state)
+        if event in ("flush", "forget"):
+            virtual = []
+        assert table.begin() == chunk
+        own = list(range(chunk * chunk_frames, (chunk + 1) * chunk_frames))
+        frames = resident + own
+        leaving = [frame for frame in resident if frame >= sinks][
+            : max(0, len(frames) - sinks - recent_frames)
+        ]
+        kept, evicted = table.contest()
+        assert kept == min(persistent, len(virtual) + len(leaving))
+        assert kept + evicted == len(virtual) + len(leaving)
+        # The candidates are the frames behind the sinks.
+        present = len([frame for frame in resident if frame < sinks])
+        contested = [stored[slot] for slot in table.frame_slots()[present : present + kept + evicted]]
+        assert contested == [*virtual, *leaving]
+        for index, slot in enumerate(table.frame_slots()[present : present + kept]):
+            stored[slot] = f"virtual of chunk {chunk}, {index}"
+        virtual = [f"virtual of chunk {chunk}, {index}" for index in range(kept)]
+        newest_gone = max([newest_gone, *leaving])
+        for move in table.commit():
+            stored[move.slot] = move.frame
+        resident = [frame for frame in frames if frame not in leaving]
+        slots = [stored[slot] for slot in table.frame_slots() if slot >= 0]
+        first = [frame for frame in resident if frame < sinks]
+        assert slots == [*first, *virtual, *resident[len(first) :]]
+        assert table.pinned() == len(first) + len(virtual)
+        for before in range(0, resident[-1] + 1, chunk_frames):
+            older = [frame for frame in resident if frame < before]
+            seen = virtual if before > newest_gone else []
+            pinned = [frame for frame in older if frame < sinks]
+            visible = [stored[slot] for slot in table.frame_slots(before) if slot >= 0]
+            assert visible == [*pinned, *seen, *older[len(pinned) :]]
+            assert table.pinned(before) == len(pinned) + len(seen)
+
+
+def test_a_table_of_another_set_is_not_restored() -> None:
+    table = FrameTable(range(9), chunk_frames=3, sink_frames=0, persistent_frames=3)
+    for _ in range(4):
+        table.begin()
+        table.commit()
+    with pytest.raises(ValueError, match="not those of a table of 9"):
+        FrameTable(range(9), chunk_frames=3, sink_frames=0).restore(0, table.state(0))
+
+
 def test_light_forcing_long_window() -> None:
     """1 sink + 8 recent + 3 current: the sink moves up as the window slides."""
     table = FrameTable(range(9), chunk_frames=3, sink_frames=1)

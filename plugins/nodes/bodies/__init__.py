@@ -7,6 +7,7 @@ import onnx_ir as ir
 from plugins import contract
 from plugins.contract import (
     AttentionAttributes,
+    PersistentBlockAttributes,
     QKPrepareAttributes,
     RadialAttributes,
     SpargeAttributes,
@@ -16,7 +17,7 @@ from plugins.operators import HIERARCHICAL_SPARSE_ATTENTION_E4M3, Operator
 
 from .attention import AttentionForm
 from .codes import HierarchicalCodesBody, HierarchicalE4M3Body
-from .hsa import HierarchicalBody
+from .hsa import HierarchicalBody, PersistentBlockBody
 from .methods import RadialBody, SlidingTileBody, SpargeBody, VMoBABody
 from .prepare import qk_prepare
 from .tape import OPSET, function
@@ -52,6 +53,8 @@ def attention(operator: Operator, attributes: AttentionAttributes, form: Attenti
             body = SpargeBody(cumulative=attributes.cumulative > 0)
         case VMoBAAttributes():
             body = VMoBABody(by_count=attributes.top > 0, pooled=attributes.query_block > 0)
+        case PersistentBlockAttributes():
+            body = PersistentBlockBody()
         case contract.SlidingTileAttributes():
             body = SlidingTileBody()
         case contract.HSAAttributes():

@@ -70,12 +70,15 @@ class AttentionBody:
 
     def kept_blocks(self) -> ir.Value:
         """Number of blocks to keep, [1]."""
+        return self.kept_of(self.b("Mul", self.frames, self.k_blocks))
+
+    def kept_of(self, total: ir.Value) -> ir.Value:
+        """Number of blocks to keep of so many, [1]."""
         b = self.b
         table = b.attribute("keep_q20", ir.AttributeType.INTS)
         last = b("Sub", b("Size", table), b.scalar(1))
         chunk = b("Cast", self.chunk, to=ir.DataType.INT64.value)
         entry = b("Gather", table, b("Clip", chunk, b.scalar(0), last))
-        total = b("Mul", self.frames, self.k_blocks)
         kept = b("Div", b("Mul", entry, total), b.scalar(contract.DENSE_Q20))
         kept = b("Min", b("Max", kept, b.scalar(1)), total)
         return b("Where", b("Equal", self.past, b.scalar(0)), total, kept)

@@ -1,12 +1,16 @@
-"""The body of `HierarchicalSparseAttention`; see docs/operators.md for the numbered steps."""
+"""The bodies that rank blocks: `HierarchicalSparseAttention` (docs/operators.md has the numbered steps), and
+`PersistentBlockAttention` (docs/policies.md).
+"""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from plugins.operators import PERSISTENT_BLOCK_INPUTS
+
 from .attention import AttentionBody, AttentionForm
 
-__all__ = ["HierarchicalBody"]
+__all__ = ["HierarchicalBody", "PersistentBlockBody"]
 
 
 class HierarchicalBody(AttentionBody):
@@ -108,3 +112,25 @@ class HierarchicalBody(AttentionBody):
             num_scan_inputs=3,
         )
         return self.output(b("Reshape", out, b("Concat", b.shape(tiles, 0, 3), self.dim, axis=0)))
+
+
+class PersistentBlockBody(HierarchicalBody):
+    """What is pinned wins every comparison, and the budget counts the other blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(PERSISTENT_BLOCK_INPUTS)
+        self._pinned = self.b("Cast", self.named["pinned"], to=ir.DataType.INT64.value)
+
+    def _select(self) -> tuple[ir.Value, ir.Value]:
+        """Logical indices of what is pinned and of the best of the other blocks, and the scores of all."""
+        b = self.b
+        query = b("Transpose", b("Reshape", self.q_mean, self.rows_heads_dim), perm=[1, 0, 2])
+        keys = b("Transpose", b("Reshape", self.means(), self.rows_heads_dim), perm=[1, 2, 0])
+        pinned = b("Reshape", b("Mul", self._pinned, self.k_blocks), b.int_list(1))
+        total = b("Mul", self.frames, self.k_blocks)
+        scores = b(
+            "Where", b("Less", self.count(total), pinned), b.number(float("inf")), b("MatMul", query, keys)
+        )
+        count = b("Add", pinned, self.kept_of(b("Sub", total, pinned)))
+        _, indices = b.multi("TopK", [scores, count], 2, axis=-1)
+        return indices, scores

@@ -48,7 +48,7 @@ def test_methods_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--gpu", "rtx5090,h200", "--preset", "wan-1.3b", "--precision", "bf16", "--json"]
     assert main([*arguments, "--policies", "all"]) == 0
     rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(rows) == {"hsa", "dense", "sla", "sparge", "sta", "radial", "vmoba"}
+    assert set(rows) == {"hsa", "dense", "sla", "sparge", "sta", "radial", "vmoba", "pbsa"}
     assert rows["hsa"]["seen"] == rows["sla"]["seen"] == rows["sparge"]["seen"] == pytest.approx(230 / 1944)
     assert rows["dense"]["seen"] == 1
     assert rows["sta"]["seen_last"] == pytest.approx(5 / 21 * 3 / 4 * 3 / 6, abs=1 / 504)

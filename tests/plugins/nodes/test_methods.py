@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightforcing_ref.policies import (
+    persistent_block_attention,
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
@@ -29,6 +30,7 @@ ORACLES: dict[str, Callable[..., torch.Tensor]] = {
     contract.RADIAL: radial_attention,
     contract.SPARGE: sparge_attention,
     contract.VMOBA: vmoba_attention,
+    contract.PERSISTENT_BLOCK: persistent_block_attention,
 }
 EXACT = {"frame_tokens": 24, "block_q": 8, "block_k": 4, "scale": 0.5}
 RAGGED = {"frame_tokens": 35, "block_q": 8, "block_k": 6, "scale": 0.25}
@@ -50,6 +52,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (contract.VMOBA, {**RAGGED, "columns": 7, "extent": (2, 2, 3), "top": 0, "threshold": 0.4, "query_block": 8}),
     (contract.VMOBA, {**RAGGED, "columns": 5, "extent": (1, 3, 2), "top": 3, "threshold": 1.0, "query_block": 10}),
     (contract.VMOBA, {**EXACT, "columns": 6, "extent": (0, 0, 2), "top": 0, "threshold": 0.3, "query_block": 99}),
+    (contract.PERSISTENT_BLOCK, {**EXACT, "keep_q20": (FULL, FULL // 4)}),
+    (contract.PERSISTENT_BLOCK, {**RAGGED, "keep_q20": (FULL // 3, 1)}),
 )  # fmt: skip
 
 
@@ -58,6 +62,8 @@ def method_session(index: int, form: AttentionForm) -> ort.InferenceSession:
     """One node whose every dimension is symbolic."""
     operator, attributes = CASES[index]
     inputs = attention_inputs(ir.DataType.FLOAT)
+    if operator == contract.PERSISTENT_BLOCK:
+        inputs.append(ir.Value(name="pinned", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([])))
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
     node = ir.node(operator, inputs, given, domain=contract.DOMAIN)
     return session(finished(inputs, node, [("out", ir.DataType.FLOAT, ["tokens", "heads", "dim"])], form))
@@ -84,6 +90,8 @@ def test_a_body_is_its_oracle(index: int, form: AttentionForm) -> None:
         case.inputs["past_k"] += common
         case.inputs["k_mean"] += common
         case.inputs["past_kmean"] += common
+        if operator == contract.PERSISTENT_BLOCK:
+            case.inputs["pinned"] = np.array(rng.integers(0, past + 1), dtype=np.int32)
         expected = ORACLES[operator](*map(torch.from_numpy, case.inputs.values()), **attributes)
         (found,) = method_session(index, form).run(None, case.inputs)
         np.testing.assert_allclose(found, expected.numpy(), atol=2e-5, err_msg=f"past {past}")
