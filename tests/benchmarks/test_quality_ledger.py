@@ -120,7 +120,7 @@ def share(name: str, chunk: int) -> float:
 
 
 def test_the_methods_of_one_budget_see_about_the_same() -> None:
-    """Over a clip; `radial` has a rule of its own."""
+    """Over a clip; `radial` has a rule of its own, and `pbsa` sees its persistent set besides."""
     frames = [3 * (chunk + 1) for chunk in range(1, 7)]
 
     def over_clip(name: str) -> float:
@@ -130,7 +130,7 @@ def test_the_methods_of_one_budget_see_about_the_same() -> None:
     budget = over_clip("hsa")
     assert 0.09 < budget < 0.14
     for name in METHODS:
-        if name != "radial":
+        if name not in ("radial", "pbsa"):
             assert over_clip(name) == pytest.approx(budget, abs=0.035), name
 
 
