@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.terminal import console, printable, run_command
+from runtime.terminal import console, run_command, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     return run_command(
         lambda: int(args.run(args)),
-        lambda line: print(printable(line), file=sys.stderr),
+        say,
         expected=lambda error: None,
         install="pip install '.[kernels,plugin]'",
         debug=args.debug,

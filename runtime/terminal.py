@@ -28,6 +28,7 @@ __all__ = [
     "exit_code",
     "printable",
     "run_command",
+    "say",
     "write_out",
 ]
 
@@ -117,6 +118,11 @@ def write_out(text: str) -> None:
     stream.flush()
 
 
+def say(line: str) -> None:
+    """Tell people a line, on standard error."""
+    print(printable(line), file=sys.stderr)
+
+
 def exit_code(interrupt: KeyboardInterrupt) -> int:
     """What a shell expects of a process that a signal ended: 128 and the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(interrupt, TerminatedError) else signal.SIGINT)
@@ -135,7 +141,7 @@ def run_command(
 
     Args:
         work: the command; returns its exit code.
-        say: tells people a line.
+        say: tells people a line, such as the function of that name.
         expected: the exit code of an error whose message is meant for people; None of any other.
         install: what installs a module that is missing.
         debug: let errors through, with their traceback.

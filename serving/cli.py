@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.terminal import BAD_INPUT, FAILED, printable, run_command, write_out
+from runtime.terminal import BAD_INPUT, FAILED, run_command, say, write_out
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     return run_command(
         lambda: _serve(options),
-        lambda line: print(printable(line), file=sys.stderr),
+        say,
         expected=_expected,
         install="pip install '.[cpu,text,video,serve]', or gpu in place of cpu; webrtc and ray are extras of their own",
         debug=options.debug,

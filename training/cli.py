@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from runtime.terminal import BAD_INPUT, console, printable, run_command
+from runtime.terminal import BAD_INPUT, console, run_command, say
 
 from .config import CONFIGS, STAGES, ConfigError, Run, StageName, TrainingConfig
 
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     return run_command(
         lambda: _work(options),
-        lambda line: print(printable(line), file=sys.stderr),
+        say,
         expected=_expected,
         install="pip install '.[train]'",
         debug=options.debug,

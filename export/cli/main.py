@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from runtime.terminal import BAD_INPUT, printable, run_command
+from runtime.terminal import BAD_INPUT, run_command, say
 
 from .attention_map import AttentionMap
 from .build import Build
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     return run_command(
         work,
-        lambda line: print(printable(line), file=sys.stderr),
+        say,
         expected=_expected,
         install="pip install '.[cpu,text,video,export]'",
         debug="--debug" in arguments,
