@@ -98,11 +98,7 @@ def check_build(request: BuildRequest) -> CheckedBuild:
             besides, as `build_bundle`.
     """
     plan = request.plan
-    check_products(request.target, request.variant)
-    check_backend(
-        request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
-    )
-    _check_rollout(request)
+    _check_variant(request)
     if plan.spec.kv is not None and request.backend == "tensorrt":
         raise InputError(
             "the plugin of the backend tensorrt holds keys and values in the type that the model computes in; drop "
@@ -120,6 +116,19 @@ def check_build(request: BuildRequest) -> CheckedBuild:
     check_disk(request, plan)
     request.weights.check(with_encoder=request.with_encoder)
     return CheckedBuild(request, memory, quantization)
+
+
+def _check_variant(request: BuildRequest) -> None:
+    """Refuse a variant that the backend, its kernels or the target do not execute.
+
+    Raises:
+        InputError: they do not.
+    """
+    check_products(request.target, request.variant)
+    check_backend(
+        request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
+    )
+    _check_rollout(request)
 
 
 def _check_rollout(request: BuildRequest) -> None:
@@ -190,10 +199,7 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
         As `build_bundle`; InputError also where the backend has no such parts.
     """
     plan, builder = request.plan, _BUILDERS[request.backend]()
-    check_backend(
-        request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
-    )
-    _check_rollout(request)
+    _check_variant(request)
     if builder.compile is None:
         raise InputError(
             f"the {request.backend} backend has no parts that do without weights; build the bundle"
