@@ -16,9 +16,10 @@ from torch import Tensor
 from export.errors import ComparisonError
 from export.graph.modules import QUERY_MEANS, StepModule, cache_stems, chunk_stems
 from export.graph.oracles import ORACLES
+from export.request.built import built_variant
 from export.request.methods import attends
 from export.request.schedules import SchedulePolicy
-from export.request.targets import CachePolicy, SparsityPolicy, Variant
+from export.request.targets import Variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.cache import AttentionSpec, LayerKV
 from lightforcing_ref.checkpoint import checkpoint_sha256
@@ -126,30 +127,14 @@ def variant_of(manifest: Manifest) -> Variant:
         ComparisonError: it is one of several chunks in a forward.
     """
     require_one_by_one(manifest)
-    sparsity, attention, cache = manifest.sparsity, manifest.attention, manifest.cache
-    return Variant(
-        schema_version=1,
-        name="compared",
-        title=manifest.variant,
-        schedule=_schedule_policy(manifest),
-        attention=attention.method,
-        products=attention.products,
-        sparsity=SparsityPolicy(
-            target=sparsity.target,
-            base=sparsity.base,
-            table_frames=sparsity.table_frames,
-            keep_frames=attention.keep_frames,
-            sink_frames=attention.sink_frames,
-            near_frames=attention.near_frames,
-        ),
-        cache=CachePolicy(
-            window_frames=cache.window_frames,
-            sink_frames=cache.sink_frames,
-            sink_positions=cache.sink_positions,
-            flush_frames=cache.flush_frames,
-            cut_frames=cache.cut_frames,
-            kv=cache.kv,
-        ),
+    return built_variant(
+        "compared",
+        manifest.variant,
+        _schedule_policy(manifest),
+        attention=manifest.attention,
+        sparsity=manifest.sparsity,
+        cache=manifest.cache,
+        recache="window",  # the methods that stand beside it need not know the bundle's own
     )
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.errors import InputError
+from export.request.built import built_variant
 from export.request.plan import PlanRequest
 from export.request.schedules import SchedulePolicy
 from export.request.targets import (
     Blocks,
-    CachePolicy,
-    SparsityPolicy,
     Target,
     Variant,
     list_variants,
@@ -138,29 +137,14 @@ def _preset(bundle: MeasuredBundle, path: Path) -> Preset:
 
 def _variant(bundle: MeasuredBundle) -> Variant:
     """The variant that the bundle was built with, but for its blocks; a schedule of its own is the shipped one's."""
-    attention, sparsity, cache = bundle.attention, bundle.sparsity, bundle.cache
-    return Variant(
-        schema_version=1,
-        name=bundle.variant,
-        title=bundle.variant,
-        schedule=_schedule(bundle.variant),
-        attention=bundle.attention.method,
-        products=bundle.attention.products,
-        sparsity=SparsityPolicy(
-            target=sparsity.target,
-            base=sparsity.base,
-            table_frames=sparsity.table_frames,
-            keep_frames=attention.keep_frames,
-            sink_frames=attention.sink_frames,
-            near_frames=attention.near_frames,
-        ),
-        cache=CachePolicy(
-            window_frames=cache.window_frames,
-            sink_frames=cache.sink_frames,
-            sink_positions=cache.sink_positions,
-            recache=cache.recache,
-            kv=cache.kv,
-        ),
+    return built_variant(
+        bundle.variant,
+        bundle.variant,
+        _schedule(bundle.variant),
+        attention=bundle.attention,
+        sparsity=bundle.sparsity,
+        cache=bundle.cache,
+        recache=bundle.cache.recache,
     )
 
 

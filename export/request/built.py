@@ -1,0 +1,52 @@
+"""The variant that a bundle was built from, out of the sections of its manifest."""
+
+from __future__ import annotations
+
+from runtime.bundle import Attention, Cache, Recache, Sparsity
+
+from .schedules import SchedulePolicy
+from .targets import CachePolicy, SparsityPolicy, Variant
+
+__all__ = ["built_variant"]
+
+
+def built_variant(
+    name: str,
+    title: str,
+    schedule: SchedulePolicy,
+    *,
+    attention: Attention,
+    sparsity: Sparsity,
+    cache: Cache,
+    recache: Recache,
+) -> Variant:
+    """A variant of these sections, but for the size of blocks, which a target may have decided.
+
+    Args:
+        recache: what a prompt switch does by default.
+    """
+    return Variant(
+        schema_version=1,
+        name=name,
+        title=title,
+        schedule=schedule,
+        attention=attention.method,
+        products=attention.products,
+        sparsity=SparsityPolicy(
+            target=sparsity.target,
+            base=sparsity.base,
+            table_frames=sparsity.table_frames,
+            keep_frames=attention.keep_frames,
+            sink_frames=attention.sink_frames,
+            near_frames=attention.near_frames,
+        ),
+        cache=CachePolicy(
+            window_frames=cache.window_frames,
+            sink_frames=cache.sink_frames,
+            sink_positions=cache.sink_positions,
+            recache=recache,
+            flush_frames=cache.flush_frames,
+            cut_frames=cache.cut_frames,
+            kv=cache.kv,
+        ),
+    )
