@@ -60,9 +60,8 @@ def _persist(arrays: Arrays, launch: KernelLaunch) -> None:
 
 def _move(arrays: Arrays, head: int, place: tuple[int, int], source: tuple[int, int], block: int) -> None:
     """Overwrite one head's block, (slot, block), by another one of its size."""
+    into, of = (slice(number * block, (number + 1) * block) for _, number in (place, source))
     for name in ("past_k", "past_v"):
-        rows = (slice(number * block, (number + 1) * block) for _, number in (place, source))
-        into, of = rows
         arrays[name][place[0], into, head] = arrays[name][source[0], of, head]
     arrays["past_kmean"][(*place, head)] = arrays["past_kmean"][(*source, head)]
 
