@@ -132,6 +132,7 @@ def test_the_methods_of_one_budget_see_about_the_same() -> None:
     for name in METHODS:
         if name not in ("radial", "pbsa"):
             assert over_clip(name) == pytest.approx(budget, abs=0.035), name
+    assert budget < over_clip("pbsa") < 2 * budget
 
 
 def test_policies_all_are_the_methods_behind_dense(capsys: pytest.CaptureFixture[str]) -> None:
