@@ -23,6 +23,7 @@ from export.request.weights import Weights
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
 from runtime import bundle
+from runtime.files import temporary_folder
 
 from .errors import InputError
 from .preflight import check_disk, check_memory, check_target_memory
@@ -97,6 +98,7 @@ def check_build(request: BuildRequest) -> CheckedBuild:
         InputError: the backend or the method has no keys and values in fp8, or the target does not multiply them;
             besides, as `build_bundle`.
     """
+    temporary_folder()
     plan = request.plan
     _check_variant(request)
     if plan.spec.kv is not None and request.backend == "tensorrt":
@@ -171,6 +173,7 @@ def build_bundle(request: BuildRequest | CheckedBuild, progress: ProgressCallbac
         CheckpointError: a checkpoint cannot be read or belongs to another model.
         ConfigError: the variant does not fit the model.
         InputError: the backend cannot build this.
+        OSError: there is no folder for temporary files.
     """
     checked = request if isinstance(request, CheckedBuild) else check_build(request)
     request = checked.request
@@ -198,6 +201,7 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
     Raises:
         As `build_bundle`; InputError also where the backend has no such parts.
     """
+    temporary_folder()
     plan, builder = request.plan, _BUILDERS[request.backend]()
     _check_variant(request)
     if builder.compile is None:

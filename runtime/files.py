@@ -1,12 +1,15 @@
-"""Files that appear complete or not at all, and where files are kept between runs."""
+"""Files that appear complete or not at all, where files are kept between runs, and how many may be open."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
 import os
 import secrets
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,9 @@ from pathlib import Path
 import platformdirs
 
 __all__ = [
+    "LEAST_FILES",
+    "MORE_FILES",
+    "allow_open_files",
     "atomic_output",
     "cache_folder",
     "exchange",
@@ -22,9 +28,21 @@ __all__ = [
     "sealed",
     "state_folder",
     "sync_to_disk",
+    "temporary_folder",
     "unsealed",
     "write_file",
 ]
+
+LEAST_FILES = 64
+"""Files that a command needs to have open at a time: a pipeline and its libraries about 16, a server one a client."""
+
+MORE_FILES = (
+    "raise the limit: ulimit -n 4096 in a shell, --ulimit nofile=4096 of docker, LimitNOFILE= of systemd"
+)
+"""What to do about it."""
+
+_ENOUGH_FILES = 8192
+"""As many as macOS lets a process ask for; nothing here comes near."""
 
 _TEMPORARY, _SUFFIX = "partial", 16
 _AT_FDCWD, _EXCHANGE = -100, 2
@@ -146,3 +164,49 @@ def _own(folder: Callable[..., Path], parts: tuple[str, ...]) -> Path:
     if not path.is_absolute():
         raise RuntimeError("this user has no home folder; set XDG_CACHE_HOME and XDG_STATE_HOME to folders")
     return path.joinpath(*parts)
+
+
+def temporary_folder() -> str:
+    """Where this process, and those that it starts, put files that do not outlast them.
+
+    Python goes on to the system's folder where the variable that names another is wrong; PyTorch and compilers do not.
+
+    Raises:
+        OSError: nothing can be written there; says what to do.
+    """
+    named = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
+    try:
+        folder = tempfile.gettempdir() if named is None else os.environ[named]
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if named is None:
+            raise OSError(f"there is no folder for temporary files ({error}); set TMPDIR to one") from error
+        raise OSError(
+            f"{named} names the folder for temporary files, {os.environ[named]}, and none can be written there "
+            f"({error.strerror}); set it to a folder on a disk with room, or unset it"
+        ) from error
+
+
+def allow_open_files(least: int = LEAST_FILES) -> None:
+    """Let this process have as many files open as it may, for there is no reason for less in a command.
+
+    Raises:
+        OSError: it may have fewer than `least`; says what to do.
+    """
+    if sys.platform == "win32":
+        return
+    try:
+        import resource
+    except ModuleNotFoundError:  # a system that has no such limit
+        return
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if most == resource.RLIM_INFINITY else min(_ENOUGH_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        with contextlib.suppress(OSError, ValueError):  # a system with a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            allowed = wanted
+    if allowed != resource.RLIM_INFINITY and allowed < least:
+        raise OSError(
+            f"this process may have {allowed} files open at a time, and needs {least}; {MORE_FILES}"
+        )

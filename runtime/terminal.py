@@ -6,6 +6,7 @@ Rich is imported when a console is made, so that `--help` does without it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from .files import MORE_FILES, allow_open_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,12 +152,13 @@ def run_command(
     """
 
     def end(message: str, code: int, error: BaseException, after: str = "") -> int:
-        parts = [message, *getattr(error, "__notes__", ()), after]
+        parts = [message, *getattr(error, "__notes__", ()), MORE_FILES if _out_of_files(error) else "", after]
         say("; ".join(" ".join(part.split()) for part in parts if part))
         return code
 
     try:
         with command_line():
+            allow_open_files()
             return work()
     except KeyboardInterrupt as interrupt:
         word = "terminated" if isinstance(interrupt, TerminatedError) else "interrupted"
@@ -174,6 +178,17 @@ def run_command(
         return end(
             f"error: {type(error).__name__}: {error}", FAILED, error, f"{left()}. {unforeseen}".lstrip(". ")
         )
+
+
+def _out_of_files(error: BaseException | None) -> bool:
+    """Whether an error, a library's too, comes from having as many files open as this process may."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENFILE:
+            return True
+        if os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.files import LEAST_FILES, allow_open_files
 from runtime.terminal import BAD_INPUT, FAILED, run_command, say, write_out
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _serve(options: argparse.Namespace) -> int:
     from .logs import configure
 
     settings = _settings(options)
+    allow_open_files(LEAST_FILES + settings.sessions + settings.limits.queue)
     configure(options.log_level)
     if options.command == "ray":
         _serve_cluster(options, settings)

@@ -94,6 +94,7 @@ NOT_QUICK = (
     "tests/test_examples.py",
     "tests/test_packaging.py",
     "tests/test_portability.py",
+    "tests/test_scarce.py",
     "tests/test_snippets_run.py",
 )
 BUILT = {"tiny_bundle", "tiny_long_bundle"}

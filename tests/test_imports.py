@@ -66,8 +66,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "host scheduler",
         "program rollout text video",
         "engine",
-        "bundle noise",
-        "errors files frame_table frames host_memory terminal",
+        "bundle noise terminal",
+        "errors files frame_table frames host_memory",
     ),
     "serving": (
         "__main__",

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from benchmarks.kernel_classes import CLASSES, classify, gpu_events, part_shares
+from runtime.files import temporary_folder
 
 __all__ = [
     "MARK",
@@ -278,7 +279,7 @@ def profiled_chunk(clip: Iterator[ChunkRecord], chosen: int, device: str) -> Any
 
 def trace_events(profiler: Any) -> list[dict[str, Any]]:
     """The events of a profile, as Chrome's trace format has them."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]

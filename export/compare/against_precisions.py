@@ -49,6 +49,7 @@ from export.tolerances import BF16_LINEAR, FORWARD, LINEAR, NOISE_FACTOR, PIXELS
 from lightforcing_ref.model import CausalWanModel
 from lightforcing_ref.rollout import Rollout
 from runtime.bundle import Bundle, Component, Manifest, load_bundle
+from runtime.files import temporary_folder
 
 from .against_reference import (
     Measured,
@@ -136,7 +137,7 @@ def compare_precisions(
     reference = reference or Reference.of(bundle.manifest)
     check_memory(bundle.manifest, reference.preset, _COPIES)
     trials = Trials.of(bundle.manifest, prompts, seed)
-    with tempfile.TemporaryDirectory(prefix="precisions-") as folder:
+    with tempfile.TemporaryDirectory(prefix="precisions-", dir=temporary_folder()) as folder:
         return _Study(bundle, reference, Path(folder), chunks, trials, tolerance).compare(precisions)
 
 

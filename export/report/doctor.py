@@ -19,6 +19,7 @@ from export.request.capability import BACKENDS, Backend, missing_modules
 from export.units import readable_size
 from plugins.compile.prebuilt import has_images
 from plugins.kernels import specs
+from runtime.files import temporary_folder
 from runtime.host_memory import Memory, memory
 
 from .tables import titled_table
@@ -123,6 +124,10 @@ def examine(out: Path) -> Report:
             "no backend can be built here; install the extras: pip install '.[cpu,text,video,export]'"
         )
     problems += old_drivers(gpus)
+    try:
+        temporary_folder()
+    except OSError as error:
+        problems.append(str(error))
     folder = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     return Report(
         python=f"{platform.python_implementation()} {platform.python_version()}",

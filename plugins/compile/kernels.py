@@ -22,7 +22,7 @@ from filelock import FileLock
 from plugins.errors import PluginError
 from plugins.kernels import specs
 from runtime.bundle import images
-from runtime.files import cache_folder, keep, kept
+from runtime.files import cache_folder, keep, kept, temporary_folder
 from runtime.host_memory import processors
 
 from .prebuilt import source_hash
@@ -140,7 +140,7 @@ def _compile_cuda(variant: specs.Variant, source: specs.CudaSource, arch: int) -
     ptx = to_ptx(Path(specs.__file__).parent / source.file, target, variant.constants)
     # As Triton does: the instructions are old enough, whatever the compiler's own version is.
     ptx = _PTX_HEADER.sub(f".version {_PTX_VERSION // 10}.{_PTX_VERSION % 10}", ptx, count=1)
-    with tempfile.TemporaryDirectory(prefix="ptxas-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ptxas-", dir=temporary_folder()) as scratch:
         given, made = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
         given.write_text(ptx)
         command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(given), "-o", str(made)]
@@ -334,7 +334,7 @@ def _fill(
     progress: Callable[[int, int], None],
 ) -> None:
     with (
-        tempfile.TemporaryDirectory(prefix="triton-") as scratch,
+        tempfile.TemporaryDirectory(prefix="triton-", dir=temporary_folder()) as scratch,
         ProcessPoolExecutor(
             min(jobs, len(missing)),
             mp_context=get_context("spawn"),

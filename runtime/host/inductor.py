@@ -16,6 +16,7 @@ import numpy as np
 from runtime.bundle import Bundle, TensorSpec
 from runtime.bundle.golden import Arrays
 from runtime.errors import BundleError, EngineError
+from runtime.files import temporary_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +95,10 @@ def load_package_file(path: Path, name: str, device_index: int) -> Any:
     """
     import torch
 
+    try:
+        temporary_folder()  # a package is unpacked there
+    except OSError as error:
+        raise EngineError(f"component {name!r} ({path}) does not load: {error}") from error
     try:
         # Not `torch._inductor.aoti_load_package`: it compares this machine with the one that compiled the package, for
         # which it runs a C++ compiler on a program for each instruction set, most of a minute in every process.

@@ -134,5 +134,9 @@ async def _read(request: Request) -> tuple[CreateVideo, bytes | None]:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise RequestError("bad_request", f"{where}: {first['msg']}", status=422) from None
+    except OSError as error:
+        raise RequestError(
+            "no_room", f"the server cannot put the image aside: {error.strerror}", status=507
+        ) from error
     except (json.JSONDecodeError, MultiPartException, RecursionError) as error:
         raise RequestError("bad_request", f"the form cannot be read: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,19 @@ def test_images_are_bounded_and_need_an_encoder(start_server: StartServer) -> No
     assert answer.status == 413
     answer = http(url, method="POST", **form({"prompt": "a", "input_reference": "photo.png"}))
     assert answer.status == 422 and "expected an image's file" in answer.json["error"]["message"]
+
+
+def test_an_image_that_finds_no_room_is_refused(
+    start_server: StartServer, starting_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server(bundle=starting_bundle)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(noise).save(file, format="PNG")  # of 1.9 MB; a form keeps 1 MiB in memory
+    answer = http(f"{server.url}/v1/videos", method="POST", **form({"prompt": "a"}, file.getvalue()))
+    assert (answer.status, answer.json["error"]["code"]) == (507, "no_room")
+    assert str(tmp_path) not in answer.json["error"]["message"]
 
 
 def test_list_and_delete(start_server: StartServer) -> None:

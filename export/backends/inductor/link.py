@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from export.errors import BuildError
+from runtime.files import temporary_folder
 
 __all__ = ["cuda_headers", "cuda_toolchain", "driver_library"]
 
@@ -60,7 +61,7 @@ def cuda_toolchain() -> Iterator[None]:
 
     Both come after what `CPATH` and `LIBRARY_PATH` name, and after a toolkit that PyTorch finds.
     """
-    with tempfile.TemporaryDirectory(prefix="libcuda-") as folder:
+    with tempfile.TemporaryDirectory(prefix="libcuda-", dir=temporary_folder()) as folder:
         Path(folder, "libcuda.so").symlink_to(driver_library())
         added = {"LIBRARY_PATH": [folder], "CPATH": [str(path) for path in cuda_headers()]}
         before = {name: os.environ.get(name) for name in added}

@@ -35,6 +35,7 @@ from export.request.graph_types import graph_types
 from export.request.request import BuildRequest
 from plugins.compile.kernels import needed_driver
 from runtime.bundle import ENCODER_COMPONENTS
+from runtime.files import temporary_folder
 from runtime.host_memory import memory, processors
 
 from .decoder import vae_first, vae_next
@@ -260,7 +261,7 @@ def compile_packages(
             progress(f"{name} compiled", done, len(names))
 
     progress(f"compiling {', '.join(missing)}", done, len(names))
-    with tempfile.TemporaryDirectory(prefix="packages-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="packages-", dir=temporary_folder()) as scratch:
         Path(scratch, "request").write_bytes(pickle.dumps(request))
         job = {"device": device_of(request), "null_gpu": is_cross(request), "request": f"{scratch}/request"}
         variables = dict(os.environ)
