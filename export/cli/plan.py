@@ -62,6 +62,11 @@ class Plan(Command):
             help="count element-wise work as the engines of this built bundle do it, not pass by pass",
         )
         parser.add_argument(
+            "--layer",
+            action="store_true",
+            help="print what one layer of --bundle launches and moves, launch by launch, and nothing else",
+        )
+        parser.add_argument(
             "--all", action="store_true", help="every GPU in one table; --gpu is not looked at"
         )
         parser.add_argument(
@@ -79,11 +84,15 @@ class Plan(Command):
 
         if args.all and args.policies:
             raise InputError("--all compares GPUs, --policies methods; drop one of them")
+        if args.layer and args.bundle is None:
+            raise InputError("--layer is about a built bundle; name it with --bundle")
         if args.all:
             return _every_card(args)
         if args.policies:
             return _every_policy(args)
         request = _planned(args)
+        if args.layer:
+            return _one_layer(args, request)
         share = measured(args.measured, request.target) if args.measured else assumed(args.efficiency)
         memory, built = plan_memory(request, args.sessions), None
         if args.bundle:
@@ -98,6 +107,26 @@ class Plan(Command):
             if memory.fits is False:  # the last word, too: the tables are longer than a screen
                 console().print(memory.verdict, style="red", markup=False)
         return 1 if memory.fits is False else 0
+
+
+def _one_layer(args: argparse.Namespace, request: PlanRequest) -> int:
+    from export.estimate.built import matching_bundle
+    from export.estimate.layer import layer_launches
+    from export.estimate.roofline import Workload
+    from export.report.layer import layer_document, layer_table
+
+    peak, workload = request.target.peak, Workload(request)
+    if peak is None:
+        raise InputError(
+            f"no peak rates of {request.target.title} are known, which --layer needs; leave it out"
+        )
+    chunk = workload.planned_chunks - 1
+    launches = layer_launches(matching_bundle(args.bundle, request), workload, chunk)
+    if args.json:
+        write_out(json.dumps(layer_document(launches, peak), indent=1) + "\n")
+    else:
+        console().print(layer_table(launches, peak, chunk))
+    return 0
 
 
 def _every_card(args: argparse.Namespace) -> int:

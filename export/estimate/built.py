@@ -21,7 +21,7 @@ def matching_bundle(root: Path, request: Planned) -> Bundle:
 
     Raises:
         BundleError: it is no bundle.
-        InputError: it is one of another model, size or precision.
+        InputError: it is one of another model, size, precision or cache.
     """
     bundle = load_bundle(root, verify=False)
     manifest = bundle.manifest
@@ -33,6 +33,14 @@ def matching_bundle(root: Path, request: Planned) -> Bundle:
             "bundle {} is of {} {}x{} in {}, and {} {}x{} in {} is planned; plan the same".format(
                 root, *found, *wanted
             )
+        )
+    variant = request.variant
+    held = (manifest.cache.kv or "bf16", manifest.attention.products or "bf16")
+    planned = (variant.cache.kv or "bf16", variant.products or "bf16")
+    if held != planned:
+        raise InputError(
+            "bundle {} holds keys and values in {} and multiplies in {}, and {} and {} are planned; plan the same "
+            "(--kv, --attention)".format(root, *held, *planned)
         )
     return bundle
 

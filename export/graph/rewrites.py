@@ -65,6 +65,8 @@ def prepare_for_rtx(model: ir.Model) -> None:
       every weight in every run.
     - Inputs and outputs `[1, T, N]` become `[T, N]` and bias inputs `[N]` become `[1, N]`, the same bytes: each is
       otherwise copied by a launch of its own.
+    - An RMS norm over all heads whose result is transposed to `[1, H, T, D]` is computed on the transposed heads. It
+      is otherwise two launches with a float32 tensor of the same size between them.
 
     Raises:
         ExportError: the graph holds operators of this project, which no engine of TensorRT-RTX can hold.
@@ -76,6 +78,7 @@ def prepare_for_rtx(model: ir.Model) -> None:
             f"({own[0].name!r}); it takes no plugins: cut the graph at them first (export.graph.partition)"
         )
     sink_uint8(model)
+    _norm_transposed_heads(model.graph)
     _drop_batch(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     _widen_biases(model.graph)
@@ -123,6 +126,88 @@ def sink_uint8(model: ir.Model) -> None:
         output.name, cast.outputs[0].name = f"{output.name}_wide", output.name
 
 
+_HEADS_FIRST = (0, 2, 1, 3)
+"""`[1, T, H, D]` -> `[1, H, T, D]`."""
+
+
+def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """What takes `value`, if that is one node of this type and nothing else."""
+    users = [use.node for use in value.uses()]
+    found = len(users) == 1 and users[0].op_type == op_type and not value.is_graph_output()
+    return users[0] if found else None
+
+
+def _norm_transposed_heads(graph: ir.Graph) -> None:
+    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+        reshape = _only_user(norm.outputs[0], "Reshape")
+        transpose = None if reshape is None else _only_user(reshape.outputs[0], "Transpose")
+        if reshape is None or transpose is None or transpose.outputs[0].is_graph_output():
+            continue
+        axis, order = norm.attributes.get("axis"), transpose.attributes.get("perm")
+        heads = _static(reshape.outputs[0])
+        last = axis is None or axis.as_int() in (-1, _BATCHED - 1)
+        if (
+            last
+            and _is_batch(_static(norm.inputs[0]))
+            and heads is not None
+            and order is not None
+            and tuple(order.as_ints()) == _HEADS_FIRST
+        ):
+            result = _normed_heads(graph, norm, transpose, heads)
+            transpose.outputs[0].replace_all_uses_with(result)
+
+
+def _normed_heads(graph: ir.Graph, norm: ir.Node, before: ir.Node, heads: tuple[int, ...]) -> ir.Value:
+    """What `norm` gives, as `[1, H, T, D]`: in float32 up to the weight, as ONNX defines it."""
+    x, weight = norm.inputs[0], norm.inputs[1]
+    assert x is not None and weight is not None and x.dtype is not None
+    batch, tokens, count, width = heads
+    turned, rows = (batch, count, tokens, width), (batch, 1, tokens, 1)
+
+    def node(
+        op_type: str,
+        inputs: list[ir.Value],
+        dims: tuple[int, ...],
+        dtype: ir.DataType,
+        attributes: dict[str, int | list[int]] | None = None,
+    ) -> ir.Value:
+        name = f"{norm.name}.{len(made)}"
+        output = ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(dtype))
+        made.append(ir.node(op_type, inputs, attributes, outputs=[output], name=name))
+        return output
+
+    made: list[ir.Node] = []
+    wide, kind = ir.DataType.FLOAT, x.dtype
+    eps = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else 1e-5
+    constants: dict[str, np.ndarray] = {
+        "heads": np.array(heads, dtype=np.int64),
+        "weight": np.array((1, count, 1, width), dtype=np.int64),
+        "axes": np.array((1, 3), dtype=np.int64),
+        "eps": np.array(eps, dtype=np.float32),
+    }
+    given = {key: _constant(graph, f"{norm.name}.{key}", array) for key, array in constants.items()}
+    split = node("Reshape", [x, given["heads"]], heads, kind)
+    split = node("Transpose", [split], turned, kind, {"perm": list(_HEADS_FIRST)})
+    split = node("Cast", [split], turned, wide, {"to": int(wide)})
+    square = node("Mul", [split, split], turned, wide)
+    mean = node("ReduceMean", [square, given["axes"]], rows, wide, {"keepdims": 1})
+    root = node("Sqrt", [node("Add", [mean, given["eps"]], rows, wide)], rows, wide)
+    normed = node("Cast", [node("Div", [split, root], turned, wide)], turned, kind, {"to": int(kind)})
+    factor = node("Reshape", [weight, given["weight"]], (1, count, 1, width), kind)
+    result = node("Mul", [normed, factor], turned, kind)
+    graph.insert_before(before, made)
+    return result
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
 class _Flattener:
     """Rewrites nodes on `[1, T, N]` as nodes on `[T, N]`, and remembers both forms of every tensor."""
 
@@ -134,15 +219,7 @@ class _Flattener:
     def _shape(self, dims: tuple[int, ...]) -> ir.Value:
         if dims not in self._shapes:
             name = "rtx_shape_" + "x".join(map(str, dims))
-            tensor = ir.tensor(np.array(dims, dtype=np.int64), name=name)
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape([len(dims)]),
-                type=ir.TensorType(ir.DataType.INT64),
-                const_value=tensor,
-            )
-            self.graph.register_initializer(value)
-            self._shapes[dims] = value
+            self._shapes[dims] = _constant(self.graph, name, np.array(dims, dtype=np.int64))
         return self._shapes[dims]
 
     def _reshape(self, value: ir.Value, dims: tuple[int, ...], before: ir.Node, name: str) -> ir.Value:

@@ -14,6 +14,9 @@ from export.backends.inductor.packages import fp8_linears
 from export.cli.main import main
 from export.errors import InputError
 from export.estimate.built import built_traffic
+from export.estimate.layer import layer_launches
+from export.estimate.roofline import Workload
+from export.request.plan import PlanRequest
 from export.request.request import BuildRequest
 from export.request.targets import load_target, load_variant
 from export.request.weights import Weights
@@ -152,6 +155,35 @@ def test_a_bundles_traffic_is_its_packages(tmp_path: Path, tiny_bundle: Path, co
         built_traffic(bundle)
 
 
+def test_a_layer_of_packages_is_listed_launch_by_launch(
+    tmp_path: Path, tiny_bundle: Path, component: Component
+) -> None:
+    """What a library's call moves is not told, and stands as it is planned."""
+    bundle = load_bundle(tiny_bundle, verify=False)
+    changes = {
+        "backend": "inductor",
+        "target": Target(name="h200", compute_capability="9.0"),
+        "components": {"layer": component},
+    }
+    package(tmp_path / "layer.pt2", CODE)
+    built = replace(bundle, root=tmp_path, manifest=bundle.manifest.model_copy(update=changes))
+    preset = PRESETS["wan-1.3b"]
+    workload = Workload(PlanRequest(load_target("h200"), load_variant("hopper"), preset, 512, 768, "fp8"))
+    prepare, *others = layer_launches(built, workload, 6)
+    assert prepare.name == "prepare"
+    assert [launch.name for launch in others if launch.is_product] == [
+        "attend", "self_attn.o", "cross_attn.q", "cross-attention", "cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv",
+    ]  # fmt: skip
+    passes = [launch for launch in others if launch.work is not None and not launch.is_product]
+    assert [launch.before for launch in passes] == [
+        "self_attn.o", "cross_attn.q", "cross-attention", "cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv", "prepare",
+    ]  # fmt: skip
+    assert sum(launch.work.bytes for launch in passes) == moved(parse_wrapper(CODE, component))
+    assert all("triton_" not in launch.name for launch in passes)
+    with pytest.raises(InputError, match="backend onnxruntime on cpu and no engine of a layer that tells"):
+        layer_launches(bundle, workload, 6)
+
+
 def test_plan_takes_bundles_of_what_is_planned_alone(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,3 +191,5 @@ def test_plan_takes_bundles_of_what_is_planned_alone(
     assert "is of tiny 128x128 in fp32, and wan-1.3b 512x768 in fp8 is planned" in capsys.readouterr().err
     assert main(["plan", "--preset", "tiny", "--bundle", str(tiny_bundle)]) == 2
     assert "leave --bundle out" in capsys.readouterr().err
+    assert main(["plan", "--preset", "tiny", "--layer"]) == 2
+    assert "name it with --bundle" in capsys.readouterr().err

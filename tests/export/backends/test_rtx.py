@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,55 @@ def test_dropping_the_batch_computes_the_same():
     actual = session.run(["y", "s"], {name: feed[name].reshape(shape) for name, shape in shapes.items()})
     for got, wanted in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got.reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
+
+
+def _normed_heads(order: list[int], *, kept: bool = False) -> onnx.ModelProto:
+    """An RMS norm over two heads of 4, then transposed; `kept`: what is normed goes out as well."""
+    nodes = [
+        helper.make_node("RMSNormalization", ["x", "w"], ["n"], axis=-1, epsilon=0.25, name="norm"),
+        helper.make_node("Reshape", ["n", "heads"], ["h"], name="split"),
+        helper.make_node("Transpose", ["h"], ["y"], perm=order, name="heads_first"),
+        helper.make_node("Neg", ["y"], ["z"], name="used"),
+    ]
+    turned = [[1, 5, 2, 4][axis] for axis in order]
+    outputs = [floats("z", turned), *([floats("n", [1, 5, 8])] if kept else [])]
+    heads = helper.make_tensor("heads", TensorProto.INT64, [4], [1, 5, 2, 4])
+    graph = helper.make_graph(nodes, "g", [floats("x", [1, 5, 8])], outputs, [weight("w", (8,)), heads])
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    )
+
+
+def test_a_norm_over_heads_computes_the_same_where_they_are_transposed():
+    model = ir.from_proto(_normed_heads([0, 2, 1, 3]))
+    prepare_for_rtx(model)
+    edited = ir.to_proto(model)
+    onnx.checker.check_model(edited)
+    assert "RMSNormalization" not in {node.op_type for node in model.graph}
+    x = np.random.default_rng(1).standard_normal((5, 8))
+    factor = onnx.numpy_helper.to_array(weight("w", (8,))).astype(np.float64)
+    normed = x / np.sqrt((x * x).mean(1, keepdims=True) + 0.25) * factor
+    (z,) = ort.InferenceSession(edited.SerializeToString()).run(["z"], {"x": x.astype(np.float32)})
+    np.testing.assert_allclose(z, -normed.reshape(1, 5, 2, 4).transpose(0, 2, 1, 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("order", "kept"), [([0, 2, 3, 1], False), ([0, 2, 1, 3], True)])
+def test_a_norm_that_is_used_in_another_way_stays(order, kept):
+    model = ir.from_proto(_normed_heads(order, kept=kept))
+    prepare_for_rtx(model)
+    assert "RMSNormalization" in {node.op_type for node in model.graph}
+
+
+def test_no_float32_copy_of_the_queries_passes_between_launches(tiny):
+    """The engine of a norm in front of a transposition writes one, when it is left as PyTorch exports it."""
+    report = engine(tiny / "layer.onnx", "layer").report
+    wide = [
+        operand.name
+        for launch in report.launches
+        for operand in launch.outputs
+        if operand.type == "float32" and prod(operand.dims) >= TINY.tokens
+    ]
+    assert wide == []
 
 
 def test_pixels_become_bytes_last():

@@ -419,3 +419,30 @@ def test_copies_of_a_bundle_are_checked(bundles, tmp_path):
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=r"layer\.engine"):
         load_bundle(copy)
+
+
+def test_plan_lists_what_a_layer_launches_and_moves(bundles, capsys):
+    """By hand: six products of 192 tokens in fp8, a byte an element of input and weight, two of the result."""
+    folder = bundles.build("fp8")
+    common = ["plan", "--gpu", "rtx5090", "--preset", "tiny", "--precision", "fp8", "--bundle", str(folder)]
+    assert main([*common, "--layer", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    report = read_engine(folder / "layer.engine")
+    assert found["launches"] == len(report.launches) + 4  # prepare, score, select, attend
+    rows = {row["launch"]: row for row in found["rows"] if row["product"]}
+    assert list(rows) == [
+        "attend", "self_attn.o", "cross_attn.q", "cross-attention", "cross_attn.o", "ffn.0", "ffn.2", "self_attn.qkv",
+    ]  # fmt: skip
+    shapes = {"self_attn.o": (DIM, DIM), "ffn.0": (4 * DIM, DIM), "self_attn.qkv": (3 * DIM, DIM)}
+    for name, (out, width) in shapes.items():
+        assert (rows[name]["format"], rows[name]["flops"]) == ("fp8", 2 * TOKENS * out * width)
+        assert 0 <= rows[name]["bytes"] - (TOKENS * width + out * width + 2 * TOKENS * out) < 1024
+    before = [row["before"] for row in found["rows"]]
+    assert before[:4] == ["prepare", "self-attention", "self-attention", "self-attention"]
+    assert before[4] == "self_attn.o" and before[-1] == "prepare"  # the scales of the projection are a pass
+    prepare = found["rows"][0]["bytes"]
+    assert found["element_wise"]["bytes"] == report.moved_bytes + prepare
+    assert main([*common, "--layer"]) == 0
+    assert f"{found['launches']} launches" in " ".join(capsys.readouterr().out.split())
+    assert main([*common, "--kv", "fp8"]) == 2
+    assert "holds keys and values in bf16 and multiplies in bf16, and fp8 and bf16" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -95,3 +96,27 @@ def test_products_run_in_the_type_asked_for(
         model = with_weights_as_inputs(model)
     ir.save(model, tmp_path / "layer.onnx")
     assert parse_engine(build(tmp_path / "layer.onnx")).gemms == expected
+
+
+@pytest.mark.parametrize(("precision", "fused"), [(None, True), ("fp8", False), ("nvfp4", False)])
+def test_only_products_in_bf16_take_their_epilogue(
+    precision: str | None, fused: bool, tmp_path: Path
+) -> None:
+    """If this fails for a quantized one, TensorRT-RTX has learnt it: GELU is a launch less (docs/planning.md)."""
+    model = layer()
+    if precision is not None:
+        quantize(model, choose_formats(linear_names(model), precision))
+    ir.save(with_weights_as_inputs(model), tmp_path / "layer.onnx")
+    products = [one for one in parse_engine(build(tmp_path / "layer.onnx")).launches if one.kind == "gemm"]
+    assert [product.fused for product in products] == [fused] * 3
+
+
+def test_fp4_quantization_is_a_launch_behind_the_one_that_makes_its_input(tmp_path: Path) -> None:
+    """If this fails, TensorRT-RTX has learnt to write FP4 in the kernel before (docs/planning.md)."""
+    model = layer()
+    quantize(model, choose_formats(linear_names(model), "nvfp4"))
+    ir.save(with_weights_as_inputs(model), tmp_path / "layer.onnx")
+    launches = parse_engine(build(tmp_path / "layer.onnx")).launches
+    quantizing = [launch.name for launch in launches if "Dyna" in launch.name]
+    assert len(quantizing) == 3
+    assert all(re.fullmatch(r"__myl_Dyna(Resh|Move)*(_0x\w+)?", name) for name in quantizing), quantizing
