@@ -208,8 +208,12 @@ class NaiveRollout:
             self.evict()
         return np.concatenate([self.decode(out["x0"][:, i : i + 1]) for i in range(self.per_chunk)])
 
-    def give(self, frames: np.ndarray) -> None:
-        """Take whole chunks from a clip, uint8 `[N, H, W, 3]`, in place of denoising them; nothing is shown."""
+    def give(self, frames: np.ndarray) -> np.ndarray:
+        """Take whole chunks from a clip, uint8 `[N, H, W, 3]`, in place of denoising them.
+
+        Returns:
+            What the decoder makes of them, which a session does not show, of the clip's shape.
+        """
         video = (frames.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)
         out = self.run("vae_encode_first", {"video": video[:1]})
         latents = [out["latent"]]
@@ -223,12 +227,13 @@ class NaiveRollout:
             out = self.run("vae_encode_next", {"video": video[start : start + factor], **caches})
             latents.append(out["latent"])
         clip = np.concatenate(latents, axis=1)
+        decoded = []
         for chunk in np.split(clip, clip.shape[1] // self.per_chunk, axis=1):
             self.commit()
             self.latents[self.chunk] = chunk
             self.chunk += 1
-            for index in range(self.per_chunk):
-                self.decode(chunk[:, index : index + 1])
+            decoded += [self.decode(chunk[:, index : index + 1]) for index in range(self.per_chunk)]
+        return np.concatenate(decoded)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         specs = self.manifest["vae"]["caches"]
