@@ -27,7 +27,7 @@ from runtime.cuda.engine import load_cuda_engine
 from runtime.errors import BundleError, EngineError
 from runtime.program.buffers import plan_buffers
 from runtime.verify.dry_run import dry_run
-from tests.export.backends.rtx_bundles import ENGINES, Bundles, build_until, hashes, request
+from tests.export.backends.rtx_bundles import ENGINES, Bundles, exported, hashes, request
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)")
 pytest.importorskip("triton", reason="Triton is not installed (extra kernels)")
@@ -41,9 +41,7 @@ STORED = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    root = tmp_path_factory.mktemp("rtx")
-    folder = build_until(request(root, "bf16", name="exported"), "golden vectors")
-    return Bundles(root, folder)
+    return Bundles(tmp_path_factory.mktemp("rtx"), exported(tmp_path_factory))
 
 
 def manifest(folder: Path) -> Manifest:
