@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -80,3 +81,18 @@ def test_changelog_begins_with_what_is_not_released() -> None:
     assert headings[0] == "Unreleased"
     fallback = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["version"]
     assert headings[-1] == fallback["fallback-version"]
+
+
+REPORTED = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+
+
+def test_what_was_reported_has_tests() -> None:
+    assert len(REPORTED) >= 13
+
+
+@pytest.mark.parametrize(("path", "name"), REPORTED, ids=[name for _, name in REPORTED])
+def test_a_test_that_a_document_names_runs_every_time(path: str, name: str) -> None:
+    tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    marks = {ast.unparse(decorator) for decorator in found.decorator_list}
+    assert not marks & {"pytest.mark.slow", "pytest.mark.gpu"}

@@ -473,6 +473,7 @@ def test_memory_is_checked_before_anything_is_allocated(bundle: Path) -> None:
         {"sessions": 0},
         {"sessions": 1.5},
         {"threads": 0},
+        {"threads": 100_000},
         {"text_encoder": "gpu"},
         {"device": -1},
         {"device": "cuda:0"},

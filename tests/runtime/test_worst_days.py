@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from runtime.bundle import file_entry, load_bundle, write_manifest
 from runtime.errors import CapacityError, EngineError, InputError, SessionFailedError
 from runtime.scheduler import MAX_SWITCHES
 from runtime.verify import verdict as verdicts
+from tests.runtime import handmade
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,13 +157,13 @@ def test_switches_that_are_superseded_are_dropped_and_their_number_is_bounded(bu
         session.set_prompt(embedding=embedding, at=7)  # in place of one that waits
 
 
-def with_encoder(bundle: Path, folder: Path, value: float) -> Path:
-    """A copy whose text encoder ends in `value`, with hashes that are right."""
+def with_encoder(bundle: Path, folder: Path, tensor: str, rows: slice, value: float) -> Path:
+    """A copy with `value` in rows of a tensor of its text encoder, with hashes that are right."""
     shutil.copytree(bundle, folder)
     manifest = load_bundle(folder).manifest
     path = folder / manifest.text.weights
     weights = load_file(path)
-    weights["norm"] = np.full_like(weights["norm"], value)
+    weights[tensor][rows] = value
     save_file(weights, path)
     files = tuple(
         file_entry(folder, entry.path) if entry.path == manifest.text.weights else entry
@@ -174,13 +176,32 @@ def with_encoder(bundle: Path, folder: Path, value: float) -> Path:
 def test_a_prompt_whose_embedding_is_not_finite_is_refused_and_the_session_goes_on(
     bundle: Path, tmp_path: Path
 ) -> None:
-    broken = with_encoder(bundle, tmp_path / "broken", float("nan"))
+    broken = with_encoder(bundle, tmp_path / "broken", "norm", slice(None), float("nan"))
     with Pipeline.load(broken) as pipe:
         text = pipe.manifest.text
         with pipe.session(embedding=np.zeros((text.text_len, text.dim), np.float32)) as session:
             with pytest.raises(EngineError, match="not finite for this prompt"):
                 session.set_prompt("a fox")
             assert len(next(session.stream()).frames)
+
+
+def test_a_word_whose_row_is_damaged_spoils_no_prompt_without_it(bundle: Path, tmp_path: Path) -> None:
+    row = handmade.VOCAB.index("fox")
+    broken = with_encoder(bundle, tmp_path / "broken", "token_embedding", slice(row, row + 1), float("nan"))
+
+    def frames(folder: Path, *, ask: bool) -> list[np.ndarray]:
+        with Pipeline.load(folder) as pipe, pipe.session("a red", seed=7) as session:
+            stream = session.stream()
+            found = [next(stream).frames]
+            if ask:
+                with pytest.raises(EngineError, match="not finite for this prompt"):
+                    session.set_prompt("a red fox")
+                with pytest.raises(EngineError, match="not finite for this prompt"):
+                    pipe.embed("fox")
+            return [*found, next(stream).frames]
+
+    for spoilt, whole in zip(frames(broken, ask=True), frames(bundle, ask=False), strict=True):
+        assert np.array_equal(spoilt, whole)
 
 
 def test_a_latent_that_is_not_finite_ends_the_session_at_its_chunk(tiny_bundle: Path) -> None:
@@ -217,6 +238,35 @@ def test_a_verdict_that_cannot_be_recorded_is_still_given(
     with pytest.warns(UserWarning, match="cannot be recorded"):
         assert verdicts.record(loaded, verdict) is None
     assert verdicts.find_verdict(loaded, runner.platform) is None
+
+
+@pytest.mark.parametrize("home", [{"HOME": "/"}, {}])
+def test_a_user_without_a_home_hears_the_verdict(
+    golden_bundle: Path, tmp_path: Path, home: dict[str, str]
+) -> None:
+    """As in a container that runs as a number of its own and can write nothing."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(golden_bundle, folder, ignore=shutil.ignore_patterns(verdicts.VERDICT_NAME))
+    reads = "+dac_read_search"  # what of this machine only root may read, such as its Python
+    identity = ["--reuid", "12345", "--regid", "12345", "--clear-groups", f"--bounding-set=-all,{reads}"]
+    prefix = ["setpriv", *identity, f"--inh-caps=-all,{reads}", f"--ambient-caps={reads}"]
+    if shutil.which("setpriv") is None or subprocess.run([*prefix, "true"], check=False).returncode:
+        pytest.skip("this process may not become another user")
+    clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **home}
+    result = subprocess.run(
+        [*prefix, sys.executable, "-m", "runtime", "verify", str(folder), "--json", "-", "--threads", "1"],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["passed"] is True
+    assert "warning: the verdict cannot be recorded" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / verdicts.VERDICT_NAME).exists()
 
 
 def test_telemetry_of_onnx_runtime_is_off(bundle: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from export.cli import command
@@ -60,6 +61,22 @@ def test_the_file_that_does_not_belong_is_blamed(
     assert str(tmp_path / "other.safetensors") in message
     for other in {"checkpoint", "vae", "text_encoder"} - {role}:
         assert str(getattr(weights, other)) not in message
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        ["<|startoftext|>", "<|endoftext|>", "<unk>"],  # fewer entries than the encoder has rows
+        ["<pad>", "</s>", "<unk>", *map(str, range(1000))],  # more
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused_before_the_build(special: list[str], tmp_path: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate(special)}
+    other = tmp_path / "other.json"
+    Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>")).save(str(other))
+    with pytest.raises(CheckpointError, match=r"other\.json is not the text encoder's") as caught:
+        replace(shipped(), tokenizer=other).check()
+    assert str(shipped().text_encoder) not in str(caught.value)
 
 
 def test_a_calibration_is_of_the_weights_with_their_loras_and_of_their_section(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime import Pipeline
 from runtime.bundle import Manifest, file_entry, hash_file, load_bundle, write_manifest
 from runtime.errors import BundleError, BundleIntegrityError, BundleSchemaError
 from tests.runtime.handmade import edit_manifest
@@ -176,14 +178,18 @@ def test_component_path_stays_inside(copy: Path) -> None:
 
 
 def test_a_bundle_in_a_hub_cache_loads(copy: Path) -> None:
-    """Every file is a link to `../../blobs/HASH`, the manifest too."""
+    """Every file is a link to `../../blobs/HASH`, the manifest too; frames are the same."""
+    with Pipeline.load(copy, threads=1) as pipe, pipe.session("a red", seed=7) as session:
+        expected, frames = pipe.manifest, next(session.stream()).frames
     blobs, snapshot = copy.parent / "hub" / "blobs", copy.parent / "hub" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for path in list(copy.iterdir()):
         blob = path.rename(blobs / hash_file(path))
         (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
-    load_bundle(snapshot)
+    assert load_bundle(snapshot).manifest == expected
+    with Pipeline.load(snapshot, threads=1) as linked, linked.session("a red", seed=7) as session:
+        assert np.array_equal(next(session.stream()).frames, frames)
     blob = (snapshot / "step.onnx").resolve()
     blob.write_bytes(blob.read_bytes()[::-1])
     with pytest.raises(BundleIntegrityError, match="the file was changed"):
