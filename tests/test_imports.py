@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "cli",
         "ship",
         "stages",
-        "data forward runner",
+        "data forward quantization runner",
         "__init__ attention config device optim",
     ),
     "export": (

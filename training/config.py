@@ -12,7 +12,7 @@ __all__ = ["CONFIGS", "STAGES", "ConfigError", "Run", "StageConfig", "StageName"
 
 CONFIGS = Path(__file__).parent / "configs"
 StageName = Literal[
-    "latents", "encoder", "text", "decoder", "still", "student", "rollout", "hsa", "sla", "sharpen",
+    "latents", "encoder", "text", "decoder", "still", "student", "rollout", "hsa", "sla", "qat", "sharpen",
     "framewise",
 ]  # fmt: skip
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -98,6 +98,7 @@ class TrainingConfig(_Model):
     rollout: StageConfig
     hsa: StageConfig
     sla: StageConfig
+    qat: StageConfig
     sharpen: StageConfig
     framewise: StageConfig
 

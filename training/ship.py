@@ -29,13 +29,15 @@ FILES = {
     "transformer": "dit.safetensors",
     "dense": "dit_dense.safetensors",
     "framewise": "dit_framewise.safetensors",
+    "nvfp4": "dit_nvfp4.safetensors",
     "decoder": "vae.safetensors",
     "text": "text_encoder.safetensors",
     "tokenizer": "tokenizer.json",
     "latents": "latents.safetensors",
 }
 """`dense` is the transformer before it was finetuned under sparse attention, to compare with, and `framewise` that one
-for chunks of one latent frame. The latents' basis serves training only; the decoder holds its inverse."""
+for chunks of one latent frame; `nvfp4` is the finetuned one, trained on with its linears in that format. The latents'
+basis serves training only; the decoder holds its inverse."""
 LEAVE_OUT = "none"
 
 
@@ -54,8 +56,9 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     transformers = {} if name == LEAVE_OUT else {"transformer": name}
     if name == "hsa":
         transformers["dense"] = latest_transformer(run, PREVIOUS["hsa"])
-    if transformers and run.weights("framewise").exists():
-        transformers["framewise"] = "framewise"
+    for part, stage in (("framewise", "framewise"), ("nvfp4", "qat")):
+        if transformers and run.weights(stage).exists():
+            transformers[part] = stage
     decoder = "sharpen" if run.weights("sharpen").exists() else "decoder"
     for stage in (decoder, "text", *transformers.values()):
         if not run.weights(stage).exists():
@@ -107,12 +110,14 @@ def adopt(run: Run, folder: Path) -> list[str]:
     if _has_encoder(folder / FILES["decoder"]):
         encoder = load_vae_encoder_state(folder / FILES["decoder"], TINY_VAE, dtype=torch.float32)
         states[run.weights("encoder")] = encoder
-    transformers = {
-        "transformer": run.start("student"),
-        "dense": run.weights("rollout"),
-        "framewise": run.weights("framewise"),
-    }
-    for part, path in transformers.items():
+    transformers = (
+        ("transformer", run.start("student")),
+        ("transformer", run.weights("hsa")),
+        ("dense", run.weights("rollout")),
+        ("framewise", run.weights("framewise")),
+        ("nvfp4", run.weights("qat")),
+    )
+    for part, path in transformers:
         if (folder / FILES[part]).exists():
             states[path] = load_dit_state(folder / FILES[part], PRESET.dit, dtype=torch.float32)
     for path, state in states.items():

@@ -29,7 +29,7 @@ class Key:
 
     Attributes:
         identity: what the row's clips depend on besides.
-        dense: the identity of the row that frames are compared with.
+        dense: the identity of the row that frames are compared with, which mostly is the dense one.
     """
 
     row: str

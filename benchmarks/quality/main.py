@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         "--bundle", action="append", default=[], metavar="NAME=PATH", help="add a built bundle as a row"
     )
     parser.add_argument(
+        "--against",
+        default="dense",
+        metavar="ROW",
+        help="row that PSNR and SSIM compare with (default: %(default)s)",
+    )
+    parser.add_argument(
         "--kinds", default="moves,bounces,orbits,grows", help="kinds of motion, comma-separated"
     )
     parser.add_argument("--prompts", type=int, default=32)
@@ -130,6 +136,9 @@ def _rows(options: argparse.Namespace) -> list[Row]:
         if not path:
             raise ValueError(f"--bundle is {item!r}; expected NAME=PATH, e.g. demo=engines/built/demo")
         rows.append(BundleRow(name, Path(path)))
+    if options.against not in (row.name for row in rows):
+        known = ", ".join(row.name for row in rows)
+        raise ValueError(f"--against is {options.against!r}; expected one of the rows: {known}")
     return rows
 
 
@@ -167,16 +176,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chunks = LONG_CHUNKS if options.long else CHUNKS
     ledger = Ledger(options.out)
     lines = [Line(row.name) for row in rows]
+    original = next(row for row in rows if row.name == options.against)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("clips", total=len(clips) * options.seeds * len(rows))
         for clip, seed in product(clips, range(options.seeds)):
-            keys = [Key(row.name, row.identity, rows[0].identity, clip.caption, seed, chunks) for row in rows]
-            for row, key, line in zip(rows, keys, lines, strict=True):
+            keys = {
+                row.name: Key(row.name, row.identity, original.identity, clip.caption, seed, chunks)
+                for row in rows
+            }
+            for row, line in zip(rows, lines, strict=True):
+                key = keys[row.name]
                 found = ledger.score(key)
                 if found is None:
                     frames = _frames(ledger, row, key)
-                    dense = None if row is rows[0] else _frames(ledger, rows[0], keys[0])
-                    found = score(frames, clip, seed, dense)
+                    compared = None if row is original else _frames(ledger, original, keys[original.name])
+                    found = score(frames, clip, seed, compared)
                     ledger.add(key, found, row.share)
                 line.scores.append(found)
                 line.share = ledger.share(row.name, row.identity)
@@ -188,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ["python", "-m", "benchmarks.quality", *(sys.argv[1:] if arguments is None else arguments)]
         ),
         "weights": options.weights.name,
+        "against": options.against,
         "prompts": options.prompts,
         "seeds": options.seeds,
         "chunks": chunks,

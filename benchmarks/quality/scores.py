@@ -47,7 +47,7 @@ class ClipScore:
     """For motions that leave the picture: colour and shape are right after the return."""
     psnr: float | None = None
     ssim: float | None = None
-    """Against the dense rollout with the same prompt and seed."""
+    """Against the rollout that `score` was given to compare with."""
 
 
 def chunk_frames(chunk: int) -> slice:
@@ -67,7 +67,7 @@ def score(frames: Frames, clip: Clip, seed: int, dense: Frames | None = None) ->
     Motion is judged over the first 81 frames; a longer clip adds to `by_chunk` only.
 
     Args:
-        dense: the dense rollout's frames with the same prompt and seed.
+        dense: another row's frames with the same prompt and seed, mostly the dense rollout's.
     """
     head = frames[:FRAMES]
     reading = read(head)

@@ -12,18 +12,23 @@ from .formats import (
     quantize,
     save_quantized,
 )
+from .numerics import Format, dequantize_weight, fake_activation, fold_weight
 from .trial import Trial, block_linears, embed_prompts, read_prompts
 
 __all__ = [
     "ORT_SESSION_CONFIG",
     "Calibration",
+    "Format",
     "QuantPrecision",
     "Trial",
     "block_linears",
     "calibrate",
     "choose_formats",
+    "dequantize_weight",
     "embed_prompts",
+    "fake_activation",
     "fake_quantized",
+    "fold_weight",
     "latent_error",
     "layer_errors",
     "linear_names",

@@ -98,11 +98,14 @@ def pack_fp4(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize `x` `[..., K]`, at most `RANGE` large: (codes `[..., K]`, E4M3 block scales `[..., K / 16]`)."""
+def _rounded_blocks(x: Tensor) -> Tensor:
+    """`x` `[..., K]`, at most `RANGE` large, as NVFP4 holds it with the largest value of each block at 6."""
     blocks = x.reshape(*x.shape[:-1], -1, FP4_BLOCK)
-    scales = to_e4m3(blocks.abs().amax(-1) / FP4_MAX)
-    return to_e2m1(_divided(blocks, scales)).flatten(-2), scales
+    magnitude = blocks.abs()
+    scales = to_e4m3(magnitude.amax(-1, keepdim=True) / FP4_MAX).float()
+    # By a scale of zero, zeros.
+    values = _nearest_e2m1(magnitude / torch.where(scales > 0, scales, torch.inf)).mul_(scales)
+    return torch.copysign(values, blocks).flatten(-2)
 
 
 def _divided(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -112,7 +115,8 @@ def _divided(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 def _searched_blocks(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `_blocks`, for `x` `[N, K]`, with the scale of each block that has the least squared error.
+    """Quantize `x` `[N, K]` with the scale of each block that has the least squared error: (codes `[N, K]`, E4M3 block
+    scales `[N, K / 16]`).
 
     Args:
         importance: weight of each column's error, `[K]`; None = all alike.
@@ -233,7 +237,7 @@ def fake_activation(
     scaled = wide / scale
     if format == "fp8":
         return to_e4m3(scaled).float(), scale
-    return _from_blocks(*_blocks(scaled)), scale
+    return _rounded_blocks(scaled), scale
 
 
 def fake_linear(x: Tensor, folded: FoldedWeight, format: Format, *, amax: float | None = None) -> Tensor:

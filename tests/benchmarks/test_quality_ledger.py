@@ -92,6 +92,11 @@ def test_an_interrupted_benchmark_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     }
     assert content["rows"]["other"]["summary"]["seen"] == 0.5
     assert content["rows"]["other"]["summary"]["psnr"] == 99
+    assert quality.main([*arguments, "--against", "other"]) == 0
+    content = json.loads((tmp_path / "quality.json").read_text())
+    assert content["rows"]["other"]["summary"]["psnr"] is None
+    assert content["rows"]["dense"]["summary"]["psnr"] == 99
+    assert len(made) == 4  # frames were kept
     for name in ("quality.md", "quality.png", "contact_sheet.png"):
         assert (tmp_path / name).stat().st_size > 0
 

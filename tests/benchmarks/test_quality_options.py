@@ -17,3 +17,9 @@ def test_a_wrong_bundle_is_told_before_the_first_clip(
     assert quality.main([*common, "--bundle", "mine"]) == 2
     assert "expected NAME=PATH" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_frames_are_compared_with_a_row_that_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rows", "dense", "--finetuned-rows", "", "--against"]
+    assert quality.main([*options, "finetuned-hsa"]) == 2
+    assert "expected one of the rows: dense" in capsys.readouterr().err

@@ -7,7 +7,7 @@ no teacher to distil.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -134,16 +134,19 @@ class _TransformerStage(Stage):
         own: Tensor,
         text: Tensor,
         spec: AttentionSpec | None = None,
+        model: CausalWanModel | None = None,
     ) -> Tensor:
         """x0 predicted for noised chunks, each seeing the chunks before it, as in a rollout.
 
         Args:
             chunks: the window; the first one is predicted only if it is chunk 0.
             own: the window's latents, from which context and noised chunks are made.
+            model: who predicts; None = the one that is trained.
 
         Returns:
             the predicted chunks, which are the window's last ones.
         """
+        model = model or self.model
         layout = forcing_layout(chunks)
         noisy = [segment.chunk for segment in layout[len(chunks) - 1 :]]
         targets = len(noisy) * self.chunk_frames
@@ -151,9 +154,9 @@ class _TransformerStage(Stage):
         context = context + self.weights.context_noise * torch.randn_like(context)
         x, sigma = self.noised(generator, own[:, :, -targets:], noisy)
         t = torch.cat([torch.zeros(context.shape[0], context.shape[2]), sigma], dim=1)
-        core = window_core(self.model, layout, self.grid, spec, self.chunk_frames)
+        core = window_core(model, layout, self.grid, spec, self.chunk_frames)
         both = torch.cat([context, x], dim=2)
-        flow = predict_flow(self.model, both, 1000 * t, self.model.embed_text(text), core)
+        flow = predict_flow(model, both, 1000 * t, model.embed_text(text), core)
         return x - over_pixels(sigma) * flow[:, :, -targets:]
 
     @property
@@ -283,11 +286,15 @@ class RolloutStage(_TransformerStage):
         """Put whole rollouts of new clips into the pool."""
         places = generator.choice(self.replay.size, min(ROLLED_OUT, self.replay.size), replace=False)
         self.replay.renew(generator, places)
-        captions = [self.clips.clips[index].caption for index in self.replay.members[places]]
-        rollout = BatchRollout(self.model, self.captions(captions), self.grid, self.spec, self.schedule)
-        alike = self.replay.own[places, :, : self.chunk_frames]
-        for index, chunk in enumerate(rollout.chunks(self.clip_chunks, lambda: torch.randn_like(alike))):
+        for index, chunk in enumerate(self.rolled_out(places, self.model)):
             self.replay.put(places, chunk, index * self.chunk_frames)
+
+    def rolled_out(self, places: Indices, model: CausalWanModel) -> Iterator[Tensor]:
+        """The chunks of whole rollouts of the clips in `places`."""
+        captions = [self.clips.clips[index].caption for index in self.replay.members[places]]
+        rollout = BatchRollout(model, self.captions(captions), self.grid, self.spec, self.schedule)
+        alike = self.replay.own[places, :, : self.chunk_frames]
+        return rollout.chunks(self.clip_chunks, lambda: torch.randn_like(alike))
 
     def loss(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         count, size = 1, self.shown
@@ -305,7 +312,14 @@ class RolloutStage(_TransformerStage):
         rivals = self.replay.rivals(generator, places, frames)
         weight = weight + self.weights.outline * self.difference(rivals, latents)
         own = self.replay.own[places, :, :frames]
+        target = self.target(generator, places, latents, text)
         found = self.continued(generator, range(count), own, text, self.spec)
-        drawn = self.error(found, latents, weight)
+        drawn = self.error(found, target, weight)
         self.replay.put(places, found)
         return drawn, {"chunks": float(count), "drift": float((own - latents).square().mean())}
+
+    def target(
+        self, generator: np.random.Generator, places: Indices, latents: Tensor, text: Tensor
+    ) -> Tensor:
+        """What the clips in `places` should become, in the shape of their true `latents`; those themselves."""
+        return latents

@@ -24,6 +24,7 @@ from training.runner import Stage, run_stage, save_tensors
 from .decoder import DecoderStage
 from .dit import SPARSITY_BASE, SPARSITY_TARGET, RolloutStage, StillStage, StudentStage, attention_spec
 from .encoder import derive_encoder
+from .qat import QATStage
 from .sharpen import SharpenStage
 from .text import CaptionEncoder, TextStage
 
@@ -35,10 +36,15 @@ PREVIOUS: dict[str, tuple[str, ...]] = {
     "rollout": ("student", "still"),
     "hsa": ("rollout", "student", "still"),
     "sla": ("rollout", "student", "still"),
+    "qat": ("hsa",),
     "framewise": ("rollout", "student"),
 }
 """Stages whose transformer a stage starts from: the first that exists."""
-SPARSE = {"hsa": HSAConfig(), "sla": HSAConfig(keep_frames=LATENT_FRAMES, sink_frames=0, near_frames=0)}
+SPARSE = {
+    "hsa": HSAConfig(),
+    "qat": HSAConfig(),
+    "sla": HSAConfig(keep_frames=LATENT_FRAMES, sink_frames=0, near_frames=0),
+}
 """Stages under sparse attention: Light Forcing's, and one stage of selection among all blocks, which is SLA's sparse
 branch."""
 
@@ -98,7 +104,7 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
         framewise = RolloutStage(*common, FlowSchedule.warped(chunk_frames=1))
         framewise.name = name
         return framewise
-    rollout = RolloutStage(*common)
+    rollout = QATStage(*common) if name == "qat" else RolloutStage(*common)
     if name in SPARSE:
         rollout.name = name
         table = SparsityTable.chunk_aware(SPARSITY_TARGET, SPARSITY_BASE)

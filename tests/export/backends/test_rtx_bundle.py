@@ -19,6 +19,7 @@ from export.cli.main import main
 from export.errors import BuildError, InputError
 from export.quantize.calibration import Calibration
 from export.quantize.decision import block_linear_names
+from export.quantize.graph import KINDS
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 from runtime.bundle import HASHES_NAME, Manifest, load_bundle
@@ -342,6 +343,33 @@ def test_auto_leaves_out_what_loses_too_much_and_activations_can_be_static(bundl
     stored = tensors(folder)
     assert stored["model.blocks.1.cross_attn.q.weight.input"] == ("BF16", (1,))
     assert "model.blocks.1.ffn.0.weight.input" not in stored  # NVFP4 is always dynamic
+
+
+def test_a_searched_mix_of_formats_is_what_the_finished_bundle_computes(bundles, tmp_path):
+    """From `--precision auto` to the engines' plans: each kind in the narrowest format that the budget has room for."""
+    errors = {kind: {"fp8": 0.002, "nvfp4": 0.01} for kind in (*KINDS, "all")}
+    errors["self_attn.o"] = {"fp8": 0.5, "nvfp4": 0.9}
+    errors["self_attn.qkv"] = {"fp8": 0.01, "nvfp4": 0.5}
+    file = calibration(tmp_path / "ranges.json", output_errors=errors)
+    out = tmp_path / "out"
+    bundles.start(request(out, "nvfp4", name="searched"))
+    options = "--gpu rtx5090 --preset tiny --init random --seed 0 --precision auto --error-budget 0.1 --name searched"
+    assert main(["build", *options.split(), "--out", str(out), "--calibration", str(file)]) == 0
+
+    found = manifest(out / "searched")
+    section = found.quantization
+    wanted = {"self_attn.o": None, "self_attn.qkv": "fp8"}
+    expected = {name: wanted.get(name.split(".", 2)[2], "nvfp4") for name in NAMES}
+    assert found.precision == "nvfp4"
+    assert section.formats == {name: format for name, format in expected.items() if format}
+    assert section.skipped == tuple(name for name in NAMES if expected[name] is None)
+    assert section.search.budget == 0.1
+    assert section.search.error == pytest.approx((6 * 0.01**2 + 0.01**2) ** 0.5)
+    assert found.components["layer"].cost.gemms == {"bf16": 1, "fp8": 1, "fp4": 4}
+    # All products of the text are one there.
+    assert found.components["conditioner"].cost.gemms == {"bf16": 2, "fp4": 1}
+    stored = tensors(out / "searched")
+    assert stored["model.blocks.1.self_attn.o.weight"] == ("BF16", (DIM, DIM))
 
 
 @pytest.mark.parametrize(

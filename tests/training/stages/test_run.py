@@ -36,6 +36,7 @@ from training.runner import Stage, progress_factor, run_stage
 from training.ship import adopt
 from training.stages.decoder import use_planar_convolutions
 from training.stages.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
+from training.stages.qat import QATStage
 from training.stages.run import PRESET, StageError, run
 from training.stages.sharpen import SharpenStage
 from training.stages.text import CaptionEncoder
@@ -267,6 +268,42 @@ def test_windows_of_rollouts_fit_their_frames(
         torch.testing.assert_close(again[1:], latents[1:], rtol=1e-3, atol=1e-3)
 
 
+def qat_stage(trained: tuple[TrainingConfig, Run]) -> QATStage:
+    config, folder = trained
+    clips = ClipSet(folder.stage("latents"))
+    captions = CaptionEncoder.load(PRESET, folder.weights("text"))
+    start = load_weights(folder.weights("hsa"))
+    return QATStage(config.qat, config.loss, PRESET, clips, captions, start)
+
+
+def test_what_rounds_nothing_is_right_from_the_start(
+    trained: tuple[TrainingConfig, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets are made with the draws of the predictions that are compared with them."""
+    monkeypatch.setattr("training.stages.qat.ROLLED_OUT", 1)
+    stage = qat_stage(trained)
+    assert stage.loss(np.random.default_rng(0))[0].item() > 0
+    stage = qat_stage(trained)
+    stage.model = stage.teacher
+    assert stage.loss(np.random.default_rng(0))[0].item() == 0
+    stage.roll_out(np.random.default_rng(3))
+    assert torch.equal(stage.replay.own, stage.replay.taught)
+
+
+def test_both_models_go_on_from_what_they_made(trained: tuple[TrainingConfig, Run]) -> None:
+    stage = qat_stage(trained)
+    places = np.arange(stage.replay.size)
+    stage.replay.renew(np.random.default_rng(0), places)
+    true = stage.replay.own.clone()
+    assert torch.equal(stage.replay.taught, true)
+    stage.loss(np.random.default_rng(1))
+    changed = [(stage.replay.own[i] != true[i]).any() for i in places]
+    assert any(changed)
+    for place in places[changed]:
+        assert (stage.replay.taught[place] != true[place]).any()
+        assert (stage.replay.taught[place] != stage.replay.own[place]).any()
+
+
 def test_latents_continue_where_they_were_interrupted(trained: tuple[TrainingConfig, Run]) -> None:
     config, folder = trained
     before = np.array(ClipSet(folder.stage("latents")).latents)
@@ -283,6 +320,7 @@ def test_shipped_files_load_as_public_checkpoints(
     assert main(["--run", str(folder.folder), "ship", "--to", str(tmp_path)]) == 0
     load_dit_state(tmp_path / "dit.safetensors", PRESET.dit)
     load_dit_state(tmp_path / "dit_framewise.safetensors", PRESET.dit)
+    load_dit_state(tmp_path / "dit_nvfp4.safetensors", PRESET.dit)
     load_vae_state(tmp_path / "vae.safetensors", PRESET.vae)
     load_vae_encoder_state(tmp_path / "vae.safetensors", PRESET.vae)
     load_umt5_state(tmp_path / "text_encoder.safetensors", PRESET.text)
@@ -292,7 +330,9 @@ def test_shipped_files_load_as_public_checkpoints(
     assert load_weights(again.weights("text")).keys() < load_weights(folder.weights("text")).keys()
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 2
     assert set(load_weights(again.weights("framewise"))) == set(load_weights(folder.weights("framewise")))
-    for name in ("dit", "dit_dense", "dit_framewise"):
+    for stage in ("hsa", "qat"):
+        assert set(load_weights(again.weights(stage))) == set(load_weights(folder.weights(stage)))
+    for name in ("dit", "dit_dense", "dit_framewise", "dit_nvfp4"):
         (tmp_path / f"{name}.safetensors").unlink()
     later = Run(tmp_path / "later")
     assert adopt(later, tmp_path) == ["text", "decoder", "encoder"]
