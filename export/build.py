@@ -23,6 +23,7 @@ from export.request.weights import Weights
 from lightforcing_ref.dimensions import DecoderConfig, TAEConfig
 from plugins.contract import HIERARCHICAL_SPARSE_ATTENTION
 from runtime import bundle
+from runtime.bundle.policies import has_linear_branch
 from runtime.files import temporary_folder
 
 from .errors import InputError
@@ -131,6 +132,28 @@ def _check_variant(request: BuildRequest) -> None:
         request.variant.attention, request.backend, request.execution, kernels=request.launches_kernels
     )
     _check_rollout(request)
+    _check_linear_branch(request)
+
+
+def _check_linear_branch(request: BuildRequest) -> None:
+    """Refuse weights that were trained with SLA's linear branch under a method without it, and the opposite.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        InputError: weights and method do not belong together.
+    """
+    method, weights = request.variant.attention, request.weights
+    if has_linear_branch(method) and not weights.transformer.linear_branch:
+        raise InputError(
+            f"the variant {request.variant.name} asks for SLA's linear branch, and {weights.checkpoint} has no "
+            "projection for it (blocks.N.self_attn.proj_l); drop linear = true, or give a checkpoint that was trained "
+            "with it"
+        )
+    if weights.transformer.linear_branch and not has_linear_branch(method):
+        raise InputError(
+            f"{weights.checkpoint} was trained with SLA's linear branch (blocks.N.self_attn.proj_l), which the policy "
+            f"{method.policy} does not run; use --policy sla, or a checkpoint without it"
+        )
 
 
 def _check_rollout(request: BuildRequest) -> None:

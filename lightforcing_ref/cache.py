@@ -38,7 +38,8 @@ Values that are codes lie block by block, `[..., blocks, H, D, block]`."""
 class AttentionSpec:
     """Constants of the self-attention of one model variant; `kv` and `products` None = in the compute type.
 
-    With `persistent_frames`, the most virtual frames that a persistent set fills, attention is told what is pinned.
+    With `persistent_frames`, the most virtual frames that a persistent set fills, attention is told what is pinned;
+    with `linear_branch`, it is given the layer's projection of SLA's linear branch.
     """
 
     heads: int
@@ -49,6 +50,7 @@ class AttentionSpec:
     kv: KVFormat | None = None
     products: Products | None = None
     persistent_frames: int = 0
+    linear_branch: bool = False
 
     def prepare_attributes(self) -> dict[str, int]:
         """Integer attributes of QKPrepare."""
@@ -132,6 +134,7 @@ class CachedAttention:
             self.frame_slots,
             self.chunk,
             *((self.pinned,) if self.spec.persistent_frames else ()),
+            *(params.linear if self.spec.linear_branch else ()),
             **self.spec.attend_attributes(),
         )
         return out.flatten(1)[None]

@@ -34,6 +34,8 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     rope_theta: float = 10000.0
+    linear_branch: bool = False
+    """Whether self-attention has the projection of SLA's linear branch."""
 
     @property
     def head_dim(self) -> int:

@@ -26,12 +26,16 @@ CrossKV = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class QKVParams:
-    """What the core needs besides the projection: bias `[3 dim]`, RMS-norm weights `[dim]`, and epsilon."""
+    """What the core needs besides the projection: bias `[3 dim]`, RMS-norm weights `[dim]`, and epsilon.
+
+    `linear` is weight `[head_dim, head_dim]` and bias `[head_dim]` of SLA's linear branch, of models that have it.
+    """
 
     bias: Tensor
     norm_q: Tensor
     norm_k: Tensor
     eps: float
+    linear: tuple[Tensor, ...] = ()
 
 
 class SelfAttentionCore(Protocol):
@@ -69,6 +73,11 @@ class SelfAttention(Attention):
 
     qkv: nn.Linear
     qkv_bias: Tensor
+    proj_l: nn.Linear | None
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.proj_l = nn.Linear(config.head_dim, config.head_dim) if config.linear_branch else None
 
     def merge(self) -> None:
         """Replace q, k, v by one bias-free `qkv` linear and a `qkv_bias`, in place, as deployment wants them.
@@ -90,7 +99,8 @@ class SelfAttention(Attention):
             parts = (self.q, self.k, self.v)
             qkv = F.linear(x, torch.cat([part.weight for part in parts]))
             bias = torch.cat([part.bias for part in parts])
-        params = QKVParams(bias, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
+        linear = () if self.proj_l is None else (self.proj_l.weight, self.proj_l.bias)
+        params = QKVParams(bias, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, linear)
         return self.o(core(layer, qkv, params))
 
 

@@ -1,14 +1,14 @@
-"""The contract of the operators: names, attributes and shapes. No dependencies.
+"""The contract of the operators: names and attributes; `shapes` has what follows from them. No dependencies.
 
 The meaning of every input, output and attribute is defined in docs/operators.md, and in docs/policies.md for the
 methods of other authors: each is an operator with the inputs and the output of hierarchical sparse attention, and
-attributes of its own; one takes an input more.
+attributes of its own; one takes an input more, and one two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
@@ -22,6 +22,7 @@ __all__ = [
     "HSA_ATTRIBUTES",
     "HSA_INPUTS",
     "HSA_OUTPUTS",
+    "LINEAR_EPSILON",
     "PERSISTENT_BLOCK",
     "QK_PREPARE",
     "QK_PREPARE_ATTRIBUTES",
@@ -30,6 +31,7 @@ __all__ = [
     "RADIAL",
     "SLIDING_TILE",
     "SPARGE",
+    "SPARSE_LINEAR",
     "VERSION",
     "VMOBA",
     "AttentionAttributes",
@@ -40,10 +42,9 @@ __all__ = [
     "RadialAttributes",
     "SlidingTileAttributes",
     "SpargeAttributes",
+    "SparseLinearAttributes",
     "VMoBAAttributes",
     "attribute_kinds",
-    "hsa_output_shapes",
-    "qk_prepare_output_shapes",
 ]
 
 DOMAIN: Final = "lightforcing"
@@ -59,6 +60,7 @@ RADIAL: Final = "RadialAttention"
 SPARGE: Final = "SpargeAttention"
 VMOBA: Final = "VMoBAAttention"
 PERSISTENT_BLOCK: Final = "PersistentBlockAttention"
+SPARSE_LINEAR: Final = "SparseLinearAttention"
 
 HSA_INPUTS: Final[tuple[str, ...]] = (
     "q",
@@ -88,12 +90,11 @@ HSA_ATTRIBUTES: Final[tuple[str, ...]] = (
 )
 QK_PREPARE_ATTRIBUTES: Final[tuple[str, ...]] = ("heads", "frame_tokens", "block_q", "block_k", "eps")
 
+LINEAR_EPSILON: Final = 1e-5
+"""What SLA's linear branch adds to the sum of its weights."""
+
 DENSE_Q20: Final = 1 << 20
 """The kept fraction 1.0 in the fixed-point form of `keep_q20`: every block is kept."""
-
-Dim = Any
-"""An int, or PyTorch's symbolic int while a graph is traced."""
-Shape = Sequence[Dim]
 
 
 def _require_int(owner: str, name: str, value: object, minimum: int) -> None:
@@ -389,6 +390,28 @@ class PersistentBlockAttributes(_BlockAttributes):
         _require_table(PERSISTENT_BLOCK, self.keep_q20)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseLinearAttributes(_BlockAttributes):
+    """Attributes of `SparseLinearAttention`.
+
+    Attributes:
+        scale: factor on the logits of the sparse branch's softmax.
+        keep_q20: per chunk, the kept fraction of the resident key blocks times 2^20.
+
+    Raises:
+        ContractError: a value lies outside its range.
+    """
+
+    scale: float
+    keep_q20: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
+        self._check_geometry(SPARSE_LINEAR)
+        _require_positive(SPARSE_LINEAR, "scale", self.scale)
+        _require_table(SPARSE_LINEAR, self.keep_q20)
+
+
 AttentionAttributes = (
     HSAAttributes
     | SlidingTileAttributes
@@ -396,6 +419,7 @@ AttentionAttributes = (
     | SpargeAttributes
     | VMoBAAttributes
     | PersistentBlockAttributes
+    | SparseLinearAttributes
 )
 
 ATTENTION_OPERATORS: Final[Mapping[str, type[AttentionAttributes]]] = {
@@ -405,6 +429,7 @@ ATTENTION_OPERATORS: Final[Mapping[str, type[AttentionAttributes]]] = {
     SPARGE: SpargeAttributes,
     VMOBA: VMoBAAttributes,
     PERSISTENT_BLOCK: PersistentBlockAttributes,
+    SPARSE_LINEAR: SparseLinearAttributes,
 }
 """Operators in the place of attention, with their attributes. All have `HSA_OUTPUTS`, and at least `HSA_INPUTS`."""
 
@@ -416,104 +441,3 @@ _KINDS: Final[Mapping[str, AttributeKind]] = {"int": "int", "float": "float", "t
 def attribute_kinds(attributes: type[AttentionAttributes | QKPrepareAttributes]) -> dict[str, AttributeKind]:
     """Attribute name -> kind, in the order of the operator's schema."""
     return {field.name: _KINDS[str(field.type)] for field in fields(attributes)}
-
-
-def _expect(owner: str, shapes: Mapping[str, Shape], name: str, expected: Sequence[Dim | str]) -> None:
-    """Check one shape; a string stands for a dimension of any size."""
-    found = tuple(shapes[name])
-    fits = len(found) == len(expected) and all(
-        isinstance(want, str) or have == want for have, want in zip(found, expected, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(dim) for dim in expected)
-        raise ContractError(f"{owner}: {name} has shape {list(found)}; expected [{wanted}]")
-
-
-def _frames(owner: str, name: str, tokens: Dim, frame_tokens: int) -> Dim:
-    if tokens == 0 or tokens % frame_tokens:
-        raise ContractError(
-            f"{owner}: {name} has {tokens} tokens; expected whole frames, a positive multiple of frame_tokens = "
-            f"{frame_tokens}"
-        )
-    return tokens // frame_tokens
-
-
-def hsa_output_shapes(
-    attributes: AttentionAttributes, shapes: Mapping[str, Shape]
-) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of an attention operator, over codes or not, and derive its output shapes.
-
-    The number of slots may be symbolic and is not compared between the caches.
-
-    Args:
-        shapes: shape of every input of the operator.
-
-    Raises:
-        ContractError: a shape does not fit; the message names the input and both shapes.
-    """
-    owner = next(name for name, kind in ATTENTION_OPERATORS.items() if isinstance(attributes, kind))
-    _expect(owner, shapes, "q", ("tokens", "heads", "head_dim"))
-    tokens, heads, dim = shapes["q"]
-    frames = _frames(owner, "q", tokens, attributes.frame_tokens)
-    by_token, in_slots = (tokens, heads, dim), ("slots", attributes.frame_tokens, heads, dim)
-    by_block = (attributes.k_blocks, heads, dim, attributes.block_k)
-    codes = "v_scale" in shapes
-    _expect(owner, shapes, "k", by_token)
-    _expect(owner, shapes, "v", (frames, *by_block) if codes else by_token)
-    _expect(owner, shapes, "q_mean", (frames, attributes.q_blocks, heads, dim))
-    _expect(owner, shapes, "k_mean", (frames, attributes.k_blocks, heads, dim))
-    _expect(owner, shapes, "past_k", in_slots)
-    _expect(owner, shapes, "past_v", ("slots", *by_block) if codes else in_slots)
-    _expect(owner, shapes, "past_kmean", ("slots", attributes.k_blocks, heads, dim))
-    for name, count in (
-        ("k_scale", frames),
-        ("v_scale", frames),
-        ("past_kscale", "slots"),
-        ("past_vscale", "slots"),
-    ):
-        if name in shapes:
-            _expect(owner, shapes, name, (count, attributes.k_blocks, heads))
-    _expect(owner, shapes, "frame_slots", ("past frames",))
-    _expect(owner, shapes, "chunk", ())
-    if "pinned" in shapes:
-        _expect(owner, shapes, "pinned", ())
-    return {"out": (tokens, heads, dim)}
-
-
-def qk_prepare_output_shapes(
-    attributes: QKPrepareAttributes, shapes: Mapping[str, Shape], *, codes: bool = False
-) -> dict[str, tuple[Dim, ...]]:
-    """Check the input shapes of `QKPrepare` and derive its output shapes.
-
-    Args:
-        shapes: shape of every input in `QK_PREPARE_INPUTS`.
-        codes: whether keys and values are codes in its results.
-
-    Raises:
-        ContractError: a shape does not fit; the message names the input and both shapes.
-    """
-    owner = QK_PREPARE
-    _expect(owner, shapes, "qkv", ("tokens", "3 * heads * head_dim"))
-    tokens, width = shapes["qkv"]
-    frames = _frames(owner, "qkv", tokens, attributes.frame_tokens)
-    heads = attributes.heads
-    if width == 0 or width % (6 * heads):
-        raise ContractError(
-            f"{owner}: qkv has width {width}; expected 3 * heads * head_dim with heads = {heads} and an even "
-            "head_dim (RoPE rotates pairs)"
-        )
-    dim = width // (3 * heads)
-    _expect(owner, shapes, "bias", (width,))
-    for name in ("norm_q", "norm_k"):
-        _expect(owner, shapes, name, (heads * dim,))
-    for name in ("cos", "sin"):
-        _expect(owner, shapes, name, (tokens, dim // 2))
-    head = (tokens, heads, dim)
-    return {
-        "q": head,
-        "k": head,
-        "v": (frames, attributes.k_blocks, heads, dim, attributes.block_k) if codes else head,
-        "q_mean": (frames, attributes.q_blocks, heads, dim),
-        "k_mean": (frames, attributes.k_blocks, heads, dim),
-        **dict.fromkeys(("k_scale", "v_scale"), (frames, attributes.k_blocks, heads)),
-    }

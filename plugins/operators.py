@@ -21,6 +21,7 @@ __all__ = [
     "PERSISTENT_BLOCK_INPUTS",
     "QK_PREPARE_FP8",
     "QK_PREPARE_FP8_OUTPUTS",
+    "SPARSE_LINEAR_INPUTS",
     "Operator",
     "operators",
 ]
@@ -49,6 +50,7 @@ HSA_FP8_INPUTS: Final[tuple[str, ...]] = (
 
 
 PERSISTENT_BLOCK_INPUTS: Final = (*contract.HSA_INPUTS, "pinned")
+SPARSE_LINEAR_INPUTS: Final = (*contract.HSA_INPUTS, "linear_weight", "linear_bias")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class Operator:
         return "k_scale" in (*self.inputs, *self.outputs)
 
 
-def _inputs(attention: str) -> tuple[str, ...]:
-    return PERSISTENT_BLOCK_INPUTS if attention == contract.PERSISTENT_BLOCK else contract.HSA_INPUTS
+_INPUTS: Final[Mapping[str, tuple[str, ...]]] = {
+    contract.PERSISTENT_BLOCK: PERSISTENT_BLOCK_INPUTS,
+    contract.SPARSE_LINEAR: SPARSE_LINEAR_INPUTS,
+}
+"""Of the attention operators with more than `HSA_INPUTS`."""
 
 
 OPERATORS: Final[Mapping[str, Operator]] = {
@@ -88,7 +93,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
             contract.QK_PREPARE, contract.QK_PREPARE_INPUTS, contract.QK_PREPARE_OUTPUTS, QKPrepareAttributes
         ),
         *(
-            Operator(name, _inputs(name), contract.HSA_OUTPUTS, made)
+            Operator(name, _INPUTS.get(name, contract.HSA_INPUTS), contract.HSA_OUTPUTS, made)
             for name, made in contract.ATTENTION_OPERATORS.items()
         ),
         Operator(QK_PREPARE_FP8, contract.QK_PREPARE_INPUTS, QK_PREPARE_FP8_OUTPUTS, QKPrepareAttributes),

@@ -86,7 +86,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "__main__ eager",
         "compile nodes",
         "nodes/bodies",
-        "maps operators",
+        "maps operators shapes",
         "contract kernels",
         "__init__ errors",
     ),

@@ -62,13 +62,16 @@ class Calibrate(Command):
         from export.quantize.calibration import modelopt_quantization
         from export.quantize.trial import read_prompts
         from export.request.geometry import StepPlan
+        from export.request.methods import resolved
         from lightforcing_ref.config import preset
 
         model = preset(args.preset)
         height, width = args.resolution or (model.height, model.width)
         blocks = variant.blocks(target, model.block)
-        plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
         weights, prompts = chosen_weights(args, model, variant), read_prompts(args.prompts)
+        method = resolved(variant.attention, kernels=False, linear=weights.transformer.linear_branch)
+        variant = variant.model_copy(update={"attention": method})
+        plan = StepPlan.of(model, variant, height, width, block_q=blocks.query, block_k=blocks.key)
         modelopt_quantization()  # refuse what cannot be done before any long work
         shown = console()
         shown.print(f"weights: {weights.described}", markup=False, soft_wrap=True)

@@ -38,7 +38,7 @@ from lightforcing_ref.rope import rope_tables
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig
 from runtime.bundle import Manifest, RandomInit, Vae
-from runtime.bundle.policies import PbsaPolicy, keeps_everything
+from runtime.bundle.policies import PbsaPolicy, has_linear_branch, keeps_everything
 from runtime.noise import fill_noise
 
 __all__ = [
@@ -71,6 +71,7 @@ def _spec(manifest: Manifest) -> AttentionSpec:
         kv=manifest.cache.kv,
         products=attention.products,
         persistent_frames=manifest.persistent_frames,
+        linear_branch=has_linear_branch(attention.method),
     )
 
 
@@ -174,7 +175,8 @@ class Reference:
         """
         origin, model = manifest.provenance.checkpoint, preset(manifest.model.preset)
         if isinstance(origin, RandomInit):
-            return cls(Weights(replace(model, vae=_decoder(manifest.vae, model.vae)), seed=origin.random))
+            drawn = Weights(replace(model, vae=_decoder(manifest.vae, model.vae)), seed=origin.random)
+            return cls(drawn.with_linear_branch() if has_linear_branch(manifest.attention.method) else drawn)
         shipped = shipped_weights(
             model,
             dense=keeps_everything(manifest.attention.method, manifest.sparsity.target),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from export.request.methods import method_attributes, operator_of
+from export.request.methods import RANKED, method_attributes, operator_of
 from lightforcing_ref.sparsity import BlockGeometry, kept_blocks
 from plugins import contract, maps
 from runtime.bundle import AttentionPolicy
@@ -37,7 +37,7 @@ def own_share(
         grid: rows and columns of a frame's tokens.
         past, current: resident frames before the chunk, and of the chunk.
     """
-    if operator_of(method) in (contract.HIERARCHICAL_SPARSE_ATTENTION, contract.PERSISTENT_BLOCK):
+    if operator_of(method) in RANKED:
         return None
     if past == 0:
         return Share(1.0)

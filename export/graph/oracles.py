@@ -14,6 +14,7 @@ from lightforcing_ref.policies import (
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
+    sparse_linear_attention,
     vmoba_attention,
 )
 from plugins import contract
@@ -28,5 +29,6 @@ ORACLES: Final[Mapping[str, Callable[..., Tensor]]] = MappingProxyType(
         contract.SPARGE: sparge_attention,
         contract.VMOBA: vmoba_attention,
         contract.PERSISTENT_BLOCK: persistent_block_attention,
+        contract.SPARSE_LINEAR: sparse_linear_attention,
     }
 )

@@ -80,12 +80,19 @@ def write_segments(
     prepare, attend = _operators(cut)
     for name, nodes in (("qk_prepare", prepare), ("attention", attend)):
         ir.save(_operator_model(model, nodes[0], attention), folder / f"{name}.onnx")
-    kernel_weights = [_kernel_weights(node) for node in prepare]
-    used = {tensor for row in (first, *layers, last, *kernel_weights) for tensor in row.values()}
+    prepared, attended = ([_kernel_weights(node) for node in nodes] for nodes in (prepare, attend))
+    attended = attended if any(attended) else []
+    rows = (first, *layers, last, *prepared, *attended)
+    used = {tensor for row in rows for tensor in row.values()}
     stored = [_stored(value) for name, value in model.graph.initializers.items() if name in used]
     write_tensors(folder / SEGMENT_WEIGHTS, stored, progress)
     section = Segments(
-        weights=SEGMENT_WEIGHTS, first=first, layers=tuple(layers), last=last, prepare=tuple(kernel_weights)
+        weights=SEGMENT_WEIGHTS,
+        first=first,
+        layers=tuple(layers),
+        last=last,
+        prepare=tuple(prepared),
+        attention=tuple(attended),
     )
     return [*files, "qk_prepare.onnx", "attention.onnx", SEGMENT_WEIGHTS], section
 
@@ -210,7 +217,7 @@ def _kernel_weights(node: ir.Node) -> dict[str, str]:
     """Weights that the operator itself reads: its input name -> initializer."""
     return {
         name: _value_name(value)
-        for name, value in zip(contract.QK_PREPARE_INPUTS, node.inputs, strict=True)
+        for name, value in zip(OPERATORS[node.op_type].inputs, node.inputs, strict=True)
         if value is not None and value.is_initializer()
     }
 

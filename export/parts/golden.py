@@ -177,17 +177,18 @@ def _scenarios(
             yield _Scenario(f"{name}@{layer}", weights=bound)
         return
     bindings = _bindings(name, segments)
-    if bindings:
+    if "frame_slots" in inputs:
+        first, middle, last = (bindings[index] if bindings else {} for index in (0, len(bindings) // 2, -1))
+        yield _Scenario(f"{name}@empty", past=0, weights=first)
+        if "q" in inputs:
+            yield _Scenario(f"{name}@chunk1", past=schedule.chunk_frames, weights=middle)
+        yield _Scenario(f"{name}@full", step=min(1, schedule.denoise_steps - 1), weights=last)
+    elif bindings:
         for index in _spread(len(bindings)):
             label = f"{name}@{index}" if len(bindings) > 1 else name
             yield _Scenario(label, step=min(index, last_step), weights=bindings[index])
         if len(bindings) == 1 and "step" in inputs:
             yield _Scenario(f"{name}@step{last_step}", step=last_step, weights=bindings[0])
-    elif "frame_slots" in inputs:
-        yield _Scenario(f"{name}@empty", past=0)
-        if "q" in inputs:
-            yield _Scenario(f"{name}@chunk1", past=schedule.chunk_frames)
-        yield _Scenario(f"{name}@full", step=min(1, schedule.denoise_steps - 1))
     else:
         yield _Scenario(name)
 
@@ -207,6 +208,7 @@ def _bindings(name: str, segments: bundle.Segments | None) -> list[_Bindings]:
         "layer": [*segments.layers],
         "last": [segments.last],
         "qk_prepare": [*segments.prepare],
+        "attention": [*segments.attention],
         **{component: [row] for component, row in segments.outside.items()},
     }
     file = segments.weights

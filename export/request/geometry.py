@@ -13,7 +13,7 @@ from lightforcing_ref.rope import rope_axes
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import BlockGeometry, HSAConfig, SparsityTable
 from runtime import bundle
-from runtime.bundle.policies import StaPolicy, persistent_frames, stated_window
+from runtime.bundle.policies import StaPolicy, has_linear_branch, persistent_frames, stated_window
 
 from .methods import attends
 from .targets import Variant
@@ -62,6 +62,7 @@ class StepPlan:
             kv=variant.cache.kv,
             products=variant.products,
             persistent_frames=persistent_frames(method),
+            linear_branch=has_linear_branch(method),
         )
         return cls(preset, variant, height, width, geometry, table, spec, schedule)
 

@@ -21,11 +21,13 @@ from runtime.bundle.policies import (
     SpargePolicy,
     StaPolicy,
     VmobaPolicy,
+    has_linear_branch,
 )
 
 from .targets import Target, Variant
 
 __all__ = [
+    "RANKED",
     "attends",
     "check_backend",
     "check_products",
@@ -36,8 +38,16 @@ __all__ = [
     "resolved",
 ]
 
+RANKED = (
+    contract.HIERARCHICAL_SPARSE_ATTENTION,
+    contract.PERSISTENT_BLOCK,
+    contract.SPARSE_LINEAR,
+)
+"""Operators that keep the best blocks, as many as the table says, and have no parameters of a method."""
+
 _PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
-_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name != contract.PERSISTENT_BLOCK)
+_GRAPH_ONLY = (contract.PERSISTENT_BLOCK, contract.SPARSE_LINEAR)
+_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name not in _GRAPH_ONLY)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
     "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
     "tensorrt-rtx": _KERNELS,
@@ -49,6 +59,8 @@ _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
 
 def operator_of(method: AttentionPolicy) -> str:
     """The operator that executes `method`."""
+    if has_linear_branch(method):
+        return contract.SPARSE_LINEAR
     if isinstance(method, HsaPolicy | DensePolicy | SlaPolicy):
         return contract.HIERARCHICAL_SPARSE_ATTENTION
     if isinstance(method, SpargePolicy):
@@ -66,7 +78,7 @@ def method_attributes(method: AttentionPolicy, layer: int, columns: int) -> dict
     Args:
         columns: tokens of a frame's row.
     """
-    if operator_of(method) in (contract.HIERARCHICAL_SPARSE_ATTENTION, contract.PERSISTENT_BLOCK):
+    if operator_of(method) in RANKED:
         return {}
     if isinstance(method, StaPolicy):
         windows = [size for window in method.windows for size in window]
@@ -139,8 +151,15 @@ def check_products(target: Target, variant: Variant) -> None:
         )
 
 
-def resolved(method: AttentionPolicy, *, kernels: bool) -> AttentionPolicy:
-    """The method as it is executed: VMoBA gates by pooled queries where `kernels` do it, else token by token."""
+def resolved(method: AttentionPolicy, *, kernels: bool, linear: bool = False) -> AttentionPolicy:
+    """The method as it is executed.
+
+    Args:
+        kernels: whether kernels execute it: VMoBA gates by pooled queries there, else token by token.
+        linear: whether the model has the projections of SLA's linear branch, which that method runs then.
+    """
+    if isinstance(method, SlaPolicy) and linear:
+        return method.model_copy(update={"linear": True})
     if isinstance(method, VmobaPolicy) and method.gating is None:
         return method.model_copy(update={"gating": "pooled" if kernels else "token"})
     return method
@@ -158,6 +177,11 @@ def check_backend(method: AttentionPolicy, backend: BackendName, execution: str,
     operator = operator_of(method)
     if operator not in _OPERATORS[backend]:
         able = ", ".join(name for name, operators in _OPERATORS.items() if operator in operators)
+        if operator == contract.SPARSE_LINEAR:
+            raise InputError(
+                f"{backend} has no kernel for SLA's linear branch, which the checkpoint was trained with; use "
+                f"--backend {able}, or a checkpoint without blocks.N.self_attn.proj_l"
+            )
         raise InputError(
             f"{backend} has no kernel for the policy {method.policy}; use --backend {able}, or one of the policies "
             "hsa, dense, sla and sparge (top-k with similarity below 0), which every backend executes"

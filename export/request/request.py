@@ -10,6 +10,7 @@ from typing import Literal
 from lightforcing_ref.config import Preset
 from lightforcing_ref.dimensions import VAEConfig
 from runtime.bundle import FormatSearch
+from runtime.bundle.policies import SlaPolicy, has_linear_branch
 
 from .geometry import StepPlan
 from .methods import resolved
@@ -70,7 +71,12 @@ class BuildRequest:
     command: str = ""
 
     def __post_init__(self) -> None:
-        method = resolved(self.variant.attention, kernels=self.launches_kernels)
+        method = self.variant.attention
+        if has_linear_branch(method) and self.weights.checkpoint is None:
+            object.__setattr__(self, "weights", self.weights.with_linear_branch())
+        # Other methods have no such branch: whether the weights have is looked at when the request is checked.
+        linear = isinstance(method, SlaPolicy) and self.weights.transformer.linear_branch
+        method = resolved(method, kernels=self.launches_kernels, linear=linear)
         if method != self.variant.attention:
             object.__setattr__(self, "variant", self.variant.model_copy(update={"attention": method}))
 

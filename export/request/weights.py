@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from export.errors import InputError
 from lightforcing_ref.checkpoint import (
     checkpoint_sha256,
+    has_linear_branch,
     in_pipeline,
     load_dit_state,
     load_lora,
@@ -25,7 +26,7 @@ from lightforcing_ref.checkpoint import (
 )
 from lightforcing_ref.checkpoint.lora import MergedLoRA, lora_sha256
 from lightforcing_ref.checkpoint.spec import umt5_shapes
-from lightforcing_ref.config import CHUNK_FRAMES, Preset
+from lightforcing_ref.config import CHUNK_FRAMES, DiTConfig, Preset
 from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
 from lightforcing_ref.decoders.vae_encoder import VAEEncoder
 from lightforcing_ref.dimensions import LIGHT_VAE, DecoderConfig, VAEConfig
@@ -76,6 +77,18 @@ class Weights:
     @property
     def _shipped(self) -> bool:
         return self.checkpoint is not None and self.checkpoint.is_relative_to(ASSETS)
+
+    @cached_property
+    def transformer(self) -> DiTConfig:
+        """The transformer's dimensions: the preset's, with SLA's linear branch where the checkpoint has it.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        dit = self.preset.dit
+        if self.checkpoint is None or self._shipped:
+            return dit
+        return replace(dit, linear_branch=has_linear_branch(self.checkpoint, section=self.section))
 
     @property
     def source(self) -> str:
@@ -136,7 +149,9 @@ class Weights:
             InputError: the video encoder's file is none of Wan's.
         """
         if self.checkpoint is not None:
-            load_dit_state(self.checkpoint, self.preset.dit, section=self.section, any_values=self.any_values)
+            load_dit_state(
+                self.checkpoint, self.transformer, section=self.section, any_values=self.any_values
+            )
         for lora in self.loras:
             load_lora(lora.path, self.preset.dit, any_values=self.any_values)
         if self.vae is not None:
@@ -155,13 +170,13 @@ class Weights:
             CheckpointError: the file cannot be read, or does not hold this model.
         """
         if self.checkpoint is None:
-            model = self._drawn(lambda: CausalWanModel(self.preset.dit), dtype)
+            model = self._drawn(lambda: CausalWanModel(self.transformer), dtype)
         else:
             with torch.device("meta"):
-                model = CausalWanModel(self.preset.dit)
+                model = CausalWanModel(self.transformer)
             state = load_dit_state(
                 self.checkpoint,
-                self.preset.dit,
+                self.transformer,
                 section=self.section,
                 loras=self.loras,
                 dtype=dtype,
@@ -169,6 +184,10 @@ class Weights:
             )
             model.load_state_dict(state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
+
+    def with_linear_branch(self) -> Weights:
+        """These weights, which are drawn, with those of SLA's linear branch."""
+        return replace(self, preset=replace(self.preset, dit=replace(self.preset.dit, linear_branch=True)))
 
     def vae_decoder(self, dtype: torch.dtype = torch.float32) -> VideoDecoder:
         """The video decoder, of whatever kind and width the checkpoint has."""

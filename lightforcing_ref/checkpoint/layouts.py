@@ -1,4 +1,5 @@
-"""Layouts that other libraries keep the models in: Diffusers' names of tensors, and matrices in eight bits.
+"""Layouts that other libraries keep the models in: Diffusers' names of tensors, those of the modules that SLA's
+projections lie in, and matrices in eight bits.
 
 Diffusers renames Wan's tensors and changes none. A pipeline's folder (`model_index.json`) has a folder for each model.
 """
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from lightforcing_ref.errors import CheckpointError
 
-__all__ = ["LazyState", "from_diffusers", "in_pipeline", "wider"]
+from .spec import LINEAR_BRANCH
+
+__all__ = ["LazyState", "from_diffusers", "in_pipeline", "linear_branch_key", "wider"]
 
 _PIPELINE: Final = "model_index.json"
 
@@ -60,6 +63,10 @@ _VAE: Final[tuple[tuple[str, str], ...]] = (
     (r"^(\w+)\.mid_block\.resnets\.1\.", r"\1.middle.2."),
     (r"^encoder\.down_blocks\.", "encoder.downsamples."),
 )
+_LINEAR_BRANCH: Final = re.compile(
+    rf"^(blocks\.\d+\.self_attn)\.(?:attn_op\.local_attn|local_attn|attn_impl)\.({LINEAR_BRANCH}\.\w+)$"
+)
+"""Where TurboDiffusion, SGLang and FastVideo keep the projection of SLA's linear branch."""
 _UP_BLOCK: Final = re.compile(r"^decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
 _IN_RESIDUAL: Final = re.compile(rf"^(\w+\.(?:middle|downsamples|upsamples)\.\d+)\.({'|'.join(_RESIDUAL)})\.")
 
@@ -77,6 +84,11 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {renamed(key): value for key, value in state.items()}
     # Two names that become one would lose a tensor; no file of Diffusers' has such, and others are told as they are.
     return found if len(found) == len(state) else dict(state)
+
+
+def linear_branch_key(key: str) -> str:
+    """A key of SLA's projection as a part of self-attention itself; any other key as it is."""
+    return _LINEAR_BRANCH.sub(r"\1.\2", key)
 
 
 def _renaming(keys: Mapping[str, object]) -> Callable[[str], str] | None:

@@ -22,9 +22,10 @@ from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
 from .files import checkpoint_files, checkpoint_sha256, file_identity, read_checkpoint
-from .layouts import LazyState, from_diffusers, wider
+from .layouts import LazyState, from_diffusers, linear_branch_key, wider
 from .lora import MergedLoRA, lora_scale
 from .spec import (
+    LINEAR_BRANCH,
     CheckpointKind,
     Expectation,
     Shapes,
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointKind",
     "checkpoint_kind",
     "checkpoint_sha256",
+    "has_linear_branch",
     "load_dit_state",
     "load_lora",
     "load_umt5_state",
@@ -87,6 +89,18 @@ def checkpoint_kind(path: str | Path) -> CheckpointKind:
         CheckpointError: the file cannot be read.
     """
     return kind_of(_read_state(path))
+
+
+def has_linear_branch(path: str | Path, *, section: str | None = None) -> bool:
+    """Whether a transformer's checkpoint holds a projection of SLA's linear branch, in any layer.
+
+    `load_dit_state` of a model with the branch asks for those of all layers.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    state = _state_of(read_checkpoint(path), path, section)
+    return any(f".self_attn.{LINEAR_BRANCH}." in key for key in state)
 
 
 def load_dit_state(
@@ -340,7 +354,12 @@ def _state_of(content: Mapping[str, Any], path: str | Path, section: str | None 
         if key in state:
             raise CheckpointError(f"{path} holds {key!r} twice, with and without a prefix; expected it once")
         state[key] = value.detach()
-    return from_diffusers(state)
+    renamed: dict[str, Tensor] = {}
+    for raw_key, value in from_diffusers(state).items():
+        if (key := linear_branch_key(raw_key)) in renamed:
+            raise CheckpointError(f"{path} holds {key!r} under two names; expected it once")
+        renamed[key] = value
+    return renamed
 
 
 def _bare(key: str) -> str:

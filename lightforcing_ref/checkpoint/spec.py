@@ -19,6 +19,7 @@ from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5Config, umt5_keys
 
 __all__ = [
+    "LINEAR_BRANCH",
     "CheckpointKind",
     "Expectation",
     "Shapes",
@@ -46,6 +47,9 @@ class CheckpointKind(StrEnum):
     TAE = "tae"
     UNKNOWN = "unknown"
 
+
+LINEAR_BRANCH = "proj_l"
+"""The projection of SLA's linear branch, one for all heads of a layer's self-attention."""
 
 _KINDS = {
     CheckpointKind.DIT: ("a Wan diffusion transformer", "pass it as --checkpoint"),
@@ -94,7 +98,7 @@ def _conv(key: str, out_dim: int, in_dim: int, *kernel: int) -> Shapes:
 
 def dit_shapes(config: DiTConfig) -> Shapes:
     """The causal Wan transformer, without a prefix."""
-    dim = config.dim
+    dim, head_dim = config.dim, config.head_dim
     shapes: Shapes = {}
     shapes |= _conv("patch_embedding", dim, config.channels, *config.patch)
     shapes |= _linear("text_embedding.0", dim, config.text_dim) | _linear("text_embedding.2", dim, dim)
@@ -106,6 +110,8 @@ def dit_shapes(config: DiTConfig) -> Shapes:
             for part in "qkvo":
                 shapes |= _linear(f"{block}.{attention}.{part}", dim, dim)
             shapes |= {f"{block}.{attention}.norm_{part}.weight": (dim,) for part in "qk"}
+        if config.linear_branch:
+            shapes |= _linear(f"{block}.self_attn.{LINEAR_BRANCH}", head_dim, head_dim)
         shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,)}
         shapes |= _linear(f"{block}.ffn.0", config.ffn_dim, dim)
         shapes |= _linear(f"{block}.ffn.2", dim, config.ffn_dim)

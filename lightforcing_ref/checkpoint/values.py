@@ -9,10 +9,15 @@ from torch import Tensor
 
 from lightforcing_ref.errors import CheckpointError
 
+from .spec import LINEAR_BRANCH
+
 __all__ = ["LARGEST_WEIGHT", "check_values"]
 
 LARGEST_WEIGHT = 1e6
 """Largest magnitude of a weight that is believed; the weights of the published models stay far below."""
+
+_MAYBE_ZERO = (".bias", f".{LINEAR_BRANCH}.weight")
+"""What may be zero throughout: SLA's projections begin there, and some may never have left."""
 
 _NAMED = 4
 """Tensors that a message names."""
@@ -24,7 +29,7 @@ def check_values(state: Mapping[str, Tensor], source: str, *, zeros: bool = Fals
     Args:
         state: tensors by name.
         source: what the message blames.
-        zeros: whether tensors may be zero throughout. Biases always may.
+        zeros: whether tensors may be zero throughout. Biases, and the projections of SLA's linear branch, always may.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity, is larger than any trained weight, or is zero throughout.
@@ -51,6 +56,6 @@ def _problem(key: str, value: Tensor, zeros: bool) -> str:
         return "is infinite"
     if largest > LARGEST_WEIGHT:
         return f"reaches {largest:.3g} (expected at most {LARGEST_WEIGHT:g})"
-    if largest == 0 and not zeros and not key.endswith(".bias"):
+    if largest == 0 and not zeros and not key.endswith(_MAYBE_ZERO):
         return "is zero throughout"
     return ""

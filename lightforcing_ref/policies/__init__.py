@@ -11,11 +11,12 @@ from .operators import (
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
+    sparse_linear_attention,
     vmoba_attention,
 )
 from .pbsa import PersistentBlocks, PersistentSet, block_weights
 from .radial import Radial
-from .sla import SLA
+from .sla import SLA, SparseLinearAttention, linear_branch
 from .sparge import SpargeAttention
 from .sta import SlidingTile
 from .view import Policy, View
@@ -31,12 +32,15 @@ __all__ = [
     "Radial",
     "SlidingTile",
     "SpargeAttention",
+    "SparseLinearAttention",
     "VMoBA",
     "View",
     "block_weights",
+    "linear_branch",
     "persistent_block_attention",
     "radial_attention",
     "sliding_tile_attention",
     "sparge_attention",
+    "sparse_linear_attention",
     "vmoba_attention",
 ]

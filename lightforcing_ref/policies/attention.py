@@ -15,7 +15,17 @@ from lightforcing_ref.sparsity import BlockGeometry
 
 from .view import Policy, View
 
-__all__ = ["PolicyAttention"]
+__all__ = ["PolicyAttention", "resident"]
+
+
+def resident(past: Tensor, current: Tensor, frame_slots: Tensor) -> Tensor:
+    """Rows of the past frames, oldest first, and of the chunk, `[K, H, D]`.
+
+    Args:
+        past: `[slots, frame_tokens, H, D]`; slots that `frame_slots` does not name are not read.
+        current: `[T, H, D]`.
+    """
+    return torch.cat((past[frame_slots[frame_slots >= 0].long()].flatten(0, 1), current))
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,8 @@ class PolicyAttention:
         """
         self._require_grid(attributes["frame_tokens"])
         q, k, v, _, _, past_k, past_v, _, frame_slots, *_ = tensors
-        slots = frame_slots[frame_slots >= 0].long()
-        keys = torch.cat((past_k[slots].flatten(0, 1), k))
-        values = torch.cat((past_v[slots].flatten(0, 1), v))
-        if slots.numel() == 0:
+        keys, values = resident(past_k, k, frame_slots), resident(past_v, v, frame_slots)
+        if len(keys) == len(k):
             return dense_attention(q, keys, values, scale)
         return dense_attention(q, keys, values, scale, self.visible(*tensors, **attributes))
 
@@ -74,7 +82,7 @@ class PolicyAttention:
         """
         self._require_grid(frame_tokens)
         slots = frame_slots[frame_slots >= 0].long()
-        keys = torch.cat((past_k[slots].flatten(0, 1), k))
+        keys = resident(past_k, k, frame_slots)
         if slots.numel() == 0:
             return torch.ones(q.shape[1], q.shape[0], len(keys), dtype=torch.bool, device=q.device)
         view = View(

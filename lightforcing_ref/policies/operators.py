@@ -16,6 +16,7 @@ from lightforcing_ref.sparsity import DENSE_Q20
 from .attention import PolicyAttention
 from .pbsa import PersistentBlocks
 from .radial import Radial
+from .sla import SparseLinearAttention
 from .sparge import SpargeAttention
 from .sta import SlidingTile
 from .vmoba import VMoBA
@@ -26,6 +27,7 @@ __all__ = [
     "radial_attention",
     "sliding_tile_attention",
     "sparge_attention",
+    "sparse_linear_attention",
     "vmoba_attention",
 ]
 
@@ -36,7 +38,7 @@ _Attributes = Mapping[str, Any]
 class MethodOperator:
     """A method as an operator."""
 
-    make: Callable[[_Attributes], PolicyAttention]
+    make: Callable[[_Attributes], PolicyAttention | SparseLinearAttention]
 
     def __call__(self, *tensors: Tensor, **attributes: Any) -> Tensor:
         """As `hsa_attention`."""
@@ -98,6 +100,10 @@ def _persistent(attributes: _Attributes) -> PolicyAttention:
     return PolicyAttention(PersistentBlocks(), _grid(attributes))
 
 
+def _sparse_linear(_: _Attributes) -> SparseLinearAttention:
+    return SparseLinearAttention()
+
+
 sliding_tile_attention = MethodOperator(_sliding_tile)
 """STA. `windows` are triples in a row; a frame's tokens are rows of `columns`."""
 radial_attention = MethodOperator(_radial)
@@ -108,3 +114,5 @@ vmoba_attention = MethodOperator(_vmoba)
 """VMoBA. `extent` 0 is all of an axis, `top` 0 goes by `threshold`, `query_block` 0 token by token."""
 persistent_block_attention = MethodOperator(_persistent)
 """PBSA. `pinned`, the last of its tensors, is how many of the past frames everybody sees whole."""
+sparse_linear_attention = MethodOperator(_sparse_linear)
+"""SLA with its linear branch, whose weight and bias are the last of its tensors."""

@@ -19,6 +19,7 @@ from plugins import contract, operators
 from plugins.contract import AttentionAttributes, QKPrepareAttributes
 from plugins.errors import PluginError, UnboundOperatorError
 from plugins.operators import Operator
+from plugins.shapes import hsa_output_shapes, qk_prepare_output_shapes
 
 __all__ = [
     "HIERARCHICAL_SPARSE_ATTENTION",
@@ -45,6 +46,7 @@ OPS: Final[Mapping[str, str]] = MappingProxyType(
         contract.SPARGE: "sparge_attention",
         contract.VMOBA: "vmoba_attention",
         contract.PERSISTENT_BLOCK: "persistent_block_attention",
+        contract.SPARSE_LINEAR: "sparse_linear_attention",
     }
 )
 """Attention operator -> its op."""
@@ -86,8 +88,8 @@ def _arguments(
     shapes = {name: tensor.shape for name, tensor in zip(operator.inputs, tensors, strict=True)}
     if isinstance(attributes, QKPrepareAttributes):
         codes = operator.over_codes
-        return tensors, attributes, contract.qk_prepare_output_shapes(attributes, shapes, codes=codes)
-    return tensors, attributes, contract.hsa_output_shapes(attributes, shapes)
+        return tensors, attributes, qk_prepare_output_shapes(attributes, shapes, codes=codes)
+    return tensors, attributes, hsa_output_shapes(attributes, shapes)
 
 
 def _fake(operator: Operator) -> Kernel:

@@ -26,7 +26,7 @@ from .fields import (
     Size,
     Tolerance,
 )
-from .policies import Attention, SelectionTables, keeps_everything, persistent_frames
+from .policies import Attention, SelectionTables, has_linear_branch, keeps_everything, persistent_frames
 from .provenance import Provenance
 from .rollout import RECACHE_MODES, Cache, Recache, Schedule, require_joint, require_room
 
@@ -245,9 +245,9 @@ class Segments(Part):
 
     `weights` is a safetensors file. Each mapping goes from a component's input to the tensor of that file:
     `layers[i]` serves the run of `layer` between the operators of layer i and i + 1, `prepare[i]` the run of
-    `qk_prepare` in layer i. Where engines hold their weights, their mappings are empty and there is an engine for
-    every layer: `layer.0`, `layer.1`, ... `outside` has the mappings of components outside of the step whose
-    weights are inputs too, by component.
+    `qk_prepare` in layer i, `attention[i]`, if attention has weights, that of `attention`. Where engines hold their
+    weights, their mappings are empty and there is an engine for every layer: `layer.0`, `layer.1`, ... `outside` has
+    the mappings of components outside of the step whose weights are inputs too, by component.
     """
 
     weights: BundlePath
@@ -255,6 +255,7 @@ class Segments(Part):
     layers: tuple[dict[str, str], ...]
     last: dict[str, str]
     prepare: tuple[dict[str, str], ...]
+    attention: tuple[dict[str, str], ...] = ()
     outside: dict[str, dict[str, str]] = Field(default={})
 
     @property
@@ -426,6 +427,12 @@ class Manifest(Part):
                 raise ValueError(
                     f"segments bind {len(self.segments.layers)} runs of layer and {len(self.segments.prepare)} of "
                     f"qk_prepare, but {layers} layers need {layers - 1} and {layers}"
+                )
+            wanted = layers if has_linear_branch(self.attention.method) else 0
+            if len(self.segments.attention) != wanted:
+                raise ValueError(
+                    f"segments bind the weights of {len(self.segments.attention)} runs of attention; expected {wanted} "
+                    f"of the policy {self.attention.method.policy}"
                 )
         return self
 

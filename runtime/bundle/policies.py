@@ -28,6 +28,7 @@ __all__ = [
     "TokenBlocks",
     "VmobaPolicy",
     "check_window",
+    "has_linear_branch",
     "keeps_everything",
     "persistent_frames",
     "stated_window",
@@ -57,10 +58,14 @@ class DensePolicy(Part):
 
 
 class SlaPolicy(Part):
-    """The sparse branch of SLA: the best blocks of all frames."""
+    """SLA: the best blocks of all frames, and beside them, where it is `linear`, linear attention over all keys.
+
+    The linear branch has a trained projection; a build sets `linear` where the checkpoint holds one for each layer.
+    """
 
     policy: Literal["sla"] = "sla"
     budget: Budget = "growth"
+    linear: bool = False
 
 
 class SpargePolicy(Part):
@@ -233,6 +238,11 @@ def persistent_frames(method: AttentionPolicy) -> int:
     return method.persistent_frames if isinstance(method, PbsaPolicy) else 0
 
 
+def has_linear_branch(method: AttentionPolicy) -> bool:
+    """Whether attention adds a linear branch, whose projection is among a layer's weights."""
+    return isinstance(method, SlaPolicy) and method.linear
+
+
 def check_window(method: AttentionPolicy, chunk_frames: int) -> None:
     """Refuse a window in which a frame would leave before it was resident.
 
@@ -261,6 +271,6 @@ def keeps_everything(method: AttentionPolicy, target: float) -> bool:
     """
     if isinstance(method, DensePolicy):
         return True
-    if not isinstance(method, HsaPolicy | SlaPolicy | SpargePolicy):
+    if not isinstance(method, HsaPolicy | SlaPolicy | SpargePolicy) or has_linear_branch(method):
         return False
     return method.budget == 1 or (isinstance(method.budget, str) and target == 0)

@@ -320,6 +320,7 @@ class _Builder:
             **self._projections(layer),
             **self._past(layer),
             **shared,
+            **self._attention_weights(layer),
             "out": self.view("attention_out"),
             **(own or {}),
         }
@@ -335,6 +336,13 @@ class _Builder:
             buffers = {name: given[name] for name in _BUFFERS[launch.kernel]}
             launches.append(KernelLaunch(launch.kernel, launch.problem, buffers, launch.options, layer))
         return launches
+
+    def _attention_weights(self, layer: int) -> dict[str, View]:
+        """Weights that attention itself reads, if any: those of SLA's linear branch."""
+        segments = self.manifest.segments
+        if segments is None or not segments.attention:
+            return {}
+        return {name: self._weight("attention", tensor) for name, tensor in segments.attention[layer].items()}
 
     def _persist(self) -> list[Forward]:
         """Scores of the chunk's query blocks, and the choice of the blocks that outlive the window, layer by layer."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from runtime.bundle import ENCODER_COMPONENTS, FLOATS, Bundle, Dtype, Manifest, TensorSpec
+from runtime.bundle.policies import has_linear_branch
 from runtime.bundle.weights_file import WeightsFile
 
 from .steps import Flaws
@@ -149,7 +150,11 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
             "cos": angles,
             "sin": angles,
         }
-        shapes["attention"] = {**projected, **means, **past}
+        linear: dict[str, Dims] = {
+            "linear_weight": (model.head_dim, model.head_dim),
+            "linear_bias": (model.head_dim,),
+        }
+        shapes["attention"] = {**projected, **means, **past, **linear}
     return shapes
 
 
@@ -181,6 +186,8 @@ def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
             more = _NEEDED_SCALES.get(stem, more)
         if manifest.persistent_frames and stem in ("step", "attention"):
             more = ((*more[0], "pinned"), more[1])
+        if has_linear_branch(manifest.attention.method) and stem == "attention":
+            more = ((*more[0], "linear_weight", "linear_bias"), more[1])
         for kind, specs, wanted in (
             ("input", component.inputs, (*inputs, *more[0])),
             ("output", component.outputs, (*outputs, *more[1])),

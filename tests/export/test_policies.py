@@ -41,6 +41,7 @@ from tests.conftest import build, shared
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {},
     "sla": {"budget": 0.3},
+    "sla-linear": {"budget": 0.3, "linear": True},
     "sparge": {"mode": "cdf", "cumulative": 0.7, "similarity": 0.2},
     "sta": {"windows": ((3, 1, 3), (5, 3, 1)), "tile": (4, 2), "sink_frames": 1},
     "radial": {"decay": 0.5},
@@ -55,12 +56,12 @@ CHUNKS = 5
 
 def variant_of(policy: str, base: str = "long", **parameters: Any) -> Variant:
     document = load_variant(base).model_dump()
-    method = {"policy": policy.removesuffix("-pooled"), **parameters}
+    method = {"policy": policy.partition("-")[0], **parameters}
     return Variant.model_validate(document | {"attention": method})
 
 
-QUICK = ("sta", "vmoba")
-"""A bundle in segments and one that is whole."""
+QUICK = ("sla-linear", "vmoba")
+"""A bundle in segments, with weights in attention, and one that is whole."""
 
 
 @pytest.fixture(
@@ -70,7 +71,7 @@ def method_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     """`tiny` with the window of the long variant, so that frames are evicted and sinks move."""
     policy = request.param
     variant = variant_of(policy, **METHODS[policy])
-    execution = "segmented" if policy in ("sla", "sta") else "whole"
+    execution = "segmented" if policy in ("sla", "sla-linear", "sta") else "whole"
     return shared(
         tmp_path_factory,
         f"tiny-{policy}",

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugins import contract
-from plugins.contract import HSAAttributes, QKPrepareAttributes, hsa_output_shapes, qk_prepare_output_shapes
+from plugins.contract import HSAAttributes, QKPrepareAttributes
 from plugins.errors import ContractError, PluginError
+from plugins.shapes import hsa_output_shapes, qk_prepare_output_shapes
 from tests import brute_force
 
 HSA: dict[str, Any] = {

@@ -11,13 +11,14 @@ from plugins.contract import (
     QKPrepareAttributes,
     RadialAttributes,
     SpargeAttributes,
+    SparseLinearAttributes,
     VMoBAAttributes,
 )
 from plugins.operators import HIERARCHICAL_SPARSE_ATTENTION_E4M3, Operator
 
 from .attention import AttentionForm
 from .codes import HierarchicalCodesBody, HierarchicalE4M3Body
-from .hsa import HierarchicalBody, PersistentBlockBody
+from .hsa import HierarchicalBody, PersistentBlockBody, SparseLinearBody
 from .methods import RadialBody, SlidingTileBody, SpargeBody, VMoBABody
 from .prepare import qk_prepare
 from .tape import OPSET, function
@@ -55,6 +56,8 @@ def attention(operator: Operator, attributes: AttentionAttributes, form: Attenti
             body = VMoBABody(by_count=attributes.top > 0, pooled=attributes.query_block > 0)
         case PersistentBlockAttributes():
             body = PersistentBlockBody()
+        case SparseLinearAttributes():
+            body = SparseLinearBody()
         case contract.SlidingTileAttributes():
             body = SlidingTileBody()
         case contract.HSAAttributes():

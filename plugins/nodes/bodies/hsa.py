@@ -1,16 +1,17 @@
 """The bodies that rank blocks: `HierarchicalSparseAttention` (docs/operators.md has the numbered steps), and
-`PersistentBlockAttention` (docs/policies.md).
+`PersistentBlockAttention` and `SparseLinearAttention` (docs/policies.md).
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from plugins.operators import PERSISTENT_BLOCK_INPUTS
+from plugins.contract import LINEAR_EPSILON
+from plugins.operators import PERSISTENT_BLOCK_INPUTS, SPARSE_LINEAR_INPUTS
 
 from .attention import AttentionBody, AttentionForm
 
-__all__ = ["HierarchicalBody", "PersistentBlockBody"]
+__all__ = ["HierarchicalBody", "PersistentBlockBody", "SparseLinearBody"]
 
 
 class HierarchicalBody(AttentionBody):
@@ -134,3 +135,38 @@ class PersistentBlockBody(HierarchicalBody):
         count = b("Add", pinned, self.kept_of(b("Sub", total, pinned)))
         _, indices = b.multi("TopK", [scores, count], 2, axis=-1)
         return indices, scores
+
+
+class SparseLinearBody(HierarchicalBody):
+    """The best blocks of all frames, and linear attention over all keys beside them."""
+
+    def __init__(self) -> None:
+        super().__init__(SPARSE_LINEAR_INPUTS)
+
+    def emit(self, form: AttentionForm) -> ir.Value:
+        """The output [T, H, D]."""
+        b = self.b
+        both = b("Add", b.to_float32(super().emit(form)), self._linear())
+        return b("CastLike", both, self.q)
+
+    def _select(self) -> tuple[ir.Value, ir.Value]:
+        """Logical indices of the best blocks, and the scores of all."""
+        b = self.b
+        query = b("Transpose", b("Reshape", self.q_mean, self.rows_heads_dim), perm=[1, 0, 2])
+        keys = b("Transpose", b("Reshape", self.means(), self.rows_heads_dim), perm=[1, 2, 0])
+        scores = b("MatMul", query, keys)
+        _, indices = b.multi("TopK", [scores, self.kept_blocks()], 2, axis=-1)
+        return indices, scores
+
+    def _linear(self) -> ir.Value:
+        """The linear branch, projected: float32 [T, H, D]."""
+        b = self.b
+        k, v = map(b.to_float32, self.keys_values(self.rows_heads_dim))
+        query = b("Transpose", b("Softmax", b.to_float32(self.q), axis=-1), perm=[1, 0, 2])  # [H, T, D]
+        key = b("Transpose", b("Softmax", k, axis=-1), perm=[1, 2, 0])  # [H, D, tokens]
+        state = b("MatMul", key, b("Transpose", v, perm=[1, 0, 2]))  # [H, D, D]
+        total = b("MatMul", query, b("ReduceSum", key, b.int_list(2), keepdims=1))  # [H, T, 1]
+        mixed = b("Div", b("MatMul", query, state), b("Add", total, b.number(LINEAR_EPSILON)))
+        weight, bias = (b.to_float32(self.named[name]) for name in SPARSE_LINEAR_INPUTS[-2:])
+        projected = b("Add", b("MatMul", mixed, b("Transpose", weight, perm=[1, 0])), bias)
+        return b("Transpose", projected, perm=[1, 0, 2])

@@ -17,6 +17,7 @@ from lightforcing_ref.policies import (
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
+    sparse_linear_attention,
     vmoba_attention,
 )
 from plugins import contract
@@ -31,6 +32,7 @@ ORACLES: dict[str, Callable[..., torch.Tensor]] = {
     contract.SPARGE: sparge_attention,
     contract.VMOBA: vmoba_attention,
     contract.PERSISTENT_BLOCK: persistent_block_attention,
+    contract.SPARSE_LINEAR: sparse_linear_attention,
 }
 EXACT = {"frame_tokens": 24, "block_q": 8, "block_k": 4, "scale": 0.5}
 RAGGED = {"frame_tokens": 35, "block_q": 8, "block_k": 6, "scale": 0.25}
@@ -54,6 +56,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (contract.VMOBA, {**EXACT, "columns": 6, "extent": (0, 0, 2), "top": 0, "threshold": 0.3, "query_block": 99}),
     (contract.PERSISTENT_BLOCK, {**EXACT, "keep_q20": (FULL, FULL // 4)}),
     (contract.PERSISTENT_BLOCK, {**RAGGED, "keep_q20": (FULL // 3, 1)}),
+    (contract.SPARSE_LINEAR, {**EXACT, "keep_q20": (FULL, FULL // 4)}),
+    (contract.SPARSE_LINEAR, {**RAGGED, "keep_q20": (FULL // 3, 1)}),
 )  # fmt: skip
 
 
@@ -64,6 +68,9 @@ def method_session(index: int, form: AttentionForm) -> ort.InferenceSession:
     inputs = attention_inputs(ir.DataType.FLOAT)
     if operator == contract.PERSISTENT_BLOCK:
         inputs.append(ir.Value(name="pinned", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([])))
+    if operator == contract.SPARSE_LINEAR:
+        for name, shape in (("linear_weight", ["dim", "dim"]), ("linear_bias", ["dim"])):
+            inputs.append(ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape)))
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
     node = ir.node(operator, inputs, given, domain=contract.DOMAIN)
     return session(finished(inputs, node, [("out", ir.DataType.FLOAT, ["tokens", "heads", "dim"])], form))
@@ -92,6 +99,9 @@ def test_a_body_is_its_oracle(index: int, form: AttentionForm) -> None:
         case.inputs["past_kmean"] += common
         if operator == contract.PERSISTENT_BLOCK:
             case.inputs["pinned"] = np.array(rng.integers(0, past + 1), dtype=np.int32)
+        if operator == contract.SPARSE_LINEAR:
+            case.inputs["linear_weight"] = rng.standard_normal((6, 6)).astype(np.float32)
+            case.inputs["linear_bias"] = rng.standard_normal(6).astype(np.float32)
         expected = ORACLES[operator](*map(torch.from_numpy, case.inputs.values()), **attributes)
         (found,) = method_session(index, form).run(None, case.inputs)
         np.testing.assert_allclose(found, expected.numpy(), atol=2e-5, err_msg=f"past {past}")
