@@ -20,7 +20,7 @@ from .view import View, budget, check_fraction
 
 __all__ = ["SLA", "SparseLinearAttention", "linear_branch"]
 
-_ONE_STAGE = {"keep_frames": 1 << 30, "sink_frames": 0, "near_frames": 0}
+_ONE_STAGE = HSAConfig(keep_frames=1 << 30, sink_frames=0, near_frames=0)
 """No cache holds as many frames, so that all stay eligible."""
 
 _EPSILON = 1e-5
@@ -81,7 +81,8 @@ class SparseLinearAttention:
         """`[T, H, D]` in the type of `q`: the sparse branch rounded to it, then the sum of both."""
         *shared, weight, bias = tensors
         q, k, v, _, _, past_k, past_v, _, frame_slots, _ = shared
-        attended = hsa_attention(*shared, **attributes, **_ONE_STAGE)
+        attributes |= {"keep_frames": _ONE_STAGE.keep_frames, "sink_frames": 0, "near_frames": 0}
+        attended = hsa_attention(*shared, **attributes)
         keys, values = resident(past_k, k, frame_slots), resident(past_v, v, frame_slots)
         return (attended.float() + linear_branch(q, keys, values, weight, bias)).to(q.dtype)
 
@@ -96,7 +97,7 @@ class SparseLinearAttention:
             torch.cat((past_kmean[slots], k_mean)),
             past_frames=slots.numel(),
             chunk=int(chunk),
-            hsa=HSAConfig(**_ONE_STAGE),
+            hsa=_ONE_STAGE,
             keep_q20=attributes["keep_q20"],
         )
         keys = (slots.numel() + k_mean.shape[0]) * frame_tokens
