@@ -12,8 +12,8 @@ __all__ = ["CONFIGS", "STAGES", "ConfigError", "Run", "StageConfig", "StageName"
 
 CONFIGS = Path(__file__).parent / "configs"
 StageName = Literal[
-    "latents", "encoder", "text", "decoder", "still", "student", "rollout", "hsa", "sla", "qat", "sharpen",
-    "framewise",
+    "latents", "encoder", "text", "decoder", "tae", "still", "student", "rollout", "hsa", "sla", "qat",
+    "sharpen", "framewise",
 ]  # fmt: skip
 STAGES: tuple[StageName, ...] = get_args(StageName)
 """In the order in which they build on each other."""
@@ -93,6 +93,7 @@ class TrainingConfig(_Model):
     loss: LossConfig
     text: StageConfig
     decoder: StageConfig
+    tae: StageConfig
     still: StageConfig
     student: StageConfig
     rollout: StageConfig

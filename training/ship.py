@@ -16,7 +16,7 @@ from lightforcing_ref.checkpoint import (
 from lightforcing_ref.dimensions import TINY_VAE
 from lightforcing_ref.text import umt5_keys
 from training.data.latents import PatchPCA
-from training.stages.run import PRESET, PREVIOUS, StageError, latest_transformer
+from training.stages.run import DECODERS, PRESET, PREVIOUS, StageError, latest_transformer
 from training.stages.text import CaptionEncoder
 
 from .config import Run
@@ -31,13 +31,15 @@ FILES = {
     "framewise": "dit_framewise.safetensors",
     "nvfp4": "dit_nvfp4.safetensors",
     "decoder": "vae.safetensors",
+    "tae": "tae.safetensors",
     "text": "text_encoder.safetensors",
     "tokenizer": "tokenizer.json",
     "latents": "latents.safetensors",
 }
 """`dense` is the transformer before it was finetuned under sparse attention, to compare with, and `framewise` that one
-for chunks of one latent frame; `nvfp4` is the finetuned one, trained on with its linears in that format. The latents'
-basis serves training only; the decoder holds its inverse."""
+for chunks of one latent frame; `nvfp4` is the finetuned one, trained on with its linears in that format. `tae` is another
+decoder of the same latents, in TAEHV's layout. The latents' basis serves training only; the decoders hold its
+inverse."""
 LEAVE_OUT = "none"
 
 
@@ -73,6 +75,8 @@ def ship(run: Run, folder: Path, transformer: str | None = None) -> list[Path]:
     }
     if run.weights("encoder").exists():
         states["decoder"] |= load_weights(run.weights("encoder"))
+    if run.weights("tae").exists():
+        states["tae"] = load_weights(run.weights("tae"))
     states |= {part: load_weights(run.weights(stage)) for part, stage in transformers.items()}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -110,6 +114,8 @@ def adopt(run: Run, folder: Path) -> list[str]:
     if _has_encoder(folder / FILES["decoder"]):
         encoder = load_vae_encoder_state(folder / FILES["decoder"], TINY_VAE, dtype=torch.float32)
         states[run.weights("encoder")] = encoder
+    if (folder / FILES["tae"]).exists():
+        states[run.start("tae")] = load_vae_state(folder / FILES["tae"], DECODERS["tae"], dtype=torch.float32)
     transformers = (
         ("transformer", run.start("student")),
         ("transformer", run.weights("hsa")),

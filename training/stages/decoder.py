@@ -1,4 +1,4 @@
-"""The decoder stage: from PCA latents to pixels, through the whole-clip decode.
+"""The decoder stages: from PCA latents to pixels, through the whole-clip decode, by Wan's decoder or by a tiny one.
 
 A window may begin anywhere in a clip; it is encoded as a clip of its own, so its first latent stands for one frame, as
 the decoder's first latent does. Most steps see a crop around the object, some see whole frames.
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightforcing_ref.decoders.layers import CausalConv3d
-from lightforcing_ref.decoders.vae import VAEDecoder
-from lightforcing_ref.dimensions import VAEConfig
+from lightforcing_ref.decoders.tae import VideoDecoder, video_decoder
+from lightforcing_ref.dimensions import DecoderConfig
 from training.config import DataConfig, StageConfig
 from training.data.clips import FRAMES, SIZE, Clip, random_clip
 from training.data.latents import STRIDE, PatchPCA
@@ -71,11 +71,12 @@ class DecoderStage(Stage):
     """Mean absolute error, with more weight on the object."""
 
     name = "decoder"
-    adam_only = ("decoder.head.2",)
 
-    def __init__(self, config: StageConfig, data: DataConfig, pca: PatchPCA, vae: VAEConfig) -> None:
+    def __init__(self, config: StageConfig, data: DataConfig, pca: PatchPCA, vae: DecoderConfig) -> None:
         self.config, self.data, self.pca = config, data, pca
-        self.module: VAEDecoder = VAEDecoder(vae)
+        self.module: VideoDecoder = video_decoder(vae)
+        *_, last = (name for name, part in self.module.named_modules() if hasattr(part, "kernel_size"))
+        self.adam_only = (last,)
         use_planar_convolutions(self.module)
 
     def sample(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from lightforcing_ref.config import PRESETS
-from lightforcing_ref.dimensions import TINY_VAE
+from lightforcing_ref.dimensions import TINY_VAE, DecoderConfig, TAEConfig
 from lightforcing_ref.schedule import FlowSchedule
 from lightforcing_ref.sparsity import HSAConfig, SparsityTable
 from training.config import Run, StageConfig, StageName, TrainingConfig
@@ -31,6 +31,7 @@ from .text import CaptionEncoder, TextStage
 __all__ = ["PREVIOUS", "StageError", "latest_transformer", "run"]
 
 PRESET = PRESETS["tiny"]
+SMALL_TAE = TAEConfig(widths=(32, 16, 16, 16))
 PREVIOUS: dict[str, tuple[str, ...]] = {
     "student": ("still",),
     "rollout": ("student", "still"),
@@ -47,6 +48,10 @@ SPARSE = {
 }
 """Stages under sparse attention: Light Forcing's, and one stage of selection among all blocks, which is SLA's sparse
 branch."""
+
+
+DECODERS: Mapping[str, DecoderConfig] = {"decoder": TINY_VAE, "tae": SMALL_TAE}
+"""Stages that train a video decoder: Wan's layout, and TAEHV's."""
 
 
 class StageError(Exception):
@@ -77,8 +82,9 @@ def _build(name: StageName, config: TrainingConfig, run: Run, settings: StageCon
     torch.manual_seed(config.seed)
     if name == "text":
         return TextStage(settings, PRESET, config.seed)
-    if name == "decoder":
-        stage = DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), TINY_VAE)
+    if name in DECODERS:
+        stage = DecoderStage(settings, config.data, PatchPCA.load(_need(run.pca, "latents")), DECODERS[name])
+        stage.name = name
         if run.start(name).exists():
             stage.module.load_state_dict(load_weights(run.start(name)))
         return stage

@@ -37,7 +37,7 @@ from training.ship import adopt
 from training.stages.decoder import use_planar_convolutions
 from training.stages.dit import SPARSITY_BASE, SPARSITY_TARGET, attention_spec
 from training.stages.qat import QATStage
-from training.stages.run import PRESET, StageError, run
+from training.stages.run import DECODERS, PRESET, StageError, run
 from training.stages.sharpen import SharpenStage
 from training.stages.text import CaptionEncoder
 
@@ -323,6 +323,7 @@ def test_shipped_files_load_as_public_checkpoints(
     load_dit_state(tmp_path / "dit_nvfp4.safetensors", PRESET.dit)
     load_vae_state(tmp_path / "vae.safetensors", PRESET.vae)
     load_vae_encoder_state(tmp_path / "vae.safetensors", PRESET.vae)
+    load_vae_state(tmp_path / "tae.safetensors", DECODERS["tae"])
     load_umt5_state(tmp_path / "text_encoder.safetensors", PRESET.text)
     again = Run(tmp_path / "again")
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 0
@@ -335,7 +336,7 @@ def test_shipped_files_load_as_public_checkpoints(
     for name in ("dit", "dit_dense", "dit_framewise", "dit_nvfp4"):
         (tmp_path / f"{name}.safetensors").unlink()
     later = Run(tmp_path / "later")
-    assert adopt(later, tmp_path) == ["text", "decoder", "encoder"]
+    assert adopt(later, tmp_path) == ["text", "decoder", "encoder", "tae"]
     before = later.weights("text").read_bytes()
     run("text", TrainingConfig.load(CONFIGS / "cpu.toml"), later)
     assert later.weights("text").read_bytes() == before
