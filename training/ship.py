@@ -37,8 +37,8 @@ FILES = {
     "latents": "latents.safetensors",
 }
 """`dense` is the transformer before it was finetuned under sparse attention, to compare with, and `framewise` that one
-for chunks of one latent frame; `nvfp4` is the finetuned one, trained on with its linears in that format. `tae` is another
-decoder of the same latents, in TAEHV's layout. The latents' basis serves training only; the decoders hold its
+for chunks of one latent frame; `nvfp4` is the finetuned one, trained on with its linears in that format. `tae` is
+another decoder of the same latents, in TAEHV's layout. The latents' basis serves training only; the decoders hold its
 inverse."""
 LEAVE_OUT = "none"
 
