@@ -38,6 +38,13 @@ class Plan(Command):
             help="fp32, bf16, fp8 or nvfp4 (default: fp8, or the target's best)",
         )
         parser.add_argument(
+            "--skip",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="linears in bf16, such as '*.ffn.2', or in fp8: '*.ffn.2=fp8', as `build` takes it; repeatable",
+        )
+        parser.add_argument(
             "--sessions", type=positive, default=1, metavar="N", help="concurrent rollouts (default: 1)"
         )
         share = parser.add_mutually_exclusive_group()
@@ -189,4 +196,4 @@ def _planned(args: argparse.Namespace) -> PlanRequest:
 
     model = chosen_preset(args)
     height, width = args.resolution or (model.height, model.width)
-    return PlanRequest(target, variant, model, height, width, precision)
+    return PlanRequest(target, variant, model, height, width, precision, skip=tuple(args.skip))

@@ -9,7 +9,7 @@ selection of key blocks. Nothing here needs PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -58,7 +58,13 @@ def activation_bytes(precision: Precision, tokens: int, width: int) -> int:
 
 
 class StepPasses:
-    """The passes of one forward of one chunk, `tokens` long; `codes`: keys and values are in eight bits."""
+    """The passes of one forward of one chunk, `tokens` long.
+
+    Args:
+        precision: of what is not quantized.
+        linears: precision of every block linear, by name.
+        codes: keys and values are in eight bits.
+    """
 
     def __init__(
         self,
@@ -66,27 +72,27 @@ class StepPasses:
         geometry: BlockGeometry,
         tokens: int,
         precision: Precision,
+        linears: Mapping[str, Precision],
         *,
         codes: bool = False,
     ) -> None:
-        self._codes = codes
+        self._codes, self._linears = codes, linears
         self._dit, self._geometry, self._tokens, self._precision = dit, geometry, tokens, precision
         self._stream = tokens * dit.dim * item_bytes(precision)
         """Bytes of the residual stream, and of everything else that is as wide."""
 
-    def _input(self, kind: str) -> int:
+    def _input(self, kind: str, layer: int) -> int:
         width = next(linear.columns for linear in layer_linears(self._dit) if linear.kind == kind)
-        return activation_bytes(self._precision, self._tokens, width)
+        return activation_bytes(self._linears[f"blocks.{layer}.{kind}"], self._tokens, width)
 
-    @property
-    def _is_quantized(self) -> bool:
-        return self._precision in ("fp8", "nvfp4")
+    def _is_quantized(self, kind: str, layer: int) -> bool:
+        return self._linears[f"blocks.{layer}.{kind}"] in ("fp8", "nvfp4")
 
     def first(self) -> Iterator[Pass]:
         """Before the first layer: patches out of the latent, and the first layer's norm."""
         patches = self._patches()
         yield Pass("patches", patches * _LATENT, patches * item_bytes(self._precision))
-        yield Pass("norm, modulation", self._stream, self._input("self_attn.qkv"))
+        yield Pass("norm, modulation", self._stream, self._input("self_attn.qkv", 0))
 
     def prepare(self) -> Pass:
         """Bias, norms, rotation and block means of a layer's queries and keys, out of the merged projection."""
@@ -100,21 +106,25 @@ class StepPasses:
             written = self._stream + (self._tokens + values) * dit.dim + scales
         return Pass("prepare q, k, v", 3 * self._stream + tables, written + means)
 
-    def layer(self, *, is_last: bool = False) -> Iterator[Pass]:
-        """From a layer's attention output to the input of the next one's projection, or to that of the head."""
+    def layer(self, layer: int = 0) -> Iterator[Pass]:
+        """From the attention output of the layer with this index to the input of the next one's projection, or of the
+        head.
+        """
         stream, ffn = self._stream, self._tokens * self._dit.ffn_dim * item_bytes(self._precision)
-        if self._is_quantized:
-            yield Pass("quantize attention", stream, self._input("self_attn.o"))
-        yield Pass("residual, norm", 2 * stream, stream + self._input("cross_attn.q"))
+        if self._is_quantized("self_attn.o", layer):
+            yield Pass("quantize attention", stream, self._input("self_attn.o", layer))
+        yield Pass("residual, norm", 2 * stream, stream + self._input("cross_attn.q", layer))
         yield Pass("norm of cross q", stream, stream)
-        if self._is_quantized:
-            yield Pass("quantize cross-attention", stream, self._input("cross_attn.o"))
-        yield Pass("residual, norm, modulation", 2 * stream, stream + self._input("ffn.0"))
-        yield Pass("GELU", ffn, self._input("ffn.2"))
-        if is_last:
+        if self._is_quantized("cross_attn.o", layer):
+            yield Pass("quantize cross-attention", stream, self._input("cross_attn.o", layer))
+        yield Pass("residual, norm, modulation", 2 * stream, stream + self._input("ffn.0", layer))
+        yield Pass("GELU", ffn, self._input("ffn.2", layer))
+        if layer == self._dit.layers - 1:
             yield Pass("residual, head's norm", 2 * stream, stream)
         else:
-            yield Pass("residual, norm, modulation", 2 * stream, stream + self._input("self_attn.qkv"))
+            yield Pass(
+                "residual, norm, modulation", 2 * stream, stream + self._input("self_attn.qkv", layer + 1)
+            )
 
     def last(self) -> Iterator[Pass]:
         """Behind the head: the flow back into a latent, and the scheduler's step."""

@@ -12,8 +12,10 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, Protocol
 
+from export.request.linears import linear_precisions
 from export.request.selection import selection_bytes
 from export.request.sizes import (
+    CONDITIONER_LINEARS,
     Sized,
     conditioner_parameters,
     decoder_convs,
@@ -52,6 +54,8 @@ class Planned(Sized, Protocol):
     def target(self) -> Target: ...
     @property
     def precision(self) -> Precision: ...
+    @property
+    def skip(self) -> tuple[str, ...]: ...
     @property
     def encoder(self) -> VAEConfig | None: ...
 
@@ -176,6 +180,7 @@ class _Planner:
         self.request, self.sessions = request, sessions
         self.dit, self.vae, self.encoder = request.preset.dit, request.preset.vae, request.encoder
         self.item = item_bytes(request.precision)
+        self.formats = linear_precisions(request)
         self.on_gpu = request.target.compute_capability is not None
         self.latent_size = request.preset.latent_size(request.height, request.width)
         blocks = request.variant.blocks(request.target, request.preset.block)
@@ -192,17 +197,20 @@ class _Planner:
 
     def weights(self) -> Iterator[MemoryItem]:
         """Weights by component, as the bundle's files hold them."""
-        dit, precision, layers = self.dit, self.request.precision, self.dit.layers
-        *step, k, v = layer_linears(dit)
-        linears = layers * sum(linear.bytes(precision) for linear in step)
-        yield MemoryItem("weights", "transformer, block linears", linears)
+        dit, formats = self.dit, self.formats
+        sizes = {"step": 0, "conditioner": 0}
+        for layer in range(dit.layers):
+            for linear in layer_linears(dit):
+                part = "conditioner" if linear.kind in CONDITIONER_LINEARS else "step"
+                sizes[part] += linear.bytes(formats[f"blocks.{layer}.{linear.kind}"])
+        yield MemoryItem("weights", "transformer, block linears", sizes["step"])
         yield MemoryItem(
             "weights",
             "transformer, everything else",
             self.item * step_parameters(dit, self.rows) + 4 * 2 * self.rows,
         )
-        conditioner = layers * (k.bytes(precision) + v.bytes(precision))
-        yield MemoryItem("weights", "conditioner", conditioner + self.item * conditioner_parameters(dit))
+        conditioner = sizes["conditioner"] + self.item * conditioner_parameters(dit)
+        yield MemoryItem("weights", "conditioner", conditioner)
         both = 2 * self.item * decoder_parameters(self.vae)
         yield MemoryItem("weights", "video decoder, first and later frames", both)
         if self.encoder is not None:
@@ -325,8 +333,8 @@ class _Planner:
             return
         from export.backends.tensorrt_rtx.expectations import Structure, decoder_kind, load_expectations
 
-        precision: Precision = "bf16" if self.request.precision == "fp32" else self.request.precision
-        known = load_expectations(precision).components
+        used = {self.request.precision, *self.formats.values()}
+        known = [load_expectations("bf16" if one == "fp32" else one).components for one in sorted(used)]
         structure = Structure.of(self.request)
         for name, components in (
             ("transformer, at most", ("first", "layer", "last", "conditioner")),
@@ -334,10 +342,12 @@ class _Planner:
             ("video decoder, at most", ("vae_first", "vae_next")),
         ):
             kinds = [decoder_kind(component, self.vae) for component in components]
-            bound = max(known[kind].activation_bytes.bytes(structure) for kind in kinds)
+            bound = max(one[kind].activation_bytes.bytes(structure) for one in known for kind in kinds)
             if self.encoder is not None and name.startswith("transformer"):  # they share a queue
                 own = replace(structure, pixels=self.request.height * self.request.width * self.encoder.dim)
-                encoders = (known[kind].activation_bytes.bytes(own) for kind in ENCODER_COMPONENTS)
+                encoders = (
+                    one[kind].activation_bytes.bytes(own) for one in known for kind in ENCODER_COMPONENTS
+                )
                 bound = max(bound, *encoders)
             yield MemoryItem("activations", name, bound)
 

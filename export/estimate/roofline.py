@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from export.errors import InputError
+from export.request.linears import linear_precisions
 from export.request.sizes import decoder_convs, item_bytes, layer_linears
 from export.request.targets import Operands, Peak
 from lightforcing_ref.dimensions import VAEConfig
@@ -133,7 +134,10 @@ class Workload:
         self.schedule = request.variant.schedule.resolved()
         self.tokens = self.schedule.chunk_frames * frame_tokens
         codes = request.variant.cache.kv is not None
-        self.passes = StepPasses(self.dit, self.geometry, self.tokens, request.precision, codes=codes)
+        self._linears = linear_precisions(request)
+        self.passes = StepPasses(
+            self.dit, self.geometry, self.tokens, request.precision, self._linears, codes=codes
+        )
 
     @property
     def planned_chunks(self) -> int:
@@ -143,7 +147,7 @@ class Workload:
     @property
     def formats(self) -> set[Format]:
         """What its products compute in."""
-        return {self.wide, self.products, self.request.precision}
+        return {self.wide, self.products, *self._linears.values()}
 
     @cached_property
     def _keep_q20(self) -> tuple[int, ...]:
@@ -205,13 +209,14 @@ class Workload:
         moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
         return Work("self-attention", self.products, flops if dense else flops * kept // total, moved)
 
-    def linear(self, kind: str, tokens: int | None = None) -> Work:
+    def linear(self, kind: str, tokens: int | None = None, layer: int = 0) -> Work:
         """One block linear on so many tokens, by default those of a chunk."""
         tokens = self.tokens if tokens is None else tokens
+        precision = self._linears[f"blocks.{layer}.{kind}"]
         (linear,) = (linear for linear in layer_linears(self.dit) if linear.kind == kind)
-        moved = linear.bytes(self.request.precision) + tokens * linear.rows * self.item
-        moved += activation_bytes(self.request.precision, tokens, linear.columns)
-        return Work("linears", self.request.precision, 2 * tokens * linear.elements, moved)
+        moved = linear.bytes(precision) + tokens * linear.rows * self.item
+        moved += activation_bytes(precision, tokens, linear.columns)
+        return Work("linears", precision, 2 * tokens * linear.elements, moved)
 
     @property
     def cross_attention(self) -> Work:
@@ -238,18 +243,18 @@ class Workload:
         yield from self._part("first", self.passes.first())
         for layer in range(dit.layers):
             is_last = layer == dit.layers - 1
-            yield self.linear(kinds[0])
+            yield self.linear(kinds[0], layer=layer)
             yield from self.moved((self.passes.prepare(),))
             if clean and is_last:
                 return
             yield self.attention(chunk, seen=seen)
             for kind in kinds[1:]:
-                yield self.linear(kind)
+                yield self.linear(kind, layer=layer)
             yield self.cross_attention
             if not is_last:
-                yield from self._part("layer", self.passes.layer())
+                yield from self._part("layer", self.passes.layer(layer))
         yield outer
-        yield from self._part("last", (*self.passes.layer(is_last=True), *self.passes.last()))
+        yield from self._part("last", (*self.passes.layer(dit.layers - 1), *self.passes.last()))
 
     def _part(self, name: str, passes: Iterable[Pass], kind: Kind = "element-wise") -> Iterator[Work]:
         """A component's element-wise work: as built, or pass by pass."""

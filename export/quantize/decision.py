@@ -11,18 +11,18 @@ from torch import Tensor
 from export.errors import InputError
 from export.progress import StepCallback
 from export.request.geometry import StepPlan
+from export.request.linears import AUTO, QuantPrecision, choose_formats
 from export.request.request import BuildRequest
 from export.request.weights import Weights
 from runtime import bundle
 
 from .calibration import Calibration, Measured, load_calibration
 from .cost import seeded_error
-from .formats import QuantPrecision, auto_formats, choose_formats
+from .formats import auto_formats
 from .graph import KINDS, find_linears, is_block_linear, weight_tensor
 from .numerics import FoldedWeight, Format, fold_weight
 
 __all__ = [
-    "AUTO",
     "ErrorLog",
     "Errors",
     "QuantizationPlan",
@@ -32,9 +32,6 @@ __all__ = [
     "refuse_without_quantization",
     "weights_identity",
 ]
-
-AUTO = "auto"
-"""The `skip` that leaves it to the measured errors which linears stay in bf16."""
 
 Errors = dict[str, dict[Format, float]]
 

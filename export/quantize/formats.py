@@ -10,15 +10,14 @@ TensorRT-RTX.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
 from export.errors import InputError
 from export.graph.tracing import EXTERNAL_BYTES
+from export.request.linears import QuantPrecision, choose_formats
 from export.tolerances import LINEAR
 
 from .graph import find_linears, is_block_linear, quantize
@@ -34,8 +33,6 @@ __all__ = [
     "save_quantized",
 ]
 
-QuantPrecision = Literal["fp8", "nvfp4"]
-
 ORT_SESSION_CONFIG = {"session.disable_quant_qdq": "1"}
 """Session configuration that ONNX Runtime needs for FP8 graphs: its fusion of Q/DQ products knows integers only and
 refuses the graph. Without this entry, the highest optimisation level that works is ORT_ENABLE_BASIC."""
@@ -44,39 +41,6 @@ refuses the graph. Without this entry, the highest optimisation level that works
 def linear_names(model: ir.Model) -> list[str]:
     """Names of the graph's block linears, e.g. "blocks.3.ffn.0", in the order they run."""
     return [linear.name for linear in find_linears(model)]
-
-
-def choose_formats(
-    names: Iterable[str], precision: QuantPrecision, *, skip: Sequence[str] = ()
-) -> dict[str, Format]:
-    """The format of each linear: that of `precision`, except those that `skip` names.
-
-    Args:
-        skip: patterns, as "blocks.0.*" or "*.ffn.2": what matches has no format, so that it stays in bf16; with
-            "PATTERN=fp8", it is in FP8. Later ones win.
-
-    Raises:
-        InputError: a pattern matches nothing, or leads to another format than fp8 or bf16.
-    """
-    names = list(names)
-    chosen: dict[str, Format] = dict.fromkeys(names, precision)
-    for entry in skip:
-        pattern, _, format = entry.partition("=")
-        matches = fnmatch.filter(names, pattern)
-        if not matches:
-            raise InputError(
-                f"--skip {pattern!r} matches none of the {len(names)} linears; they are called "
-                f"{', '.join(names[:2])}, ... (* matches anything)"
-            )
-        if format not in ("", "bf16", "fp8"):
-            raise InputError(
-                f"--skip {entry!r} leads to {format!r}; expected fp8 or bf16, which is what a pattern alone means"
-            )
-        for name in matches:
-            chosen.pop(name, None)
-            if format == "fp8":
-                chosen[name] = "fp8"
-    return {name: chosen[name] for name in names if name in chosen}
 
 
 def auto_formats(

@@ -95,9 +95,10 @@ def plan_tables(
 
 def _heading(request: Planned) -> str:
     blocks = Workload(request).geometry
+    skipped = f" (--skip {' '.join(request.skip)})" if request.skip else ""
     return (
         f"[bold]{escape(request.preset.name)}[/] {request.height}x{request.width}, variant "
-        f"{escape(request.variant.name)}, {request.precision}, on {escape(request.target.title)}: "
+        f"{escape(request.variant.name)}, {request.precision}{escape(skipped)}, on {escape(request.target.title)}: "
         f"{blocks.frame_tokens} tokens per latent frame, blocks of {blocks.block_q} x {blocks.block_k}; "
         f"{request.variant.schedule.described}"
     )
@@ -199,7 +200,7 @@ def _built(request: Planned, built: Mapping[str, int]) -> Table:
     planned = {
         "first": passes.first(),
         "layer": passes.layer(),
-        "last": (*passes.layer(is_last=True), *passes.last()),
+        "last": (*passes.layer(workload.dit.layers - 1), *passes.last()),
     }
     sizes = {name: sum(one.bytes for one in found) for name, found in planned.items()}
     for name, first in (("vae_first", True), ("vae_next", False)):
@@ -268,8 +269,10 @@ def _compared(
 
 
 def _precisions(request: Planned) -> Iterator[tuple[str, PlanRequest]]:
+    if request.skip:
+        yield f"{request.precision}, as planned", _planned(request)
     for precision in request.target.precisions:
-        yield precision, replace(_planned(request), precision=precision)
+        yield precision, replace(_planned(request), precision=precision, skip=())
 
 
 def _decoders(request: Planned) -> Iterator[tuple[str, PlanRequest]]:
@@ -292,7 +295,13 @@ def _rates(peak: Peak) -> Table:
 
 def _planned(request: Planned) -> PlanRequest:
     return PlanRequest(
-        request.target, request.variant, request.preset, request.height, request.width, request.precision
+        request.target,
+        request.variant,
+        request.preset,
+        request.height,
+        request.width,
+        request.precision,
+        skip=request.skip,
     )
 
 
@@ -367,6 +376,7 @@ def plan_document(
         "preset": request.preset.name,
         "variant": request.variant.name,
         "precision": request.precision,
+        "skip": list(request.skip),
         "height": request.height,
         "width": request.width,
         "memory": plan_memory(request, sessions).as_dict(),

@@ -28,6 +28,8 @@ class PlanRequest:
     precision: Precision
     encoder: VAEConfig | None = None
     """The video encoder, of a bundle that has one."""
+    skip: tuple[str, ...] = ()
+    """Patterns of linears that are not in `precision`, as `QuantizationRequest.skip` has them."""
 
 
 def planned_precision(target: Target, name: str | None) -> Precision:

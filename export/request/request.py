@@ -91,6 +91,11 @@ class BuildRequest:
         return self.weights.preset
 
     @property
+    def skip(self) -> tuple[str, ...]:
+        """Patterns of linears that are not in the request's precision, as `QuantizationRequest.skip` has them."""
+        return self.quantization.skip
+
+    @property
     def encoder(self) -> VAEConfig | None:
         """The video encoder, of a bundle that has one; see `Weights.vae_encoder` for the errors."""
         return self.weights.vae_encoder_config() if self.with_encoder else None

@@ -17,6 +17,7 @@ from export.backends.tensorrt_rtx.engine_text import read_engine
 from export.build import build_bundle
 from export.cli.main import main
 from export.errors import BuildError, InputError
+from export.estimate.memory import plan_memory
 from export.quantize.calibration import Calibration
 from export.quantize.decision import block_linear_names
 from export.quantize.graph import KINDS
@@ -370,6 +371,10 @@ def test_a_searched_mix_of_formats_is_what_the_finished_bundle_computes(bundles,
     assert found.components["conditioner"].cost.gemms == {"bf16": 2, "fp4": 1}
     stored = tensors(out / "searched")
     assert stored["model.blocks.1.self_attn.o.weight"] == ("BF16", (DIM, DIM))
+    linears = [entry for name, entry in stored.items() if any(f".{kind}.weight" in name for kind in KINDS)]
+    planned = plan_memory(request(out, "nvfp4", quantization=quantized(skip=("*.self_attn.o", "*.qkv=fp8"))))
+    size = {item.name: item.bytes for item in planned.items}["transformer, block linears"]
+    assert sum(STORED[dtype] * int(np.prod(shape)) for dtype, shape in linears) == size
 
 
 @pytest.mark.parametrize(
