@@ -54,6 +54,7 @@ class Case:
         forwards: engine runs of further forwards, and kernels that they launch.
         tables: whether attention selects by tables.
         others: kernels that are launched besides.
+        decoder: the layout of the video decoder.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     forwards: dict[str, tuple[int, int]] = field(default_factory=dict)
     tables: bool = False
     others: tuple[str, ...] = ()
+    decoder: str = "wan"
 
 
 def together(chunks: int, *, clean: bool) -> tuple[int, int]:
@@ -114,6 +116,7 @@ CASES = (
     Case("rolling", "--variant rolling", steps=5, forwards=WINDOWS, others=("rope_sink",)),
     Case("longlive", "--variant longlive", forwards=JOINT),
     Case("infinite", "--variant infinite", others=("rope_sink",)),
+    Case("tiny-decoder", "--init random --decoder tiny-tae", decoder="tae"),
 )
 
 
@@ -137,6 +140,7 @@ def test_every_member_of_the_family_is_built_for_a_gpu(case: Case, tmp_path: Pat
     assert (manifest.backend, manifest.status) == ("tensorrt-rtx", "built, not executed")
     assert manifest.attention.method.policy == case.policy
     assert getattr(manifest.attention.method, "gating", "pooled") == "pooled"  # the one that kernels have
+    assert manifest.vae.kind == case.decoder
     check_engines(bundle.root, manifest)
     check_images(bundle.root, manifest, case)
     report = dry_run(bundle, sessions=2)
