@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from export.compare.against_reference import against_reference
@@ -16,6 +18,7 @@ from export.request.targets import load_target, load_variant
 from lightforcing_ref.config import PRESETS
 from runtime import Pipeline
 from runtime.bundle import load_bundle
+from runtime.cli.main import main as runtime
 from runtime.program.buffers import plan_buffers
 from runtime.verify.dry_run import dry_run
 from tests.conftest import build
@@ -141,6 +144,20 @@ def test_a_prompt_takes_effect_within_one_latent_frame(framewise: Path) -> None:
 
         plain, switched = clip(False), clip(True)
     assert [a == b for a, b in zip(plain, switched, strict=True)] == [True, True, False, False]
+
+
+def test_commands_count_single_frames(framewise: Path, tmp_path: Path) -> None:
+    """Half a second are eight frames, so three latent frames: nine. A chunk that is timed has four."""
+    clip, latents, bench = tmp_path / "clip.mp4", tmp_path / "latents.npy", tmp_path / "bench.json"
+    once = ["--prompt", "a red square", "--threads", "1"]
+    arguments = [*once, "--seconds", "0.5", "--switch", "1: a blue circle", "--latents", str(latents)]
+    assert runtime(["generate", str(framewise), *arguments, "--out", str(clip)]) == 0
+    assert np.load(latents).shape == (16, 3, 16, 16)
+    assert clip.stat().st_size > 0
+    timed = ["--chunks", "3", "--warmup-chunks", "1", "--json", str(bench)]
+    assert runtime(["bench", str(framewise), *once, *timed]) == 0
+    document = json.loads(bench.read_text())
+    assert (document["frames"], [chunk["index"] for chunk in document["chunks"]]) == (12, [1, 2, 3])
 
 
 def test_saved_frame_by_frame_sessions_go_on(framewise: Path, tmp_path: Path) -> None:
