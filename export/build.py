@@ -11,6 +11,8 @@ from typing import Any
 from export.estimate.memory import MemoryPlan
 from export.graph import components
 from export.parts.golden import write_golden
+from export.parts.golden_persistent import PersistReference, persist_component
+from export.parts.golden_reference import GoldenGraph
 from export.parts.keys import BuildKeys, tool_versions
 from export.parts.run import Builder, Built, Run
 from export.parts.workspace import open_workspace
@@ -206,7 +208,7 @@ def build_bundle(request: BuildRequest | CheckedBuild, progress: ProgressCallbac
     with open_workspace(request.out, request.name, keys.build) as workspace:
         parts = {**builder.parts(request, plan), **({_GOLDEN: 70.0} if builder.golden else {})}
         run = Run(workspace, request, plan, keys, parts, progress, checked.quantization)
-        built = builder.build(run)
+        built = _with_persist(run, builder.build(run))
         if builder.golden:
             built = _with_golden(run, built)
         run.finish("manifest")
@@ -239,13 +241,32 @@ def compile_bundle(request: BuildRequest, progress: ProgressCallback = _no_progr
         return workspace.folder
 
 
+def _with_persist(run: Run, built: Built) -> Built:
+    """What was built, and what updates the persistent set, if there is one; every backend has the same."""
+    if not run.plan.spec.persistent_frames or bundle.PERSIST in built.components:
+        return built
+    component = persist_component(built.components["step"], run.plan.spec.persistent_frames)
+    return replace(built, components={**built.components, bundle.PERSIST: component})
+
+
+def _without_graphs(run: Run, built: Built) -> dict[str, GoldenGraph]:
+    """The references of components that no ONNX graph computes."""
+    component = built.components.get(bundle.PERSIST)
+    return {} if component is None else {bundle.PERSIST: PersistReference(component, run.plan)}
+
+
 def _with_golden(run: Run, built: Built) -> Built:
     """What was built, with the golden vectors of its components."""
     section, own = run.section(
         _GOLDEN,
         bundle.Golden,
         lambda folder: write_golden(
-            folder, built.graphs, run.plan.schedule, segments=built.segments, progress=run.within
+            folder,
+            built.graphs,
+            run.plan.schedule,
+            segments=built.segments,
+            others=_without_graphs(run, built),
+            progress=run.within,
         ),
     )
     return replace(built, files=[*built.files, *own], golden=section)

@@ -304,8 +304,8 @@ class _Planner:
         q_blocks = self.chunk_frames * self.geometry.q_blocks
         key_blocks = (self.past + self.chunk_frames) * self.geometry.k_blocks
         if self.virtual:
-            # Query means of every layer, numbers of frames, and the scores, which a GPU has anyway.
-            scores = 0 if self.on_gpu else 4 * dit.heads * q_blocks * key_blocks
+            # Query means of every layer, importance of blocks, numbers of frames, and scores, which a GPU has anyway.
+            scores = 4 * dit.heads * key_blocks * (1 if self.on_gpu else 1 + q_blocks)
             means = (dit.layers - self.on_gpu) * 4 * q_blocks * dit.dim
             yield MemoryItem("buffers", "choice of persistent blocks", means + scores + 4 * (1 + 2))
         if not self.on_gpu:

@@ -37,8 +37,9 @@ SELECTS: Mapping[str, tuple[str, ...]] = {
     contract.RADIAL: ("expand", "attend"),
     contract.SPARGE: ("score", "mean_key", "resemble", "select_sparge", "attend"),
     contract.VMOBA: ("pool", "score_groups", "choose", "expand", "attend_ordered"),
+    contract.PERSISTENT_BLOCK: ("score", "select_pinned", "attend", "weigh", "persist"),
 }
-"""What the attention operators are made of, at most."""
+"""What the attention operators are made of, at most; and what updates a persistent set."""
 _TABLES = "tables.safetensors"
 _OVER_CODES = {kernel: f"{kernel}_fp8" for kernel in ("prepare", "attend", "commit", "rope_sink")}
 """What takes a kernel's place where keys and values are codes."""

@@ -46,8 +46,7 @@ RANKED = (
 """Operators that keep the best blocks, as many as the table says, and have no parameters of a method."""
 
 _PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
-_GRAPH_ONLY = (contract.PERSISTENT_BLOCK, contract.SPARSE_LINEAR)
-_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name not in _GRAPH_ONLY)
+_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name != contract.SPARSE_LINEAR)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
     "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
     "tensorrt-rtx": _KERNELS,

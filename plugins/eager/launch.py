@@ -7,6 +7,7 @@ before Triton is imported, everything here runs on CPU tensors in Triton's inter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -346,6 +347,52 @@ class TorchKernels:
         _whole(buffers)
         kernel = "rope_sink" if scales is None else "rope_sink_fp8"
         self._launcher.launch(kernel, problem, buffers, {"turned_pairs": cos.shape[1]})
+
+    def persist(
+        self,
+        past_k: Tensor,
+        past_v: Tensor,
+        past_kmean: Tensor,
+        q_mean: Tensor,
+        k_mean: Tensor,
+        frame_slots: Tensor,
+        contest: Tensor,
+        *,
+        block_k: int,
+        scale: float,
+        sink_frames: int,
+        shared_heads: bool = False,
+        peak: bool = False,
+    ) -> None:
+        """Let the best blocks of frames that leave the window take the places of worse ones, in place.
+
+        Args:
+            past_k, past_v: `[slots, frame_tokens, H, D]`; past_kmean: float32 `[slots, k_blocks, H, D]`.
+            q_mean, k_mean: float32 `[frames, blocks, H, D]`, of the chunk.
+            frame_slots: int32 `[past frames]`; behind the sinks come the frames that are kept, then those that leave.
+            contest: int32 `[2]`, how many are kept, and how many leave.
+            shared_heads, peak: see `lightforcing_ref.policies.PersistentSet`.
+        """
+        frames, q_blocks, heads, _ = q_mean.shape
+        # Scores know query blocks by their number alone, and no size of theirs gives it for a frame of fewer tokens.
+        problem = replace(
+            _cache_problem(past_k, past_kmean, chunk_frames=frames, block_k=block_k),
+            past_frames=frame_slots.numel(),
+            ordered_blocks=(q_blocks, past_kmean.shape[1]),
+        )
+        sizes = problem.sizes()
+        scores = q_mean.new_empty(heads, sizes["query_blocks"], sizes["key_blocks"])
+        importance = q_mean.new_empty(heads, sizes["key_blocks"])
+        of_set = {"past_kmean": past_kmean, "frame_slots": frame_slots, "importance": importance}
+        buffers = {"scores": scores, "q_mean": q_mean, "k_mean": k_mean, **of_set}
+        bits = {"past_k": past_k, "past_v": past_v}
+        if past_k.element_size() == 2:
+            bits = {name: tensor.view(torch.int16) for name, tensor in bits.items()}
+        _whole({**buffers, **bits, "contest": contest})
+        self._launcher.launch("score", problem, buffers)
+        self._launcher.launch("weigh", problem, buffers, {"scale": scale, "peak": peak})
+        places = {"sink_frames": sink_frames, "shared_heads": shared_heads}
+        self._launcher.launch("persist", problem, {**of_set, **bits, "contest": contest}, places)
 
 
 def _cache_problem(

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins import contract, maps
+from plugins import contract, maps, operators
 from plugins.contract import (
     AttentionAttributes,
+    PersistentBlockAttributes,
     RadialAttributes,
     SlidingTileAttributes,
     SpargeAttributes,
@@ -26,7 +27,13 @@ from .launcher import BlockLists, Launcher, TritonLauncher, empty_lists
 
 __all__ = ["OPERATORS", "MethodKernels"]
 
-OPERATORS = (contract.SLIDING_TILE, contract.RADIAL, contract.SPARGE, contract.VMOBA)
+OPERATORS = (
+    contract.SLIDING_TILE,
+    contract.RADIAL,
+    contract.SPARGE,
+    contract.VMOBA,
+    contract.PERSISTENT_BLOCK,
+)
 """Those that kernels execute, beside hierarchical sparse attention."""
 
 _Tensors = Mapping[str, Tensor]
@@ -66,7 +73,8 @@ class MethodKernels:
         """
         if operator not in OPERATORS:
             raise ContractError(f"no kernels execute {operator!r}; expected one of {', '.join(OPERATORS)}")
-        given = dict(zip(contract.HSA_INPUTS, (tensor.contiguous() for tensor in tensors), strict=True))
+        names = operators.OPERATORS[operator].inputs
+        given = dict(zip(names, (tensor.contiguous() for tensor in tensors), strict=True))
         made = contract.ATTENTION_OPERATORS[operator](**attributes)
         if isinstance(made, VMoBAAttributes) and not made.query_block:
             raise PluginError(
@@ -88,6 +96,13 @@ class MethodKernels:
         buffers = {**given, **tables, "lists": lists.entries, "counts": lists.counts}
         if isinstance(attributes, SpargeAttributes):
             self._sparge(attributes, problem, buffers)
+            return lists
+        if isinstance(attributes, PersistentBlockAttributes):
+            buffers["scores"] = torch.empty(lists.entries.shape, device=device)
+            buffers["keep_q20"] = torch.tensor(attributes.keep_q20, dtype=torch.int32, device=device)
+            self.launcher.launch("score", problem, buffers)
+            options = {"table_entries": len(attributes.keep_q20)}
+            self.launcher.launch("select_pinned", problem, buffers, options)
             return lists
         if isinstance(attributes, VMoBAAttributes):
             self._choose(attributes, problem, buffers)

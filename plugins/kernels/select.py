@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK_BITS", "BLOCK_MASK", "score", "select"]
+__all__ = ["BLOCK_BITS", "BLOCK_MASK", "best", "count_present", "ordered", "score", "select", "write_list"]
 
 BLOCK_BITS = 16
 """A list entry is `frame << BLOCK_BITS | block`: logical frame (past oldest first, then current), block in it."""
@@ -74,10 +74,40 @@ def score(
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """Map float32 to int32 so that integer order is the order of the floats; above `_ABSENT` and `_REJECTED`."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), _REJECTED + 1)
+
+
+@triton.jit
+def best(key, keep):
+    """Which are the `keep` largest of `key`, int32 `[n]`, and the place of each among these; equal ones by index."""
+    # Exact threshold: the largest t with at least `keep` keys >= t, one bit at a time from the top.
+    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= keep, 0, _ABSENT)
+    for bit in tl.range(0, 31):
+        raised = threshold | (1 << (30 - bit))
+        threshold = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= keep, raised, threshold)
+
+    # One scan carries both running counts: keys above the threshold (low half) and ties with it (high half).
+    above = (key > threshold).to(tl.int32)
+    tie = (key == threshold).to(tl.int32)
+    running = tl.cumsum(above + (tie << 16), 0)
+    above_before = running & 0xFFFF
+    tie_before = running >> 16
+    room = keep - tl.sum(above, 0)
+    kept = (above != 0) | ((tie != 0) & (tie_before <= room))
+    return kept, above_before + tl.minimum(tie_before, room) - 1
+
+
+@triton.jit
+def write_list(entries, count, key, keep, BLOCKS: tl.constexpr):
+    """The `keep` largest of `key`, frames of `BLOCKS` blocks, as one row of the lists."""
+    kept, position = best(key, keep)
+    place = tl.arange(0, key.shape[0])
+    packed = ((place // BLOCKS) << _ENTRY_BITS) | (place % BLOCKS)
+    tl.store(entries + position, packed, mask=kept)
+    tl.store(count, keep)
 
 
 @triton.jit(
@@ -130,7 +160,7 @@ def select(
 
     # The dot product with a mean of block means is the mean of the block scores; the common factor 1 / k_blocks
     # does not change the order.
-    frame_score = _ordered(tl.sum(value, 1))
+    frame_score = ordered(tl.sum(value, 1))
     candidate = (frame >= sink_frames) & (frame < present - near_frames)
     contest = tl.where(candidate, frame_score, _ABSENT)
     ahead = (contest[None, :] > contest[:, None]) | (
@@ -140,26 +170,5 @@ def select(
     chosen = (candidate == 0) | (rank < keep_frames - sink_frames - near_frames) | (present <= keep_frames)
 
     # Rejected blocks are all equal, below every other: a budget beyond the eligible ones takes them in their order.
-    size: tl.constexpr = FRAMES * BLOCKS
-    key = tl.where(exists, tl.where(chosen[:, None], _ordered(value), _REJECTED), _ABSENT)
-    key = tl.reshape(key, [size])
-
-    # Exact threshold: the largest t with at least `keep` keys >= t, one bit at a time from the top.
-    threshold = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= keep, 0, _ABSENT)
-    for bit in tl.range(0, 31):
-        raised = threshold | (1 << (30 - bit))
-        threshold = tl.where(tl.sum((key >= raised).to(tl.int32), 0) >= keep, raised, threshold)
-
-    # One scan carries both running counts: keys above the threshold (low half) and ties with it (high half).
-    above = (key > threshold).to(tl.int32)
-    tie = (key == threshold).to(tl.int32)
-    running = tl.cumsum(above + (tie << 16), 0)
-    above_before = running & 0xFFFF
-    tie_before = running >> 16
-    room = keep - tl.sum(above, 0)
-    kept = (above != 0) | ((tie != 0) & (tie_before <= room))
-    position = above_before + tl.minimum(tie_before, room) - 1
-    place = tl.arange(0, size)
-    packed = ((place // BLOCKS) << _ENTRY_BITS) | (place % BLOCKS)
-    tl.store(lists + row * key_blocks + position, packed, mask=kept)
-    tl.store(counts + row, keep)
+    key = tl.where(exists, tl.where(chosen[:, None], ordered(value), _REJECTED), _ABSENT)
+    write_list(lists + row * key_blocks, counts + row, tl.reshape(key, [FRAMES * BLOCKS]), keep, BLOCKS)

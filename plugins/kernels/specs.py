@@ -58,6 +58,12 @@ _POOLING: Mapping[str, tuple[GridAxis | int, ...]] = {
     "pool": (GridAxis("groups"), GridAxis("heads")),
 }
 """Kernels that take means of tokens, and their grids."""
+_SELECTS: Mapping[str, Mapping[int, int]] = {
+    "select": {16: 1, 32: 1, 64: 2},
+    "select_pinned": {16: 1, 32: 1, 64: 2},
+    "select_sparge": {16: 1, 32: 2, 64: 4},
+}
+"""Kernels that choose among the blocks of all frames: blocks of a frame, and warps."""
 _ROPE_TILE = 64
 _SCORE_Q, _SCORE_K = 32, 64
 
@@ -65,6 +71,33 @@ _SCORE_Q, _SCORE_K = 32, 64
 def kernel_function(kernel: str) -> Any:
     """The Triton function of `kernel`. Imports Triton."""
     return getattr(import_module(f".{KERNELS[kernel][0]}", __package__), kernel)
+
+
+def _persistent_variants() -> Iterator[Variant]:
+    """Of the kernels that update a persistent set, by the most blocks that are resident."""
+    for blocks in (512, 1024, 2048):
+        limits = {"frames": MAX_FRAMES, "key_blocks": blocks}
+        yield Variant(
+            "weigh",
+            f"weigh-b{blocks}",
+            {"FRAMES": MAX_FRAMES, "COLUMNS": blocks, "ROWS": 4096 // blocks},
+            8,
+            (GridAxis("heads"), 1),
+            kernel_arguments("weigh", "float32"),
+            {},
+            limits,
+        )
+        for head_dim in (128, 64):
+            yield Variant(
+                "persist",
+                f"persist-d{head_dim}-b{blocks}",
+                {"HEAD_DIM": head_dim, "CONTENDERS": blocks, "TILE": 32},
+                4,
+                (GridAxis("key_blocks"), GridAxis("heads")),
+                kernel_arguments("persist", "int16"),
+                {"head_dim": (head_dim,)},
+                limits,
+            )
 
 
 def _other_variants() -> Iterator[Variant]:
@@ -105,28 +138,19 @@ def _other_variants() -> Iterator[Variant]:
             {"head_dim": (head_dim,)},
             {"past_frames": MAX_FRAMES},
         )
-    for blocks, warps in ((16, 1), (32, 1), (64, 2)):
-        yield Variant(
-            "select",
-            f"select-b{blocks}",
-            {"FRAMES": MAX_FRAMES, "BLOCKS": blocks},
-            warps,
-            (GridAxis("query_blocks"), GridAxis("heads")),
-            kernel_arguments("select", "float32"),
-            {},
-            {"frames": MAX_FRAMES, "k_blocks": blocks},
-        )
-    for blocks, warps in ((16, 1), (32, 2), (64, 4)):
-        yield Variant(
-            "select_sparge",
-            f"select_sparge-b{blocks}",
-            {"FRAMES": MAX_FRAMES, "BLOCKS": blocks},
-            warps,
-            (GridAxis("query_blocks"), GridAxis("heads")),
-            kernel_arguments("select_sparge", "float32"),
-            {},
-            {"frames": MAX_FRAMES, "k_blocks": blocks},
-        )
+    for kernel, of_blocks in _SELECTS.items():
+        for blocks, warps in of_blocks.items():
+            yield Variant(
+                kernel,
+                f"{kernel}-b{blocks}",
+                {"FRAMES": MAX_FRAMES, "BLOCKS": blocks},
+                warps,
+                (GridAxis("query_blocks"), GridAxis("heads")),
+                kernel_arguments(kernel, "float32"),
+                {},
+                {"frames": MAX_FRAMES, "k_blocks": blocks},
+            )
+    yield from _persistent_variants()
     for groups, warps in ((256, 2), (1024, 4), (4096, 8)):
         yield Variant(
             "choose",

@@ -138,6 +138,8 @@ _OPTIONS = {
     "map_heads": _I32,
     "map_rows": _I32,
     "map_columns": _I32,
+    "peak": _I32,
+    "shared_heads": _I32,
 }
 
 # Kernel -> (module, buffers with their element types in order, scalars in order). "compute" is the variant's type.
@@ -346,8 +348,38 @@ KERNELS |= {
             "threshold",
         ),
     ),
+    "select_pinned": (
+        "pbsa",
+        {**KERNELS["select"][1], "pinned": _I32},
+        ("chunk_frames", "past_frames", "k_blocks", "key_blocks", "table_entries"),
+    ),
+    "weigh": (
+        "pbsa",
+        {"importance": _F32, "scores": _F32, "frame_slots": _I32},
+        ("chunk_frames", "past_frames", "query_blocks", "k_blocks", "key_blocks", "scale", "peak"),
+    ),
+    "persist": (
+        "pbsa",
+        {
+            "past_k": "int16",
+            "past_v": "int16",
+            "past_kmean": _F32,
+            "importance": _F32,
+            "frame_slots": _I32,
+            "contest": _I32,
+        },
+        (
+            "heads",
+            "frame_tokens",
+            "k_blocks",
+            "key_blocks",
+            "block_k",
+            "sink_frames",
+            "shared_heads",
+        ),
+    ),
 }
-"""The kernels of methods that select by tables, and that cut frames into blocks of their own."""
+"""The kernels of other methods."""
 
 _SCALES = dict.fromkeys(("k_scale", "v_scale"), _F32)
 _PAST_SCALES = dict.fromkeys(("past_kscale", "past_vscale"), _F32)

@@ -18,6 +18,7 @@ from .files import HASHES_NAME, BundleFile, Identity, OpenFile
 from .load import (
     MANIFEST_NAME,
     OPERATOR_COMPONENTS,
+    PERSIST,
     REQUIRED_COMPONENTS,
     Bundle,
     file_entry,
@@ -64,6 +65,7 @@ __all__ = [
     "HASHES_NAME",
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
+    "PERSIST",
     "RECACHE_MODES",
     "REQUIRED_COMPONENTS",
     "SCHEMA_VERSION",

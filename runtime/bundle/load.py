@@ -31,6 +31,7 @@ from .strict_json import parse_json
 __all__ = [
     "MANIFEST_NAME",
     "OPERATOR_COMPONENTS",
+    "PERSIST",
     "REQUIRED_COMPONENTS",
     "Bundle",
     "file_entry",
@@ -42,6 +43,8 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
 OPERATOR_COMPONENTS = ("qk_prepare", "attention")
+PERSIST = "persist"
+"""What updates a persistent set: kernels everywhere, so that no file belongs to it."""
 """Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
 
 _HASH_CHUNK = 1 << 20
@@ -231,6 +234,9 @@ def _check_components(root: Path, manifest: Manifest) -> None:
     virtual: tuple[str, ...] = ("step", "clean") if segments else ()
     if segments and manifest.kernels:
         virtual += OPERATOR_COMPONENTS
+    if manifest.persistent_frames:
+        required += (PERSIST,)
+        virtual += (PERSIST,)
     missing = [
         name
         for name in required

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle, Component, nbytes
+from runtime.bundle import OPERATOR_COMPONENTS, PERSIST, Bundle, Component, nbytes
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Arrays, Platform
 from runtime.errors import EngineError
@@ -19,6 +19,8 @@ from runtime.program.attention import (
     attention_work,
     kernel_name,
     kernel_problem,
+    persist_launches,
+    persist_work,
     read_tables,
     table_buffer,
 )
@@ -70,7 +72,10 @@ class CudaComponentRunner:
                 for spec in described.outputs
             }
             addresses |= {name: memory.reserve(buffer.nbytes) for name, buffer in outputs.items()}
-            self._enqueue(component, described, addresses, memory, stream)
+            if component == PERSIST:
+                self._persist(described, inputs, addresses, memory, stream)
+            else:
+                self._enqueue(component, described, addresses, memory, stream)
             return {name: memory.get(addresses[name], buffer) for name, buffer in outputs.items()}
         finally:
             self._driver.sync(stream)
@@ -85,7 +90,7 @@ class CudaComponentRunner:
             engine = self._executor.component(name)
             engine.enqueue(addresses, memory.reserve(engine.scratch_bytes), stream)
             return
-        if manifest.kernels is None or name not in ("qk_prepare", "attention"):
+        if manifest.kernels is None or name not in OPERATOR_COMPONENTS:
             raise EngineError(f"component {name!r} has neither an engine nor a kernel; rebuild the bundle")
         dtype = next(spec.dtype for spec in component.inputs if spec.name in ("qkv", "q"))
         if name == "qk_prepare":
@@ -103,6 +108,30 @@ class CudaComponentRunner:
             launch = KernelLaunch(step.kernel, step.problem, {}, step.options)
             own = {buffer: tables[table_buffer(tensor)] for buffer, tensor in step.tables.items()}
             self._executor.launch(launch, {**addresses, **own}, stream)
+
+    def _persist(
+        self,
+        component: Component,
+        inputs: Arrays,
+        addresses: dict[str, int],
+        memory: _Memory,
+        stream: int,
+    ) -> None:
+        """Update a persistent set, and copy its frames out of the pool, in their order."""
+        manifest = self._bundle.manifest
+        for work, (kind, shape) in persist_work(manifest).items():
+            addresses[work] = memory.reserve(nbytes(kind, shape))
+        dtype = next(spec.dtype for spec in component.inputs if spec.name == "past_k")
+        for step in persist_launches(manifest, dtype):
+            launch = KernelLaunch(step.kernel, step.problem, {}, step.options)
+            self._executor.launch(launch, addresses, stream)
+        sinks = manifest.cache.sink_frames
+        for spec in component.outputs:
+            frames, *of_frame = (int(dim) for dim in spec.shape)
+            size = nbytes(spec.dtype, tuple(of_frame))
+            pool = addresses[spec.name.replace("kept_", "past_")]
+            for place, slot in enumerate(inputs["frame_slots"][sinks : sinks + frames].tolist()):
+                self._driver.copy(addresses[spec.name] + place * size, pool + slot * size, size, stream)
 
 
 class _Memory:

@@ -23,20 +23,26 @@ def _score(arrays: Arrays, launch: KernelLaunch) -> None:
     np.matmul(query, keys.transpose(0, 2, 1), out=arrays["scores"][..., : keys.shape[1]])
 
 
+def _weigh(arrays: Arrays, launch: KernelLaunch) -> None:
+    """The kernel `weigh`."""
+    sizes = launch.problem.sizes()
+    resident = (len(_present(arrays)) + sizes["chunk_frames"]) * sizes["k_blocks"]
+    logits = np.float32(launch.options["scale"]) * arrays["scores"][..., :resident]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    arrays["importance"][:, :resident] = weights.max(1) if launch.options["peak"] else weights.sum(1)
+
+
 def _persist(arrays: Arrays, launch: KernelLaunch) -> None:
     """The kernel `persist`."""
     kept, evicted = map(int, arrays["contest"])
     if not evicted:
         return
-    slots, options, sizes = _present(arrays), launch.options, launch.problem.sizes()
+    slots, sizes = _present(arrays), launch.problem.sizes()
     blocks, block = sizes["k_blocks"], sizes["block_k"]
-    whole, sinks = sizes["frame_tokens"] // block, int(options["sink_frames"])
-    resident = (len(slots) + sizes["chunk_frames"]) * blocks
-    logits = np.float32(options["scale"]) * arrays["scores"][..., :resident]
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    scores = weights.max(1) if options["peak"] else weights.sum(1)
-    if options["shared_heads"]:
+    whole, sinks = sizes["frame_tokens"] // block, int(launch.options["sink_frames"])
+    scores = arrays["importance"]
+    if launch.options["shared_heads"]:
         scores = np.broadcast_to(scores.sum(0), scores.shape)
     frames = slots[sinks : sinks + kept + evicted]
     by_frame = scores.reshape(len(scores), -1, blocks)[:, sinks : sinks + kept + evicted]
@@ -72,5 +78,9 @@ def _present(arrays: Arrays) -> NDArray[np.int32]:
     return found
 
 
-PERSISTENT_KERNELS: Mapping[str, Callable[..., None]] = {"score": _score, "persist": _persist}
+PERSISTENT_KERNELS: Mapping[str, Callable[..., None]] = {
+    "score": _score,
+    "weigh": _weigh,
+    "persist": _persist,
+}
 """On arrays named as their buffers, for a launch."""

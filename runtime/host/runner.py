@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle
+from runtime.bundle import PERSIST, Bundle
 from runtime.bundle.dtypes import numpy_dtype
 from runtime.bundle.golden import Arrays, Platform
 from runtime.bundle.weights_file import WeightsFile
+from runtime.program.attention import persist_launches, persist_work
 from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
-from runtime.program.program import EngineRun
+from runtime.program.program import EngineRun, KernelLaunch
 
 from .executor import HostExecutor
 from .graph import load_graph
 from .onnxruntime import default_threads
+from .persistent import PERSISTENT_KERNELS
 
 __all__ = ["HostRunner"]
 
@@ -61,6 +63,8 @@ class HostRunner:
 
     def run(self, component: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `ComponentRunner.run`."""
+        if component == PERSIST:
+            return self._persist(inputs)
         is_cut = component in ("step", "clean") and self._bundle.component(component).file is None
         slots = max((len(value) for name, value in inputs.items() if name.startswith("past_")), default=1)
         if self._loaded is None or self._loaded[0] != component or (is_cut and self._loaded[1] < slots):
@@ -68,6 +72,19 @@ class HostRunner:
             run = self._load_forwards(component, slots) if is_cut else self._load_graph(component)
             self._loaded = component, slots, run
         return self._loaded[2](inputs)
+
+    def _persist(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """The kernels that update a persistent set, and the frames that it has then."""
+        manifest, described = self._bundle.manifest, self._bundle.component(PERSIST)
+        arrays = {name: value.copy() for name, value in inputs.items()}
+        for name, (dtype, shape) in persist_work(manifest).items():
+            arrays[name] = np.empty(shape, dtype=numpy_dtype(dtype))
+        for step in persist_launches(manifest, "float32"):
+            launch = KernelLaunch(step.kernel, step.problem, {}, step.options)
+            PERSISTENT_KERNELS[step.kernel](arrays, launch=launch)
+        first = manifest.cache.sink_frames
+        slots = arrays["frame_slots"][first : first + manifest.persistent_frames]
+        return {spec.name: arrays[spec.name.replace("kept_", "past_")][slots] for spec in described.outputs}
 
     def _load_graph(self, component: str) -> Run:
         graph = load_graph(self._bundle, component, self._threads)

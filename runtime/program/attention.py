@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, Dtype, Manifest, nbytes
 from runtime.bundle.images import KernelProblem
-from runtime.bundle.policies import RadialPolicy, SelectionTables, SpargePolicy, StaPolicy, VmobaPolicy
+from runtime.bundle.policies import (
+    PbsaPolicy,
+    RadialPolicy,
+    SelectionTables,
+    SpargePolicy,
+    StaPolicy,
+    VmobaPolicy,
+)
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError
 
@@ -22,6 +29,8 @@ __all__ = [
     "kernel_name",
     "kernel_problem",
     "map_sizes",
+    "persist_launches",
+    "persist_work",
     "read_tables",
     "table_buffer",
     "work_sizes",
@@ -128,6 +137,8 @@ def _selection(manifest: Manifest, layer: int, tables: Mapping[str, str]) -> lis
             ]
         cumulative = method.cumulative if method.mode == "cdf" else 0.0
         return [("score", table), *judged, ("select_sparge", {**table, "cumulative": cumulative})]
+    if isinstance(method, PbsaPolicy):
+        return [("score", table), ("select_pinned", table)]
     choice: Options = {
         **table,
         "keep_frames": attention.keep_frames,
@@ -158,6 +169,30 @@ def attention_work(manifest: Manifest, dtype: Dtype, layer: int) -> dict[str, tu
             "unlike_k": ("uint8", (sizes["heads"], sizes["key_blocks"])),
         }
     return work
+
+
+def persist_launches(manifest: Manifest, dtype: Dtype) -> list[AttentionLaunch]:
+    """The kernels that choose, in every layer, which blocks outlive the window, in order; none without such blocks."""
+    method = manifest.attention.method
+    if not isinstance(method, PbsaPolicy):
+        return []
+    problem = kernel_problem(manifest, dtype)
+    marks: Options = {"scale": manifest.attention.scale, "peak": int(method.score == "peak")}
+    places: Options = {
+        "sink_frames": manifest.cache.sink_frames,
+        "shared_heads": int(method.heads == "shared"),
+    }
+    steps: dict[str, Options] = {"score": {}, "weigh": marks, "persist": places}
+    return [AttentionLaunch(kernel, problem, options) for kernel, options in steps.items()]
+
+
+def persist_work(manifest: Manifest) -> dict[str, tuple[Dtype, tuple[int, ...]]]:
+    """Type and shape of what these kernels hand to each other, by buffer; attention has the same scores."""
+    if not manifest.persistent_frames:
+        return {}
+    sizes = kernel_problem(manifest, "bfloat16").sizes()
+    pairs = (sizes["heads"], sizes["query_blocks"], sizes["key_blocks"])
+    return {"scores": ("float32", pairs), "importance": ("float32", (pairs[0], pairs[2]))}
 
 
 CLEARED = ("unlike_q", "unlike_k")

@@ -11,7 +11,7 @@ from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Dtype, Manifes
 from runtime.errors import BundleError, CapacityError, InputError
 from runtime.frame_table import LatentRing
 
-from .attention import table_buffer, work_sizes
+from .attention import persist_work, table_buffer, work_sizes
 
 __all__ = [
     "Buffer",
@@ -193,8 +193,9 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
         buffers += [Buffer(name, "float32", pairs) for name in ("sink_cos", "sink_sin")]
     if manifest.persistent_frames:
         buffers.append(Buffer("contest", "int32", (2,)))
-        if manifest.kernels is None:  # else attention has them
-            buffers.append(Buffer("scores", "float32", _block_pairs(manifest)))
+        own = [Buffer(name, *of_work) for name, of_work in persist_work(manifest).items()]
+        # Kernels of attention have the scores anyway.
+        buffers += [buffer for buffer in own if manifest.kernels is None or buffer.name != "scores"]
     if manifest.segments is not None:
         buffers += _segment_buffers(manifest)
         buffers += _joint_buffers(manifest, max(manifest.joint_chunks, _window_chunks(manifest)))
@@ -214,13 +215,6 @@ def work_buffers(manifest: Manifest) -> tuple[Buffer, ...]:
 def _window_chunks(manifest: Manifest) -> int:
     """Chunks that are denoised together; 0 where it is one by one."""
     return manifest.schedule.window_chunks if manifest.schedule.rolling else 0
-
-
-def _block_pairs(manifest: Manifest) -> tuple[int, int, int]:
-    """Heads, query blocks of a chunk, and the most key blocks that can be resident."""
-    model, attention = manifest.model, manifest.attention
-    rows = model.chunk_frames * -(-model.frame_tokens // attention.block_q)
-    return model.heads, rows, manifest.window_frames * manifest.key_blocks
 
 
 def _joint_buffers(manifest: Manifest, chunks: int) -> list[Buffer]:

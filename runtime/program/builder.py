@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from runtime.bundle import ENCODER_COMPONENTS, Bundle, Component, Manifest, TensorSpec
-from runtime.bundle.policies import PbsaPolicy
 from runtime.bundle.weights_file import StoredTensor, WeightsFile
 from runtime.errors import BundleError
 from runtime.frame_table import LatentRing
 
-from .attention import CLEARED, attention_launches, attention_work, kernel_name, kernel_problem, table_buffer
+from .attention import (
+    CLEARED,
+    attention_launches,
+    attention_work,
+    kernel_name,
+    kernel_problem,
+    persist_launches,
+    persist_work,
+    table_buffer,
+)
 from .buffers import Buffer, BufferPlan, work_buffers
 from .joint import joint_forwards, window_forwards
 from .program import (
@@ -346,26 +354,22 @@ class _Builder:
 
     def _persist(self) -> list[Forward]:
         """Scores of the chunk's query blocks, and the choice of the blocks that outlive the window, layer by layer."""
-        method, cache = self.manifest.attention.method, self.manifest.cache
-        if not isinstance(method, PbsaPolicy):
+        launches = persist_launches(self.manifest, self.problem_dtype)
+        if not launches:
             return []
-        options: dict[str, int | float] = {
-            "scale": self.manifest.attention.scale,
-            "sink_frames": cache.sink_frames,
-            "shared_heads": int(method.heads == "shared"),
-            "peak": int(method.score == "peak"),
-        }
+        work = {name: View(name, *of_work) for name, of_work in persist_work(self.manifest).items()}
         operations: list[Operation] = []
         for layer in range(self.model.layers):
             views = {
                 **self._past(layer),
                 "q_mean": self._query_means(layer),
                 "k_mean": self._staged(layer)["k_mean"],
-                **{name: self.view(name) for name in ("scores", "frame_slots", "contest")},
+                **{name: self.view(name) for name in ("frame_slots", "contest")},
+                **work,
             }
-            for kernel, own in (("score", {}), ("persist", options)):
-                taken = {name: views[name] for name in _BUFFERS[kernel] if name in views}
-                operations.append(KernelLaunch(kernel, self.problem, taken, own, layer))
+            for launch in launches:
+                taken = {name: views[name] for name in _BUFFERS[launch.kernel] if name in views}
+                operations.append(KernelLaunch(launch.kernel, launch.problem, taken, launch.options, layer))
         return [self._forward("persist", ("contest",), operations)]
 
     def _commit(self) -> list[Operation]:
@@ -456,7 +460,9 @@ class _Builder:
 _BUFFERS: Mapping[str, tuple[str, ...]] = {
     "score": ("scores", "q_mean", "k_mean", "past_kmean", "frame_slots", "chunk", "keep_q20"),
     "select": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20"),
-    "persist": ("past_k", "past_v", "past_kmean", "scores", "frame_slots", "contest"),
+    "select_pinned": ("lists", "counts", "scores", "frame_slots", "chunk", "keep_q20", "pinned"),
+    "weigh": ("importance", "scores", "frame_slots"),
+    "persist": ("past_k", "past_v", "past_kmean", "importance", "frame_slots", "contest"),
     "attend": ("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
     "expand": ("lists", "counts", "frame_slots", "frame_map", "block_map", "columns"),
     "mean_key": ("shift", "k_mean", "past_kmean", "frame_slots"),

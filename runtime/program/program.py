@@ -57,6 +57,8 @@ KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "choose": ("block_map",),
     "attend_ordered": ("out",),
     "commit": ("past_k", "past_v", "past_kmean"),
+    "select_pinned": ("lists", "counts"),
+    "weigh": ("importance",),
     "persist": ("past_k", "past_v", "past_kmean"),
     "rope_sink": ("past_k", "past_kmean"),
     "prepare_fp8": ("q", "k", "v", "q_mean", "k_mean", "k_scale", "v_scale"),

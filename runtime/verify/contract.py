@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import ENCODER_COMPONENTS, FLOATS, Bundle, Dtype, Manifest, TensorSpec
+from runtime.bundle import ENCODER_COMPONENTS, FLOATS, PERSIST, Bundle, Dtype, Manifest, TensorSpec
 from runtime.bundle.policies import has_linear_branch
 from runtime.bundle.weights_file import WeightsFile
 
@@ -17,9 +17,20 @@ __all__ = ["check_contract"]
 Dims = tuple[int | str, ...]
 
 _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("step", "chunk", "frame_slots", "pinned"), ("int32",)),
+    **dict.fromkeys(("step", "chunk", "frame_slots", "pinned", "contest"), ("int32",)),
     **dict.fromkeys(
-        ("kmean", "past_kmean", "qmean", "q_mean", "k_mean", "rope_cos", "rope_sin", "cos", "sin"),
+        (
+            "kmean",
+            "past_kmean",
+            "kept_kmean",
+            "qmean",
+            "q_mean",
+            "k_mean",
+            "rope_cos",
+            "rope_sin",
+            "cos",
+            "sin",
+        ),
         ("float32",),
     ),
     **dict.fromkeys(("kscale", "vscale", "k_scale", "v_scale", "past_kscale", "past_vscale"), ("float32",)),
@@ -38,6 +49,10 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "attention": (
         ("q", "k", "v", "q_mean", "k_mean", "past_k", "past_v", "past_kmean", "frame_slots", "chunk"),
         ("out",),
+    ),
+    PERSIST: (
+        ("q_mean", "k_mean", "past_k", "past_v", "past_kmean", "frame_slots", "contest"),
+        ("kept_k", "kept_v", "kept_kmean"),
     ),
     "conditioner": (("text",), ()),
     "text_encoder": (("hidden", "mask"), ("hidden_out",)),
@@ -138,6 +153,10 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
                 "video": (count, 3, *pixels[:2]),
                 "latent": (model.latent_channels, 1, *size),
             }
+    if kept := manifest.persistent_frames:
+        pools = {name: past[name] for name in ("past_k", "past_v", "past_kmean")}
+        left = {name.replace("past_", "kept_"): (kept, *shape[1:]) for name, shape in pools.items()}
+        shapes[PERSIST] = {**means, **pools, **left, "frame_slots": past["frame_slots"], "contest": (2,)}
     if manifest.segments is not None:
         width = (model.dim,)
         shapes["qk_prepare"] = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from runtime.bundle import ELEMENT_TYPES, Component, Manifest, TensorSpec, nbytes
+from runtime.bundle import ELEMENT_TYPES, PERSIST, Component, Manifest, TensorSpec, nbytes
 from runtime.bundle.images import Argument, Image, KernelProblem
 from runtime.errors import EngineError
 from runtime.program.kernels import KernelLibrary, LaunchPlan
@@ -90,8 +90,13 @@ _SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "past_kmean": ("slots", "k_blocks", "width"),
         "commit_slots": ("chunk_frames",),
     },
-    "persist": {
+    "weigh": {
+        "importance": ("heads", "key_blocks"),
         "scores": ("heads", "query_blocks", "key_blocks"),
+        "frame_slots": ("past_frames",),
+    },
+    "persist": {
+        "importance": ("heads", "key_blocks"),
         "past_k": ("slots", "frame_elements"),
         "past_v": ("slots", "frame_elements"),
         "past_kmean": ("slots", "k_blocks", "width"),
@@ -130,6 +135,7 @@ _METHOD_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "unlike_q": ("heads", "query_blocks"),
         "unlike_k": ("heads", "key_blocks"),
     },
+    "select_pinned": {**_SIZES["select"], "pinned": ()},
     "pool": {
         "q_pool": ("query_blocks", "width"),
         "k_pool": ("groups", "width"),
@@ -201,6 +207,7 @@ _OPERATORS: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         ("score", "select", "expand", "attend", *_METHOD_SIZES, "attend_fp8", "attend_e4m3"), "attention"
     ),
+    "persist": PERSIST,
 }
 """The component that each kernel executes, or a part of it."""
 

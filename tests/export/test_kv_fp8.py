@@ -153,10 +153,22 @@ def test_the_plugin_has_no_codes(tmp_path: Path) -> None:
         check_build(asked)
 
 
-def test_other_methods_have_no_codes(tmp_path: Path) -> None:
-    asked = request(tmp_path, "cpu", "short", "onnxruntime", "fp32")
-    asked = replace(asked, variant=asked.variant.with_policy("radial"))
-    with pytest.raises(InputError, match=r"the policy radial .* is not there over keys and values in fp8"):
+@pytest.mark.parametrize(
+    ("policy", "target", "backend"),
+    [
+        ("radial", "cpu", "onnxruntime"),
+        ("pbsa", "cpu", "onnxruntime"),
+        ("pbsa", "rtx5090", "tensorrt-rtx"),
+        ("pbsa", "h200", "inductor"),
+    ],
+)
+def test_other_methods_have_no_codes(policy: str, target: str, backend: str, tmp_path: Path) -> None:
+    precision = "fp32" if target == "cpu" else "bf16"
+    asked = request(tmp_path, target, "short", backend, precision, execution="segmented")
+    asked = replace(asked, variant=asked.variant.with_policy(policy))
+    with pytest.raises(
+        InputError, match=rf"the policy {policy} .* is not there over keys and values in fp8; drop --kv"
+    ):
         check_build(asked)
 
 

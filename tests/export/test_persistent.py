@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,26 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from export.build import build_bundle
 from export.cli.main import main
 from export.compare.attention_map import attention_maps
 from export.compare.reference import Reference
 from export.errors import InputError
 from export.estimate.memory import plan_memory
-from export.request.methods import check_backend
 from export.request.plan import PlanRequest
+from export.request.request import BuildRequest
 from export.request.targets import Variant, load_target, load_variant
+from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.policies import PersistentSet
 from runtime.backends import load_engine
-from runtime.bundle import Manifest, load_bundle
+from runtime.bundle import Bundle, Manifest, load_bundle
+from runtime.bundle.golden import ComponentRunner, GoldenVectors
+from runtime.cuda.runner import CudaComponentRunner
+from runtime.host.runner import HostRunner
+from runtime.program.attention import persist_work
 from runtime.program.buffers import plan_buffers
+from runtime.program.program import KernelLaunch, View
 from runtime.rollout import most_start_frames
 from runtime.verify.dry_run import dry_run
 from tests.conftest import build, shared
@@ -142,7 +150,7 @@ def test_a_dry_run_walks_it(pbsa: Path) -> None:
     bundle = load_bundle(pbsa)
     costs = {cost.name: cost for cost in dry_run(bundle).forwards}
     assert list(costs).index("clean") < list(costs).index("persist") < list(costs).index("commit")
-    assert costs["persist"].kernel_launches == 2 * bundle.manifest.model.layers
+    assert costs["persist"].kernel_launches == 3 * bundle.manifest.model.layers, "score, weigh, persist"
     assert costs["persist"].fed_bytes == 8
 
 
@@ -218,12 +226,80 @@ def test_a_start_is_no_longer_than_what_is_recent(pbsa: Path) -> None:
     assert most_start_frames(load_bundle(pbsa).manifest) == 9
 
 
-@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt", "inductor"])
-def test_backends_without_it_refuse_it(backend: Any) -> None:
-    with pytest.raises(
-        InputError, match=f"{backend} has no kernel for the policy pbsa; use --backend onnxruntime"
-    ):
-        check_backend(variant().attention, backend, "segmented", kernels=True)
+def on_gpu_runner(bundle: Bundle) -> CudaComponentRunner:
+    """The runner of a GPU's bundle; the simulated launches are told the shapes of what they get."""
+    load = OnGpu()
+    load(bundle, plan_buffers(bundle.manifest, 1))
+    described, manifest = bundle.component("persist"), bundle.manifest
+    slots = manifest.cache.max_past_frames
+    views = {
+        spec.name: View(
+            spec.name, spec.dtype, tuple(slots if dim == "slots" else int(dim) for dim in spec.shape)
+        )
+        for spec in described.inputs
+    }
+    views |= {name: View(name, *of_work) for name, of_work in persist_work(manifest).items()}
+    launch = load.executor.launch
+
+    def told(operation: KernelLaunch, addresses: Mapping[str, int], stream: int) -> None:
+        launch(replace(operation, buffers=views), addresses, stream)
+
+    load.executor.launch = told
+    return CudaComponentRunner(bundle, load.driver, load.executor)
+
+
+@pytest.mark.parametrize("where", [HostRunner, on_gpu_runner])
+def test_golden_vectors_judge_the_choice(pbsa: Path, where: Callable[[Bundle], ComponentRunner]) -> None:
+    """The set passes bit by bit; one block that another one stands for is far from passing."""
+    bundle = load_bundle(pbsa)
+    runner = where(bundle)
+    with GoldenVectors(bundle) as vectors:
+        (case,) = (case for case in vectors.cases if case.component == "persist")
+        inputs = vectors.inputs(case)
+        kept, evicted = inputs["contest"]
+        assert (kept, evicted) == (2, 3)
+        given = {name: value.copy() for name, value in inputs.items()}
+        outputs = runner.run("persist", inputs)
+        assert all(np.array_equal(inputs[name], given[name]) for name in given), "inputs stay as they are"
+        assert vectors.errors(case, outputs) == dict.fromkeys(("kept_k", "kept_v", "kept_kmean"), 0.0)
+        first = given["frame_slots"][1:3]
+        assert not np.array_equal(outputs["kept_k"], given["past_k"][first]), "some blocks go"
+        outputs["kept_v"][0, :16, 0] = given["past_v"][first[0], 16:32, 0]
+        assert vectors.errors(case, outputs)["kept_v"] > 100 * vectors.tolerances["persist"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_bundle_for_a_gpu(tmp_path: Path) -> None:
+    """Built for real: TensorRT-RTX engines between the kernels, every launch held against its image."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("triton")
+    tiny = PRESETS["tiny"]
+    asked = BuildRequest(
+        target=load_target("rtx5090"),
+        variant=Variant.model_validate(variant().model_dump() | {"block": 32}),
+        weights=Weights(tiny, seed=0),
+        height=tiny.height,
+        width=tiny.width,
+        backend="tensorrt-rtx",
+        precision="bf16",
+        out=tmp_path,
+        name="pbsa",
+        execution="segmented",
+    )
+    bundle = load_bundle(build_bundle(asked))
+    report = dry_run(bundle, sessions=2)
+    updates = {"score", "weigh", "persist"}
+    rollout = {"prepare", "select_pinned", "attend", "commit", "rope_sink"}
+    assert {image.split("-")[0] for image in report.images} == updates | rollout
+    (persist,) = (cost for cost in report.forwards if cost.name == "persist")
+    assert persist.gpu_launches == len(updates) * tiny.dit.layers
+    index = json.loads((bundle.root / "kernels/sm_120/kernels.json").read_text())
+    assert all(image["spill_stores"] == image["spill_loads"] == 0 for image in index["images"])
+    with GoldenVectors(bundle) as vectors:
+        vectors.require_complete()
+        assert vectors.tolerances["persist"] == 1e-4
+        assert [case.name for case in vectors.cases if case.component == "persist"] == ["persist@full"]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_plain_top_k_needs_no_operator_of_its_own(
             check_backend(method, "tensorrt", "whole", kernels=True)
 
 
-@pytest.mark.parametrize("policy", ["sta", "radial"])
+@pytest.mark.parametrize("policy", ["sta", "radial", "pbsa"])
 def test_the_plugin_has_one_method_and_the_kernels_have_more(policy: str) -> None:
     method = variant_of(policy).attention
     for backend in ("onnxruntime", "tensorrt-rtx", "inductor"):
@@ -165,6 +165,7 @@ def test_kernels_serve_every_method_at_full_size(target: str, size: tuple[int, i
         "radial": {"attend", "expand"},
         "sparge": {"attend", "mean_key", "resemble", "score", "select_sparge"},
         "vmoba": {"attend_ordered", "choose", "expand", "pool", "score_groups"},
+        "pbsa": {"attend", "persist", "score", "select_pinned", "weigh"},
     }
     for policy, expected in kernels.items():
         variant = variant_of(policy, "short", **({"similarity": 0.5} if policy == "sparge" else {}))

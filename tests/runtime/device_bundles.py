@@ -68,7 +68,8 @@ def layer_weights() -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def components(past: int, *, embedded: bool) -> dict[str, Any]:
+def components(past: int, *, embedded: bool, kept: int = 0) -> dict[str, Any]:
+    """`kept`: frames of a persistent set."""
     latent, head = (LATENT[0], CHUNK, *LATENT[1:]), (HEADS, HEAD_DIM)
     blocks = FRAME_TOKENS // BLOCK
     layers = range(LAYERS)
@@ -114,7 +115,19 @@ def components(past: int, *, embedded: bool) -> dict[str, Any]:
     for i in range(LAYERS - 1) if embedded else (0,):
         name = f"layer.{i}" if embedded else "layer"
         parts[name] = ([*between, *weights(not embedded)], [stream, qkv])
-    virtual = ("step", "clean", "qk_prepare", "attention")
+    if kept:
+        for name in ("step", "clean", "attention"):
+            parts[name][0].append(i32("pinned"))
+        for name in ("step", "clean"):
+            parts[name] = (
+                parts[name][0],
+                [*parts[name][1], *(of({**means[0], "name": "qmean"}, i) for i in layers)],
+            )
+        left = [
+            {**s, "name": s["name"].replace("past", "kept"), "shape": [kept, *s["shape"][1:]]} for s in pool
+        ]
+        parts["persist"] = ([*means, *pool, scalars[1], i32("contest", 2)], left)
+    virtual = ("step", "clean", "qk_prepare", "attention", "persist")
     return {
         name: {
             "file": None if name in virtual else f"{name}.engine",
@@ -247,7 +260,7 @@ def build_device_bundle(
             text[f"layers.{layer}.{spec['name']}"] = zeros("bfloat16", tuple(spec["shape"]))
     save_file(text, folder / "text.safetensors")
     (folder / "tokenizer.json").write_text("{}")
-    parts = components(past, embedded=embedded)
+    parts = components(past, embedded=embedded, kept=(method or {}).get("persistent_frames", 0))
     if whole:
         for name in ("first", "layer", "last", "qk_prepare", "attention"):
             del parts[name]

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from export.graph.modules import chunk_stems, layer_names, layer_stems
+from export.graph.modules import QUERY_MEANS, chunk_stems, layer_names, layer_stems
+from export.parts.golden_persistent import persist_component
 from export.request.geometry import StepPlan
 from export.request.graph_types import graph_types
+from export.request.methods import operator_of
 from export.request.request import BuildRequest
 from plugins import operators
 from runtime import bundle
@@ -25,8 +27,11 @@ def describe(request: BuildRequest, linears: frozenset[str]) -> dict[str, bundle
     """The manifest's components of a compiled bundle; operators without a file, as where kernels execute them."""
     plan, types = request.plan, graph_types(request)
     segments = step_segments(plan, types.transformer, linears)
+    step = step_components(plan, segments, types.transformer)
+    kept = plan.spec.persistent_frames
     return {
-        **step_components(plan, segments, types.transformer),
+        **step,
+        **({bundle.PERSIST: persist_component(step["step"], kept)} if kept else {}),
         **operator_components(plan, types.transformer),
         **{name: make().component(f"{name}.pt2") for name, make in package_modules(request).items()},
     }
@@ -52,15 +57,17 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         **dict.fromkeys(("past_kscale", "past_vscale"), ("slots", geometry.k_blocks, dit.heads)),
         "frame_slots": (plan.max_past_frames,),
         "chunk": (),
+        "pinned": (),
     }
     fixed = {
         **dict.fromkeys(
             ("cos", "sin", *(name for name in shapes if name.endswith(("mean", "scale")))), "float32"
         ),
-        **dict.fromkeys(("frame_slots", "chunk"), "int32"),
+        **dict.fromkeys(("frame_slots", "chunk", "pinned"), "int32"),
         **dict.fromkeys(("k", "v", "past_k", "past_v") if plan.spec.kv else (), "uint8"),
     }
-    prepare, attention = operators.operators(plan.spec.kv, plan.spec.products)
+    method = operator_of(plan.variant.attention)
+    prepare, attention = operators.operators(plan.spec.kv, plan.spec.products, method)
 
     def specs(names: Iterable[str]) -> tuple[bundle.TensorSpec, ...]:
         kinds = {name: fixed.get(name) for name in names}
@@ -106,11 +113,14 @@ def step_components(
     placement = [*named("chunk", "chunk"), *named("frame_slots", "frame_slots")]
     placement += [*named("cos", "rope_cos"), *named("sin", "rope_sin")]
 
+    persistent = plan.spec.persistent_frames > 0
+
     def inputs(first: list[bundle.TensorSpec], count: int) -> tuple[bundle.TensorSpec, ...]:
         return (
             *first,
             *placement,
             *(spec for stem in layer_stems(plan.spec.kv) for spec in per_layer(stem, stem, count)),
+            *(named("pinned", "pinned") if persistent else ()),
         )
 
     cache = [
@@ -118,6 +128,8 @@ def step_components(
         for stem in chunk_stems(plan.spec.kv)
         for spec in per_layer(stem if stem in ("k", "v") else f"{stem[0]}_{stem[1:]}", stem)
     ]
+    if persistent:
+        cache += per_layer("q_mean", QUERY_MEANS)
     step = [*named("latent", "latent"), *named("noise", "noise"), *named("step", "step")]
     return {
         "step": bundle.Component(

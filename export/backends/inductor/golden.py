@@ -18,6 +18,7 @@ from torch import Tensor
 
 from export.graph.arrays import as_tensor
 from export.graph.oracles import ORACLES
+from export.parts.golden_persistent import PersistReference
 from export.parts.golden_reference import GoldenGraph
 from export.request.geometry import StepPlan
 from export.request.graph_types import GraphTypes, graph_types
@@ -129,6 +130,8 @@ def golden_graphs(
 
     graphs["qk_prepare"] = _TorchGraph("qk_prepare", components["qk_prepare"], precision, prepare)
     graphs["attention"] = _TorchGraph("attention", components["attention"], precision, attend)
+    if bundle.PERSIST in components:
+        graphs[bundle.PERSIST] = PersistReference(components[bundle.PERSIST], plan)
     return graphs
 
 

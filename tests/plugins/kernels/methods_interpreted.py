@@ -17,12 +17,17 @@ from hypothesis import strategies as st
 
 from lightforcing_ref.policies import (
     MethodOperator,
+    PersistentSet,
+    block_weights,
+    persistent_block_attention,
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
     vmoba_attention,
 )
+from lightforcing_ref.sparsity import BlockGeometry
 from plugins import contract
+from plugins.eager.launch import TorchKernels
 from plugins.eager.methods import MethodKernels
 from tests import brute_force
 
@@ -34,6 +39,7 @@ ORACLES: dict[str, MethodOperator] = {
     contract.RADIAL: radial_attention,
     contract.SPARGE: sparge_attention,
     contract.VMOBA: vmoba_attention,
+    contract.PERSISTENT_BLOCK: persistent_block_attention,
 }
 
 
@@ -54,9 +60,9 @@ def case_of(seed: int, past: int, current: int, geometry: dict[str, int], **more
     )
 
 
-def check(operator: str, attributes: dict[str, Any], case: brute_force.HSACase) -> None:
-    """What the kernels see and what comes out is the oracle's."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in case.inputs.values()]
+def check(operator: str, attributes: dict[str, Any], case: brute_force.HSACase, *more: torch.Tensor) -> None:
+    """What the kernels see and what comes out is the oracle's; `more` are inputs that other operators do not have."""
+    tensors = [*(torch.from_numpy(np.ascontiguousarray(x)) for x in case.inputs.values()), *more]
     expected = ORACLES[operator](*tensors, **attributes)
     found = KERNELS(operator, *tensors, **attributes)
     assert not found.isnan().any()
@@ -168,3 +174,72 @@ def test_tiles_of_more_than_a_block(tile: tuple[int, int]) -> None:
         "sink_frames": 0,
     }
     check(contract.SLIDING_TILE, attributes, case_of(0, 1, 1, attributes))
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_pinned_frames(data: st.DataObject) -> None:
+    """Any number of pinned frames, budgets of one block and of all, histories that are empty, too."""
+    attributes = {
+        "frame_tokens": data.draw(st.integers(33, 100)),
+        "block_q": 32,
+        "block_k": data.draw(st.sampled_from((32, 64))),
+        "scale": 0.3,
+        "keep_q20": data.draw(st.sampled_from(((1 << 20, 1 << 18), (1,), (1 << 20,)))),
+    }
+    past = data.draw(st.integers(0, 6))
+    case = case_of(data.draw(st.integers(0, 99)), past, data.draw(st.sampled_from((1, 2))), attributes)
+    pinned = torch.tensor(data.draw(st.integers(0, past)), dtype=torch.int32)
+    check(contract.PERSISTENT_BLOCK, attributes, case, pinned)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_the_persistent_set(data: st.DataObject) -> None:
+    """Every number of sinks, kept and leaving frames, short blocks, blocks that are equal, and sets of both kinds."""
+    tokens, block_k = data.draw(st.integers(1, 100)), data.draw(st.sampled_from((8, 32, 64)))
+    sinks, kept, leaving = (
+        data.draw(st.integers(0, 2)),
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(0, 3)),
+    )
+    geometry = {"frame_tokens": tokens, "block_q": 32, "block_k": block_k}
+    past, current = sinks + kept + leaving + data.draw(st.integers(0, 2)), data.draw(st.sampled_from((1, 2)))
+    case = case_of(data.draw(st.integers(0, 99)), past, current, geometry)
+    given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in case.inputs.items()}
+    slots = given["frame_slots"][:past].tolist()
+    if data.draw(st.booleans()):  # all the same: the lower index wins
+        for mean in (*(given["past_kmean"][slot] for slot in slots), *given["k_mean"]):
+            mean[:] = given["k_mean"][0, 0]
+    chosen = PersistentSet(
+        kept, data.draw(st.sampled_from(("own", "shared"))), data.draw(st.sampled_from(("sum", "peak")))
+    )
+
+    means = torch.cat((given["past_kmean"][slots], given["k_mean"]))
+    scores = chosen.scores(block_weights(given["q_mean"], means, 0.3))
+    made = BlockGeometry(tokens, 32, block_k)
+    first, last = sinks * made.k_blocks, (sinks + kept + leaving) * made.k_blocks
+    contenders = slots[sinks : sinks + kept + leaving]
+    pool = [given[name].clone() for name in ("past_k", "past_v", "past_kmean")]
+    frames = [tuple(part[slot] for part in pool) for slot in contenders]
+    expected = [part.clone() for part in pool]
+    for slot, frame in zip(
+        contenders, chosen.contest(frames, kept, scores[:, first:last], made), strict=False
+    ):
+        for part, value in zip(expected, frame, strict=True):
+            part[slot] = value
+
+    TorchKernels().persist(
+        *pool,
+        given["q_mean"],
+        given["k_mean"],
+        given["frame_slots"],
+        torch.tensor([kept, leaving], dtype=torch.int32),
+        block_k=block_k,
+        scale=0.3,
+        sink_frames=sinks,
+        shared_heads=chosen.heads == "shared",
+        peak=chosen.score == "peak",
+    )
+    for found, wanted in zip(pool, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0, equal_nan=True)

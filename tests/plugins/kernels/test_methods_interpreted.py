@@ -43,6 +43,11 @@ METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"gating": "pooled", "query_block": 32, "blocks": [[2, 3, 4]], "threshold": 0.4},
         {"pool", "score_groups", "choose", "expand", "attend_ordered"},
     ),
+    "pbsa": (
+        # The second chunk chooses: of the blocks of two frames those of one stay.
+        {"persistent_frames": 1, "budget": 0.5},
+        {"score", "select_pinned", "attend", "weigh", "persist"},
+    ),
 }
 
 
@@ -73,6 +78,7 @@ def test_a_bundle_rolls_out_alike_on_graphs_and_kernels(policy: str, tmp_path: P
     parameters, kernels = METHODS[policy]
     document = load_variant("long").changed(window_frames=6).model_dump()
     document["schedule"] |= {"steps": [1000], "clean_forward": False}  # a forward a chunk: each takes seconds
+    document["block"] = 32 if policy == "pbsa" else document["block"]  # a choice takes two blocks a frame
     variant = Variant.model_validate(document | {"attention": {"policy": policy, **parameters}})
     tiny = PRESETS["tiny"]
     preset = replace(tiny, dit=replace(tiny.dit, layers=2))

@@ -25,7 +25,7 @@ from runtime.program.program import KernelLaunch
 from runtime.verify.dry_run import DryRunError, check_program, dry_run
 from tests.runtime import device_bundles as device
 from tests.runtime.conftest import MakeBundle
-from tests.runtime.handmade import relist
+from tests.runtime.handmade import edit_manifest, relist
 
 pytest.importorskip("ml_dtypes")
 
@@ -128,15 +128,20 @@ METHODS: dict[str, Raw] = {
     "radial": {"policy": "radial", "decay": 0.1},
     "sparge": {"policy": "sparge", "mode": "cdf", "similarity": 0.2},
     "vmoba": {"policy": "vmoba", "gating": "pooled", "query_block": 32},
+    "pbsa": {"policy": "pbsa", "persistent_frames": 2, "local_frames": 6},
 }
-TABLED = [name for name in METHODS if name != "sparge"]
+TABLED = [name for name in METHODS if name not in ("sparge", "pbsa")]
+
+
+def bundle_of(policy: str, folder: Path) -> Bundle:
+    sinks = {"sinks": 1} if policy == "pbsa" else {}  # a window of 9 frames
+    return load_bundle(device.build_device_bundle(folder, method=METHODS[policy], **sinks))
 
 
 @pytest.mark.parametrize("policy", METHODS)
 def test_bundles_of_every_method_pass(policy: str, tmp_path: Path) -> None:
     """Their tables are found, fed and as large as their kernels take them to be."""
-    bundle = load_bundle(device.build_device_bundle(tmp_path / "bundle", method=METHODS[policy]))
-    report = dry_run(bundle, sessions=2)
+    report = dry_run(bundle_of(policy, tmp_path / "bundle"), sessions=2)
     selects, _ = device.selection_of(METHODS[policy], 6)
     assert {name.split("-")[0] for name in report.images} == {*device.CACHE_KERNELS, *selects}
     assert {name.partition(".")[0] for name in report.to_json()["unbound"]} == set()
@@ -145,7 +150,7 @@ def test_bundles_of_every_method_pass(policy: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", METHODS)
 def test_a_memory_plan_knows_what_a_method_needs(policy: str, tmp_path: Path) -> None:
     """The buffers that kernels of selection share, to the byte; but for `keep_q20`."""
-    bundle = load_bundle(device.build_device_bundle(tmp_path / "bundle", method=METHODS[policy]))
+    bundle = bundle_of(policy, tmp_path / "bundle")
     placed = build_program(bundle, plan_buffers(bundle.manifest, 1)).buffers
     work = ("lists", "counts", "scores", "shift", "unlike_q", "unlike_k", "q_pool", "k_pool", "block_map")
     found = [part.buffer.nbytes for name, part in placed.items() if name in work or name.startswith("table.")]
@@ -462,3 +467,31 @@ def test_weights_are_held_against_what_is_bound(
 def test_unused_weights_are_reported_and_no_flaw(own_bundle: Path) -> None:
     rewrite(own_bundle / "transformer.safetensors", lambda t: t.update(extra=[BF16, [2], b"\0" * 4]))
     assert dry_run(load_bundle(relist(own_bundle, "transformer.safetensors"))).unbound == ("extra",)
+
+
+PERSISTENT_FLAWS: dict[str, tuple[Callable[[Raw], object], str]] = {
+    "no set": (lambda raw: raw["components"].pop("persist"), r"lacks the component\(s\) persist"),
+    "a set of another size": (
+        lambda raw: raw["components"]["persist"]["outputs"][0].update(shape=[3, 64, 2, 64]),
+        r"component 'persist', output 'kept_k': it is \[3, 64, 2, 64\], and the model makes it \[2, 64, 2, 64\]",
+    ),
+    "a pool of another type": (
+        lambda raw: raw["components"]["persist"]["inputs"][2].update(dtype="float16"),
+        r"forward 'persist', layer 0, kernel 'persist', tensor 'past_k' of the operator: it is float16 and bound to "
+        r"bfloat16",
+    ),
+    "a step that leaves no query means": (
+        lambda raw: raw["components"]["step"]["outputs"].pop(),
+        r"component 'step', output 'qmean\.2': it is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PERSISTENT_FLAWS)
+def test_a_persistent_set_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    change, message = PERSISTENT_FLAWS[name]
+    folder = bundle_of("pbsa", tmp_path / "bundle").root
+    edit_manifest(folder, change)
+    with pytest.raises(BundleError) as caught:
+        dry_run(load_bundle(folder))
+    assert re.search(message, str(caught.value)), str(caught.value)
