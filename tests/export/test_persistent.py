@@ -14,16 +14,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from export.build import build_bundle
 from export.cli.main import main
 from export.compare.attention_map import attention_maps
 from export.compare.reference import Reference
 from export.errors import InputError
 from export.estimate.memory import plan_memory
 from export.request.plan import PlanRequest
-from export.request.request import BuildRequest
 from export.request.targets import Variant, load_target, load_variant
-from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
 from lightforcing_ref.policies import PersistentSet
 from runtime.backends import load_engine
@@ -266,40 +263,6 @@ def test_golden_vectors_judge_the_choice(pbsa: Path, where: Callable[[Bundle], C
         assert not np.array_equal(outputs["kept_k"], given["past_k"][first]), "some blocks go"
         outputs["kept_v"][0, :16, 0] = given["past_v"][first[0], 16:32, 0]
         assert vectors.errors(case, outputs)["kept_v"] > 100 * vectors.tolerances["persist"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_bundle_for_a_gpu(tmp_path: Path) -> None:
-    """Built for real: TensorRT-RTX engines between the kernels, every launch held against its image."""
-    pytest.importorskip("tensorrt_rtx")
-    pytest.importorskip("triton")
-    tiny = PRESETS["tiny"]
-    asked = BuildRequest(
-        target=load_target("rtx5090"),
-        variant=Variant.model_validate(variant().model_dump() | {"block": 32}),
-        weights=Weights(tiny, seed=0),
-        height=tiny.height,
-        width=tiny.width,
-        backend="tensorrt-rtx",
-        precision="bf16",
-        out=tmp_path,
-        name="pbsa",
-        execution="segmented",
-    )
-    bundle = load_bundle(build_bundle(asked))
-    report = dry_run(bundle, sessions=2)
-    updates = {"score", "weigh", "persist"}
-    rollout = {"prepare", "select_pinned", "attend", "commit", "rope_sink"}
-    assert {image.split("-")[0] for image in report.images} == updates | rollout
-    (persist,) = (cost for cost in report.forwards if cost.name == "persist")
-    assert persist.gpu_launches == len(updates) * tiny.dit.layers
-    index = json.loads((bundle.root / "kernels/sm_120/kernels.json").read_text())
-    assert all(image["spill_stores"] == image["spill_loads"] == 0 for image in index["images"])
-    with GoldenVectors(bundle) as vectors:
-        vectors.require_complete()
-        assert vectors.tolerances["persist"] == 1e-4
-        assert [case.name for case in vectors.cases if case.component == "persist"] == ["persist@full"]
 
 
 @pytest.mark.parametrize(

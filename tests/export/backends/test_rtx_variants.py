@@ -108,6 +108,14 @@ CASES = (
         tables=True,
         others=("rope_sink",),
     ),
+    Case(
+        "pbsa",
+        "--policy pbsa",
+        policy="pbsa",
+        selects=("score", "select_pinned", "attend"),
+        forwards={"persist": (0, LAYERS * len(("score", "weigh", "persist")))},
+        others=("weigh", "persist"),
+    ),
     Case("causal-chunkwise", "--variant causal-chunkwise"),
     Case("causal-framewise", "--variant causal-framewise"),
     Case("causal-framewise-2step", "--variant causal-framewise-2step", steps=2 + 4),
@@ -153,7 +161,7 @@ def test_every_member_of_the_family_is_built_for_a_gpu(case: Case, tmp_path: Pat
         LAYERS,
         LAYERS + (LAYERS - 1) * len(case.selects),
     )  # prompt switches recompute by it, too
-    kinds = ("denoise.", "window.", "joint.", "clean")
+    kinds = ("denoise.", "window.", "joint.", "clean", "persist")
     assert {name: costs for name, costs in found.items() if name.startswith(kinds)} == expected
 
 
