@@ -23,13 +23,17 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["main"]
 
+PROMPTS = (
+    "a red circle on grey orbits clockwise from the top",
+    "a yellow square on black moves right from the top left",
+)
 ALPHAS = tuple(index / 10 for index in range(11))
 """Exponents that AWQ-lite tries."""
 GROUPS = (16, 128)
@@ -69,7 +73,8 @@ def rotated(x: Tensor, weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     while len(matrix) < group:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     matrix = matrix / group**0.5
-    return tuple((t.unflatten(-1, (-1, group)) @ matrix).flatten(-2) for t in (x, weight))  # type: ignore[return-value]
+    turned = [(t.reshape(len(t), -1, group) @ matrix).reshape(t.shape) for t in (x, weight)]
+    return turned[0], turned[1]
 
 
 def product_error(x: Tensor, weight: Tensor, rank: int = 0) -> float:
@@ -80,7 +85,7 @@ def product_error(x: Tensor, weight: Tensor, rank: int = 0) -> float:
     """
     import torch
 
-    from export.quantize.numerics import fake_linear, fold_weight, importance_of, relative_error
+    from export.quantize import fake_linear, fold_weight, importance_of, relative_error
 
     rms = x.square().mean(0).sqrt()
     branch = torch.zeros(())
@@ -97,7 +102,7 @@ def product_error(x: Tensor, weight: Tensor, rank: int = 0) -> float:
 
 def remedies(x: Tensor, weight: Tensor) -> dict[str, float]:
     """The error with each remedy; AWQ-lite's exponent is the best for this linear."""
-    from export.quantize.numerics import fake_linear, fold_weight, relative_error
+    from export.quantize import fake_linear, fold_weight, relative_error
 
     best = min(ALPHAS, key=lambda alpha: product_error(*activation_aware(x, weight, alpha)))
     scaled = activation_aware(x, weight, best)
@@ -129,26 +134,25 @@ def seconds(share: float) -> dict[str, float]:
     """Times of a square linear in NVFP4 and in FP8, and of a branch in bf16 whose two thin products have `share` of its
     operations. What these move is not counted.
     """
-    from export.estimate.roofline import rate_of
-    from export.request.targets import load_target
+    from export import load_target
 
     peak = load_target("rtx5090").peak
     assert peak is not None
-    square = 2 * TOKENS * WIDTH**2
-    return {
-        "nvfp4": square / rate_of(peak, "nvfp4"),
-        "fp8": square / rate_of(peak, "fp8"),
-        "branch": share * square / rate_of(peak, "bf16"),
-    }
+
+    def alone(format: Literal["nvfp4", "fp8", "bf16"]) -> float:
+        rate = peak.tflops(format)
+        assert rate is not None
+        return 2 * TOKENS * WIDTH**2 / (rate * 1e12)
+
+    return {"nvfp4": alone("nvfp4"), "fp8": alone("fp8"), "branch": share * alone("bf16")}
 
 
 def _inputs(prompts: Sequence[str], chunks: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs `[tokens, K]` and weights of every block linear, by name."""
     import torch
 
-    from export import load_target, load_variant, shipped_weights
+    from export import StepPlan, load_target, load_variant, shipped_weights
     from export.quantize import Trial, block_linears, embed_prompts, merge_qkv
-    from export.request.geometry import StepPlan
     from lightforcing_ref.config import PRESETS
 
     tiny = PRESETS["tiny"]
@@ -189,16 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     import torch
 
-    from benchmarks.recaches import PROMPTS
-    from export.quantize.graph import KINDS, is_block_linear
-
     torch.set_num_threads(1)
-    inputs, weights = _inputs([prompt for prompt, _ in PROMPTS], options.chunks)
+    inputs, weights = _inputs(PROMPTS, options.chunks)
     found = {name: remedies(x, weights[name]) for name, x in inputs.items()}
     by_kind = {
         kind: {remedy: sum(errors[remedy] for errors in own) / len(own) for remedy in own[0]}
-        for kind in KINDS
-        for own in ([errors for name, errors in found.items() if is_block_linear(name) == kind],)
+        for kind in dict.fromkeys(name.split(".", 2)[2] for name in found)
+        for own in ([errors for name, errors in found.items() if name.endswith(f".{kind}")],)
     }
     document = {
         "command": shlex.join(

@@ -12,7 +12,15 @@ from .formats import (
     quantize,
     save_quantized,
 )
-from .numerics import Format, dequantize_weight, fake_activation, fold_weight
+from .numerics import (
+    Format,
+    dequantize_weight,
+    fake_activation,
+    fake_linear,
+    fold_weight,
+    importance_of,
+    relative_error,
+)
 from .trial import Trial, block_linears, embed_prompts, read_prompts
 
 __all__ = [
@@ -27,8 +35,10 @@ __all__ = [
     "dequantize_weight",
     "embed_prompts",
     "fake_activation",
+    "fake_linear",
     "fake_quantized",
     "fold_weight",
+    "importance_of",
     "latent_error",
     "layer_errors",
     "linear_names",
@@ -36,5 +46,6 @@ __all__ = [
     "merge_qkv",
     "quantize",
     "read_prompts",
+    "relative_error",
     "save_quantized",
 ]
