@@ -107,9 +107,11 @@ def adopt(run: Run, folder: Path) -> list[str]:
     PatchPCA.load(folder / FILES["latents"]).save(run.pca)
     text = load_umt5_state(folder / FILES["text"], PRESET.text, dtype=torch.float32)
     names = {key.name: f"encoder.{key.hf}" for key in umt5_keys(PRESET.text.layers)}
+    decoder = load_vae_state(folder / FILES["decoder"], PRESET.vae, dtype=torch.float32)
     states = {
         run.weights("text"): {names[key]: value for key, value in text.items()},
-        run.start("decoder"): load_vae_state(folder / FILES["decoder"], PRESET.vae, dtype=torch.float32),
+        run.start("decoder"): decoder,
+        run.weights("decoder"): decoder,
     }
     if _has_encoder(folder / FILES["decoder"]):
         encoder = load_vae_encoder_state(folder / FILES["decoder"], TINY_VAE, dtype=torch.float32)
@@ -129,7 +131,7 @@ def adopt(run: Run, folder: Path) -> list[str]:
     for path, state in states.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(state, path)
-    return [path.parent.name for path in states]
+    return list(dict.fromkeys(path.parent.name for path in states))
 
 
 def _has_encoder(path: Path) -> bool:
