@@ -75,8 +75,8 @@ _UMT5_TOKENIZER = "spiece_model"  # ComfyUI keeps the tokenizer in the file
 _LIGHT_TAE = "lighttae"
 """How the names of LightTAE's files begin."""
 
-_JUDGED: set[tuple[tuple[Path, tuple[int, ...]], ...]] = set()
-"""Checkpoints whose values were looked at in this process, by their files."""
+_JUDGED: set[tuple[object, ...]] = set()
+"""What of checkpoints was looked at in this process: the part, and the files."""
 
 LoRA = dict[str, tuple[Tensor, Tensor]]
 """By the key of the matrix it changes: A `[rank, in]` and B `[out, rank]`."""
@@ -131,7 +131,7 @@ def load_dit_state(
     expected = Expectation(CheckpointKind.DIT, model, dit_shapes(config), others)
     check_state(state, expected, str(path))
     if not any_values:
-        _judge(state, path)
+        _judge(state, path, section)
     if loras:
         state = merge_loras(
             state,
@@ -221,7 +221,7 @@ def load_vae_state(
     """
     state, expected = _vae_decoder(_read_state(path), config, path)
     if not any_values:
-        _judge(state, path)
+        _judge(state, path, "decoder")
     return _arrange(state, expected, dtype)
 
 
@@ -244,7 +244,7 @@ def load_vae_encoder_state(
     expected = Expectation(CheckpointKind.VAE, model, vae_encoder_shapes(config))
     check_state(state, expected, str(path))
     if not any_values:
-        _judge(state, path)
+        _judge(state, path, "encoder")
     return _arrange(state, expected, dtype)
 
 
@@ -323,12 +323,16 @@ def _public_shapes(config: UMT5Config, is_wan: bool) -> Shapes:
     return {key.wan if is_wan else key.hf: shapes[key.name] for key in umt5_keys(config.layers)}
 
 
-def _judge(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Look at the values of a file's tensors, once per file and process: a build loads each file again and again."""
-    files = tuple((file, file_identity(file)) for file in checkpoint_files(path))
-    if files not in _JUDGED:
+def _judge(state: Mapping[str, Tensor], path: str | Path, part: str | None = None) -> None:
+    """Look at the values of a file's tensors, once per process: a build loads each file again and again.
+
+    Args:
+        part: of a file that is not loaded as a whole: its decoder, its encoder, or the section that was asked for.
+    """
+    looked_at = (part, *((file, file_identity(file)) for file in checkpoint_files(path)))
+    if looked_at not in _JUDGED:
         check_values(state, str(path))
-        _JUDGED.add(files)
+        _JUDGED.add(looked_at)
 
 
 def _read_state(path: str | Path) -> dict[str, Tensor]:

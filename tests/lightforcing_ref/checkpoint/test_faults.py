@@ -14,8 +14,15 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from lightforcing_ref.checkpoint import load as checkpoint
-from lightforcing_ref.checkpoint import load_dit_state, load_lora, load_umt5_state, load_vae_state
+from lightforcing_ref.checkpoint import (
+    load_dit_state,
+    load_lora,
+    load_umt5_state,
+    load_vae_encoder_state,
+    load_vae_state,
+)
 from lightforcing_ref.checkpoint.lora import MergedLoRA
+from lightforcing_ref.checkpoint.spec import vae_encoder_shapes
 from lightforcing_ref.checkpoint.values import check_values
 from lightforcing_ref.errors import CheckpointError
 from lightforcing_ref.text import UMT5_TINY, byte_tokenizer, check_tokenizer
@@ -66,6 +73,33 @@ def test_values_are_judged_once_and_again_when_the_file_has_changed(
     for _ in range(2):
         with pytest.raises(CheckpointError, match="1 NaN"):
             load(path)
+
+
+@pytest.mark.parametrize("damaged", ["decoder", "encoder"])
+def test_both_halves_of_a_file_are_judged_whichever_is_loaded_first(damaged: str, tmp_path: Path) -> None:
+    noise = torch.Generator().manual_seed(0)
+    encoder = {key: torch.randn(shape, generator=noise) for key, shape in vae_encoder_shapes(VAE).items()}
+    state = {**fixtures.tensors(fixtures.vae(fixtures.VAE_SMALL)), **encoder}
+    spoil(state[f"{damaged}.conv1.weight"], math.nan)
+    path = tmp_path / "vae.safetensors"
+    save_file(state, path)
+    halves: dict[str, Load] = {
+        "decoder": lambda path: load_vae_state(path, VAE),
+        "encoder": lambda path: load_vae_encoder_state(path, VAE),
+    }
+    whole = "encoder" if damaged == "decoder" else "decoder"
+    halves[whole](path)
+    with pytest.raises(CheckpointError, match=rf"{damaged}\.conv1\.weight holds 1 NaN"):
+        halves[damaged](path)
+
+
+def test_a_section_is_judged_though_another_was(tmp_path: Path) -> None:
+    good, bad = dit_state(), dit_state()
+    spoil(bad["blocks.1.ffn.2.weight"], math.nan)
+    torch.save({"generator": good, "model": bad}, tmp_path / "run.pt")
+    load_dit_state(tmp_path / "run.pt", DIT)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight holds 1 NaN"):
+        load_dit_state(tmp_path / "run.pt", DIT, section="model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
