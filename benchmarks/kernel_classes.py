@@ -27,12 +27,15 @@ _MOVEMENTS: Final = (
 _MOVES: Final = re.compile(rf"(_({'|'.join(sorted(_MOVEMENTS, key=len, reverse=True))}))+_\d+")
 _INDUCTOR: Final = re.compile(r"triton_(?P<kind>[a-z]+)_fused(?P<operators>\w*)")
 
+_SELECTS: Final = "score|select|expand|mean_key|resemble|pool|choose"
+"""How names of this project's kernels begin that decide what attention sees."""
+
 _RULES: Final = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
         # This project's own, whose names are short.
         ("attention", r"^_?(attend|sparse_attention)(_|$)"),
-        ("selection", r"^(score|select)(_|$)"),
+        ("selection", rf"^({_SELECTS})(_|$)"),
         ("copy", r"^(commit|rope_sink)(_|$)"),
         (OTHER, r"^prepare(_|$)"),
         # Libraries. A class comes before those whose words its names may hold, too.
@@ -71,7 +74,7 @@ def _of_inductor(kind: str, operators: str) -> str:
 PARTS: Final = ("first", "layer", "last", "operators", "decoder", "copies")
 """The packages of a segmented bundle; `operators` are the kernels between them; `copies` the runtime's own."""
 
-_OPERATOR: Final = re.compile(r"^(prepare|score|select|attend)(_|$)")
+_OPERATOR: Final = re.compile(rf"^(prepare|attend|{_SELECTS})(_|$)")
 _COPY: Final = re.compile(r"^(mem(cpy|set)\b|(commit|rope_sink)(_|$))", re.IGNORECASE)
 _PREPARE: Final = re.compile(r"^prepare(_|$)")
 

@@ -51,9 +51,9 @@ class Call:
     cpu: tuple[Stage, ...]
 
 
-def _pytest(file: str, chosen: str) -> tuple[str, ...]:
+def _pytest(chosen: str, *files: str) -> tuple[str, ...]:
     fixed = ("-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "--junitxml={results}/tests.xml")
-    return (PYTHON, "-m", "pytest", *fixed, file, "-k", chosen)
+    return (PYTHON, "-m", "pytest", *fixed, *files, "-k", chosen)
 
 
 def _module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -82,7 +82,10 @@ _FIRST_CUDA = (
     ),
     Stage(
         "images",
-        _pytest("tests/gpu/test_kernels_gpu.py", "cuda.core and bfloat16 and not sanitizer and not 1560"),
+        _pytest(
+            "cuda.core and bfloat16 and not sanitizer and not 1560",
+            *("tests/gpu/test_kernels_gpu.py", "tests/gpu/test_codes_gpu.py"),
+        ),
         75,
         "whether the shipped kernels are right, against float64",
     ),
@@ -97,7 +100,7 @@ _FIRST_CUDA = (
     ),
     Stage(
         "tiny",
-        _pytest("tests/gpu/test_inductor_gpu.py", "not switch"),
+        _pytest("not switch", "tests/gpu/test_inductor_gpu.py"),
         90,
         "golden vectors, rollouts against the reference, graphs and two sessions, in bf16 and fp8",
     ),
@@ -150,25 +153,25 @@ _SECOND_CUDA = (
     ),
     Stage(
         "just-in-time",
-        _pytest("tests/gpu/test_kernels_gpu.py", "torch and bfloat16 and not sanitizer and not cuda.core"),
+        _pytest("torch and bfloat16 and not sanitizer and not cuda.core", "tests/gpu/test_kernels_gpu.py"),
         60,
         "kernels compiled there against those that were shipped",
     ),
     Stage(
         "plugin",
-        _pytest("tests/gpu/test_plugin_gpu.py", "not leak"),
+        _pytest("not leak", "tests/gpu/test_plugin_gpu.py"),
         40,
         "the launch library and the plugin's enqueue through the driver",
     ),
     Stage(
         "memory",
-        _pytest("tests/gpu/test_executor_gpu.py", "(many_chunks or given_back) and inductor"),
+        _pytest("(many_chunks or given_back) and inductor", "tests/gpu/test_executor_gpu.py"),
         40,
         "whether a long rollout and loading again take no more memory",
     ),
     Stage(
         "memcheck",
-        _pytest("tests/gpu/test_kernels_gpu.py", "sanitizer and memcheck"),
+        _pytest("sanitizer and memcheck", "tests/gpu/test_kernels_gpu.py"),
         60,
         "reads and writes outside of buffers",
     ),

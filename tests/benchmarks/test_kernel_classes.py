@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernel_classes import CLASSES, PARTS, GpuEvent, classify, part_shares
+from plugins.kernels import specs
 from runtime.bundle import load_bundle
 from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
@@ -27,6 +28,13 @@ def test_every_class_has_real_names() -> None:
 @pytest.mark.parametrize("entry", NAMES, ids=lambda entry: entry["name"][-60:])
 def test_a_kernel_is_of_the_class_of_what_it_computes(entry: dict[str, str]) -> None:
     assert classify(entry["name"]) == entry["class"]
+
+
+def test_every_kernel_of_this_project_has_a_class() -> None:
+    """By the room that it has among them: what is neither prepared, attended nor copied is selected."""
+    begins = {"prepare": "norm/elementwise", "attend": "attention", "commit": "copy", "rope": "copy"}
+    for kernel in specs.KERNELS:
+        assert classify(kernel) == begins.get(kernel.split("_")[0], "selection"), kernel
 
 
 def test_templates_are_what_they_compute() -> None:

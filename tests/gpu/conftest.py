@@ -1,12 +1,20 @@
-"""Bundles that several GPU tests read. They are built once per run, or kept where LIGHTFORCING_GPU_BUNDLES says."""
+"""Bundles and kernels that several GPU tests take.
+
+Bundles are built once per run, or kept where LIGHTFORCING_GPU_BUNDLES says. Set LIGHTFORCING_KERNELS to a folder that
+`python -m plugins build` wrote to test shipped images; otherwise images for this device are built first.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from plugins.eager.launch import TorchKernels
 
 BundleNamed = Callable[[str], Path]
 
@@ -31,3 +39,36 @@ def bundle_named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BundleNam
 
     yield named
     builds.close()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images for this GPU."""
+    given = os.environ.get("LIGHTFORCING_KERNELS")
+    if given:
+        return Path(given)
+    import torch
+
+    from plugins.compile.kernels import build
+    from plugins.kernels.specs import image_arch
+
+    major, minor = torch.cuda.get_device_capability()
+    out = tmp_path_factory.mktemp("kernels")
+    build((image_arch(10 * major + minor),), out)
+    return out
+
+
+@pytest.fixture(scope="module", params=["cuda.core", "torch"])
+def kernels(request: pytest.FixtureRequest) -> TorchKernels:
+    """The kernels as shipped images and just in time."""
+    from plugins.eager.launch import Launcher, TorchKernels, TritonLauncher
+
+    launcher: Launcher = TritonLauncher()
+    if request.param == "cuda.core":
+        pytest.importorskip(
+            "cuda.core", reason="cuda-core and cuda-bindings are not installed", exc_type=ImportError
+        )
+        from benchmarks.attention.launcher import ImageLauncher
+
+        launcher = ImageLauncher(request.getfixturevalue("image_folder"))
+    return TorchKernels(launcher)

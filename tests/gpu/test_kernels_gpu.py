@@ -1,8 +1,4 @@
-"""The kernels on a GPU, just-in-time through PyTorch and ahead-of-time through cuda.core, against float64.
-
-Set LIGHTFORCING_KERNELS to a folder that `python -m plugins build` wrote to test shipped images; otherwise images for
-this device are built first.
-"""
+"""The kernels on a GPU, just-in-time through PyTorch and ahead-of-time through cuda.core, against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref import attention as oracle
-from plugins.eager.launch import BlockLists, Launcher, TorchKernels, TritonLauncher, bind_cuda, empty_lists
+from plugins.eager.launch import BlockLists, TorchKernels, bind_cuda, empty_lists
 from plugins.eager.policies import (
     ChunkInputs,
     DensePolicy,
@@ -71,33 +67,6 @@ FULL = [
     Size(1560, 64, 64, 12, 128, 18, 18),
     Size(1560, 128, 128, 12, 128, 9, 18),
 ]
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("LIGHTFORCING_KERNELS")
-    if given:
-        return Path(given)
-    from plugins.compile.kernels import build
-    from plugins.kernels.specs import image_arch
-
-    major, minor = torch.cuda.get_device_capability()
-    out = tmp_path_factory.mktemp("kernels")
-    build((image_arch(10 * major + minor),), out)
-    return out
-
-
-@pytest.fixture(scope="module", params=["cuda.core", "torch"])
-def kernels(request: pytest.FixtureRequest) -> TorchKernels:
-    launcher: Launcher = TritonLauncher()
-    if request.param == "cuda.core":
-        pytest.importorskip(
-            "cuda.core", reason="cuda-core and cuda-bindings are not installed", exc_type=ImportError
-        )
-        from benchmarks.attention.launcher import ImageLauncher
-
-        launcher = ImageLauncher(request.getfixturevalue("image_folder"))
-    return TorchKernels(launcher)
 
 
 def inputs(size: Size, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
