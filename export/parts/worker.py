@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def run_worker(
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(request)],
+            stdin=subprocess.PIPE,  # which nothing is written to: see `serve`
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
@@ -84,8 +86,11 @@ def run_worker(
 def serve(work: Callable[[dict[str, Any], Send], None]) -> None:
     """Be the worker: do `work` on the request that is this program's argument.
 
-    Libraries may write to the standard output, which carries the messages: theirs goes to the standard error.
+    Libraries may write to the standard output, which carries the messages: theirs goes to the standard error. The
+    standard input ends with the process that started this one, and so does the worker, whatever it is at: a build that
+    was killed has let go of its lock.
     """
+    threading.Thread(target=_end_with_input, daemon=True).start()
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(2, 1)
 
@@ -95,6 +100,11 @@ def serve(work: Callable[[dict[str, Any], Send], None]) -> None:
 
         with contextlib.suppress(BrokenPipeError):
             work(json.loads(sys.argv[1]), send)
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)
+    os._exit(1)
 
 
 def was_killed(code: int) -> bool:
