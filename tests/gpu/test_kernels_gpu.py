@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightforcing_ref import attention as oracle
+from lightforcing_ref.policies import PersistentSet, block_weights
+from lightforcing_ref.sparsity import BlockGeometry
 from plugins.eager.launch import BlockLists, TorchKernels, bind_cuda, empty_lists
 from plugins.eager.policies import (
     ChunkInputs,
@@ -280,6 +282,39 @@ def test_commit_and_rope_sink(kernels: TorchKernels) -> None:
         assert relative(tensors[name][[3, 1]], want) < tolerance
 
 
+@pytest.mark.parametrize("size", [SMALL[1], FULL[3]], ids=lambda size: size.id)
+@pytest.mark.parametrize(("heads", "score"), [("own", "sum"), ("shared", "peak")])
+def test_the_persistent_set(
+    kernels: TorchKernels, size: Size, heads: Literal["own", "shared"], score: Literal["sum", "peak"]
+) -> None:
+    """One sink; of the frames behind it two stay, less the blocks that are worse than those of two that leave."""
+    tensors, chosen = inputs(size, torch.bfloat16), PersistentSet(2, heads, score)
+    pool = [tensors[name] for name in ("past_k", "past_v", "past_kmean")]
+    slots = tensors["frame_slots"][: size.past].tolist()
+    geometry = BlockGeometry(size.frame_tokens, size.block_q, size.block_k)
+    means = torch.cat((tensors["past_kmean"][slots], tensors["k_mean"])).double()
+    marks = chosen.scores(block_weights(tensors["q_mean"].double(), means, 0.1))
+    contenders, blocks = slots[1:5], geometry.k_blocks
+    frames = [tuple(part[slot] for part in pool) for slot in contenders]
+    expected = [part.clone() for part in pool]
+    left = chosen.contest(frames, 2, marks[:, blocks : 5 * blocks], geometry)
+    for slot, frame in zip(contenders[:2], left, strict=True):
+        for part, value in zip(expected, frame, strict=True):
+            part[slot] = value
+    kernels.persist(
+        *pool,
+        *(tensors[name] for name in ("q_mean", "k_mean", "frame_slots")),
+        torch.tensor([2, 2], dtype=torch.int32, device="cuda"),
+        block_k=size.block_k,
+        scale=0.1,
+        sink_frames=1,
+        shared_heads=heads == "shared",
+        peak=score == "peak",
+    )
+    for found, wanted in zip(pool, expected, strict=True):
+        assert torch.equal(found.nan_to_num(9), wanted.nan_to_num(9))
+
+
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -384,7 +419,7 @@ def test_compute_sanitizer_is_clean(tool: str, image_folder: Path) -> None:
     options += [part for kernel in KERNELS for part in ("--kernel-name", f"kernel_name={kernel}")]
     tests = (
         "cuda.core and ((bfloat16 and (test_operator_small or test_prepare) and not 1536 and not 1560) "
-        "or test_commit_and)"
+        "or test_commit_and or (test_the_persistent and not 1560))"
     )
     result = subprocess.run(
         [program, *options, sys.executable, "-m",
