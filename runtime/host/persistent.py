@@ -41,11 +41,11 @@ def _persist(arrays: Arrays, launch: KernelLaunch) -> None:
     slots, sizes = _present(arrays), launch.problem.sizes()
     blocks, block = sizes["k_blocks"], sizes["block_k"]
     whole, sinks = sizes["frame_tokens"] // block, int(launch.options["sink_frames"])
-    scores = arrays["importance"]
+    scores = arrays["importance"][:, sinks * blocks : (sinks + kept + evicted) * blocks]
     if launch.options["shared_heads"]:
         scores = np.broadcast_to(scores.sum(0), scores.shape)
     frames = slots[sinks : sinks + kept + evicted]
-    by_frame = scores.reshape(len(scores), -1, blocks)[:, sinks : sinks + kept + evicted]
+    by_frame = scores.reshape(len(scores), -1, blocks)
     for first, count in ((0, whole), (whole, blocks - whole)):
         if not count:
             continue
