@@ -27,7 +27,7 @@ _MOVEMENTS: Final = (
 _MOVES: Final = re.compile(rf"(_({'|'.join(sorted(_MOVEMENTS, key=len, reverse=True))}))+_\d+")
 _INDUCTOR: Final = re.compile(r"triton_(?P<kind>[a-z]+)_fused(?P<operators>\w*)")
 
-_SELECTS: Final = "score|select|expand|mean_key|resemble|pool|choose"
+_SELECTS: Final = "score|select|expand|mean_key|resemble|pool|choose|weigh"
 """How names of this project's kernels begin that decide what attention sees."""
 
 _RULES: Final = tuple(
@@ -36,7 +36,7 @@ _RULES: Final = tuple(
         # This project's own, whose names are short.
         ("attention", r"^_?(attend|sparse_attention)(_|$)"),
         ("selection", rf"^({_SELECTS})(_|$)"),
-        ("copy", r"^(commit|rope_sink)(_|$)"),
+        ("copy", r"^(commit|rope_sink|persist)(_|$)"),
         (OTHER, r"^prepare(_|$)"),
         # Libraries. A class comes before those whose words its names may hold, too.
         ("copy", r"^(memcpy|memset)|direct_copy_kernel|_copy_kernel|catarray|upsample_nearest"),
@@ -75,7 +75,7 @@ PARTS: Final = ("first", "layer", "last", "operators", "decoder", "copies")
 """The packages of a segmented bundle; `operators` are the kernels between them; `copies` the runtime's own."""
 
 _OPERATOR: Final = re.compile(rf"^(prepare|attend|{_SELECTS})(_|$)")
-_COPY: Final = re.compile(r"^(mem(cpy|set)\b|(commit|rope_sink)(_|$))", re.IGNORECASE)
+_COPY: Final = re.compile(r"^(mem(cpy|set)\b|(commit|rope_sink|persist)(_|$))", re.IGNORECASE)
 _PREPARE: Final = re.compile(r"^prepare(_|$)")
 
 
