@@ -83,14 +83,19 @@ def test_it_computes_what_pytorch_does(segmented: Path) -> None:
     assert result.passed, [row for row in result.rows if not row.passed]
 
 
+@pytest.mark.slow
 def test_products_of_codes(tmp_path: Path) -> None:
-    """The whole graph of the short mode, whose operator is another; refused where nothing multiplies such."""
+    """The whole graph of the short mode, whose operator is another (tests/plugins/nodes has it alone)."""
     variant = load_variant("short").holding("fp8", "fp8")
     root = build_bundle(request(tmp_path, "cpu", variant, "onnxruntime", "fp32"))
     manifest = load_bundle(root).manifest
     assert (manifest.attention.products, manifest.variant) == ("fp8", "short-kv8-att8")
     result = against_reference(root, chunks=2)
     assert result.passed, [row for row in result.rows if not row.passed]
+
+
+def test_products_of_codes_are_refused_where_nothing_makes_them(tmp_path: Path) -> None:
+    variant = load_variant("short").holding("fp8", "fp8")
     with pytest.raises(InputError, match=r"RTX 3090 .* has no products of E4M3.*drop --attention fp8"):
         check_build(request(tmp_path, "rtx3090", variant, "tensorrt-rtx", "bf16"))
     with pytest.raises(InputError, match=r"expected cache\.kv 'fp8'"):
@@ -172,6 +177,7 @@ def test_other_methods_have_no_codes(policy: str, target: str, backend: str, tmp
         check_build(asked)
 
 
+@pytest.mark.slow
 def test_engines_and_kernels_for_a_gpu(tmp_path: Path) -> None:
     """Built for real: TensorRT-RTX engines between kernels over codes, every launch checked against the images."""
     pytest.importorskip("tensorrt_rtx")

@@ -65,6 +65,7 @@ def test_a_bundle_recomputes_jointly_as_the_reference_does(longlive: Path, switc
     assert not np.array_equal(found, causal)
 
 
+@pytest.mark.slow
 def test_codes_are_recomputed_jointly_as_in_the_reference(longlive_codes: Path) -> None:
     """Chunks of a joint forward see each other's keys and values as the cache holds them, with `--kv fp8` as codes."""
     manifest = load_bundle(longlive_codes).manifest

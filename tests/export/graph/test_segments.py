@@ -120,6 +120,7 @@ def test_embedded_weights_change_no_bit(segmented_bundle, tmp_path):
     assert np.array_equal(frames(bundle), frames(segmented_bundle))
 
 
+@pytest.mark.slow
 def test_graphs_do_not_depend_on_the_weights(segmented_bundle, tmp_path):
     other = build(tmp_path, "short", execution="segmented", weights=Weights(PRESETS["tiny"], seed=1))
     hashes = [

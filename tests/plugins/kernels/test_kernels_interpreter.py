@@ -22,11 +22,12 @@ def test_binding_registers_both_operators_for_cuda() -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lightforcing::{name}", "CUDA")
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(tier: str) -> None:
     pytest.importorskip("triton")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", __file__.replace(
-            "test_kernels_interpreter", "kernels_interpreted")],
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", "-m", tier,
+         __file__.replace("test_kernels_interpreter", "kernels_interpreted")],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
