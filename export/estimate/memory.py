@@ -12,6 +12,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal, Protocol
 
+from export.request.capability import BACKENDS, known_capabilities
 from export.request.linears import linear_precisions
 from export.request.selection import selection_bytes
 from export.request.sizes import (
@@ -312,6 +313,10 @@ class _Planner:
             return
         # Residual stream twice, projection, queries, attention output; then what the selection kernels share.
         between = (2 + 3 + 1 + 1) * tokens * dit.dim * self.item
+        projections = {format for name, format in self.formats.items() if name.endswith("self_attn.qkv")}
+        builds = self.request.target.compute_capability in known_capabilities(BACKENDS["tensorrt-rtx"])
+        if builds and projections <= {"fp8", "nvfp4"}:
+            between += tokens * self.item  # the scale of each token's projection
         columns = self.request.preset.token_grid(self.request.height, self.request.width)[1]
         method, window = self.request.variant.attention, (self.past, self.chunk_frames)
         selection = 4 * q_blocks * dit.dim

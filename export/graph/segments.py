@@ -7,6 +7,7 @@ checkpoint or a merged LoRA is another weights file. Or they are embedded: then 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -32,6 +33,9 @@ _STORED: Mapping[ir.DataType, Dtype] = {
 }
 """Types of weights. The file format has none of four bits: two such elements are a byte."""
 
+_VIEWS = frozenset({"Gather", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""What stands between a projection and the operator, and moves nothing."""
+
 _PARAMETERS = ("model.", "modulation_", "head_modulation", "sigmas")
 
 
@@ -45,12 +49,61 @@ def is_parameter(name: str) -> bool:
     return name.startswith(_PARAMETERS)
 
 
+@dataclass(frozen=True)
+class _Scaled:
+    """A projection to queries, keys and values whose scales are applied behind its product.
+
+    Attributes:
+        product: of codes, `[1, T, 3 H D]`.
+        token_scale, channel_scale: `[1, T, 1]` and `[3 H D]`.
+        between: the nodes that apply them and hand the result to the operator.
+    """
+
+    product: ir.Value
+    token_scale: ir.Value
+    channel_scale: ir.Value
+    between: tuple[ir.Node, ...]
+
+
+def _scaled_projection(prepare: ir.Node) -> _Scaled | None:
+    """What `export.quantize` put in front of `prepare`; None where it is not that."""
+    node, between = prepare.inputs[0].producer() if prepare.inputs[0] else None, list[ir.Node]()
+    while node is not None and node.op_type in _VIEWS:
+        between.append(node)
+        node = node.inputs[0].producer() if node.inputs[0] else None
+    factors: list[ir.Value] = []
+    for _ in range(2):
+        if node is None or node.op_type != "Mul" or len(list(node.outputs[0].uses())) != 1:
+            return None
+        between.append(node)
+        value, factor = node.inputs
+        if value is None or factor is None:
+            return None
+        factors.append(factor)
+        node = value.producer()
+    channel, token = factors
+    by_token = token.shape is not None and token.shape[-1] == 1
+    if node is None or node.op_type != "MatMul" or not channel.is_initializer() or not by_token:
+        return None
+    return _Scaled(node.outputs[0], token, channel, tuple(between))
+
+
+def _scaled_projections(model: ir.Model) -> list[_Scaled]:
+    """The projections of all layers, if all have scales; else none."""
+    prepares = [
+        node for node in model.graph if node.op_type in OPERATORS and OPERATORS[node.op_type].prepares
+    ]
+    found = [_scaled_projection(node) for node in prepares]
+    return [scaled for scaled in found if scaled is not None] if all(found) else []
+
+
 def write_segments(
     folder: Path,
     model: ir.Model,
     attention: functions.AttentionForm,
     *,
     embedded: bool = False,
+    leave_scales: bool = False,
     progress: StepCallback = no_steps,
 ) -> tuple[list[str], Segments]:
     """Cut a step graph and write the segments, the operators and the weights.
@@ -61,6 +114,9 @@ def write_segments(
         attention: form of the attention operator's function body, for runtimes without kernels.
         embedded: leave the weights inside, in a graph for every layer (`layer.0`, ...). The file of weights then holds
             those of the operators only.
+        leave_scales: where every layer's projection to queries, keys and values is quantized with a scale per token,
+            leave its scales to `QKPrepare`: segments give `qkv_scale` besides `qkv`, and the operator's graph takes
+            `token_scale` and `channel_scale`.
         progress: called as weights are written.
 
     Returns:
@@ -69,18 +125,23 @@ def write_segments(
     Raises:
         ExportError: the layers differ in more than their weights.
     """
-    cut = partition(model, is_kernel)
+    scaled = _scaled_projections(model) if leave_scales else []
+    left = {node for projection in scaled for node in projection.between}
+    cut = partition(model, lambda node: is_kernel(node) or node in left)
     if len(cut.segments) < _FEWEST:
         raise ExportError("the step graph has one layer; segmented execution needs two or more")
-    names = _canonical_names(cut)
+    names = _canonical_names(cut, scaled)
     if embedded:
         files, (first, *layers, last) = _write_embedded(folder, cut.segments, names, progress)
     else:
         files, (first, *layers, last) = _write_shared(folder, cut.segments, names)
     prepare, attend = _operators(cut)
     for name, nodes in (("qk_prepare", prepare), ("attention", attend)):
-        ir.save(_operator_model(model, nodes[0], attention), folder / f"{name}.onnx")
+        of_first = scaled[0] if scaled and name == "qk_prepare" else None
+        ir.save(_operator_model(model, nodes[0], attention, of_first), folder / f"{name}.onnx")
     prepared, attended = ([_kernel_weights(node) for node in nodes] for nodes in (prepare, attend))
+    for weights, projection in zip(prepared, scaled, strict=False):
+        weights["channel_scale"] = _value_name(projection.channel_scale)
     attended = attended if any(attended) else []
     rows = (first, *layers, last, *prepared, *attended)
     used = {tensor for row in rows for tensor in row.values()}
@@ -163,7 +224,8 @@ def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
         prepares = [node for node in stage if (found := OPERATORS.get(node.op_type)) and found.prepares]
         attends = [node for node in stage if (found := OPERATORS.get(node.op_type)) and not found.prepares]
         alike = len({operator.over_codes for operator in known}) == 1
-        if (len(stage), len(prepares), len(attends)) != (2, 1, 1) or not alike:
+        others = sum(is_kernel(node) for node in stage) - 2
+        if (others, len(prepares), len(attends)) != (0, 1, 1) or not alike:
             raise ExportError(
                 f"a layer has the operators {', '.join(node.op_type for node in stage)}; expected one "
                 f"{contract.QK_PREPARE} and one of {', '.join(contract.ATTENTION_OPERATORS)}, or both over codes"
@@ -173,12 +235,15 @@ def _operators(cut: Partition) -> tuple[list[ir.Node], list[ir.Node]]:
     return prepare, attend
 
 
-def _canonical_names(cut: Partition) -> dict[str, str]:
+def _canonical_names(cut: Partition, scaled: Sequence[_Scaled]) -> dict[str, str]:
     """Tensor names of the whole graph -> names that are the same in every layer."""
     prepare, attend = _operators(cut)
     names: dict[str, str] = {}
     for node in prepare:
         names[_value_name(node.inputs[0])] = "qkv"
+    for projection in scaled:
+        names[_value_name(projection.product)] = "qkv"
+        names[_value_name(projection.token_scale)] = "qkv_scale"
     for node in attend:
         names[_value_name(node.outputs[0])] = "attention_out"
     projections = set(names)
@@ -222,19 +287,35 @@ def _kernel_weights(node: ir.Node) -> dict[str, str]:
     }
 
 
-def _operator_model(model: ir.Model, node: ir.Node, attention: functions.AttentionForm) -> ir.Model:
-    """A model of one operator node, with its function body, under the operator's own tensor names."""
+def _operator_model(
+    model: ir.Model, node: ir.Node, attention: functions.AttentionForm, scaled: _Scaled | None
+) -> ir.Model:
+    """A model of one operator node, with its function body, under the operator's own tensor names; `scaled` is what its
+    first input is made from where that is left to it.
+    """
     operator = OPERATORS[node.op_type]
     inputs = [
         ir.Value(name=name, shape=value.shape, type=value.type)
         for name, value in zip(operator.inputs, node.inputs, strict=True)
         if value is not None
     ]
-    copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+    taken, nodes = list(inputs), list[ir.Node]()
+    if scaled is not None:
+        rows, _ = inputs[0].shape or (None, None)
+        for name, value, dims in (
+            ("token_scale", scaled.token_scale, ir.Shape([rows, 1])),
+            ("channel_scale", scaled.channel_scale, scaled.channel_scale.shape),
+        ):
+            factor = ir.Value(name=name, shape=dims, type=value.type)
+            inputs.append(factor)
+            nodes.append(ir.Node("", "Mul", [taken[0], factor], num_outputs=1))
+            (taken[0],) = nodes[-1].outputs
+            taken[0].name, taken[0].shape, taken[0].type = f"qkv.{name}", inputs[0].shape, inputs[0].type
+    copy = ir.Node(node.domain, node.op_type, taken, node.attributes.values(), num_outputs=len(node.outputs))
     for new, old, name in zip(copy.outputs, node.outputs, operator.outputs, strict=True):
         new.name, new.shape, new.type = name, old.shape, old.type
     graph = ir.Graph(
-        inputs, copy.outputs, nodes=[copy], opset_imports=dict(model.opset_imports), name=node.op_type
+        inputs, copy.outputs, nodes=[*nodes, copy], opset_imports=dict(model.opset_imports), name=node.op_type
     )
     result = ir.Model(graph, ir_version=model.ir_version, producer_name=model.producer_name)
     functions.attach(result, attention)

@@ -64,8 +64,11 @@ def kernel_arch(target: Target) -> int:
     return arch
 
 
-def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
+def kernel_variants(target: Target, plan: StepPlan, *, scaled: bool = False) -> frozenset[str]:
     """Names of the kernel specialisations that a bundle of `plan` launches.
+
+    Args:
+        scaled: whether *prepare* applies the scales of the projection.
 
     Raises:
         InputError: no kernel serves it; says what is served.
@@ -89,6 +92,9 @@ def kernel_variants(target: Target, plan: StepPlan) -> frozenset[str]:
     if plan.spec.kv is not None:
         replaced = _OVER_CODES if plan.spec.products is None else _OVER_PRODUCTS
         problems = {replaced.get(kernel, kernel): of_kernel for kernel, of_kernel in problems.items()}
+    if scaled:
+        renamed = {kernel: kernel.replace("prepare", "prepare_scaled") for kernel in problems}
+        problems = {renamed[kernel]: of_kernel for kernel, of_kernel in problems.items()}
     try:
         return frozenset(
             specs.find_variant(kernel, one, arch).name
@@ -152,13 +158,14 @@ def write_tables(folder: Path, by_turn: Sequence[maps.Tables]) -> dict[str, Any]
 
 
 def write_kernels(
-    folder: Path, target: Target, plan: StepPlan, progress: StepCallback = no_steps
+    folder: Path, target: Target, plan: StepPlan, progress: StepCallback = no_steps, *, scaled: bool = False
 ) -> tuple[list[str], bundle.Kernels]:
     """Put the kernels that a bundle of `plan` launches into `folder/kernels/ARCH/`: those that came with this package,
     or compiled now. Beside that folder go the tables that they select by.
 
     Args:
         progress: called as kernels are compiled.
+        scaled: as `kernel_variants` takes it.
 
     Returns:
         the files, relative to `folder`, and the manifest's section.
@@ -166,7 +173,7 @@ def write_kernels(
     Raises:
         BuildError: a kernel does not compile, or keeps registers in memory.
     """
-    arch, wanted = kernel_arch(target), kernel_variants(target, plan)
+    arch, wanted = kernel_arch(target), kernel_variants(target, plan, scaled=scaled)
 
     def show(done: int, total: int) -> None:
         progress("compiling", done, total)
@@ -192,9 +199,13 @@ def write_kernels(
     return [*files, *([] if section.tables is None else [section.tables])], section
 
 
-def kernels_part(run: Run, *, key: str | None = None) -> tuple[bundle.Kernels, list[bundle.FileEntry]]:
+def kernels_part(
+    run: Run, *, key: str | None = None, scaled: bool = False
+) -> tuple[bundle.Kernels, list[bundle.FileEntry]]:
     """The part "kernels" of a build, made by `write_kernels`: the manifest's section, and the files."""
     target, plan = run.request.target, run.plan
-    return run.section(
-        "kernels", bundle.Kernels, lambda folder: write_kernels(folder, target, plan, run.within), key=key
-    )
+
+    def write(folder: Path) -> tuple[list[str], bundle.Kernels]:
+        return write_kernels(folder, target, plan, run.within, scaled=scaled)
+
+    return run.section("kernels", bundle.Kernels, write, key=key)

@@ -11,10 +11,9 @@ import triton.language as tl
 
 from .attend import load_if, load_rows, store_rows
 from .cache import move
-from .prepare import rotated_rows
 from .select import BLOCK_BITS, count_present
 
-__all__ = ["attend_e4m3", "attend_fp8", "commit_fp8", "prepare_fp8", "rope_sink_fp8", "to_codes", "to_half"]
+__all__ = ["attend_e4m3", "attend_fp8", "commit_fp8", "rope_sink_fp8", "scale_of", "to_codes", "to_half"]
 
 _ENTRY_BITS = tl.constexpr(BLOCK_BITS)
 _ENTRY_MASK = tl.constexpr((1 << BLOCK_BITS) - 1)
@@ -26,8 +25,6 @@ _WEIGHT_BITS = tl.constexpr(8.0)
 """A weight of 1 is rounded as 2^8, the largest power of two that is a code."""
 _MEAN_ROWS = tl.constexpr(8)
 """Columns of the smallest product; the mean of a block stands in all."""
-_VALUE_ROWS = tl.constexpr(32)
-"""Tokens of a tile in which values are turned; every block is a multiple."""
 
 
 @triton.jit
@@ -56,128 +53,9 @@ def to_half(codes, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(largest):
+def scale_of(largest):
+    """The scale of a block from its largest magnitude."""
     return tl.maximum(largest / _E4M3_MAX, _SMALLEST_SCALE)
-
-
-@triton.jit(
-    do_not_specialize=["heads", "frame_tokens", "block_q", "block_k", "q_blocks", "k_blocks", "chunk_frames"]
-)
-def prepare_fp8(
-    q,
-    k,
-    v,
-    q_mean,
-    k_mean,
-    k_scale,
-    v_scale,
-    qkv,
-    bias,
-    norm_q,
-    norm_k,
-    cos,
-    sin,
-    heads,
-    frame_tokens,
-    block_q,
-    block_k,
-    q_blocks,
-    k_blocks,
-    chunk_frames,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """As `prepare`, one block of one frame for q, k or v: grid (chunk_frames * max(q_blocks, k_blocks), 3).
-
-    Keys and values are walked twice: for the mean and the largest magnitude, which the smallest and the largest
-    value of each channel give, and, from the cache by then, for the codes. Those of values are written channel by
-    channel, head after head, with zeros where a frame's last block is short.
-    """
-    role = tl.program_id(1)
-    block = tl.where(role == 0, block_q, block_k)
-    blocks = tl.where(role == 0, q_blocks, k_blocks)
-    index = tl.program_id(0)
-    if index >= chunk_frames * blocks:
-        return
-    frame = index // blocks
-    start = (index % blocks) * block
-    rows_here = tl.minimum(block, frame_tokens - start)
-
-    width = heads * HEAD_DIM
-    column = tl.arange(0, WIDTH)
-    inside = column < width
-    token0 = (frame * frame_tokens + start).to(tl.int64)
-    source = qkv + token0 * (3 * width) + role * width
-    shift = tl.load(bias + role * width + column, mask=inside, other=0.0).to(tl.float32)
-    row = tl.arange(0, ROWS)
-    weight = tl.load(tl.where(role == 0, norm_q, norm_k) + column, mask=inside, other=0.0).to(tl.float32)
-    cos_base = cos + token0 * (HEAD_DIM // 2)
-    sin_base = sin + token0 * (HEAD_DIM // 2)
-
-    total = tl.zeros([WIDTH], tl.float32)
-    low = tl.full([WIDTH], float("inf"), tl.float32)
-    high = tl.full([WIDTH], float("-inf"), tl.float32)
-    for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
-        here = first + row
-        alive = here < rows_here
-        mask = alive[:, None] & inside[None, :]
-        x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
-        x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
-        if role != 2:
-            x = rotated_rows(x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS)
-        rounded = x.to(q.dtype.element_ty)
-        if role == 0:
-            tl.store(q + token0 * width + here[:, None] * width + column[None, :], rounded, mask=mask)
-        wide = rounded.to(tl.float32)
-        total += tl.sum(wide, 0)
-        low = tl.minimum(low, tl.min(tl.where(alive[:, None], wide, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(alive[:, None], wide, float("-inf")), 0))
-    mean = total / rows_here
-    target = index.to(tl.int64) * width
-    if role == 0:
-        tl.store(q_mean + target + column, mean, mask=inside)
-        return
-    if role == 1:
-        tl.store(k_mean + target + column, mean, mask=inside)
-    else:
-        mean = tl.zeros([WIDTH], tl.float32)
-    largest = tl.where(inside, tl.maximum(high - mean, mean - low), 0.0)
-    scale = _scale_of(tl.max(tl.reshape(largest, [WIDTH // HEAD_DIM, HEAD_DIM]), 1))
-    head = tl.arange(0, WIDTH // HEAD_DIM)
-    scales = tl.where(role == 1, k_scale, v_scale) + index.to(tl.int64) * heads
-    tl.store(scales + head, scale, mask=head < heads)
-    if role == 1:
-        by_column = tl.reshape(tl.broadcast_to(scale[:, None], [WIDTH // HEAD_DIM, HEAD_DIM]), [WIDTH])
-        out = k + token0 * width
-        for first in tl.range(0, rows_here, ROWS, num_stages=STAGES):
-            here = first + row
-            alive = here < rows_here
-            mask = alive[:, None] & inside[None, :]
-            x = tl.load(source + here[:, None] * (3 * width) + column[None, :], mask=mask, other=0.0)
-            x = tl.where(mask, x.to(tl.float32) + shift[None, :], 0.0)
-            x = rotated_rows(x, weight, here, alive, cos_base, sin_base, width, eps, HEAD_DIM, WIDTH, ROWS)
-            x = (x.to(q.dtype.element_ty).to(tl.float32) - mean[None, :]) / by_column[None, :]
-            tl.store(out + here[:, None] * width + column[None, :], to_codes(x, HARDWARE), mask=mask)
-        return
-    channel = tl.arange(0, HEAD_DIM)
-    key = tl.arange(0, _VALUE_ROWS)
-    block = block // _VALUE_ROWS * _VALUE_ROWS  # the same number, known to be a multiple
-    for of_head in range(heads):
-        head_scale = tl.sum(tl.where(head == of_head, scale, 0.0), 0)
-        head_shift = tl.load(bias + 2 * width + of_head * HEAD_DIM + channel).to(tl.float32)
-        out = v + (index.to(tl.int64) * heads + of_head) * (HEAD_DIM * block)
-        for first in range(0, block, _VALUE_ROWS):
-            here = first + key
-            alive = (here < rows_here)[:, None]
-            at = source + here[:, None] * (3 * width) + of_head * HEAD_DIM + channel[None, :]
-            x = tl.load(at, mask=alive, other=0.0).to(tl.float32) + head_shift[None, :]
-            x = tl.where(alive, x, 0.0).to(q.dtype.element_ty).to(tl.float32) / head_scale
-            codes = tl.trans(to_codes(x, HARDWARE))
-            tl.store(out + channel[:, None] * block + here[None, :], codes)
 
 
 @triton.jit
@@ -295,7 +173,7 @@ def attend_fp8(
     code_to_log2 = tl.full([Q_TILE], 1.0, tl.float32) * to_log2
     if E4M3:
         wide = q_tile.to(tl.float32)
-        q_scale = _scale_of(tl.max(tl.abs(wide), 1))
+        q_scale = scale_of(tl.max(tl.abs(wide), 1))
         code_to_log2 = code_to_log2 * q_scale
         q_codes = _rounded(wide / q_scale[:, None], INTERPRET)
         q_tile = q_tile.to(tl.float16)
@@ -490,7 +368,7 @@ def rope_sink_fp8(
         largest = tl.maximum(largest, tl.max(tl.abs(_turned(x, c, s, TILE, HEAD_DIM))))
     if not HARDWARE:
         old = old * _TO_HALF
-    new = _scale_of(largest * old)
+    new = scale_of(largest * old)
     tl.store(past_kscale + to_block, new)
     for first in tl.range(0, rows_here, TILE):
         row = first + tl.arange(0, TILE)

@@ -16,6 +16,7 @@ from .tuning import (
     fp8_variants,
     ordered_variants,
     prepare_variant,
+    scaled_prepare_variants,
 )
 from .variant import (
     ARCHS,
@@ -206,7 +207,8 @@ def variants(arch: int) -> tuple[Variant, ...]:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{a}" for a in ARCHS)
         raise KernelError(f"there are no kernels for sm_{arch}; expected one of {known}")
-    return (*_other_variants(), *attend_variants(arch), *fp8_variants(arch), *ordered_variants(arch))
+    of_methods = (*attend_variants(arch), *fp8_variants(arch), *ordered_variants(arch))
+    return (*_other_variants(), *scaled_prepare_variants(arch), *of_methods)
 
 
 def image_arch(capability: int) -> int:

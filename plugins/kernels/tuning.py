@@ -29,6 +29,7 @@ __all__ = [
     "fp8_variants",
     "ordered_variants",
     "prepare_variant",
+    "scaled_prepare_variants",
     "warp_prepare_variant",
     "warpgroup_variant",
 ]
@@ -307,6 +308,25 @@ def prepare_variant(dtype: str, head_dim: int) -> Variant:
         {"dtype": (dtype,), "head_dim": (head_dim,)},
         {"heads": MAX_HEADS},
     )
+
+
+_SCALED_ARCHS = (89, 120)
+"""Where engines leave the scales of a projection to *prepare*: TensorRT-RTX's, of GPUs that multiply codes."""
+
+
+def scaled_prepare_variants(arch: int) -> Iterator[Variant]:
+    """*prepare* on products of codes, keys and values in bfloat16 or as codes."""
+    for head_dim in (128, 64) if arch in _SCALED_ARCHS else ():
+        plain = prepare_variant("bfloat16", head_dim)
+        for suffix, more in (("", {}), ("_fp8", {"HARDWARE": True})):
+            kernel = f"prepare_scaled{suffix}"
+            yield replace(
+                plain,
+                kernel=kernel,
+                name=f"{kernel}-{DTYPES['bfloat16']}-d{head_dim}",
+                constants={**plain.constants, **more},
+                arguments=kernel_arguments(kernel, "bfloat16"),
+            )
 
 
 def warp_prepare_variant(dtype: str, warps: int, suffix: str) -> Variant:

@@ -396,7 +396,7 @@ def _over_codes(kernel: str, codes: tuple[str, ...], more: dict[str, dict[str, s
 
 KERNELS |= {
     "prepare_fp8": (
-        "fp8",
+        "prepare_fp8",
         _over_codes("prepare", ("k", "v"), {"k_mean": _SCALES}),
         KERNELS["prepare"][2],
     ),
@@ -428,6 +428,20 @@ KERNELS |= {
 }
 
 KERNELS["attend_e4m3"] = KERNELS["attend_fp8"]
+
+
+def _scaled(kernel: str) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """*prepare* on a product of codes: with the scale of each token and of each channel behind it."""
+    module, buffers, scalars = KERNELS[kernel]
+    scales = dict.fromkeys(("token_scale", "channel_scale"), "compute")
+    with_scales: dict[str, str] = {}
+    for name, element in buffers.items():
+        with_scales[name] = element
+        with_scales |= scales if name == "qkv" else {}
+    return module, with_scales, scalars
+
+
+KERNELS |= {"prepare_scaled": _scaled("prepare"), "prepare_scaled_fp8": _scaled("prepare_fp8")}
 
 
 def kernel_arguments(kernel: str, dtype: str) -> tuple[Argument, ...]:

@@ -23,6 +23,7 @@ from runtime.errors import BundleError
 
 __all__ = [
     "CLEARED",
+    "TOKEN_SCALE",
     "AttentionLaunch",
     "attention_launches",
     "attention_work",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 Options = dict[str, int | float]
+
+TOKEN_SCALE = "token_scale"
+"""What *prepare* takes besides where a projection's scales are left to it; engines call it `qkv_scale`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ def kernel_problem(manifest: Manifest, dtype: Dtype) -> KernelProblem:
 
 
 def kernel_name(manifest: Manifest, kernel: str) -> str:
-    """The kernel that does what `kernel` does, on keys and values as the bundle holds them."""
+    """The kernel that does what `kernel` does, on keys and values as the bundle holds them, and from the projection as
+    its engines leave it.
+    """
+    if kernel == "prepare" and TOKEN_SCALE in {
+        spec.name for spec in manifest.components["qk_prepare"].inputs
+    }:
+        kernel = "prepare_scaled"
     return f"{kernel}_fp8" if manifest.cache.kv == "fp8" else kernel
 
 

@@ -251,6 +251,8 @@ def _segment_buffers(manifest: Manifest) -> list[Buffer]:
         _renamed(q, "q"),
         _renamed(q, "attention_out"),
     ]
+    if "qkv_scale" in outputs:
+        buffers.append(_renamed(outputs["qkv_scale"], "qkv_scale"))
     if not manifest.persistent_frames:  # else every layer's are kept
         buffers.append(_renamed(_require(query, "q_mean", prepare), "q_mean"))
     if manifest.kernels is not None:

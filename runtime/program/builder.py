@@ -11,6 +11,7 @@ from runtime.frame_table import LatentRing
 
 from .attention import (
     CLEARED,
+    TOKEN_SCALE,
     attention_launches,
     attention_work,
     kernel_name,
@@ -242,7 +243,7 @@ class _Builder:
         segments = self.manifest.segments
         assert segments is not None
         layers = self.model.layers
-        outs = {"x_out": self.view("residual.0"), "qkv": self.view("qkv")}
+        outs = {"x_out": self.view("residual.0"), **self.projected}
         operations: list[Operation] = [self.segment("first", {**own, **outs}, segments.first, None)]
         for layer in range(layers):
             operations.append(self.prepare(layer, segments.prepare[layer]))
@@ -257,7 +258,7 @@ class _Builder:
                 "cross_k": self.view(f"cross_k.{layer}"),
                 "cross_v": self.view(f"cross_v.{layer}"),
                 "x0": self.view("x0"),
-                "qkv": self.view("qkv"),
+                **self.projected,
                 "x_out": self.view(f"residual.{(layer + 1) % 2}"),
             }
             if is_last:
@@ -287,10 +288,16 @@ class _Builder:
             )
         return bound
 
+    @property
+    def projected(self) -> dict[str, View]:
+        """What segments leave for `prepare`: the projection, and its tokens' scales if these are yet to be applied."""
+        return {name: self.view(name) for name in ("qkv", "qkv_scale") if name in self.placed}
+
     def prepare(self, layer: int, weights: Mapping[str, str], own: Views | None = None) -> Operation:
         """From a layer's projection to queries, keys and values; `own` stands for the buffers of the same names."""
         tensors = {
             "qkv": self.view("qkv"),
+            **({TOKEN_SCALE: self.view("qkv_scale")} if "qkv_scale" in self.placed else {}),
             "cos": self.view("rope_cos"),
             "sin": self.view("rope_sin"),
             **{name: self._weight("qk_prepare", tensor) for name, tensor in weights.items()},

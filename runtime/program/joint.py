@@ -26,6 +26,10 @@ class StepParts(Protocol):
     def view(self, name: str) -> View:
         """A whole buffer."""
 
+    @property
+    def projected(self) -> dict[str, View]:
+        """What segments leave for `prepare`."""
+
     def row_tensors(self, row: int) -> dict[str, View]:
         """What a denoising forward in a row of the schedule takes and gives besides what all of them do."""
 
@@ -103,7 +107,7 @@ def _together(
 
     for layer in range(layers):
         for chunk in range(len(chunks)):
-            outs = {"x_out": parts.view(f"joint.{chunk}.x.{layer % 2}"), "qkv": parts.view("qkv")}
+            outs = {"x_out": parts.view(f"joint.{chunk}.x.{layer % 2}"), **parts.projected}
             if layer == 0:
                 operations.append(parts.segment("first", {**chunks[chunk], **outs}, segments.first, None))
             else:

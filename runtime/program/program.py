@@ -44,7 +44,7 @@ Queue = Literal["forward", "decode", "text"]
 """Forwards of one queue run one after another; those of different queues at the same time."""
 
 KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "prepare": ("q", "k", "v", "q_mean", "k_mean"),
+    **dict.fromkeys(("prepare", "prepare_scaled"), ("q", "k", "v", "q_mean", "k_mean")),
     "score": ("scores",),
     "select": ("lists", "counts"),
     "attend": ("out",),
@@ -61,7 +61,9 @@ KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "weigh": ("importance",),
     "persist": ("past_k", "past_v", "past_kmean"),
     "rope_sink": ("past_k", "past_kmean"),
-    "prepare_fp8": ("q", "k", "v", "q_mean", "k_mean", "k_scale", "v_scale"),
+    **dict.fromkeys(
+        ("prepare_fp8", "prepare_scaled_fp8"), ("q", "k", "v", "q_mean", "k_mean", "k_scale", "v_scale")
+    ),
     "attend_fp8": ("out",),
     "attend_e4m3": ("out",),
     "commit_fp8": ("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale"),

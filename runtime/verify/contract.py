@@ -9,6 +9,7 @@ from typing import Final
 from runtime.bundle import ENCODER_COMPONENTS, FLOATS, PERSIST, Bundle, Dtype, Manifest, TensorSpec
 from runtime.bundle.policies import has_linear_branch
 from runtime.bundle.weights_file import WeightsFile
+from runtime.program.attention import TOKEN_SCALE
 
 from .steps import Flaws
 
@@ -68,6 +69,11 @@ _NEEDED_SCALES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "attention": ((*_CHUNK_SCALES, *_PAST_SCALES), ()),
 }
 """The same, besides, where keys and values are codes."""
+_PROJECTION_SCALES: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    **dict.fromkeys(("first", "layer"), ((), ("qkv_scale",))),
+    "qk_prepare": ((TOKEN_SCALE, "channel_scale"), ()),
+}
+"""The same, besides, where the scales of a projection are left to *prepare*."""
 
 
 def check_contract(bundle: Bundle, flaws: Flaws) -> None:
@@ -163,6 +169,8 @@ def _shapes(manifest: Manifest) -> dict[str, dict[str, Dims]]:
             **projected,
             **means,
             "qkv": (tokens, 3 * model.dim),
+            "token_scale": (tokens,),
+            "channel_scale": (3 * model.dim,),
             "bias": (3 * model.dim,),
             "norm_q": width,
             "norm_k": width,
@@ -197,6 +205,8 @@ def _check_cache(manifest: Manifest, spec: TensorSpec, index: str, where: str, f
 
 
 def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
+    prepare = manifest.components.get("qk_prepare")
+    scaled = prepare is not None and TOKEN_SCALE in {spec.name for spec in prepare.inputs}
     for name, component in manifest.components.items():
         stem = name.partition(".")[0]
         inputs, outputs = _NEEDED.get(stem, ((), ()))
@@ -207,6 +217,9 @@ def _check_needed(manifest: Manifest, flaws: Flaws) -> None:
             more = ((*more[0], "pinned"), more[1])
         if has_linear_branch(manifest.attention.method) and stem == "attention":
             more = ((*more[0], "linear_weight", "linear_bias"), more[1])
+        if scaled and stem in _PROJECTION_SCALES:
+            left_out, left = _PROJECTION_SCALES[stem]
+            more = ((*more[0], *left_out), (*more[1], *left))
         for kind, specs, wanted in (
             ("input", component.inputs, (*inputs, *more[0])),
             ("output", component.outputs, (*outputs, *more[1])),

@@ -179,8 +179,12 @@ _ATTEND_FP8: Final = {
     "k_mean": _SIZES["score"]["k_mean"],
     "past_kmean": _SIZES["score"]["past_kmean"],
 }
+_PREPARE_FP8: Final = {**_SIZES["prepare"], **_CHUNK_SCALES, "v": _VALUES}
+_PROJECTION_SCALES: Final = {"token_scale": ("tokens",), "channel_scale": ("width", "three")}
 _FP8_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "prepare_fp8": {**_SIZES["prepare"], **_CHUNK_SCALES, "v": _VALUES},
+    "prepare_scaled": {**_SIZES["prepare"], **_PROJECTION_SCALES},
+    "prepare_fp8": _PREPARE_FP8,
+    "prepare_scaled_fp8": {**_PREPARE_FP8, **_PROJECTION_SCALES},
     "attend_fp8": _ATTEND_FP8,
     "attend_e4m3": _ATTEND_FP8,
     "commit_fp8": {
@@ -196,14 +200,14 @@ _FP8_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "sink_kscale": ("sinks", "k_blocks", "heads"),
     },
 }
-"""The same of the kernels over codes."""
+"""The same of the kernels over codes: keys and values, or the projection."""
 
 _ALL_SIZES: Final = {**_SIZES, **_METHOD_SIZES, **_FP8_SIZES}
 _FREE: Final = ("slots", "maps")
 """Sizes that nothing but the buffer itself says: its elements are a multiple of the others'."""
 
 _OPERATORS: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("prepare", "prepare_fp8"), "qk_prepare"),
+    **dict.fromkeys(("prepare", "prepare_scaled", "prepare_fp8", "prepare_scaled_fp8"), "qk_prepare"),
     **dict.fromkeys(
         ("score", "select", "expand", "attend", *_METHOD_SIZES, "attend_fp8", "attend_e4m3"), "attention"
     ),

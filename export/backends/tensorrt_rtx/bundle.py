@@ -120,7 +120,7 @@ def _build(run: Run) -> Built:
         entries[name] = built.component
         library = bundle.Library(name="tensorrt-rtx", version=built.version)
         files += written
-    kernels, images = kernels_part(run)
+    kernels, images = kernels_part(run, scaled="channel_scale" in cut.segments.prepare[0])
     files += images
     # What comes in and goes out where no engine runs: the step as a whole, and the operators, which are kernels.
     for name in ("step", "clean", "qk_prepare", "attention"):
@@ -196,7 +196,9 @@ def _cut(
         quantize(model, own, amax=plan.amax, importance=plan.importance, observe=log)
         errors = log.errors
     form = components.attention_form(run.plan)
-    files, section = write_segments(folder, model, form, embedded=run.request.embedded, progress=run.within)
+    files, section = write_segments(
+        folder, model, form, embedded=run.request.embedded, leave_scales=True, progress=run.within
+    )
     return files, _Cut(section, errors)
 
 

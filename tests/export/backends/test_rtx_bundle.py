@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from runtime.cli.main import main as runtime_main
 from runtime.cuda.engine import load_cuda_engine
 from runtime.errors import BundleError, EngineError
 from runtime.program.buffers import plan_buffers
-from runtime.verify.dry_run import dry_run
+from runtime.verify.dry_run import DryRunError, dry_run
 from tests.export.backends.rtx_bundles import ENGINES, Bundles, exported, hashes, request
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)")
@@ -107,7 +108,8 @@ def test_every_weight_input_has_its_tensor_in_the_weights_file(bundles, precisio
             )
         assert {name for name in specs if name.startswith("weight.")} == set(row)
     for row in segments.prepare:
-        assert set(row) == {"bias", "norm_q", "norm_k"}
+        scales = set() if precision == "bf16" else {"channel_scale"}
+        assert set(row) == {"bias", "norm_q", "norm_k"} | scales
         assert all(stored[tensor][0] == "BF16" for tensor in row.values())
     used = {tensor for _, row in runs for tensor in row.values()}
     assert used | {tensor for row in segments.prepare for tensor in row.values()} == set(stored)
@@ -123,8 +125,9 @@ def test_the_manifest_records_order_tensors_and_the_weights_of_each_layer(bundle
         )
         for name in ("first", "layer", "last")
     }
-    assert passed["first"] == ({"latent", "step"}, {"x_out", "qkv"})
-    assert passed["layer"] == ({"x", "attention_out", "cross_k", "cross_v", "step"}, {"x_out", "qkv"})
+    projected = {"x_out", "qkv", "qkv_scale"}
+    assert passed["first"] == ({"latent", "step"}, projected)
+    assert passed["layer"] == ({"x", "attention_out", "cross_k", "cross_v", "step"}, projected)
     inputs, outputs = passed["last"]
     assert inputs == {"x", "attention_out", "cross_k", "cross_v", "step", "latent", "noise"}
     assert outputs == {"next_latent", "x0"}
@@ -237,8 +240,22 @@ def test_only_the_kernels_that_the_bundle_launches_are_in_it(bundles):
         index = json.loads((folder / "kernels/sm_120/kernels.json").read_text())
         kernels[variant] = {image["kernel"] for image in index["images"]}
         assert len(index["images"]) == len(kernels[variant])
-    assert kernels["short"] == {"prepare", "score", "select", "attend", "commit"}
+    assert kernels["short"] == {"prepare_scaled", "score", "select", "attend", "commit"}
     assert kernels["long"] == kernels["short"] | {"rope_sink"}
+
+
+def test_a_scale_of_the_projection_that_nobody_applies_is_found(bundles):
+    bundle = load_bundle(bundles.build("fp8"))
+    found = bundle.manifest
+    prepare = found.components["qk_prepare"]
+    inputs = tuple(spec for spec in prepare.inputs if spec.name != "channel_scale")
+    parts = {**found.components, "qk_prepare": prepare.model_copy(update={"inputs": inputs})}
+    with pytest.raises(DryRunError, match="component 'qk_prepare', input 'channel_scale': it is missing"):
+        dry_run(replace(bundle, manifest=found.model_copy(update={"components": parts})))
+    rows = tuple({name: row[name] for name in ("bias", "norm_q", "norm_k")} for row in found.segments.prepare)
+    unbound = found.segments.model_copy(update={"prepare": rows})
+    with pytest.raises(DryRunError, match=r"prepare_scaled.*channel_scale"):
+        dry_run(replace(bundle, manifest=found.model_copy(update={"segments": unbound})))
 
 
 def original() -> dict[str, torch.Tensor]:
@@ -470,7 +487,7 @@ def test_plan_lists_what_a_layer_launches_and_moves(bundles, capsys):
         assert 0 <= rows[name]["bytes"] - (TOKENS * width + out * width + 2 * TOKENS * out) < 1024
     before = [row["before"] for row in found["rows"]]
     assert before[:4] == ["prepare", "self-attention", "self-attention", "self-attention"]
-    assert before[4] == "self_attn.o" and before[-1] == "prepare"  # the scales of the projection are a pass
+    assert before[4] == "self_attn.o" and before[-1] == "self_attn.qkv"  # its scales are left to prepare
     prepare = found["rows"][0]["bytes"]
     assert found["element_wise"]["bytes"] == report.moved_bytes + prepare
     assert main([*common, "--layer"]) == 0

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
 from export.compare.against_reference import against_reference
+from export.graph.segments import write_segments
+from export.quantize import ORT_SESSION_CONFIG, choose_formats, linear_names, quantize
 from export.request.weights import Weights
 from lightforcing_ref.config import PRESETS
-from runtime.bundle import file_entry, load_bundle, write_manifest
+from runtime.bundle import Segments, file_entry, load_bundle, write_manifest
 from runtime.errors import BundleError
 from runtime.host.runner import HostRunner
 from runtime.pipeline import Pipeline
@@ -174,3 +178,65 @@ def test_missing_weights_and_bindings_are_named(segmented_bundle, tmp_path):
     rewritten(segmented_bundle, copy, components=parts)
     with pytest.raises(BundleError, match=r"lacks the component\(s\) layer"):
         load_bundle(copy)
+
+
+def quantized_segments(
+    step: Path, folder: Path, *, leave_scales: bool, skip: tuple[str, ...] = ()
+) -> Segments:
+    """The step of `step` in fp8, cut into `folder`, the weights inside."""
+    model = ir.load(step)
+    quantize(model, choose_formats(linear_names(model), "fp8", skip=skip))
+    folder.mkdir()
+    _, section = write_segments(folder, model, "scan", embedded=True, leave_scales=leave_scales)
+    return section
+
+
+def run_graph(path: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for key, value in ORT_SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
+    session = onnxruntime.InferenceSession(path, options)
+    taken = {value.name: feed[value.name] for value in session.get_inputs()}
+    return dict(zip([value.name for value in session.get_outputs()], session.run(None, taken), strict=True))
+
+
+def test_scales_of_a_projection_may_be_left_to_the_operator(tiny_bundle, tmp_path):
+    """The same operations in the same order, on the other side of the cut: not a bit differs."""
+    manifest, rng = load_bundle(tiny_bundle).manifest, np.random.default_rng(6)
+    shapes = {spec.name: spec.shape for spec in manifest.components["step"].inputs}
+    feed = {
+        "latent": rng.standard_normal(shapes["latent"], dtype=np.float32),
+        "step": np.array(1, dtype=np.int32),
+    }
+    angles = rng.standard_normal(shapes["rope_cos"], dtype=np.float32)
+    results = []
+    for leave_scales in (False, True):
+        folder = tmp_path / f"left-{leave_scales}"
+        section = quantized_segments(tiny_bundle / "step.onnx", folder, leave_scales=leave_scales)
+        projected = run_graph(folder / "first.onnx", feed)
+        assert ("qkv_scale" in projected) == leave_scales
+        stored = load_file(folder / section.weights)
+        given = {name: stored[tensor] for name, tensor in section.prepare[0].items()}
+        assert ("channel_scale" in given) == leave_scales
+        given |= {
+            "qkv": projected["qkv"].reshape(angles.shape[0], -1),
+            "cos": np.cos(angles),
+            "sin": np.sin(angles),
+        }
+        if leave_scales:
+            given["token_scale"] = projected["qkv_scale"].reshape(-1, 1)
+        results.append(run_graph(folder / "qk_prepare.onnx", given))
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert np.isfinite(expected).all() and expected.any()
+        np.testing.assert_array_equal(results[1][name], expected, err_msg=name)
+
+
+def test_scales_are_left_to_all_operators_or_none(tiny_bundle, tmp_path):
+    """Kernels are chosen for the whole bundle."""
+    skip = ("blocks.1.self_attn.qkv",)
+    section = quantized_segments(tiny_bundle / "step.onnx", tmp_path / "cut", leave_scales=True, skip=skip)
+    assert not any("channel_scale" in weights for weights in section.prepare)
+    first = onnx.load(tmp_path / "cut" / "first.onnx", load_external_data=False)
+    assert "qkv_scale" not in {value.name for value in first.graph.output}
