@@ -91,7 +91,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "__init__ errors",
     ),
     "benchmarks": (
-        "decoders fp4_remedies lease recaches",
+        "codes decoders fp4_remedies lease recaches",
         "attention quality rollout serving",
         "__init__ kernel_classes timing",
     ),
