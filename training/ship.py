@@ -117,7 +117,8 @@ def adopt(run: Run, folder: Path) -> list[str]:
         encoder = load_vae_encoder_state(folder / FILES["decoder"], TINY_VAE, dtype=torch.float32)
         states[run.weights("encoder")] = encoder
     if (folder / FILES["tae"]).exists():
-        states[run.start("tae")] = load_vae_state(folder / FILES["tae"], DECODERS["tae"], dtype=torch.float32)
+        tae = load_vae_state(folder / FILES["tae"], DECODERS["tae"], dtype=torch.float32)
+        states |= {run.start("tae"): tae, run.weights("tae"): tae}
     transformers = (
         ("transformer", run.start("student")),
         ("transformer", run.weights("hsa")),
