@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,7 @@ def _dense(queries: NDArray[np.int_], keys: NDArray[np.int_], width: float) -> b
     return bool((filled > _DENSE_COLUMN).sum() > _DENSE_COLUMNS * (filled > 0).sum())
 
 
+@lru_cache(maxsize=256)  # a plan asks for every forward of every chunk
 def radial_share(attributes: RadialAttributes, past: int, current: int) -> float:
     """Mean share of the resident keys that a query sees, with `past` frames before the chunk's `current` ones."""
     tokens, frames = attributes.frame_tokens, past + current

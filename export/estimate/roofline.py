@@ -294,8 +294,9 @@ class Workload:
                 for _ in range(members):  # one by one, layer by layer
                     yield from self.forward(chunk, seen=self.window(chunk, members))
         else:
+            forward = tuple(self.forward(chunk))
             for _ in self.schedule.rows(chunk):
-                yield from self.forward(chunk)
+                yield from forward
         for frame in range(self.schedule.chunk_frames):
             yield from self.decode(first=chunk == 0 and frame == 0)
 

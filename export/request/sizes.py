@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
@@ -96,6 +97,7 @@ def item_bytes(precision: Precision) -> int:
 # ---- transformer ----
 
 
+@cache
 def layer_linears(dit: DiTConfig) -> tuple[Linear, ...]:
     """The linears of one block, in the order they run; the last two belong to the conditioner."""
     dim, ffn = dit.dim, dit.ffn_dim
