@@ -22,6 +22,7 @@ from export.request.sizes import decoder_convs, item_bytes, layer_linears
 from export.request.targets import Operands, Peak
 from lightforcing_ref.dimensions import VAEConfig
 from lightforcing_ref.sparsity import BlockGeometry
+from runtime.bundle.policies import has_linear_branch
 
 from .elementwise import Pass, StepPasses, activation_bytes, decoder_passes
 from .memory import Planned
@@ -209,6 +210,15 @@ class Workload:
         moved = 2 * (self.tokens * self.item + keys * held) * self.dit.dim
         return Work("self-attention", self.products, flops if dense else flops * kept // total, moved)
 
+    def linear_branch(self, chunk: int) -> Work:
+        """SLA's linear branch of one layer in one forward of `chunk`: it reads every key and value once."""
+        dit, frames = self.dit, self.resident_frames(chunk)
+        keys, state = frames * self.geometry.frame_tokens, dit.dim * dit.head_dim
+        flops = 2 * (keys + self.tokens + dit.head_dim) * state
+        # What each frame leaves is written and read in float32, the output twice.
+        moved = (2 * keys + 3 * self.tokens) * dit.dim * self.item + 8 * frames * state
+        return Work("self-attention", self.wide, flops, moved)
+
     def linear(self, kind: str, tokens: int | None = None, layer: int = 0) -> Work:
         """One block linear on so many tokens, by default those of a chunk."""
         tokens = self.tokens if tokens is None else tokens
@@ -248,6 +258,8 @@ class Workload:
             if clean and is_last:
                 return
             yield self.attention(chunk, seen=seen)
+            if has_linear_branch(self.request.variant.attention):
+                yield self.linear_branch(chunk)
             for kind in kinds[1:]:
                 yield self.linear(kind, layer=layer)
             yield self.cross_attention

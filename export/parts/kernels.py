@@ -36,6 +36,7 @@ SELECTS: Mapping[str, tuple[str, ...]] = {
     contract.SLIDING_TILE: ("expand", "attend_ordered"),
     contract.RADIAL: ("expand", "attend"),
     contract.SPARGE: ("score", "mean_key", "resemble", "select_sparge", "attend"),
+    contract.SPARSE_LINEAR: ("score", "select", "attend", "sum_linear", "project_linear", "add_linear"),
     contract.VMOBA: ("pool", "score_groups", "choose", "expand", "attend_ordered"),
     contract.PERSISTENT_BLOCK: ("score", "select_pinned", "attend", "weigh", "persist"),
 }

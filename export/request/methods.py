@@ -46,12 +46,12 @@ RANKED = (
 """Operators that keep the best blocks, as many as the table says, and have no parameters of a method."""
 
 _PLUGIN = (contract.HIERARCHICAL_SPARSE_ATTENTION,)
-_KERNELS = tuple(name for name in contract.ATTENTION_OPERATORS if name != contract.SPARSE_LINEAR)
+_ALL = tuple(contract.ATTENTION_OPERATORS)
 _OPERATORS: Mapping[BackendName, tuple[str, ...]] = {
-    "onnxruntime": tuple(contract.ATTENTION_OPERATORS),
-    "tensorrt-rtx": _KERNELS,
+    "onnxruntime": _ALL,
+    "tensorrt-rtx": _ALL,
     "tensorrt": _PLUGIN,
-    "inductor": _KERNELS,
+    "inductor": _ALL,
 }
 """Attention operators that each backend executes."""
 

@@ -9,7 +9,7 @@ from lightforcing_ref.sparsity import BlockGeometry
 from plugins import contract, maps
 from plugins.kernels.tuning import ORDERED_BLOCKS, QUERY_BLOCKS
 from runtime.bundle import AttentionPolicy
-from runtime.bundle.policies import RadialPolicy, SpargePolicy, StaPolicy, VmobaPolicy
+from runtime.bundle.policies import RadialPolicy, SpargePolicy, StaPolicy, VmobaPolicy, has_linear_branch
 
 from .methods import method_attributes
 
@@ -54,7 +54,7 @@ def selection_bytes(
     heads: int,
     head_dim: int,
 ) -> int:
-    """Bytes of everything that the selection kernels share; arguments as in `selection_tables`."""
+    """Bytes of everything that the kernels of attention share; arguments as in `selection_tables`."""
     tables = selection_tables(method, geometry, columns, past, current)
     cuts = [turn.blocks or (geometry.q_blocks, geometry.k_blocks) for turn in tables]
     largest = 0
@@ -66,6 +66,10 @@ def selection_bytes(
         if isinstance(method, SpargePolicy) and not method.plain:
             lists += 4 * heads * head_dim + rows + heads * key_blocks
         largest = max(largest, lists)
+    if has_linear_branch(method):
+        # For each frame in float32, for all of them in 16 bits; and the sums of their features.
+        width, frames = heads * head_dim, past + current
+        largest += width * head_dim * (4 * frames + 2) + 4 * width * (frames + 1)
     if isinstance(method, VmobaPolicy):
         largest += _group_bytes(tables, current, heads, head_dim)
     return largest + sum(array.nbytes for turn in tables for array in turn.arrays.values())

@@ -7,7 +7,7 @@ those of blocks that the sparse branch leaves out, as an earlier release had it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,19 +70,25 @@ def linear_branch(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor)
     return (mixed @ weight.float().T + bias.float()).transpose(0, 1)
 
 
+@dataclass(frozen=True)
 class SparseLinearAttention:
     """Both branches of SLA as an operator: called as `hsa_attention` is, with weight and bias of the projection last.
 
     The sparse branch is one stage of hierarchical selection, which chooses as `SLA` does. The linear branch runs in
     every chunk, the first one included, over the frames that the cache shows and the chunk.
+
+    Args:
+        form: of the sparse branch, as `hsa_attention` takes it.
     """
+
+    form: Literal["mask", "gather"] = "mask"
 
     def __call__(self, *tensors: Tensor, **attributes: Any) -> Tensor:
         """`[T, H, D]` in the type of `q`: the sparse branch rounded to it, then the sum of both."""
         *shared, weight, bias = tensors
         q, k, v, _, _, past_k, past_v, _, frame_slots, _ = shared
         attributes |= {"keep_frames": _ONE_STAGE.keep_frames, "sink_frames": 0, "near_frames": 0}
-        attended = hsa_attention(*shared, **attributes)
+        attended = hsa_attention(*shared, **attributes, form=self.form)
         keys, values = resident(past_k, k, frame_slots), resident(past_v, v, frame_slots)
         return (attended.float() + linear_branch(q, keys, values, weight, bias)).to(q.dtype)
 

@@ -17,6 +17,7 @@ from plugins.contract import (
     RadialAttributes,
     SlidingTileAttributes,
     SpargeAttributes,
+    SparseLinearAttributes,
     VMoBAAttributes,
 )
 from plugins.errors import ContractError, PluginError
@@ -33,6 +34,7 @@ OPERATORS = (
     contract.SPARGE,
     contract.VMOBA,
     contract.PERSISTENT_BLOCK,
+    contract.SPARSE_LINEAR,
 )
 """Those that kernels execute, beside hierarchical sparse attention."""
 
@@ -86,6 +88,8 @@ class MethodKernels:
         buffers = {**given, **tables, "out": out, "lists": lists.entries, "counts": lists.counts}
         kernel = "attend" if problem.ordered_blocks is None else "attend_ordered"
         self.launcher.launch(kernel, problem, buffers, {"scale": made.scale})
+        if isinstance(made, SparseLinearAttributes):
+            self._add_linear(problem, buffers)
         return out
 
     def select(self, attributes: AttentionAttributes, given: _Tensors) -> BlockLists:
@@ -103,6 +107,9 @@ class MethodKernels:
             self.launcher.launch("score", problem, buffers)
             options = {"table_entries": len(attributes.keep_q20)}
             self.launcher.launch("select_pinned", problem, buffers, options)
+            return lists
+        if isinstance(attributes, SparseLinearAttributes):
+            self._rank(attributes, problem, buffers)
             return lists
         if isinstance(attributes, VMoBAAttributes):
             self._choose(attributes, problem, buffers)
@@ -129,6 +136,28 @@ class MethodKernels:
             self.launcher.launch("resemble", problem, buffers, judged)
         options = {"table_entries": len(attributes.keep_q20), "cumulative": attributes.cumulative}
         self.launcher.launch("select_sparge", problem, buffers, options)
+
+    def _rank(
+        self, attributes: SparseLinearAttributes, problem: KernelProblem, buffers: dict[str, Tensor]
+    ) -> None:
+        device = buffers["q"].device
+        buffers["scores"] = torch.empty(buffers["lists"].shape, device=device)
+        buffers["keep_q20"] = torch.tensor(attributes.keep_q20, dtype=torch.int32, device=device)
+        # All frames stay eligible: one stage.
+        options = {"keep_frames": max(1, problem.past_frames), "sink_frames": 0, "near_frames": 0}
+        options |= {"table_entries": len(attributes.keep_q20)}
+        for kernel in ("score", "select"):
+            self.launcher.launch(kernel, problem, buffers, options)
+
+    def _add_linear(self, problem: KernelProblem, buffers: dict[str, Tensor]) -> None:
+        q, (heads, dim) = buffers["q"], (problem.heads, problem.head_dim)
+        frames = problem.past_frames + problem.chunk_frames
+        buffers["frame_state"] = torch.empty(frames, heads, dim, dim, device=q.device)
+        buffers["frame_features"] = torch.empty(frames, heads, dim, device=q.device)
+        buffers["linear_state"] = q.new_empty(heads, dim, dim)
+        buffers["linear_features"] = torch.empty(heads, dim, device=q.device)
+        for kernel in ("sum_linear", "project_linear", "add_linear"):
+            self.launcher.launch(kernel, problem, buffers)
 
     def _choose(
         self, attributes: VMoBAAttributes, problem: KernelProblem, buffers: dict[str, Tensor]

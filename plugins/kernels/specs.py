@@ -184,6 +184,7 @@ def _other_variants() -> Iterator[Variant]:
                 {"dtype": ("bfloat16",), "head_dim": (head_dim,)},
                 {"frames": MAX_FRAMES},
             )
+    yield from _linear_variants()
     for blocks, warps in ((32, 1), (128, 4), (256, 8)):
         yield Variant(
             "expand",
@@ -195,6 +196,43 @@ def _other_variants() -> Iterator[Variant]:
             {},
             {"frames": MAX_FRAMES, "k_blocks": blocks},
         )
+
+
+def _linear_variants() -> Iterator[Variant]:
+    """SLA's linear branch: compute type bfloat16."""
+    for head_dim in (128, 64):
+        size, frames = {"HEAD_DIM": head_dim}, {"FRAMES": MAX_FRAMES}
+        columns = min(head_dim, 64)
+        for kernel, constants, warps, grid in (
+            (
+                "sum_linear",
+                {**size, **frames, "TILE": 32, "V_TILE": columns, "INTERPRET": False},
+                4,
+                (GridAxis("frames"), GridAxis("heads"), head_dim // columns),
+            ),
+            (
+                "project_linear",
+                {**size, **frames, "TILE": 16, "D_TILE": 32},
+                4,
+                (GridAxis("heads"), head_dim // 16),
+            ),
+            (
+                "add_linear",
+                {**size, "TILE": 32, "INTERPRET": False},
+                4,
+                (GridAxis("query_blocks"), GridAxis("heads")),
+            ),
+        ):
+            yield Variant(
+                kernel,
+                f"{kernel}-bf16-d{head_dim}",
+                constants,
+                warps,
+                grid,
+                kernel_arguments(kernel, "bfloat16"),
+                {"dtype": ("bfloat16",), "head_dim": (head_dim,)},
+                {"frames": MAX_FRAMES},
+            )
 
 
 @cache

@@ -378,6 +378,42 @@ KERNELS |= {
             "shared_heads",
         ),
     ),
+    "sum_linear": (
+        "linear",
+        {
+            "frame_state": _F32,
+            "frame_features": _F32,
+            "k": "compute",
+            "v": "compute",
+            "past_k": "compute",
+            "past_v": "compute",
+            "frame_slots": _I32,
+        },
+        ("heads", "frame_tokens", "chunk_frames", "past_frames"),
+    ),
+    "project_linear": (
+        "linear",
+        {
+            "linear_state": "compute",
+            "linear_features": _F32,
+            "frame_state": _F32,
+            "frame_features": _F32,
+            "linear_weight": "compute",
+            "frame_slots": _I32,
+        },
+        ("heads", "chunk_frames", "past_frames"),
+    ),
+    "add_linear": (
+        "linear",
+        {
+            "out": "compute",
+            "q": "compute",
+            "linear_state": "compute",
+            "linear_features": _F32,
+            "linear_bias": "compute",
+        },
+        ("heads", "frame_tokens", "q_blocks", "block_q"),
+    ),
 }
 """The kernels of other methods."""
 

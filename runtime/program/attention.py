@@ -17,6 +17,7 @@ from runtime.bundle.policies import (
     SpargePolicy,
     StaPolicy,
     VmobaPolicy,
+    has_linear_branch,
 )
 from runtime.bundle.weights_file import WeightsFile
 from runtime.errors import BundleError
@@ -120,7 +121,14 @@ def attention_launches(manifest: Manifest, dtype: Dtype, layer: int = 0) -> list
         AttentionLaunch(kernel, problem, options, tables)
         for kernel, options in _selection(manifest, layer, tables)
     ]
-    return [*launches, AttentionLaunch(attend, problem, {"scale": attention.scale}, tables)]
+    launches.append(AttentionLaunch(attend, problem, {"scale": attention.scale}, tables))
+    if has_linear_branch(attention.method):
+        launches += [AttentionLaunch(kernel, problem, {}) for kernel in _LINEAR]
+    return launches
+
+
+_LINEAR = ("sum_linear", "project_linear", "add_linear")
+"""SLA's linear branch, which is added to what *attend* left."""
 
 
 def _selection(manifest: Manifest, layer: int, tables: Mapping[str, str]) -> list[tuple[str, Options]]:
@@ -177,6 +185,14 @@ def attention_work(manifest: Manifest, dtype: Dtype, layer: int) -> dict[str, tu
             "shift": ("float32", heads),
             "unlike_q": ("uint8", rows),
             "unlike_k": ("uint8", (sizes["heads"], sizes["key_blocks"])),
+        }
+    if has_linear_branch(method):
+        square = (*heads, manifest.model.head_dim)
+        work |= {
+            "frame_state": ("float32", (sizes["frames"], *square)),
+            "frame_features": ("float32", (sizes["frames"], *heads)),
+            "linear_state": (dtype, square),
+            "linear_features": ("float32", heads),
         }
     return work
 

@@ -212,8 +212,10 @@ class _Builder:
         return self._run(name, views.get)
 
     def _denoising(self) -> list[int]:
-        """Rows of all denoising forwards, the first chunk's own first."""
+        """Rows of all denoising forwards of one chunk, the first chunk's own first; none in a rolling window."""
         schedule = self.manifest.schedule
+        if schedule.rolling:
+            return []
         return list(dict.fromkeys((*schedule.rows(0), *schedule.rows(1))))
 
     def _step(self, row: int | None) -> list[Operation]:
@@ -484,6 +486,12 @@ _BUFFERS: Mapping[str, tuple[str, ...]] = {
     ),
     "score_groups": ("scores", "q_pool", "k_pool"),
     "choose": ("block_map", "scores", "frame_slots", "q_patches"),
+    "sum_linear": ("frame_state", "frame_features", "k", "v", "past_k", "past_v", "frame_slots"),
+    "project_linear": (
+        *("linear_state", "linear_features", "frame_state", "frame_features"),
+        *("linear_weight", "frame_slots"),
+    ),
+    "add_linear": ("out", "q", "linear_state", "linear_features", "linear_bias"),
     "attend_ordered": (
         *("out", "q", "k", "v", "past_k", "past_v", "frame_slots", "lists", "counts"),
         *("q_order", "k_order"),

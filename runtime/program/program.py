@@ -56,6 +56,9 @@ KERNEL_OUTPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "score_groups": ("scores",),
     "choose": ("block_map",),
     "attend_ordered": ("out",),
+    "sum_linear": ("frame_state", "frame_features"),
+    "project_linear": ("linear_state", "linear_features"),
+    "add_linear": ("out",),
     "commit": ("past_k", "past_v", "past_kmean"),
     "select_pinned": ("lists", "counts"),
     "weigh": ("importance",),
@@ -212,11 +215,11 @@ class Program:
 
     `forwards` has, in the order a rollout first needs them: `load` (once), `reset` (once per rollout),
     `condition`; `encode_first`, `encode_next.a` and `encode_next.b` where a rollout can start from frames;
-    `begin`, `denoise.ROW` for each row, `begin_clean`, `clean`, `joint.N` where so many chunks may be recomputed at
-    once, `window.N` where so many are denoised at once (`denoise.ROW` is then there for `runtime.verify` alone),
-    `persist` where blocks outlive the window, `commit`; `keep_sinks.0` and on (copies of the sinks that chunk holds)
-    and `place_sinks` where sinks move; `decode_first`, `decode_next.a` and `decode_next.b`, `encode_text_layer`. What
-    ends in a side reads the caches of that side and writes the other's.
+    `begin`, `denoise.ROW` for each row, or `window.N` where so many chunks are denoised at once, `begin_clean`,
+    `clean`, `joint.N` where so many chunks may be recomputed at once, `persist` where blocks outlive the window,
+    `commit`; `keep_sinks.0` and on (copies of the sinks that chunk holds) and `place_sinks` where sinks move;
+    `decode_first`, `decode_next.a` and `decode_next.b`, `encode_text_layer`. What ends in a side reads the caches of
+    that side and writes the other's.
 
     `weights` maps tensors of the segments' weights file to where they are kept.
     """

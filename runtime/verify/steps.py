@@ -158,6 +158,26 @@ _METHOD_SIZES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "frame_slots": ("past_frames",),
         "q_patches": ("q_blocks", "two"),
     },
+    "sum_linear": {
+        "frame_state": ("frames", "width", "head_dim"),
+        "frame_features": ("frames", "width"),
+        **{name: _SIZES["attend"][name] for name in ("k", "v", "past_k", "past_v", "frame_slots")},
+    },
+    "project_linear": {
+        "linear_state": ("width", "head_dim"),
+        "linear_features": ("width",),
+        "frame_state": ("frames", "width", "head_dim"),
+        "frame_features": ("frames", "width"),
+        "linear_weight": ("head_dim", "head_dim"),
+        "frame_slots": ("past_frames",),
+    },
+    "add_linear": {
+        "out": ("tokens", "width"),
+        "q": ("tokens", "width"),
+        "linear_state": ("width", "head_dim"),
+        "linear_features": ("width",),
+        "linear_bias": ("head_dim",),
+    },
     "attend_ordered": {
         **_SIZES["attend"],
         "q_order": ("q_blocks", "block_q"),

@@ -166,9 +166,11 @@ def test_kernels_serve_every_method_at_full_size(target: str, size: tuple[int, i
         "sparge": {"attend", "mean_key", "resemble", "score", "select_sparge"},
         "vmoba": {"attend_ordered", "choose", "expand", "pool", "score_groups"},
         "pbsa": {"attend", "persist", "score", "select_pinned", "weigh"},
+        "sla": {"add_linear", "attend", "project_linear", "score", "select", "sum_linear"},
     }
+    own = {"sparge": {"similarity": 0.5}, "sla": {"linear": True}}
     for policy, expected in kernels.items():
-        variant = variant_of(policy, "short", **({"similarity": 0.5} if policy == "sparge" else {}))
+        variant = variant_of(policy, "short", **own.get(policy, {}))
         plan = StepPlan.of(PRESETS["wan-1.3b"], variant, *size, block_q=64, block_k=64)
         names = kernel_variants(load_target(target), plan)
         assert {name.split("-")[0] for name in names} == expected | {"prepare", "commit"}

@@ -68,7 +68,12 @@ def layer_weights() -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def components(past: int, *, embedded: bool, kept: int = 0) -> dict[str, Any]:
+def is_linear(method: dict[str, Any] | None) -> bool:
+    """Whether a method has SLA's linear branch, whose projections are weights of attention."""
+    return bool((method or {}).get("linear"))
+
+
+def components(past: int, *, embedded: bool, kept: int = 0, linear: bool = False) -> dict[str, Any]:
     """`kept`: frames of a persistent set."""
     latent, head = (LATENT[0], CHUNK, *LATENT[1:]), (HEADS, HEAD_DIM)
     blocks = FRAME_TOKENS // BLOCK
@@ -78,6 +83,7 @@ def components(past: int, *, embedded: bool, kept: int = 0) -> dict[str, Any]:
     pool = [tensor(name, "slots", FRAME_TOKENS, *head) for name in ("past_k", "past_v")]
     pool.append(f32("past_kmean", "slots", blocks, *head))
     cross = [tensor(name, TEXT_LEN, *head) for name in ("cross_k", "cross_v")]
+    projection = [tensor("linear_weight", HEAD_DIM, HEAD_DIM), tensor("linear_bias", HEAD_DIM)] * linear
     scalars = [i32("chunk"), i32("frame_slots", past)]
     angles = [f32(name, TOKENS, HEAD_DIM // 2) for name in ("cos", "sin")]
 
@@ -104,7 +110,7 @@ def components(past: int, *, embedded: bool, kept: int = 0) -> dict[str, Any]:
                  [f32("next_latent", *latent), f32("x0", *latent)]),
         "qk_prepare": ([qkv, tensor("bias", 3 * DIM), tensor("norm_q", DIM), tensor("norm_k", DIM), *angles],
                        [*projected, *means]),
-        "attention": ([*projected, *means, *pool, *scalars], [tensor("out", TOKENS, *head)]),
+        "attention": ([*projected, *means, *pool, *scalars, *projection], [tensor("out", TOKENS, *head)]),
         "conditioner": ([f32("text", TEXT_LEN, TEXT_DIM)], [of(spec, i) for i in layers for spec in cross]),
         "text_encoder": ([tensor("hidden", TEXT_LEN, TEXT_DIM), tensor("mask", TEXT_LEN), *text_weights()],
                          [tensor("hidden_out", TEXT_LEN, TEXT_DIM)]),
@@ -169,13 +175,17 @@ def text_weights() -> list[dict[str, Any]]:
     return [tensor(name, *shape) for name, shape in shapes.items()]
 
 
-def stored_weights(*, embedded: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def stored_weights(*, embedded: bool, linear: bool = False) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The weights file's tensors, and the manifest's bindings."""
-    tensors, prepare, layers = {}, [], []
+    tensors, prepare, layers, attention = {}, [], [], []
     for i in range(LAYERS):
         for name, size in (("bias", 3 * DIM), ("norm_q", DIM), ("norm_k", DIM)):
             tensors[f"blocks.{i}.{name}"] = zeros("bfloat16", (size,))
         prepare.append({name: f"blocks.{i}.{name}" for name in ("bias", "norm_q", "norm_k")})
+        if linear:
+            tensors[f"blocks.{i}.linear_weight"] = zeros("bfloat16", (HEAD_DIM, HEAD_DIM))
+            tensors[f"blocks.{i}.linear_bias"] = zeros("bfloat16", (HEAD_DIM,))
+            attention.append({name: f"blocks.{i}.{name}" for name in ("linear_weight", "linear_bias")})
     first, last = {}, {}
     if not embedded:
         for i in range(LAYERS - 1):
@@ -189,7 +199,7 @@ def stored_weights(*, embedded: bool) -> tuple[dict[str, np.ndarray], dict[str, 
     else:
         layers = [{} for _ in range(LAYERS - 1)]
     segments = {"weights": "transformer.safetensors", "first": first, "layers": layers, "last": last}
-    return tensors, {**segments, "prepare": prepare}
+    return tensors, {**segments, "prepare": prepare, "attention": attention}
 
 
 def write_kernels(folder: Path, arch: int = 120, kernels: Iterable[str] = KERNELS) -> list[str]:
@@ -249,7 +259,7 @@ def build_device_bundle(
     """
     folder.mkdir(parents=True)
     past = 6
-    tensors, segments = stored_weights(embedded=embedded)
+    tensors, segments = stored_weights(embedded=embedded, linear=is_linear(method))
     save_file(tensors, folder / "transformer.safetensors")
     text = {
         "token_embedding": zeros("bfloat16", (VOCAB, TEXT_DIM)),
@@ -260,7 +270,8 @@ def build_device_bundle(
             text[f"layers.{layer}.{spec['name']}"] = zeros("bfloat16", tuple(spec["shape"]))
     save_file(text, folder / "text.safetensors")
     (folder / "tokenizer.json").write_text("{}")
-    parts = components(past, embedded=embedded, kept=(method or {}).get("persistent_frames", 0))
+    kept = (method or {}).get("persistent_frames", 0)
+    parts = components(past, embedded=embedded, kept=kept, linear=is_linear(method))
     if whole:
         for name in ("first", "layer", "last", "qk_prepare", "attention"):
             del parts[name]

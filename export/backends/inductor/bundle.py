@@ -142,7 +142,8 @@ def _weight_tensors(
             }
             state |= {f"{stem}.{name}": torch.tensor(values) for name, values in LATENT_STATISTICS.items()}
     section = _section(plan, decoder.config, linears, None if encoder is None else encoder.config)
-    rows = (section.first, *section.layers, section.last, *section.prepare, *section.outside.values())
+    rows = (section.first, *section.layers, section.last)
+    rows = (*rows, *section.prepare, *section.attention, *section.outside.values())
     names = {tensor for row in rows for tensor in row.values()}
 
     @lru_cache(maxsize=1)  # the two tensors of a quantized weight are written one after the other
@@ -178,6 +179,13 @@ def _operator_weights(layers: int) -> list[dict[str, str]]:
     ]
 
 
+def _linear_weights(plan: StepPlan) -> list[dict[str, str]]:
+    """What attention reads: the projections of SLA's linear branch, if it runs."""
+    stems = [f"model.blocks.{layer}.self_attn.proj_l" for layer in range(plan.preset.dit.layers)]
+    rows = [{"linear_weight": f"{stem}.weight", "linear_bias": f"{stem}.bias"} for stem in stems]
+    return rows if plan.spec.linear_branch else []
+
+
 def _section(
     plan: StepPlan, vae: DecoderConfig, linears: frozenset[str], encoder: VAEConfig | None = None
 ) -> bundle.Segments:
@@ -199,6 +207,7 @@ def _section(
         layers=tuple(binding(segments.layer, layer) for layer in range(layers - 1)),
         last=binding(segments.last, layers - 1),
         prepare=tuple(_operator_weights(layers)),
+        attention=tuple(_linear_weights(plan)),
         outside={
             name: {weight: weight for weight in part.weights.values()} for name, part in outside.items()
         },

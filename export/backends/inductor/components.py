@@ -58,6 +58,8 @@ def operator_components(plan: StepPlan, dtype: torch.dtype) -> dict[str, bundle.
         "frame_slots": (plan.max_past_frames,),
         "chunk": (),
         "pinned": (),
+        "linear_weight": (dit.head_dim, dit.head_dim),
+        "linear_bias": (dit.head_dim,),
     }
     fixed = {
         **dict.fromkeys(

@@ -25,6 +25,7 @@ from export.request.graph_types import GraphTypes, graph_types
 from export.request.request import BuildRequest
 from lightforcing_ref.attention import hsa_attention
 from lightforcing_ref.fp8_cache import e4m3_attention, oracles, with_fp8_cache
+from lightforcing_ref.policies import SparseLinearAttention
 from plugins import contract
 from runtime import bundle
 from runtime.bundle.golden import Arrays
@@ -116,7 +117,11 @@ def golden_graphs(
     qk_prepare, _ = oracles(plan.spec.kv)
     # Gathering keeps the memory of a full-size call small.
     gathering = partial(hsa_attention, form="gather")
-    kernels: dict[str, Callable[..., Any]] = {**ORACLES, contract.HIERARCHICAL_SPARSE_ATTENTION: gathering}
+    kernels: dict[str, Callable[..., Any]] = {
+        **ORACLES,
+        contract.HIERARCHICAL_SPARSE_ATTENTION: gathering,
+        contract.SPARSE_LINEAR: SparseLinearAttention(form="gather"),
+    }
     if plan.spec.products is not None:
         attention = with_fp8_cache(partial(gathering, attend=e4m3_attention), means_apart=True)
     else:

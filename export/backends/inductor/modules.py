@@ -21,7 +21,7 @@ from export.quantize.numerics import FP8_MAX, SMALLEST_SCALE, to_e4m3
 from export.request.geometry import StepPlan
 from lightforcing_ref.checkpoint.spec import umt5_shapes
 from lightforcing_ref.config import DiTConfig
-from lightforcing_ref.model import Attention, Block, CausalWanModel, CrossKV, QKVParams
+from lightforcing_ref.model import Block, CausalWanModel, CrossKV, QKVParams, SelfAttention
 from lightforcing_ref.text import LAYER_WEIGHTS, UMT5Config, UMT5Layer
 from runtime.bundle import Component, TensorSpec, dtype_name
 
@@ -162,10 +162,11 @@ class _NoWeight(nn.Module):
     eps = 0.0
 
 
-def _without_operator_weights(attention: Attention) -> None:
+def _without_operator_weights(attention: SelfAttention) -> None:
     for name in ("norm_q", "norm_k"):
         attention.add_module(name, _NoWeight())
     attention.register_parameter("qkv_bias", None)
+    attention.proj_l = None
 
 
 def _half(config: DiTConfig, *, start: bool) -> Block:

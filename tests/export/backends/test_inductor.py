@@ -29,11 +29,13 @@ from export.errors import BuildError, InputError
 from export.graph.components import TEXT_WEIGHTS, component_of
 from export.graph.tensor_files import StoredTensor, store, write_tensors
 from export.parts.golden import write_vectors
+from export.parts.kernels import SELECTS
 from export.parts.run import Built, Models
 from export.quantize.numerics import relative_error
 from export.request.geometry import StepPlan
+from export.request.methods import operator_of
 from export.request.request import BuildRequest, QuantizationRequest
-from export.request.targets import load_target, load_variant
+from export.request.targets import Variant, load_target, load_variant
 from export.request.weights import Weights
 from lightforcing_ref.attention import hsa_attention, hsa_selection
 from lightforcing_ref.cache import AttentionSpec
@@ -51,7 +53,7 @@ from runtime.host.runner import HostRunner
 from runtime.pipeline import Pipeline
 from runtime.verify.dry_run import dry_run
 from tests.conftest import build
-from tests.runtime.device_bundles import write_kernels
+from tests.runtime.device_bundles import CACHE_KERNELS, write_kernels
 
 # Compiling takes a minute on a quiet core, and much longer beside other work.
 pytestmark = pytest.mark.timeout(1800)
@@ -298,10 +300,20 @@ def test_a_bundle_of_onnx_graphs_imports_no_pytorch(tiny_bundle: Path) -> None:
 # ---- a bundle for a GPU, as far as it goes without one ----
 
 
-@pytest.mark.parametrize(("precision", "variant"), [("bf16", "short"), ("fp8", "long")])
-def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str, tmp_path: Path) -> None:
+def linear_variant() -> Variant:
+    """SLA with its linear branch, whose projections are weights of attention."""
+    document = load_variant("short").model_dump() | {"attention": {"policy": "sla", "linear": True}}
+    return Variant.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    ("precision", "variant"),
+    [("bf16", load_variant("short")), ("fp8", load_variant("long")), ("bf16", linear_variant())],
+    ids=("short", "long", "sla-linear"),
+)
+def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: Variant, tmp_path: Path) -> None:
     """Every tensor of every forward has a place, the type, and the shape that package, weights and kernels want."""
-    chosen = load_variant(variant).model_copy(update={"block": TINY.block})
+    chosen = variant.model_copy(update={"block": TINY.block})
     request = request_for("rtx5090", precision=precision, variant=chosen, with_encoder=precision == "fp8")
     plan, linears, models = request.plan, fp8_linears(request, request.plan), Models(request.weights)
     components = describe(request, linears)
@@ -325,7 +337,8 @@ def test_a_gpu_bundle_can_be_executed_as_described(precision: str, variant: str,
             models.take_dit(torch.bfloat16), models.decoder(torch.float16), plan, linears, encoder
         ),
     )
-    files += write_kernels(tmp_path / "kernels")
+    selects = SELECTS[operator_of(plan.variant.attention)]
+    files += write_kernels(tmp_path / "kernels", kernels=(*CACHE_KERNELS, *selects))
     section = inductor._section(plan, TINY.vae, linears, TINY.vae if request.with_encoder else None)
     graphs = golden_graphs(plan, request, components, linears)
     assert graphs["layer"].precision == precision

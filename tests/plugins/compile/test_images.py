@@ -237,6 +237,9 @@ def test_a_kernel_in_cuda_cpp_is_built_like_the_others(tmp_path: Path) -> None:
     assert (plan.image.name, plan.grid, len(plan.values)) == (name, (132, 1, 1), 17)
 
 
+LINEAR = ("sum_linear", "project_linear", "add_linear")
+
+
 def test_every_operator_geometry_is_served() -> None:
     for arch in specs.ARCHS:
         for frame_tokens in (1536, 1560):
@@ -253,7 +256,7 @@ def test_every_operator_geometry_is_served() -> None:
                                 continue  # over codes there is one compute type
                             if kernel == "attend_ordered":
                                 continue  # over blocks of its own, below
-                            if kernel in ("mean_key", "resemble", "pool") and dtype != "bfloat16":
+                            if kernel in ("mean_key", "resemble", "pool", *LINEAR) and dtype != "bfloat16":
                                 continue  # bundles for a GPU compute in it
                             if kernel == "attend_e4m3" and arch < 89:
                                 continue  # nothing multiplies them there

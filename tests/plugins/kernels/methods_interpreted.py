@@ -23,6 +23,7 @@ from lightforcing_ref.policies import (
     radial_attention,
     sliding_tile_attention,
     sparge_attention,
+    sparse_linear_attention,
     vmoba_attention,
 )
 from lightforcing_ref.sparsity import BlockGeometry
@@ -40,6 +41,7 @@ ORACLES: dict[str, MethodOperator] = {
     contract.SPARGE: sparge_attention,
     contract.VMOBA: vmoba_attention,
     contract.PERSISTENT_BLOCK: persistent_block_attention,
+    contract.SPARSE_LINEAR: sparse_linear_attention,
 }
 
 
@@ -137,6 +139,25 @@ def test_sparge(data: st.DataObject) -> None:
     past, seed = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 99))
     case = case_of(seed, past, data.draw(st.sampled_from((1, 2))), attributes)
     check(contract.SPARGE, attributes, with_common_keys(case, seed, data.draw(st.sampled_from((0.0, 0.3)))))
+
+
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_sparse_linear(data: st.DataObject) -> None:
+    """First chunks, frames that no tile divides, slots in any order: the best blocks, and all keys beside them."""
+    attributes = {
+        "frame_tokens": data.draw(st.integers(33, 100)),
+        "block_q": data.draw(st.sampled_from((32, 64))),
+        "block_k": 64,
+        "scale": 0.3,
+        "keep_q20": data.draw(st.sampled_from(((1 << 20, 1 << 18), (1,), (1 << 20,)))),
+    }
+    past, seed = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 99))
+    case = case_of(seed, past, data.draw(st.sampled_from((1, 2))), attributes)
+    rng = np.random.default_rng(seed)
+    case.inputs["linear_weight"] = rng.standard_normal((64, 64)).astype(np.float32)
+    case.inputs["linear_bias"] = rng.standard_normal(64).astype(np.float32)
+    check(contract.SPARSE_LINEAR, attributes, case)
 
 
 @settings(max_examples=8, deadline=None)

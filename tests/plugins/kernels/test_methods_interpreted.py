@@ -39,6 +39,10 @@ METHODS: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"mode": "cdf", "cumulative": 0.6, "similarity": 0.1},
         {"score", "mean_key", "resemble", "select_sparge", "attend"},
     ),
+    "sla": (
+        {"budget": 0.3, "linear": True},
+        {"score", "select", "attend", "sum_linear", "project_linear", "add_linear"},
+    ),
     "vmoba": (
         {"gating": "pooled", "query_block": 32, "blocks": [[2, 3, 4]], "threshold": 0.4},
         {"pool", "score_groups", "choose", "expand", "attend_ordered"},

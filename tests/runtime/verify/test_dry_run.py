@@ -129,8 +129,9 @@ METHODS: dict[str, Raw] = {
     "sparge": {"policy": "sparge", "mode": "cdf", "similarity": 0.2},
     "vmoba": {"policy": "vmoba", "gating": "pooled", "query_block": 32},
     "pbsa": {"policy": "pbsa", "persistent_frames": 2, "local_frames": 6},
+    "sla": {"policy": "sla", "linear": True},
 }
-TABLED = [name for name in METHODS if name not in ("sparge", "pbsa")]
+TABLED = ["sta", "radial", "vmoba"]
 
 
 def bundle_of(policy: str, folder: Path) -> Bundle:
@@ -153,6 +154,7 @@ def test_a_memory_plan_knows_what_a_method_needs(policy: str, tmp_path: Path) ->
     bundle = bundle_of(policy, tmp_path / "bundle")
     placed = build_program(bundle, plan_buffers(bundle.manifest, 1)).buffers
     work = ("lists", "counts", "scores", "shift", "unlike_q", "unlike_k", "q_pool", "k_pool", "block_map")
+    work += ("frame_state", "frame_features", "linear_state", "linear_features")
     found = [part.buffer.nbytes for name, part in placed.items() if name in work or name.startswith("table.")]
     geometry = BlockGeometry(device.FRAME_TOKENS, device.BLOCK, device.BLOCK)
     sizes = (geometry, 8, 6, device.CHUNK, device.HEADS, device.HEAD_DIM)
