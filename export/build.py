@@ -178,6 +178,11 @@ def _check_rollout(request: BuildRequest) -> None:
             "they take turns in every layer, so the step must be cut into segments; use --execution segmented, with "
             "--backend tensorrt-rtx, inductor or onnxruntime"
         )
+    if request.variant.cache.kv is not None:
+        raise InputError(
+            f"the variant {request.variant.name} denoises several chunks in a forward, whose keys and values are there "
+            "in the compute type only; drop --kv fp8"
+        )
     for asked, option in ((request.per_chunk, "--per-chunk"), (request.with_encoder, "--with-encoder")):
         if asked:
             raise InputError(

@@ -16,9 +16,8 @@ from torch import Tensor
 from export.errors import ComparisonError
 from export.graph.modules import QUERY_MEANS, StepModule, cache_stems, chunk_stems
 from export.graph.oracles import ORACLES
-from export.request.built import built_variant
+from export.request.built import built_schedule, built_variant
 from export.request.methods import attends
-from export.request.schedules import SchedulePolicy
 from export.request.targets import Variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.cache import AttentionSpec, LayerKV
@@ -90,24 +89,6 @@ def _attends(
     return attends(manifest.attention.method, model.layers, model.token_grid[1], kernels)
 
 
-def _schedule_policy(manifest: Manifest) -> SchedulePolicy:
-    """The schedule that a manifest's timesteps were warped from, with the usual shift."""
-    schedule, shift = manifest.schedule, SchedulePolicy().shift
-
-    def steps(warped: Sequence[float]) -> tuple[int, ...]:
-        shares = [timestep / 1000 for timestep in warped if timestep]
-        return tuple(round(1000 * share / (shift - (shift - 1) * share)) for share in shares)
-
-    return SchedulePolicy.model_validate(
-        {
-            "steps": steps(schedule.timesteps),
-            "first_steps": steps(schedule.first_timesteps),
-            "chunk_frames": manifest.model.chunk_frames,
-            "clean_forward": schedule.clean_forward,
-        }
-    )
-
-
 def require_one_by_one(manifest: Manifest) -> None:
     """Refuse a bundle that denoises several chunks in a forward, where forwards of one chunk are looked at.
 
@@ -131,7 +112,7 @@ def variant_of(manifest: Manifest) -> Variant:
     return built_variant(
         "compared",
         manifest.variant,
-        _schedule_policy(manifest),
+        built_schedule(manifest.schedule, manifest.model.chunk_frames),
         attention=manifest.attention,
         sparsity=manifest.sparsity,
         cache=manifest.cache,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.errors import InputError
-from export.request.built import built_variant
+from export.request.built import built_schedule, built_variant
 from export.request.plan import PlanRequest
 from export.request.schedules import SchedulePolicy
 from export.request.targets import (
@@ -136,11 +136,11 @@ def _preset(bundle: MeasuredBundle, path: Path) -> Preset:
 
 
 def _variant(bundle: MeasuredBundle) -> Variant:
-    """The variant that the bundle was built with, but for its blocks; a schedule of its own is the shipped one's."""
+    """The variant that the bundle was built with, but for its blocks."""
     return built_variant(
         bundle.variant,
         bundle.variant,
-        _schedule(bundle.variant),
+        _schedule(bundle),
         attention=bundle.attention,
         sparsity=bundle.sparsity,
         cache=bundle.cache,
@@ -148,8 +148,14 @@ def _variant(bundle: MeasuredBundle) -> Variant:
     )
 
 
-def _schedule(name: str) -> SchedulePolicy:
-    """The schedule of the shipped variant that `name` is made from; the usual one where it is made from none."""
+def _schedule(bundle: MeasuredBundle) -> SchedulePolicy:
+    """The schedule that was recorded.
+
+    Where none was, that of the shipped variant whose name the bundle's is made from; the usual one if there is none.
+    """
+    if bundle.schedule is not None:
+        return built_schedule(bundle.schedule, bundle.model.chunk_frames)
+    name = bundle.variant
     made_from = [
         variant for variant in list_variants() if name == variant.name or name.startswith(f"{variant.name}-")
     ]

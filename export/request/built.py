@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from runtime.bundle import Attention, Cache, Recache, Sparsity
+from collections.abc import Sequence
+
+from runtime.bundle import Attention, Cache, Recache, Schedule, Sparsity
 
 from .schedules import SchedulePolicy
 from .targets import CachePolicy, SparsityPolicy, Variant
 
-__all__ = ["built_variant"]
+__all__ = ["built_schedule", "built_variant"]
+
+
+def built_schedule(schedule: Schedule, chunk_frames: int) -> SchedulePolicy:
+    """The schedule that a manifest's timesteps were warped from, with the usual shift."""
+    shift = SchedulePolicy().shift
+
+    def steps(warped: Sequence[float]) -> tuple[int, ...]:
+        shares = [timestep / 1000 for timestep in warped if timestep]
+        return tuple(round(1000 * share / (shift - (shift - 1) * share)) for share in shares)
+
+    return SchedulePolicy.model_validate(
+        {
+            "steps": steps(schedule.timesteps),
+            "first_steps": steps(schedule.first_timesteps),
+            "chunk_frames": chunk_frames,
+            "clean_forward": schedule.clean_forward,
+            "rolling": schedule.rolling,
+        }
+    )
 
 
 def built_variant(

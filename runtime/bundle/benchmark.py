@@ -24,6 +24,7 @@ from .manifest import (
     Target,
     Vae,
 )
+from .rollout import Schedule
 
 __all__ = ["BENCHMARK_VERSION", "Benchmark", "MeasuredBundle", "MeasuredChunk", "read_benchmark"]
 
@@ -49,7 +50,10 @@ class MeasuredChunk(_Part):
 
 
 class MeasuredBundle(_Part):
-    """The sections of the manifest that decide how much a chunk computes."""
+    """The sections of the manifest that decide how much a chunk computes.
+
+    Files that were written before `schedule` was kept have none; the variant's name stands for it.
+    """
 
     name: str
     target: Target
@@ -61,6 +65,7 @@ class MeasuredBundle(_Part):
     sparsity: Sparsity
     cache: Cache
     vae: Vae
+    schedule: Schedule | None = None
     quantization: Quantization | None = None
 
     @classmethod

@@ -150,6 +150,7 @@ def test_a_dry_run_walks_it(rolling: Path) -> None:
     costs = {cost.name: cost for cost in dry_run(bundle, sessions=2).forwards}
     layers = bundle.manifest.model.layers
     assert [name for name in costs if name.startswith("window.")] == [f"window.{n}" for n in range(1, 6)]
+    assert not any(name.startswith("denoise.") for name in costs)  # nothing is recorded that never runs
     # Each chunk: the segments, and the two operators of every layer; all but the last chunk are committed.
     assert costs["window.5"].engine_runs == 5 * (layers + 1 + 2 * layers)
     assert costs["window.5"].kernel_launches == 4 * layers
@@ -256,6 +257,7 @@ def request(**changes: object) -> BuildRequest:
         ({"execution": "whole"}, "5 chunks in a step.*use --execution segmented"),
         ({"per_chunk": True}, "--per-chunk is for one chunk after the other; leave it out"),
         ({"with_encoder": True}, "--with-encoder is for one chunk after the other"),
+        ({"variant": load_variant("rolling").holding("fp8")}, "in the compute type only; drop --kv fp8"),
     ],
 )
 def test_builds_that_cannot_be(changes: dict[str, object], message: str) -> None:

@@ -24,6 +24,7 @@ LAYERS = 6
 HSA = ("score", "select", "attend")
 SPARGE_CDF = '[attention]\npolicy = "sparge"\nmode = "cdf"\ncumulative = 0.9\nsimilarity = 0.2\n'
 """Similarity is judged, and how many blocks are kept differs from row to row."""
+SLA_LINEAR = '[attention]\npolicy = "sla"\nlinear = true\n'
 NO_CLEAN = "[schedule]\nsteps = [1000, 400]\nfirst_steps = [1000, 700, 400]\nclean_forward = false\n"
 VARIANT = """
 schema_version = 1
@@ -84,6 +85,12 @@ JOINT = {f"joint.{chunks}": together(chunks, clean=True) for chunks in range(1, 
 CASES = (
     Case("dense", "--policy dense", policy="dense"),
     Case("sla", "--policy sla", policy="sla"),
+    Case(
+        "sla-linear",
+        section=SLA_LINEAR,
+        policy="sla",
+        selects=(*HSA, "sum_linear", "project_linear", "add_linear"),
+    ),
     Case("sparge", "--policy sparge", policy="sparge"),
     Case(
         "sparge-cdf",
@@ -156,7 +163,8 @@ def test_every_member_of_the_family_is_built_for_a_gpu(case: Case, tmp_path: Pat
     assert len(report.images) == len(set(case.selects)) + 2 + len(case.others)
     found = {cost.name: (cost.engine_runs, cost.kernel_launches) for cost in report.forwards}
     denoise = (LAYERS + 1, LAYERS * (1 + len(case.selects)))
-    expected = {f"denoise.{row}": denoise for row in rows(manifest, case)} | case.forwards
+    one_by_one = () if manifest.schedule.rolling else rows(manifest, case)
+    expected = {f"denoise.{row}": denoise for row in one_by_one} | case.forwards
     expected["clean"] = (
         LAYERS,
         LAYERS + (LAYERS - 1) * len(case.selects),

@@ -137,3 +137,25 @@ def test_another_decoder_is_recognised(written: Path, tmp_path: Path) -> None:
     document["vae"]["widths"] = [3, 3, 3, 3]
     with pytest.raises(InputError, match="a tae decoder of widths"):
         measured(on_rtx5090(written, tmp_path, bundle=document), load_target("rtx5090"))
+
+
+def test_the_schedule_is_the_recorded_one(written: Path, tmp_path: Path) -> None:
+    """Two forwards and a clean one in place of four and one, whatever the variant is called; the name only of old."""
+    document = json.loads(written.read_text())["bundle"]
+    document |= {
+        "target": {"name": "rtx5090", "compute_capability": "12.0"},
+        "precision": "fp8",
+        "variant": "mine",
+    }
+    assert len(document["schedule"]["timesteps"]) == 5
+
+    def share(schedule: dict[str, object] | None) -> float:
+        path = on_rtx5090(written, tmp_path, bundle=document | {"schedule": schedule})
+        return measured(path, load_target("rtx5090")).transformer
+
+    recorded = share(document["schedule"])
+    assert share(None) == pytest.approx(recorded)  # the usual one
+    shorter = {**document["schedule"], "timesteps": (1000.0, 937.5, 0.0), "sigmas": (1.0, 0.9375, 0.0)}
+    ratio = share(shorter) / recorded
+    # The first chunk has no clean forward before it; clean ones end before the last layer does.
+    assert 2 / 4 < ratio < 3 / 5
