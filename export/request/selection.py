@@ -67,9 +67,8 @@ def selection_bytes(
             lists += 4 * heads * head_dim + rows + heads * key_blocks
         largest = max(largest, lists)
     if has_linear_branch(method):
-        # For each frame in float32, for all of them in 16 bits; and the sums of their features.
-        width, frames = heads * head_dim, past + current
-        largest += width * head_dim * (4 * frames + 2) + 4 * width * (frames + 1)
+        # What each frame leaves, and all of them together; and the sums of features.
+        largest += 4 * heads * head_dim * (head_dim + 1) * (past + current + 1)
     if isinstance(method, VmobaPolicy):
         largest += _group_bytes(tables, current, heads, head_dim)
     return largest + sum(array.nbytes for turn in tables for array in turn.arrays.values())

@@ -154,7 +154,7 @@ class MethodKernels:
         frames = problem.past_frames + problem.chunk_frames
         buffers["frame_state"] = torch.empty(frames, heads, dim, dim, device=q.device)
         buffers["frame_features"] = torch.empty(frames, heads, dim, device=q.device)
-        buffers["linear_state"] = q.new_empty(heads, dim, dim)
+        buffers["linear_state"] = torch.empty(heads, dim, dim, device=q.device)
         buffers["linear_features"] = torch.empty(heads, dim, device=q.device)
         for kernel in ("sum_linear", "project_linear", "add_linear"):
             self.launcher.launch(kernel, problem, buffers)

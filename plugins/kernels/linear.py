@@ -101,8 +101,8 @@ def project_linear(
 ):
     """All frames together, projected: grid (heads, HEAD_DIM / TILE).
 
-    `linear_state` is `[H, D, D]` in the compute type, features of the key first, then those that the projection gives;
-    `linear_features` float32 `[H, D]`. A program has `TILE` features of the key.
+    `linear_state` is float32 `[H, D, D]`, features of the key first, then those that the projection gives;
+    `linear_features` `[H, D]`. A program has `TILE` features of the key.
     """
     head = tl.program_id(0)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -127,7 +127,7 @@ def project_linear(
         # As in `score`: three TF32 products carry the full float32 mantissa.
         result = tl.dot(part, tl.trans(weight), result, input_precision="tf32x3")
     target = linear_state + (head * HEAD_DIM + row)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(target, result.to(linear_state.dtype.element_ty))
+    tl.store(target, result)
 
 
 @triton.jit(do_not_specialize=["heads", "frame_tokens", "q_blocks", "block_q"])
@@ -156,6 +156,7 @@ def add_linear(
     start = (query_block % q_blocks) * block_q
     base = ((query_block // q_blocks) * frame_tokens).to(tl.int64) * stride + head * HEAD_DIM
     mixing = tl.load(linear_state + (head * HEAD_DIM + column)[:, None] * HEAD_DIM + column[None, :])
+    mixing = mixing.to(q.dtype.element_ty)
     total = tl.load(linear_features + head * HEAD_DIM + column)
     bias = tl.load(linear_bias + column).to(tl.float32)
     if INTERPRET:
@@ -165,7 +166,7 @@ def add_linear(
         inside = (row < frame_tokens) & (row < start + block_q)
         place = base + row[:, None] * stride + column[None, :]
         query = _features(tl.load(q + place, mask=inside[:, None], other=0.0), inside)
-        rounded = query.to(linear_state.dtype.element_ty)
+        rounded = query.to(q.dtype.element_ty)
         weight = tl.sum(rounded.to(tl.float32) * total[None, :], 1)
         if INTERPRET:
             rounded = rounded.to(tl.float32)

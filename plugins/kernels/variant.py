@@ -394,7 +394,7 @@ KERNELS |= {
     "project_linear": (
         "linear",
         {
-            "linear_state": "compute",
+            "linear_state": _F32,
             "linear_features": _F32,
             "frame_state": _F32,
             "frame_features": _F32,
@@ -408,7 +408,7 @@ KERNELS |= {
         {
             "out": "compute",
             "q": "compute",
-            "linear_state": "compute",
+            "linear_state": _F32,
             "linear_features": _F32,
             "linear_bias": "compute",
         },

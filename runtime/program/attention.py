@@ -191,7 +191,7 @@ def attention_work(manifest: Manifest, dtype: Dtype, layer: int) -> dict[str, tu
         work |= {
             "frame_state": ("float32", (sizes["frames"], *square)),
             "frame_features": ("float32", (sizes["frames"], *heads)),
-            "linear_state": (dtype, square),
+            "linear_state": ("float32", square),
             "linear_features": ("float32", heads),
         }
     return work
