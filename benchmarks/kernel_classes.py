@@ -29,12 +29,14 @@ _INDUCTOR: Final = re.compile(r"triton_(?P<kind>[a-z]+)_fused(?P<operators>\w*)"
 
 _SELECTS: Final = "score|select|expand|mean_key|resemble|pool|choose|weigh"
 """How names of this project's kernels begin that decide what attention sees."""
+_ATTENDS: Final = "attend|sum_linear|project_linear|add_linear"
+"""The same of those that attend."""
 
 _RULES: Final = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
         # This project's own, whose names are short.
-        ("attention", r"^_?(attend|sparse_attention)(_|$)"),
+        ("attention", rf"^_?({_ATTENDS}|sparse_attention)(_|$)"),
         ("selection", rf"^({_SELECTS})(_|$)"),
         ("copy", r"^(commit|rope_sink|persist)(_|$)"),
         (OTHER, r"^prepare(_|$)"),
@@ -74,7 +76,7 @@ def _of_inductor(kind: str, operators: str) -> str:
 PARTS: Final = ("first", "layer", "last", "operators", "decoder", "copies")
 """The packages of a segmented bundle; `operators` are the kernels between them; `copies` the runtime's own."""
 
-_OPERATOR: Final = re.compile(rf"^(prepare|attend|{_SELECTS})(_|$)")
+_OPERATOR: Final = re.compile(rf"^(prepare|{_ATTENDS}|{_SELECTS})(_|$)")
 _COPY: Final = re.compile(r"^(mem(cpy|set)\b|(commit|rope_sink|persist)(_|$))", re.IGNORECASE)
 _PREPARE: Final = re.compile(r"^prepare(_|$)")
 

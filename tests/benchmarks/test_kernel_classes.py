@@ -33,6 +33,7 @@ def test_a_kernel_is_of_the_class_of_what_it_computes(entry: dict[str, str]) -> 
 def test_every_kernel_of_this_project_has_a_class() -> None:
     """By the room that it has among them: what is neither prepared, attended nor copied is selected."""
     begins = {"prepare": "norm/elementwise", "attend": "attention"}
+    begins |= dict.fromkeys(("sum", "project", "add"), "attention")  # SLA's linear branch
     begins |= dict.fromkeys(("commit", "rope", "persist"), "copy")
     for kernel in specs.KERNELS:
         assert classify(kernel) == begins.get(kernel.split("_")[0], "selection"), kernel
