@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from export.build import BuildRequest, check_build
 from export.errors import InputError
+from export.estimate.roofline import Workload
 from export.request.methods import check_backend, operator_of
+from export.request.plan import PlanRequest
 from export.request.targets import Variant, load_target, load_variant
 from export.request.weights import Weights, shipped_weights
 from lightforcing_ref.config import PRESETS
@@ -106,3 +108,14 @@ def test_the_plugin_has_no_kernel_for_it() -> None:
         InputError, match=r"tensorrt has no kernel for SLA's linear branch.*use --backend onnxruntime"
     ):
         check_backend(method, "tensorrt", "whole", kernels=True)
+
+
+@pytest.mark.parametrize(("chunk", "frames"), [(0, 3), (1, 6), (9, 21)])
+def test_predictions_count_the_branch(chunk: int, frames: int) -> None:
+    """Frames of 64 tokens, two heads of 64: states of 8192 numbers; keys, queries and the projection multiply them."""
+    work = Workload(PlanRequest(load_target("h200"), sla(linear=True), PRESETS["tiny"], 128, 128, "bf16"))
+    found = work.linear_branch(chunk)
+    assert found.flops == 2 * (64 * frames + 192 + 64) * 8192
+    # Keys and values once, the queries, and the output read and written, in bf16; the states in float32, twice.
+    assert found.bytes == 2 * 128 * (2 * 64 * frames + 3 * 192) + 2 * 4 * 8192 * frames
+    assert list(work.forward(chunk)).count(found) == 6
