@@ -29,21 +29,21 @@ def full_size(out: Path, precision: str, **changes: object):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("precision", "height", "width", "products"),
+    ("precision", "height", "width", "products", "launches"),
     [
-        ("bf16", 480, 832, {"bf16": 6}),
-        ("fp8", 512, 768, {"fp8": 6}),
-        ("nvfp4", 512, 768, {"fp4": 6}),
+        ("bf16", 480, 832, {"bf16": 6}, 15),
+        ("fp8", 512, 768, {"fp8": 6}, 16),
+        ("nvfp4", 512, 768, {"fp4": 6}, 35),
     ],
 )
-def test_full_size_components_are_what_they_should_be(tmp_path, precision, height, width, products):
-    """The build itself holds each engine to its expectations; here, to the figures of one layer."""
+def test_full_size_components_are_what_they_should_be(tmp_path, precision, height, width, products, launches):
+    """The build itself holds each engine to its expectations; here, to the figures of one layer (docs/planning.md)."""
     folder = build_bundle(full_size(tmp_path, precision, height=height, width=width))
     found = load_bundle(folder).manifest
     assert all(found.components[name].cost is not None for name in ENGINES)
     layer = found.components["layer"].cost
     assert layer.gemms == products
-    assert layer.launches <= (42 if precision == "nvfp4" else 18)
+    assert layer.launches == launches
     assert layer.activation_bytes < 200 << 20
     assert (folder / "layer.engine").stat().st_size < 4 << 20
     tokens = 3 * (height // 16) * (width // 16)

@@ -415,6 +415,7 @@ def test_command_line_reports_unknown_architectures(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # what is held is processor time
 def test_every_specialisation_builds_in_time_without_spilling(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     built = builder.build(specs.ARCHS, tmp_path / "out", cache=tmp_path / "cache")
