@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import logging
 import warnings
@@ -103,10 +104,32 @@ def _simplify(model: ir.Model) -> None:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.CommonSubexpressionEliminationPass(),
         passes.OutputFixPass(),
-        passes.ClearMetadataAndDocStringPass(),
     )(model)
     onnx_fusions.fuse(model)
-    ir.passes.Sequential(passes.RemoveUnusedNodesPass(), passes.NameFixPass())(model)
+    passes.RemoveUnusedNodesPass()(model)
+    _name_by_scope(model.graph)
+    ir.passes.Sequential(passes.ClearMetadataAndDocStringPass(), passes.NameFixPass())(model)
+
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where the exporter writes which modules a node was traced in: a list of their paths, then the operation."""
+
+
+def _name_by_scope(graph: ir.Graph) -> None:
+    """Name nodes after the module that they come from, as weights are: `/blocks.3/self_attn/o/MatMul`.
+
+    What a rewrite made without one is named after what feeds it. `NameFixPass` numbers equal names.
+    """
+    scopes: dict[ir.Node, str] = {}
+    for node in graph:
+        if _SCOPES in node.metadata_props:
+            paths = ast.literal_eval(node.metadata_props[_SCOPES])[:-1]
+            inner = (path.removeprefix(f"{outer}.") for outer, path in itertools.pairwise(paths))
+            scopes[node] = "".join(f"/{path.removeprefix('model.')}" for path in inner)
+        else:
+            producers = (value.producer() for value in node.inputs if value is not None)
+            scopes[node] = next((scopes[producer] for producer in producers if producer is not None), "")
+        node.name = f"{scopes[node]}/{node.op_type}"
 
 
 def trace(

@@ -151,6 +151,7 @@ def build_engine(
         "compute_capability": compute_capability,
     }
     try:
+        _number_scoped(model.graph)
         ir.save(model, prepared)
         result = _run_worker(request, component, progress)
         report = read_engine(unchecked)
@@ -173,6 +174,17 @@ def build_engine(
         version=result["version"],
         report=report,
     )
+
+
+def _number_scoped(graph: ir.Graph) -> None:
+    """Name nodes that are named after their modules by numbers instead.
+
+    Nothing reads those names in an engine. With them, TensorRT-RTX 1.7 now and then made two engines of one graph,
+    and an interrupted build has to end in the bytes of one that was not.
+    """
+    for index, node in enumerate(graph):
+        if node.name is not None and node.name.startswith("/"):
+            node.name = f"{node.op_type}_{index}"
 
 
 def _check_static(model: ir.Model, component: str) -> None:
