@@ -60,6 +60,10 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"python -m export build .*--checkpoint .*", _FILES),
     (r"python -m export (push|pull) .*", _HUB_WRITE),
     (
+        r"python -m export plan .*--layer",
+        "takes engines of the 1.3B model; tests/export/backends/test_rtx_bundle.py lists those of a small one",
+    ),
+    (
         r"python -m export plan .*--measured .*",
         "takes figures that a GPU has measured; tests/export/estimate makes some",
     ),

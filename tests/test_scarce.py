@@ -174,7 +174,11 @@ def test_a_package_that_cannot_be_unpacked_does_not_ask_for_a_new_build(
     assert "rebuild" not in str(caught.value)
 
 
-READ_ONLY = "mount -t tmpfs -o ro none /tmp && mount -t tmpfs -o ro none /var/tmp && cd /tmp && "
+READ_ONLY = (
+    "for folder in /tmp /var/tmp; do "
+    "mount --bind $folder $folder && mount -o remount,bind,ro $folder || exit 1; done; cd /tmp; "
+)
+"""What is in them stays: the checkout may be."""
 
 
 def test_a_machine_where_nothing_can_be_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from serving.live.protocol import SUBPROTOCOL, MediaFrame
@@ -55,7 +57,8 @@ class StreamClient:
             frame = MediaFrame.from_bytes(data)
             self.frames.append(frame)
             if frame.first and self.shows:
-                self.send("ack", chunk=frame.chunk)
+                with contextlib.suppress(ConnectionClosed):  # the last messages may still be unread
+                    self.send("ack", chunk=frame.chunk)
             return frame
         message: Message = json.loads(data)
         self.messages.append(message)
