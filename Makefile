@@ -152,7 +152,8 @@ gpu-site: $(SITE)/.installed
 		$(GPU_ENV) python3 -m plugins build --arch sm_$$arch
 
 gpu-kernels: gpu-site
-	@$(GPU_PYTEST) tests/gpu/test_kernels_gpu.py tests/gpu/test_codes_gpu.py -k "not sanitizer" $(PYTEST_ARGS)
+	@$(GPU_PYTEST) tests/gpu/test_kernels_gpu.py tests/gpu/test_codes_gpu.py tests/gpu/test_methods_gpu.py \
+		-k "not sanitizer" $(PYTEST_ARGS)
 
 gpu-attention: gpu-site
 	@$(GPU_ENV) python3 -m benchmarks.attention --flex one --out $(RESULTS)

@@ -83,8 +83,12 @@ _FIRST_CUDA = (
     Stage(
         "images",
         _pytest(
-            "cuda.core and bfloat16 and not sanitizer and not 1560",
-            *("tests/gpu/test_kernels_gpu.py", "tests/gpu/test_codes_gpu.py"),
+            "cuda.core and not torch.float16 and not sanitizer and not 1560",
+            *(
+                "tests/gpu/test_kernels_gpu.py",
+                "tests/gpu/test_codes_gpu.py",
+                "tests/gpu/test_methods_gpu.py",
+            ),
         ),
         75,
         "whether the shipped kernels are right, against float64",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from plugins.eager.launch import TorchKernels
+    from plugins.eager.launch import Launcher, TorchKernels
 
 BundleNamed = Callable[[str], Path]
 
@@ -59,16 +59,23 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["cuda.core", "torch"])
-def kernels(request: pytest.FixtureRequest) -> TorchKernels:
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    """Of shipped images, and of kernels that are compiled just in time."""
+    from plugins.eager.launch import TritonLauncher
+
+    if request.param == "torch":
+        return TritonLauncher()
+    pytest.importorskip(
+        "cuda.core", reason="cuda-core and cuda-bindings are not installed", exc_type=ImportError
+    )
+    from benchmarks.attention.launcher import ImageLauncher
+
+    return ImageLauncher(request.getfixturevalue("image_folder"))
+
+
+@pytest.fixture(scope="module")
+def kernels(launcher: Launcher) -> TorchKernels:
     """The kernels as shipped images and just in time."""
-    from plugins.eager.launch import Launcher, TorchKernels, TritonLauncher
+    from plugins.eager.launch import TorchKernels
 
-    launcher: Launcher = TritonLauncher()
-    if request.param == "cuda.core":
-        pytest.importorskip(
-            "cuda.core", reason="cuda-core and cuda-bindings are not installed", exc_type=ImportError
-        )
-        from benchmarks.attention.launcher import ImageLauncher
-
-        launcher = ImageLauncher(request.getfixturevalue("image_folder"))
     return TorchKernels(launcher)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightforcing_ref import attention, fp8_cache
 from plugins import operators
-from plugins.eager.launch import TorchKernels
-from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative
+from plugins.eager.launch import Launcher, TorchKernels
+from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative, scaled
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
@@ -36,8 +36,18 @@ def test_prepare_bfloat16(kernels: TorchKernels, geometry: tuple[int, int, int],
     for name in ("q", "q_mean", "k_mean", "k_scale", "v_scale"):
         assert relative(found[name], expected[name]) < ROUNDED, name
     _, keys, values, *_ = attention.qk_prepare(*exact, **attributes)
+    check_codes(found, expected, keys, values, geometry)
+
+
+def check_codes(
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    geometry: tuple[int, int, int],
+) -> None:
+    """A code beside the expected one is as near as that, so errors are held, not codes."""
     for read, want in ((read_keys, keys), (read_values, values)):
-        # A code beside the expected one is as near as that, so errors are held, not codes.
         error = relative(read(found, geometry), want)
         assert error < 1.05 * relative(read(expected, geometry), want)
 
@@ -70,3 +80,19 @@ def test_attention_bfloat16(
     rounded = fp8_cache.hsa_attention_e4m3(*exact, **attributes)
     found = kernels.hierarchical_sparse_attention_e4m3(*moved, **attributes).cpu()
     assert relative(found, rounded) < min(1e-2, relative(rounded, expected) / 2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("codes", [False, True])
+def test_prepare_from_a_product_of_codes(launcher: Launcher, codes: bool, head_dim: int) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() not in {(8, 9), (12, 0)}:
+        pytest.skip("only engines of TensorRT-RTX leave the scales of a projection to prepare")
+    problem, buffers, expected = scaled(GEOMETRIES[0], head_dim, codes, HALVES)
+    moved = {name: x.to(DEVICE) for name, x in buffers.items()}
+    launcher.launch("prepare_scaled_fp8" if codes else "prepare_scaled", problem, moved, {"eps": 1e-6})
+    found = {name: moved[name].cpu() for name in expected}
+    for name, value in expected.items():
+        assert value.dtype == torch.uint8 or relative(found[name], value) < ROUNDED, name
+    if codes:
+        _, _, exact = scaled(GEOMETRIES[0], head_dim, False, HALVES)
+        check_codes(found, expected, exact["k"], exact["v"], GEOMETRIES[0])

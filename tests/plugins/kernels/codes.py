@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightforcing_ref import fp8_cache as oracle
-from plugins import operators
+from lightforcing_ref.attention import qk_prepare
+from plugins import contract, operators
+from runtime.bundle.images import KernelProblem
 from tests import brute_force
 
 GEOMETRIES = [(44, 32, 32), (64, 32, 64), (88, 64, 64)]
@@ -37,6 +39,36 @@ def prepared(geometry: tuple[int, int, int], head_dim: int) -> tuple[tuple[Tenso
         "block_q": block_q,
         "block_k": block_k,
     }
+
+
+def scaled(
+    geometry: tuple[int, int, int], head_dim: int, codes: bool, dtype: torch.dtype = torch.float32
+) -> tuple[KernelProblem, dict[str, Tensor], dict[str, Tensor]]:
+    """A projection that was left without its scales: the problem of *prepare*, its buffers and what it must give.
+
+    Buffers in `dtype` where kernels have their compute type; what is expected is float32 and codes.
+    """
+    (qkv, *rest), attributes = prepared(geometry, head_dim)
+    generator = torch.Generator().manual_seed(1)
+    token_scale = torch.rand(len(qkv), 1, generator=generator) + 0.5
+    channel_scale = torch.rand(qkv.shape[1], generator=generator) + 0.5
+    names = ("bias", "norm_q", "norm_k")
+    buffers = {"qkv": qkv, "token_scale": token_scale, "channel_scale": channel_scale}
+    buffers = {
+        name: x.to(dtype) for name, x in (buffers | dict(zip(names, rest[:3], strict=True))).items()
+    } | dict(zip(("cos", "sin"), rest[3:], strict=True))
+    exact = {name: x.float() for name, x in buffers.items()}
+    exact["qkv"] = exact["qkv"] * exact.pop("token_scale") * exact.pop("channel_scale")
+    reference = oracle.qk_prepare_fp8 if codes else qk_prepare
+    operator = operators.OPERATORS[operators.QK_PREPARE_FP8 if codes else contract.QK_PREPARE]
+    expected = dict(
+        zip(operator.outputs, reference(*(exact[x] for x in operator.inputs), **attributes), strict=True)
+    )
+    compute = dict.fromkeys(("q",) if codes else ("q", "k", "v"), dtype)
+    for name, value in expected.items():
+        buffers[name] = torch.full_like(value, 7, dtype=compute.get(name, value.dtype))
+    sizes = (attributes["heads"], head_dim, geometry[0], 2, 0, attributes["block_q"], attributes["block_k"])
+    return KernelProblem(str(dtype).removeprefix("torch."), *sizes), buffers, expected
 
 
 def case_of(geometry: tuple[int, int, int], past: int, head_dim: int = 64) -> dict[str, Tensor]:

@@ -16,15 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lightforcing_ref import fp8_cache as oracle
-from lightforcing_ref.attention import qk_prepare
 from lightforcing_ref.rope import apply_rope
-from plugins import contract, operators
+from plugins import operators
 from plugins.eager.interpreter import mend_interpreter
 from plugins.eager.launch import TorchKernels
 from plugins.eager.launcher import TritonLauncher
 from plugins.kernels.fp8 import to_codes, to_half
-from plugins.kernels.specs import KernelProblem
-from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative
+from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative, scaled
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
 mend_interpreter()
@@ -75,30 +73,15 @@ def test_prepare(geometry: tuple[int, int, int], head_dim: int) -> None:
 @pytest.mark.parametrize("codes", [False, True])
 def test_prepare_from_a_product_of_codes(codes: bool) -> None:
     """The scales that the projection was left without are applied before anything else."""
-    geometry = GEOMETRIES[0]
-    (qkv, *rest), attributes = prepared(geometry, 64)
-    generator = torch.Generator().manual_seed(1)
-    token_scale = torch.rand(len(qkv), 1, generator=generator) + 0.5
-    channel_scale = torch.rand(qkv.shape[1], generator=generator) + 0.5
-    operator = operators.OPERATORS[operators.QK_PREPARE_FP8 if codes else contract.QK_PREPARE]
-    reference = oracle.qk_prepare_fp8 if codes else qk_prepare
-    expected = dict(
-        zip(operator.outputs, reference(qkv * token_scale * channel_scale, *rest, **attributes), strict=True)
+    problem, buffers, expected = scaled(GEOMETRIES[0], 64, codes)
+    TritonLauncher().launch(
+        "prepare_scaled_fp8" if codes else "prepare_scaled", problem, buffers, {"eps": 1e-6}
     )
-    found = {name: torch.full_like(value, 7) for name, value in expected.items()}
-    problem = KernelProblem(
-        "float32", attributes["heads"], 64, geometry[0], 2, 0, attributes["block_q"], attributes["block_k"]
-    )
-    names = ("bias", "norm_q", "norm_k", "cos", "sin")
-    buffers = {**found, "qkv": qkv, "token_scale": token_scale, "channel_scale": channel_scale}
-    buffers |= dict(zip(names, rest, strict=True))
-    kernel = "prepare_scaled_fp8" if codes else "prepare_scaled"
-    TritonLauncher().launch(kernel, problem, buffers, {"eps": attributes["eps"]})
     for name, value in expected.items():
         if value.dtype == torch.uint8:
-            assert float((found[name] != value).float().mean()) < 2e-3, name
+            assert float((buffers[name] != value).float().mean()) < 2e-3, name
         else:
-            assert relative(found[name], value) < 1e-6, name
+            assert relative(buffers[name], value) < 1e-6, name
 
 
 @pytest.mark.parametrize(("geometry", "past"), list(zip(GEOMETRIES, (4, 0, 2), strict=True)))

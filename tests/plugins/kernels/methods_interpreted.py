@@ -15,51 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightforcing_ref.policies import (
-    MethodOperator,
-    PersistentSet,
-    block_weights,
-    persistent_block_attention,
-    radial_attention,
-    sliding_tile_attention,
-    sparge_attention,
-    sparse_linear_attention,
-    vmoba_attention,
-)
+from lightforcing_ref.policies import PersistentSet, block_weights
 from lightforcing_ref.sparsity import BlockGeometry
 from plugins import contract
 from plugins.eager.launch import TorchKernels
 from plugins.eager.methods import MethodKernels
 from tests import brute_force
+from tests.plugins.kernels.methods import ORACLES, case_of, with_common_keys
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
 
 KERNELS = MethodKernels.just_in_time()
-ORACLES: dict[str, MethodOperator] = {
-    contract.SLIDING_TILE: sliding_tile_attention,
-    contract.RADIAL: radial_attention,
-    contract.SPARGE: sparge_attention,
-    contract.VMOBA: vmoba_attention,
-    contract.PERSISTENT_BLOCK: persistent_block_attention,
-    contract.SPARSE_LINEAR: sparse_linear_attention,
-}
-
-
-def case_of(seed: int, past: int, current: int, geometry: dict[str, int], **more: Any) -> brute_force.HSACase:
-    """Random inputs, slots in no order, those that are not named full of NaN."""
-    rng = np.random.default_rng(seed)
-    sizes = {name: geometry[name] for name in ("frame_tokens", "block_q", "block_k")}
-    return brute_force.random_case(
-        rng,
-        heads=2,
-        head_dim=64,
-        past=past,
-        max_past=past + int(rng.integers(0, 3)),
-        chunk_frames=current,
-        chunk=int(rng.integers(0, 3)),
-        **sizes,
-        **more,
-    )
 
 
 def check(operator: str, attributes: dict[str, Any], case: brute_force.HSACase, *more: torch.Tensor) -> None:
@@ -112,14 +78,6 @@ def test_radial(data: st.DataObject) -> None:
     past = data.draw(st.integers(0, 9))
     case = case_of(data.draw(st.integers(0, 99)), past, data.draw(st.sampled_from((1, 2))), attributes)
     check(contract.RADIAL, attributes, case)
-
-
-def with_common_keys(case: brute_force.HSACase, seed: int, strength: float) -> brute_force.HSACase:
-    """Keys and queries with a common part, as real ones have: then some blocks are similar and others are not."""
-    common = np.random.default_rng(seed).standard_normal((2, 64)).astype(np.float32) * strength
-    for name in ("k", "past_k", "k_mean", "past_kmean"):
-        case.inputs[name] += common
-    return case
 
 
 @settings(max_examples=6, deadline=None)
