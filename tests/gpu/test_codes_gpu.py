@@ -11,7 +11,15 @@ from torch import Tensor
 from lightforcing_ref import attention, fp8_cache
 from plugins import operators
 from plugins.eager.launch import Launcher, TorchKernels
-from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative, scaled
+from tests.plugins.kernels.codes import (
+    GEOMETRIES,
+    case_of,
+    check_commit,
+    check_sinks,
+    prepared,
+    relative,
+    scaled,
+)
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]
@@ -96,3 +104,12 @@ def test_prepare_from_a_product_of_codes(launcher: Launcher, codes: bool, head_d
     if codes:
         _, _, exact = scaled(GEOMETRIES[0], head_dim, False, HALVES)
         check_codes(found, expected, exact["k"], exact["v"], GEOMETRIES[0])
+
+
+def test_commit_copies_what_belongs_to_a_frame(kernels: TorchKernels) -> None:
+    check_commit(kernels, DEVICE)
+
+
+@pytest.mark.parametrize("geometry", [(64, 32, 32), (88, 64, 64)], ids=str)
+def test_sinks_are_turned_and_rounded_again(kernels: TorchKernels, geometry: tuple[int, int, int]) -> None:
+    check_sinks(kernels, geometry, DEVICE)

@@ -1,4 +1,4 @@
-"""Inputs of the kernels over codes: what the interpreter and a GPU run them with."""
+"""Inputs of the kernels over codes, and checks: what the interpreter and a GPU run them with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lightforcing_ref import fp8_cache as oracle
 from lightforcing_ref.attention import qk_prepare
+from lightforcing_ref.rope import apply_rope
 from plugins import contract, operators
+from plugins.eager.launch import TorchKernels
 from runtime.bundle.images import KernelProblem
 from tests import brute_force
 
@@ -106,3 +108,60 @@ def case_of(geometry: tuple[int, int, int], past: int, head_dim: int = 64) -> di
         named[f"{stem}kscale" if stem else "k_scale"] = scale
         named[f"{stem}vscale" if stem else "v_scale"] = value_scale
     return {name: named[name] for name in operators.HSA_FP8_INPUTS} | {"attributes": case.attributes}  # type: ignore[dict-item]
+
+
+def check_commit(kernels: TorchKernels, device: str = "cpu") -> None:
+    """Frames of a chunk in the slots that are named, and in no other."""
+    given = case_of((44, 32, 32), 3)
+    given.pop("attributes")
+    names = ("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale")
+    pool = {name: given[name].to(device, copy=True) for name in names}
+    staged = [given[name].to(device) for name in ("k", "v", "k_mean")]
+    frames = given["k_mean"].shape[0]
+    slots = torch.tensor([2, -1, 0][:frames], dtype=torch.int32)
+    scales = {name: given[name].to(device) for name in ("k_scale", "v_scale")}
+    kernels.commit(
+        *(pool[name] for name in names[:3]), *staged, slots.to(device),
+        scales=scales | {name: pool[name] for name in names[3:]},
+    )  # fmt: skip
+    sources = [
+        given["k"].unflatten(0, (frames, -1)),
+        *(given[name] for name in ("v", "k_mean", "k_scale", "v_scale")),
+    ]
+    for name, source in zip(names, sources, strict=True):
+        expected = given[name].clone()
+        for frame, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                expected[slot] = source[frame]
+        assert torch.equal(pool[name].cpu().nan_to_num(), expected.nan_to_num()), name
+
+
+def check_sinks(kernels: TorchKernels, geometry: tuple[int, int, int], device: str = "cpu") -> None:
+    """Sinks whose codes are read, turned along time, and rounded again, and slots of others as they were."""
+    frame_tokens, _, block = geometry
+    heads, head_dim, pairs, sinks, slots = 2, 64, 12, 2, 4
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(sinks, frame_tokens, heads, head_dim, generator=generator)
+    means = torch.stack([torch.stack([part.mean(0) for part in frame.split(block)]) for frame in keys])
+    codes, scale = oracle.quantize_blocks(keys, block, means)
+    angle = torch.randn(sinks, pairs, generator=generator)
+    target = torch.tensor([3, 1], dtype=torch.int32)
+    pool = [
+        torch.full((slots, frame_tokens, heads, head_dim), 77, dtype=torch.uint8, device=device),
+        *(torch.full((slots, *x.shape[1:]), 7.0, device=device) for x in (means, scale)),
+    ]
+    moved = [x.to(device) for x in (codes, means, target, angle.cos(), angle.sin())]
+    kernels.rope_sink(
+        *pool[:2], *moved, scales={"past_kscale": pool[2], "sink_kscale": scale.to(device)}, block_k=block
+    )
+    past_k, past_kmean, past_kscale = (x.cpu() for x in pool)
+    whole = torch.zeros(sinks, head_dim // 2)
+    whole[:, :pairs] = angle
+    for sink, slot in enumerate(target.tolist()):
+        cos, sin = whole[sink].cos()[None], whole[sink].sin()[None]
+        assert relative(past_kmean[slot], apply_rope(means[sink], cos, sin)) < 1e-6
+        residual = oracle.dequantize_blocks(codes[sink][None], scale[sink][None], block)[0]
+        expected, new = oracle.quantize_blocks(apply_rope(residual, cos, sin)[None], block)
+        assert relative(past_kscale[slot], new[0]) < 1e-6
+        assert float((past_k[slot] != expected[0]).float().mean()) < 2e-3
+    assert (past_k[[0, 2]] == 77).all() and (past_kscale[[0, 2]] == 7).all()

@@ -13,16 +13,22 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lightforcing_ref import fp8_cache as oracle
-from lightforcing_ref.rope import apply_rope
 from plugins import operators
 from plugins.eager.interpreter import mend_interpreter
 from plugins.eager.launch import TorchKernels
 from plugins.eager.launcher import TritonLauncher
 from plugins.kernels.fp8 import to_codes, to_half
-from tests.plugins.kernels.codes import GEOMETRIES, case_of, prepared, relative, scaled
+from tests.plugins.kernels.codes import (
+    GEOMETRIES,
+    case_of,
+    check_commit,
+    check_sinks,
+    prepared,
+    relative,
+    scaled,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
 mend_interpreter()
@@ -100,60 +106,9 @@ def test_attention(geometry: tuple[int, int, int], past: int) -> None:
 
 
 def test_commit_copies_what_belongs_to_a_frame() -> None:
-    given = case_of((44, 32, 32), 3)
-    given.pop("attributes")
-    names = ("past_k", "past_v", "past_kmean", "past_kscale", "past_vscale")
-    pool = {name: given[name].clone() for name in names}
-    staged = [given[name] for name in ("k", "v", "k_mean")]
-    frames = given["k_mean"].shape[0]
-    slots = torch.tensor([2, -1, 0][:frames], dtype=torch.int32)
-    scales = {name: given[name] for name in ("k_scale", "v_scale")}
-    KERNELS.commit(
-        *(pool[name] for name in names[:3]), *staged, slots,
-        scales=scales | {name: pool[name] for name in names[3:]},
-    )  # fmt: skip
-    sources = [
-        given["k"].unflatten(0, (frames, -1)),
-        *(given[name] for name in ("v", "k_mean", "k_scale", "v_scale")),
-    ]
-    for name, source in zip(names, sources, strict=True):
-        expected = given[name].clone()
-        for frame, slot in enumerate(slots.tolist()):
-            if slot >= 0:
-                expected[slot] = source[frame]
-        assert torch.equal(pool[name].nan_to_num(), expected.nan_to_num()), name
+    check_commit(KERNELS)
 
 
 @pytest.mark.parametrize("geometry", [(64, 32, 32), (88, 64, 64)], ids=str)
 def test_sinks_are_turned_and_rounded_again(geometry: tuple[int, int, int]) -> None:
-    frame_tokens, _, block = geometry
-    heads, head_dim, pairs, sinks, slots = 2, 64, 12, 2, 4
-    generator = torch.Generator().manual_seed(1)
-    keys = torch.randn(sinks, frame_tokens, heads, head_dim, generator=generator)
-    means = torch.stack([_means(frame, block) for frame in keys])
-    codes, scale = oracle.quantize_blocks(keys, block, means)
-    angle = torch.randn(sinks, pairs, generator=generator)
-    past_k = torch.full((slots, frame_tokens, heads, head_dim), 77, dtype=torch.uint8)
-    past_kmean, past_kscale = (
-        torch.full((slots, *means.shape[1:]), 7.0),
-        torch.full((slots, *scale.shape[1:]), 7.0),
-    )
-    target = torch.tensor([3, 1], dtype=torch.int32)
-    KERNELS.rope_sink(
-        past_k, past_kmean, codes, means, target, angle.cos(), angle.sin(),
-        scales={"past_kscale": past_kscale, "sink_kscale": scale}, block_k=block,
-    )  # fmt: skip
-    whole = torch.zeros(sinks, head_dim // 2)
-    whole[:, :pairs] = angle
-    for sink, slot in enumerate(target.tolist()):
-        cos, sin = whole[sink].cos()[None], whole[sink].sin()[None]
-        assert relative(past_kmean[slot], apply_rope(means[sink], cos, sin)) < 1e-6
-        residual = oracle.dequantize_blocks(codes[sink][None], scale[sink][None], block)[0]
-        expected, new = oracle.quantize_blocks(apply_rope(residual, cos, sin)[None], block)
-        assert relative(past_kscale[slot], new[0]) < 1e-6
-        assert float((past_k[slot] != expected[0]).float().mean()) < 2e-3
-    assert (past_k[[0, 2]] == 77).all() and (past_kscale[[0, 2]] == 7).all()
-
-
-def _means(frame: Tensor, block: int) -> Tensor:
-    return torch.stack([part.mean(0) for part in frame.split(block)])
+    check_sinks(KERNELS, geometry)
