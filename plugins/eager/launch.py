@@ -390,8 +390,9 @@ class TorchKernels:
             bits = {name: tensor.view(torch.int16) for name, tensor in bits.items()}
         _whole({**buffers, **bits, "contest": contest})
         self._launcher.launch("score", problem, buffers)
-        self._launcher.launch("weigh", problem, buffers, {"scale": scale, "peak": peak})
-        places = {"sink_frames": sink_frames, "shared_heads": shared_heads}
+        # Numbers: Triton 3.6's interpreter takes no truth values.
+        self._launcher.launch("weigh", problem, buffers, {"scale": scale, "peak": int(peak)})
+        places = {"sink_frames": sink_frames, "shared_heads": int(shared_heads)}
         self._launcher.launch("persist", problem, {**of_set, **bits, "contest": contest}, places)
 
 
