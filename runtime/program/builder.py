@@ -129,7 +129,13 @@ class _Builder:
         return ("chunk", "frame_slots", *pinned, "rope_cos", "rope_sin")
 
     def view(self, name: str) -> View:
-        """A whole buffer."""
+        """A whole buffer.
+
+        Raises:
+            BundleError: there is none, since the component that it is sized by has no tensor of this name.
+        """
+        if name not in self.placed:
+            raise BundleError(f"no component of the bundle has the tensor {name!r}; rebuild the bundle")
         return self.placed[name].view
 
     def _place(self, buffers: tuple[Buffer, ...], *, per_session: bool) -> int:

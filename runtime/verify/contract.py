@@ -43,6 +43,10 @@ _CODES: Final = dict.fromkeys(("k", "v", "past_k", "past_v"), ("uint8",))
 """The same where keys and values are codes."""
 _BETWEEN: Final = ("x", "attention_out", "step", "cross_k", "cross_v")
 _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "step": (
+        ("latent", "noise", "step", "chunk", "frame_slots", "rope_cos", "rope_sin"),
+        ("next_latent", "x0"),
+    ),
     "first": (("latent", "step"), ("x_out", "qkv")),
     "layer": (_BETWEEN, ("x_out", "qkv")),
     "last": ((*_BETWEEN, "latent", "noise"), ("next_latent", "x0")),
@@ -256,21 +260,24 @@ def _check_encoder(manifest: Manifest, flaws: Flaws) -> None:
 
 
 def _check_layers(manifest: Manifest, flaws: Flaws) -> None:
-    """Every layer has its tensors in the step, and every cache of the decoder is read and written."""
+    """Every layer has its tensors in the step, what it commits in the clean forward and its prompt in the conditioner;
+    and every cache of the decoder is read and written.
+    """
     layers = range(manifest.model.layers)
-    step = manifest.components["step"]
-    inputs = {spec.name for spec in step.inputs}
-    outputs = {spec.name for spec in step.outputs}
+    inputs = {spec.name for spec in manifest.components["step"].inputs}
     codes = manifest.cache.kv is not None
     past = ("past_k", "past_v", "past_kmean", *(_PAST_SCALES if codes else ()))
     made = ("k", "v", "kmean", *(("kscale", "vscale") if codes else ()))
     if manifest.persistent_frames:
         made = (*made, "qmean")
-    wanted = {f"{stem}.{i}" for stem in (*past, "cross_k", "cross_v") for i in layers}
+    prompt = ("cross_k", "cross_v")
+    wanted = {f"{stem}.{i}" for stem in (*past, *prompt) for i in layers}
     for name in sorted(wanted - inputs):
         flaws.add(f"component 'step', input {name!r}", "it is missing")
-    for name in sorted({f"{stem}.{i}" for stem in made for i in layers} - outputs):
-        flaws.add(f"component 'step', output {name!r}", "it is missing")
+    for component, stems in (("step", made), ("clean", made), ("conditioner", prompt)):
+        outputs = {spec.name for spec in manifest.components[component].outputs}
+        for name in sorted({f"{stem}.{i}" for stem in stems for i in layers} - outputs):
+            flaws.add(f"component {component!r}, output {name!r}", "it is missing")
     following = manifest.components["vae_next"]
     for index in range(len(manifest.vae.caches)):
         for kind, name, specs in (

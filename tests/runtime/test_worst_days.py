@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from runtime import Pipeline
 from runtime.bundle import file_entry, load_bundle, write_manifest
-from runtime.errors import CapacityError, EngineError, InputError, SessionFailedError
+from runtime.errors import BundleError, CapacityError, EngineError, InputError, SessionFailedError
 from runtime.scheduler import MAX_SWITCHES
 from runtime.verify import verdict as verdicts
 from tests.runtime import handmade
@@ -277,3 +277,26 @@ def test_telemetry_of_onnx_runtime_is_off(bundle: Path, tmp_path: Path) -> None:
     result = script(code + LEFT_OPEN, bundle, **environment)
     assert result.returncode == 0, result.stderr
     assert [path for path in home.rglob("*") if path.is_file()] == []
+
+
+def test_a_tensor_that_a_manifest_leaves_out_or_calls_otherwise_is_an_error(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """Every tensor of every component."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle, folder)
+    good = (folder / "manifest.json").read_text()
+    places = [
+        (name, kind, index)
+        for name, component in json.loads(good)["components"].items()
+        for kind in ("inputs", "outputs")
+        for index in range(len(component[kind]))
+    ]
+    assert len(places) >= 60
+    for name, kind, index in places:
+        for change in (lambda specs, at: specs.pop(at), lambda specs, at: specs[at].update(name="other")):
+            raw = json.loads(good)
+            change(raw["components"][name][kind], index)
+            (folder / "manifest.json").write_text(json.dumps(raw))
+            with pytest.raises((BundleError, EngineError)), Pipeline.load(folder, threads=1, warmup=False):
+                pass

@@ -22,7 +22,7 @@ from runtime.errors import BundleError
 from runtime.program.buffers import plan_buffers
 from runtime.program.builder import build_program
 from runtime.program.program import KernelLaunch
-from runtime.verify.dry_run import DryRunError, check_program, dry_run
+from runtime.verify.dry_run import DryRunError, check_program, dry_run, require_fit
 from tests.runtime import device_bundles as device
 from tests.runtime.conftest import MakeBundle
 from tests.runtime.handmade import edit_manifest, relist
@@ -249,8 +249,24 @@ def test_changes_to_the_manifest_are_named(device_bundle: Path, name: str) -> No
     if not message:  # the plan follows the manifest
         assert flaws(bundle) == []
         return
-    with pytest.raises((BundleError, KeyError), match=message):
+    with pytest.raises(BundleError, match=message):
         dry_run(bundle)
+
+
+@pytest.mark.parametrize("component", ["step", "clean", "conditioner"])
+def test_what_a_component_does_not_write_is_missed_before_engines_are_loaded(
+    device_bundle: Path, component: str
+) -> None:
+    written = load_bundle(device_bundle).manifest.components[component].outputs
+    assert len(written) >= 6
+    for index, spec in enumerate(written):
+        without = changed(
+            device_bundle, lambda raw, index=index: raw["components"][component]["outputs"].pop(index)
+        )
+        with pytest.raises(
+            BundleError, match=f"'{component}', output '{re.escape(spec.name)}': it is missing"
+        ):
+            require_fit(without, 1)
 
 
 def test_activation_memory_is_promised_by_the_manifest(device_bundle: Path) -> None:
