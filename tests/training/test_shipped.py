@@ -24,7 +24,7 @@ from training.ship import FILES
 
 DECODER_PSNR = 28.0
 """In dB; a little below what docs/tiny_model.md reports."""
-TAE_PSNR = 24.0
+TAE_PSNR = 26.0
 """The same of the tiny decoder, by docs/decoders.md."""
 ENCODER_ERROR = 0.01
 """Mean squared error of the encoder's latents, whose variance is 1; measured 0.001 to 0.003."""

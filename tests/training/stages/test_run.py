@@ -331,7 +331,7 @@ def test_shipped_files_load_as_public_checkpoints(
     assert load_weights(again.weights("text")).keys() < load_weights(folder.weights("text")).keys()
     assert main(["--run", str(again.folder), "adopt", "--of", str(tmp_path)]) == 2
     assert main(["--run", str(again.folder), "ship", "--to", str(tmp_path / "shipped")]) == 0
-    for file in ("dit", "dit_dense", "dit_framewise", "dit_nvfp4", "vae"):
+    for file in ("dit", "dit_dense", "dit_framewise", "dit_nvfp4", "vae", "tae"):
         name = f"{file}.safetensors"
         assert (tmp_path / "shipped" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert set(load_weights(again.weights("framewise"))) == set(load_weights(folder.weights("framewise")))
