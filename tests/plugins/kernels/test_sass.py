@@ -144,7 +144,8 @@ def test_both_products_are_of_eight_bits(built: Path, arch: int, block_q: int, p
         # 64 rows of a warpgroup, 64 keys, head size 128, 32 of it at a time: four for logits, two for the output.
         assert [one.split()[0] for one in operands].count("QGMMA.64x64x32.F32.E4M3.E4M3") == 4
         assert [one.split()[0] for one in operands].count("QGMMA.64x128x32.F32.E4M3.E4M3") == 2
-        assert counts["HGMMA"] == 128 // 16
+        # Of a warpgroup, or with Triton 3.6 of each warp.
+        assert sorted((counts["HGMMA"], counts["HMMA"])) == [0, 128 // 16]
     else:
         # 16 rows of a warp times 8 keys or channels: 64 keys of 128, and 128 channels of 64 keys.
         assert len(operands) == 8 * 4 + 16 * 2
