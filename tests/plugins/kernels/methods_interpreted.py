@@ -132,7 +132,8 @@ def test_vmoba(data: st.DataObject) -> None:
         "columns": columns,
         "extent": (data.draw(sides), data.draw(sides), data.draw(sides)),
         "top": data.draw(st.sampled_from((0, 0, 1, 3, 99))),
-        "threshold": data.draw(st.sampled_from((0.1, 0.25, 0.6, 1.0))),
+        # Not 1: the lowest score is stretched to 0, and rounding decides whether a share of 1 takes its block.
+        "threshold": data.draw(st.sampled_from((0.1, 0.25, 0.6, 0.97))),
         "query_block": 32,
     }
     past, current = data.draw(st.integers(0, 5)), data.draw(st.sampled_from((1, 2)))
