@@ -369,7 +369,21 @@ class VMoBAAttributes(_BlockAttributes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PersistentBlockAttributes(_BlockAttributes):
+class _BudgetAttributes(_BlockAttributes):
+    """Of operators with nothing but a share of the blocks to choose by."""
+
+    scale: float
+    keep_q20: tuple[int, ...]
+
+    def _check_budget(self, owner: str) -> None:
+        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
+        self._check_geometry(owner)
+        _require_positive(owner, "scale", self.scale)
+        _require_table(owner, self.keep_q20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersistentBlockAttributes(_BudgetAttributes):
     """Attributes of `PersistentBlockAttention`.
 
     Attributes:
@@ -380,18 +394,12 @@ class PersistentBlockAttributes(_BlockAttributes):
         ContractError: a value lies outside its range.
     """
 
-    scale: float
-    keep_q20: tuple[int, ...]
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
-        self._check_geometry(PERSISTENT_BLOCK)
-        _require_positive(PERSISTENT_BLOCK, "scale", self.scale)
-        _require_table(PERSISTENT_BLOCK, self.keep_q20)
+        self._check_budget(PERSISTENT_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseLinearAttributes(_BlockAttributes):
+class SparseLinearAttributes(_BudgetAttributes):
     """Attributes of `SparseLinearAttention`.
 
     Attributes:
@@ -402,14 +410,8 @@ class SparseLinearAttributes(_BlockAttributes):
         ContractError: a value lies outside its range.
     """
 
-    scale: float
-    keep_q20: tuple[int, ...]
-
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep_q20", tuple(self.keep_q20))
-        self._check_geometry(SPARSE_LINEAR)
-        _require_positive(SPARSE_LINEAR, "scale", self.scale)
-        _require_table(SPARSE_LINEAR, self.keep_q20)
+        self._check_budget(SPARSE_LINEAR)
 
 
 AttentionAttributes = (

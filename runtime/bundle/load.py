@@ -43,9 +43,9 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 REQUIRED_COMPONENTS = ("step", "clean", "conditioner", "text_encoder", "vae_first", "vae_next")
 OPERATOR_COMPONENTS = ("qk_prepare", "attention")
+"""Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
 PERSIST = "persist"
 """What updates a persistent set: kernels everywhere, so that no file belongs to it."""
-"""Executed by a kernel of this project, or by a graph of their own where there are no kernels."""
 
 _HASH_CHUNK = 1 << 20
 _MAX_MANIFEST = 16 << 20

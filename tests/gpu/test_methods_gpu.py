@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from export.graph.oracles import ORACLES
 from plugins import contract
 from plugins.eager.launch import Launcher
 from plugins.eager.methods import MethodKernels
 from tests.plugins.kernels.codes import relative
-from tests.plugins.kernels.methods import ORACLES, case_of, with_common_keys
+from tests.plugins.kernels.methods import case_of, with_common_keys
 
 NO_GPU = "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)]

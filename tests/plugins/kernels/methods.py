@@ -1,4 +1,4 @@
-"""Inputs of the other methods' kernels, and their oracles: what the interpreter and a GPU run them with."""
+"""Inputs of the other methods' kernels: what the interpreter and a GPU run them with."""
 
 from __future__ import annotations
 
@@ -6,26 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightforcing_ref.policies import (
-    MethodOperator,
-    persistent_block_attention,
-    radial_attention,
-    sliding_tile_attention,
-    sparge_attention,
-    sparse_linear_attention,
-    vmoba_attention,
-)
-from plugins import contract
 from tests import brute_force
-
-ORACLES: dict[str, MethodOperator] = {
-    contract.SLIDING_TILE: sliding_tile_attention,
-    contract.RADIAL: radial_attention,
-    contract.SPARGE: sparge_attention,
-    contract.VMOBA: vmoba_attention,
-    contract.PERSISTENT_BLOCK: persistent_block_attention,
-    contract.SPARSE_LINEAR: sparse_linear_attention,
-}
 
 
 def case_of(

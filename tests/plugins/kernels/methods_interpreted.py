@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.graph.oracles import ORACLES
 from lightforcing_ref.policies import PersistentSet, block_weights
 from lightforcing_ref.sparsity import BlockGeometry
 from plugins import contract
 from plugins.eager.launch import TorchKernels
 from plugins.eager.methods import MethodKernels
 from tests import brute_force
-from tests.plugins.kernels.methods import ORACLES, case_of, with_common_keys
+from tests.plugins.kernels.methods import case_of, with_common_keys
 
 assert os.environ.get("TRITON_INTERPRET") == "1", __doc__
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,28 +11,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lightforcing_ref.policies import (
-    persistent_block_attention,
-    radial_attention,
-    sliding_tile_attention,
-    sparge_attention,
-    sparse_linear_attention,
-    vmoba_attention,
-)
+from export.graph.oracles import ORACLES
 from plugins import contract
 from plugins.nodes.functions import AttentionForm
 from tests import brute_force
 from tests.plugins.nodes.test_functions import attention_inputs, finished, session
 
 FORMS: tuple[AttentionForm, ...] = ("dense", "scan")
-ORACLES: dict[str, Callable[..., torch.Tensor]] = {
-    contract.SLIDING_TILE: sliding_tile_attention,
-    contract.RADIAL: radial_attention,
-    contract.SPARGE: sparge_attention,
-    contract.VMOBA: vmoba_attention,
-    contract.PERSISTENT_BLOCK: persistent_block_attention,
-    contract.SPARSE_LINEAR: sparse_linear_attention,
-}
 EXACT = {"frame_tokens": 24, "block_q": 8, "block_k": 4, "scale": 0.5}
 RAGGED = {"frame_tokens": 35, "block_q": 8, "block_k": 6, "scale": 0.25}
 FULL = contract.DENSE_Q20
